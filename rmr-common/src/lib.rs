@@ -1,0 +1,14 @@
+//! RMR, *reliable multicast replication*: the protocol and client library of a replicated disk.
+//!
+//! A **pool** is one replicated disk. Its **members** are stores on nodes; a **leg** is a client's connection to
+//! one member. A write goes once, in one hop, to every leg. The crate knows offsets, lengths and scatter/gather
+//! lists, and nothing of virtio: a disk daemon, an object store or a log may all stand on it.
+//!
+//! * [`wire`] — message layouts, byte by byte (`docs/protocol.md`).
+//! * [`pool`] — identities, the pool specification, views and their legal steps.
+//! * [`map`] — dirty and intent maps.
+//! * [`client`] — the coordinator and data path of a pool, a state machine without I/O.
+//! * [`replica`] — one member's protocol behaviour, a state machine without I/O.
+//! * [`transport`] — bindings of the message set to TCP and to an in-memory network.
+
+pub mod pool;

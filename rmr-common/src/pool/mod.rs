@@ -1,0 +1,16 @@
+//! What a pool is: identities, units, its specification, and the views that say which member is current.
+//!
+//! No I/O happens here; everything is a plain value that can be compared, printed and put into a message.
+
+mod id;
+mod spec;
+mod view;
+
+pub use id::{
+    Block, BootId, Chunk, ClientId, Epoch, MemberId, MemberSet, PoolId, Sequence, Slot, StoreId, ViewNumber,
+};
+pub use spec::{
+    Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,
+    MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
+};
+pub use view::{IllegalStep, MemberState, MemberView, View, ViewError, ViewStep};
