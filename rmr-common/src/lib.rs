@@ -11,4 +11,6 @@
 //! * [`replica`] — one member's protocol behaviour, a state machine without I/O.
 //! * [`transport`] — bindings of the message set to TCP and to an in-memory network.
 
+pub mod buffer;
 pub mod pool;
+pub mod reactor;

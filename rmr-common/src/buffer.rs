@@ -1,0 +1,73 @@
+//! Raw scatter/gather segments. The caller of an I/O function keeps the memory alive until the I/O completed;
+//! this file holds the pointers, so that the rest of the crate needs no `unsafe` to pass them on.
+#![allow(unsafe_code)]
+
+use std::fmt;
+
+/// One piece of memory of a scatter/gather list: what an `iovec` is to the kernel.
+///
+/// A segment does not own its memory and may alias memory that a guest changes at any time. It is therefore never
+/// read or written as a Rust reference, only handed to the kernel or to a device.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Segment(libc::iovec);
+
+// SAFETY: a segment is an address and a length; whoever made it promised (see `Segment::new`) that the memory stays
+// valid until the I/O completed, on whichever thread that happens.
+unsafe impl Send for Segment {}
+
+impl Segment {
+    /// The `length` bytes from `base`.
+    ///
+    /// # Safety
+    /// The memory must stay mapped, readable and (for a read's destination) writable until every I/O that was given
+    /// this segment, or a part of it, has completed or was cancelled.
+    #[must_use]
+    pub const unsafe fn new(base: *mut u8, length: usize) -> Self {
+        Self(libc::iovec { iov_base: base.cast(), iov_len: length })
+    }
+
+    /// First byte.
+    #[must_use]
+    pub const fn base(&self) -> *mut u8 {
+        self.0.iov_base.cast()
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub const fn length(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// The part of `length` bytes that starts `offset` bytes in; shorter when the segment ends before.
+    #[must_use]
+    pub fn part(&self, offset: usize, length: usize) -> Self {
+        let offset = offset.min(self.length());
+        let length = length.min(self.length() - offset);
+        Self(libc::iovec { iov_base: self.base().wrapping_add(offset).cast(), iov_len: length })
+    }
+}
+
+impl fmt::Debug for Segment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:p}+{}", self.base(), self.length())
+    }
+}
+
+/// Appends to `parts` the pieces of `segments` that cover `length` bytes from `offset` of the whole list.
+pub fn gather(segments: &[Segment], offset: usize, length: usize, parts: &mut Vec<Segment>) {
+    let (mut skip, mut left) = (offset, length);
+    for segment in segments {
+        if left == 0 {
+            return;
+        }
+        if skip >= segment.length() {
+            skip -= segment.length();
+            continue;
+        }
+        let part = segment.part(skip, left);
+        skip = 0;
+        left -= part.length();
+        parts.push(part);
+    }
+}
