@@ -14,3 +14,4 @@
 pub mod buffer;
 pub mod pool;
 pub mod reactor;
+pub mod wire;
