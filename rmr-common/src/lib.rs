@@ -12,6 +12,7 @@
 //! * [`transport`] — bindings of the message set to TCP and to an in-memory network.
 
 pub mod buffer;
+pub mod map;
 pub mod pool;
 pub mod reactor;
 pub mod wire;
