@@ -12,7 +12,9 @@
 //! * [`transport`] — bindings of the message set to TCP and to an in-memory network.
 
 pub mod buffer;
+pub mod client;
 pub mod map;
 pub mod pool;
 pub mod reactor;
+pub mod time;
 pub mod wire;

@@ -45,8 +45,10 @@ pub enum Kind {
     Discard = 19,
     /// Make `length` bytes at `offset` read as zeroes.
     WriteZeroes = 20,
-    /// Answer to any of the five requests above; carries the data of a read.
+    /// Answer to a request with a slot; carries the data of a read.
     IoReply = 32,
+    /// Answer to [`Kind::Flush`].
+    FlushReply = 33,
 }
 
 impl Kind {
@@ -71,6 +73,7 @@ impl Kind {
             19 => Self::Discard,
             20 => Self::WriteZeroes,
             32 => Self::IoReply,
+            33 => Self::FlushReply,
             _ => return None,
         })
     }
