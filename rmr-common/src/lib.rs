@@ -16,5 +16,6 @@ pub mod client;
 pub mod map;
 pub mod pool;
 pub mod reactor;
+pub mod replica;
 pub mod time;
 pub mod wire;
