@@ -18,4 +18,5 @@ pub mod pool;
 pub mod reactor;
 pub mod replica;
 pub mod time;
+pub mod transport;
 pub mod wire;
