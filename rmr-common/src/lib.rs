@@ -13,6 +13,8 @@
 
 pub mod buffer;
 pub mod client;
+pub mod clock;
+pub mod driver;
 pub mod map;
 pub mod pool;
 pub mod reactor;

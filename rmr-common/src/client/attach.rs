@@ -310,8 +310,7 @@ impl Client {
             Status::Ok => {}
             Status::Held => return self.end(OverReason::Held(String::from_utf8_lossy(body).into_owned())),
             Status::StaleEpoch => {
-                // Somebody attached since the hello; the answer carries the epoch to beat.
-                self.note_epoch(member, header.epoch);
+                // Somebody attached since the hello; the next one tells the epoch to beat.
                 return self.gather();
             }
             status => {
@@ -505,9 +504,17 @@ impl Client {
         }
     }
 
-    /// Starts over: collect views, then attach with a new epoch. Requests wait meanwhile.
+    /// Starts over: connect, collect views, then attach with a new epoch. Requests wait meanwhile. The links are made
+    /// anew, so that no message of the old attachment touches a request's memory any more.
     fn gather(&mut self) {
         self.parts.unsend_all();
+        let retry_at = self.now + self.config.reconnect_interval / 4;
+        for (link, id) in self.links.iter_mut().zip(0u8..) {
+            if matches!(link.state, LinkState::Ready(_) | LinkState::Greeting { .. }) {
+                link.state = LinkState::Down { retry_at };
+                self.outputs.push_back(Output::Disconnect(LinkId(id)));
+            }
+        }
         self.state = State::Gathering { possible_since: None, told: String::new() };
         self.next_tick = self.now + self.config.reconnect_interval / 4;
     }

@@ -45,6 +45,15 @@ impl TcpConnection {
         socket::set_option(stream.as_fd(), libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, timeout)?;
         Ok(Self { stream, sender: Sender::default(), receiver: ReceiveState::new() })
     }
+
+    /// Ends the connection at once for the peer, and touches no memory of requests any more, while the descriptor stays
+    /// open until the value is dropped.
+    pub fn shut_down(&mut self) {
+        // A connection that is broken already cannot be shut down, and need not be.
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        self.sender = Sender::default();
+        self.receiver = ReceiveState::new();
+    }
 }
 
 impl Connection for TcpConnection {
