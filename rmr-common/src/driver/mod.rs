@@ -247,7 +247,7 @@ impl PoolDriver {
 
     fn close(&mut self, index: usize) {
         self.attempts[index] += MAX_LINKS as u64;
-        if let Some(wire) = self.wires[index].take() {
+        if let Some(mut wire) = self.wires[index].take() {
             wire.connection.shut_down();
             self.changes.push(WatchChange::Remove(wire.descriptor));
             self.closing.push(wire.connection);
