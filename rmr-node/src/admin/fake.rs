@@ -182,6 +182,7 @@ impl NodeControl for FakeControl {
 /// A fake node with a running admin server.
 pub(crate) struct FakeNode {
     server: AdminServer,
+    control: Arc<FakeControl>,
     pub(crate) state: Arc<Mutex<FakeState>>,
 }
 
@@ -189,15 +190,20 @@ impl FakeNode {
     /// Starts a node that advertises `tcp://NAME:7700`.
     pub(crate) fn start(name: &str) -> Self {
         let state = Arc::new(Mutex::new(FakeState::default()));
-        let control = FakeControl { info: node_info(name), state: Arc::clone(&state) };
+        let control = Arc::new(FakeControl { info: node_info(name), state: Arc::clone(&state) });
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let server = AdminServer::start(any, limits(), Arc::new(control)).unwrap();
-        Self { server, state }
+        let server = AdminServer::start(any, limits(), control.clone()).unwrap();
+        Self { server, control, state }
     }
 
     /// Its admin address as text.
     pub(crate) fn address(&self) -> String {
         self.server.local_addr().to_string()
+    }
+
+    /// What its server asks.
+    pub(crate) fn control(&self) -> Arc<FakeControl> {
+        Arc::clone(&self.control)
     }
 
     /// Puts a status into the node.

@@ -9,6 +9,8 @@ pub(crate) mod fake;
 pub mod metrics;
 mod routes;
 mod server;
+#[cfg(test)]
+mod tests;
 
 use std::future::Future;
 use std::pin::Pin;
