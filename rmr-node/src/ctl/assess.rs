@@ -349,3 +349,228 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
     }
     notes
 }
+
+#[cfg(test)]
+mod tests {
+    use rmr_common::pool::{Epoch, StoreId};
+
+    use super::*;
+    use crate::admin::api::Missed;
+    use crate::admin::fake::{client, member, pool_status, set_state};
+
+    const NOW: UnixMs = UnixMs(1_000_000);
+
+    /// Statuses of a pool with these member states, as every member sees it.
+    fn statuses(states: &[MemberState]) -> Vec<PoolStatus> {
+        let count = u8::try_from(states.len()).unwrap();
+        let of = |id| {
+            let mut status = pool_status("vm-1", count, id);
+            for (i, &state) in (0u8..).zip(states) {
+                set_state(&mut status, i, state);
+            }
+            status
+        };
+        (0..count).map(of).collect()
+    }
+
+    fn one(statuses: Vec<PoolStatus>) -> Picture {
+        let mut pictures = merge(statuses);
+        assert_eq!(pictures.len(), 1);
+        pictures.remove(0)
+    }
+
+    fn headline(statuses: Vec<PoolStatus>) -> String {
+        assess(&one(statuses), true, NOW).headline
+    }
+
+    #[test]
+    fn the_level_follows_the_documented_table() {
+        use Level::{Degraded, Safe, Suspended, Unknown};
+        use MemberState::{Clean, Out, Syncing};
+        // States in the view; which members answered; which of those have a failed store; what follows.
+        let table: &[(&[MemberState], &[u8], &[u8], Level)] = &[
+            (&[Clean], &[0], &[], Safe),
+            (&[Clean], &[0], &[0], Suspended),
+            (&[Clean, Clean], &[0, 1], &[], Safe),
+            (&[Clean, Clean], &[0], &[], Unknown),
+            (&[Clean, Clean], &[1], &[], Unknown),
+            (&[Clean, Clean], &[1], &[1], Unknown),
+            (&[Clean, Clean], &[0, 1], &[1], Degraded),
+            (&[Clean, Clean], &[0, 1], &[0, 1], Suspended),
+            (&[Clean, Out], &[0, 1], &[], Degraded),
+            (&[Clean, Out], &[0], &[], Degraded),
+            (&[Clean, Out], &[1], &[], Unknown),
+            (&[Clean, Out], &[0, 1], &[0], Suspended),
+            (&[Clean, Out], &[0], &[0], Suspended),
+            (&[Clean, Syncing], &[0, 1], &[], Degraded),
+            (&[Clean, Syncing], &[0], &[], Degraded),
+            (&[Clean, Syncing], &[1], &[], Unknown),
+            (&[Clean, Clean, Clean], &[0, 1, 2], &[], Safe),
+            (&[Clean, Clean, Clean], &[0, 2], &[], Unknown),
+            (&[Clean, Clean, Out], &[0, 1], &[], Degraded),
+            (&[Clean, Clean, Out], &[0, 2], &[], Unknown),
+            (&[Clean, Out, Syncing], &[0], &[], Degraded),
+            (&[Clean, Out, Syncing], &[1, 2], &[], Unknown),
+        ];
+        for (states, answered, failed, level) in table {
+            let mut found = statuses(states);
+            for &i in *failed {
+                found[usize::from(i)].store_state = StoreState::Failed { reason: "broken".into() };
+            }
+            found.retain(|s| answered.contains(&s.member.as_u8()));
+            let assessment = assess(&one(found), true, NOW);
+            assert_eq!(
+                assessment.level, *level,
+                "{states:?} {answered:?} {failed:?}: {}",
+                assessment.headline
+            );
+            assert!(assessment.headline.starts_with(&format!("{}: ", level.word())));
+        }
+    }
+
+    #[test]
+    fn headlines_are_in_words() {
+        use MemberState::{Clean, Out, Syncing};
+        assert_eq!(headline(statuses(&[Clean, Clean])), "SAFE: 2 of 2 copies current");
+        assert_eq!(
+            headline(statuses(&[Clean])),
+            "SAFE: 1 of 1 copies current (this pool has no second copy)"
+        );
+
+        let mut lost = statuses(&[Clean, Out]);
+        lost[0].peers[0].missed = Missed { chunks: 20, blocks: Some(3200) };
+        lost[0].peers[0].state_since_unix_ms = Some(UnixMs(700_000));
+        assert_eq!(
+            headline(lost.clone()),
+            "DEGRADED: 1 of 2 copies current; member 1 (n1) is Out since 1970-01-01T00:11:40Z (5 min ago), \
+             missed 12.5 MiB"
+        );
+        lost.truncate(1);
+        lost[0].peers[0].missed.blocks = None;
+        assert_eq!(
+            headline(lost),
+            "DEGRADED: 1 of 2 copies current; member 1 (tcp://n1:7700) is Out since 1970-01-01T00:11:40Z \
+             (5 min ago), missed up to 20 MiB"
+        );
+
+        let mut syncing = statuses(&[Clean, Syncing]);
+        let mut resync = ResyncStatus {
+            state: ResyncState::Running,
+            reason: "was Out".into(),
+            since_unix_ms: UnixMs(0),
+            source: Some(member(0)),
+            blocks_left: 256,
+            bytes_per_s: 512 << 10,
+            seconds_left: Some(2),
+            last_error: None,
+        };
+        syncing[1].resync = Some(resync.clone());
+        let start = "DEGRADED: 1 of 2 copies current; member 1 (n1) is Syncing, 1 MiB left, ";
+        assert_eq!(headline(syncing.clone()), format!("{start}512 KiB/s, 2 s to go"));
+        resync.state = ResyncState::Backoff;
+        (resync.bytes_per_s, resync.seconds_left, resync.last_error) = (0, None, Some("timed out".into()));
+        syncing[1].resync = Some(resync);
+        assert_eq!(
+            headline(syncing),
+            format!("{start}will be tried again after an error, last error: timed out")
+        );
+
+        let mut broken = statuses(&[Clean, Out]);
+        broken[0].store_state = StoreState::Waiting { reason: "member 1 must come first".into() };
+        assert!(headline(broken).starts_with(
+            "SUSPENDED: no current copy can serve; the store of member 0 (n0) does not serve: \
+                 member 1 must come first; member 1 (n1) is Out"
+        ));
+    }
+
+    #[test]
+    fn what_was_not_seen_is_named_and_why() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found.remove(0);
+        let picture = one(found);
+        assert_eq!(
+            assess(&picture, true, NOW).headline,
+            "UNKNOWN: only 1 of 2 current copies seen; member 0 (tcp://n0:7700) was not asked; give its admin \
+             address with --node"
+        );
+        assert_eq!(
+            assess(&picture, false, NOW).headline,
+            "UNKNOWN: only 1 of 2 current copies seen; member 0 (tcp://n0:7700) was not seen"
+        );
+    }
+
+    #[test]
+    fn the_highest_view_wins_over_what_a_returned_member_believes() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        set_state(&mut found[0], 1, MemberState::Out);
+        let picture = one(found.into_iter().rev().collect());
+        assert_eq!(picture.view.state(member(1)), Some(MemberState::Out));
+        let assessment = assess(&picture, true, NOW);
+        assert_eq!((assessment.level, assessment.current), (Level::Degraded, 1));
+        assert!(assessment.headline.starts_with("DEGRADED: 1 of 2"), "{}", assessment.headline);
+    }
+
+    #[test]
+    fn a_view_that_a_clean_member_has_not_yet_is_not_safe() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Syncing]);
+        set_state(&mut found[1], 1, MemberState::Clean);
+        let number = found[1].view.number;
+        assert_eq!(
+            headline(found),
+            format!(
+                "DEGRADED: 2 of 2 copies current; view {number} is not agreed yet: member 0 still below it"
+            )
+        );
+    }
+
+    #[test]
+    fn two_views_with_one_number_are_a_contradiction() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        set_state(&mut found[0], 1, MemberState::Out);
+        set_state(&mut found[1], 0, MemberState::Out);
+        let number = found[0].view.number;
+        assert!(headline(found.clone()).starts_with(&format!(
+            "UNKNOWN: n0 and n1 have different views with number {number} and epoch 0"
+        )));
+        // A later epoch decides: the other one is merely old.
+        found[1].view.epoch = Epoch(1);
+        let picture = one(found);
+        assert_eq!((picture.contradiction, picture.view.epoch), (None, Epoch(1)));
+    }
+
+    #[test]
+    fn a_replaced_store_is_no_copy() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found[1].store = StoreId::from_bytes([9; 16]);
+        let assessment = assess(&one(found), true, NOW);
+        assert_eq!(assessment.level, Level::Unknown);
+        assert!(assessment.notes[0].contains("is no longer in the view"), "{:?}", assessment.notes);
+    }
+
+    #[test]
+    fn a_node_asked_twice_counts_once() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found.push(found[0].clone());
+        assert_eq!(one(found).reports.len(), 2);
+    }
+
+    #[test]
+    fn links_are_told_apart_from_data() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found[0].client = Some(client(5));
+        let a = assess(&one(found.clone()), true, NOW);
+        assert_eq!((a.level, a.members[0].leg, a.members[1].leg), (Level::Safe, Leg::Up, Leg::None));
+        assert_eq!(a.notes, ["the client is attached to member 0 and not to member 1"]);
+
+        found[0].client.as_mut().unwrap().state = ClientState::Crashed;
+        let a = assess(&one(found.clone()), true, NOW);
+        assert_eq!((a.level, a.members[0].leg), (Level::Safe, Leg::Lost));
+        assert!(a.notes[0].starts_with("the client was lost without a detach"), "{:?}", a.notes);
+
+        found[0].client = Some(client(5));
+        found[1].client = Some(ClientStatus { id: rmr_common::pool::ClientId::random(), ..client(6) });
+        let a = assess(&one(found), true, NOW);
+        assert!(a.notes[0].starts_with("2 clients say"), "{:?}", a.notes);
+        assert_eq!(a.client.unwrap().attached_unix_ms, UnixMs(6));
+    }
+}
