@@ -230,3 +230,15 @@ fn an_address_in_use_is_named() {
     let error = super::AdminServer::start(address, fake::limits(), node.control()).err().unwrap();
     assert!(error.to_string().contains(&format!("admin address {address}: ")), "{error}");
 }
+
+#[test]
+fn a_reply_carries_the_answer_of_another_thread_and_a_dropped_one_is_a_refusal() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let (responder, reply) = super::reply();
+    let thread = std::thread::spawn(move || responder.send(Ok(7)));
+    assert_eq!(runtime.block_on(reply), Ok(7));
+    thread.join().unwrap();
+    let (responder, reply) = super::reply::<u8>();
+    drop(responder);
+    assert_eq!(runtime.block_on(reply).unwrap_err().code, ErrorCode::Busy);
+}

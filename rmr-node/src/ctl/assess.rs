@@ -388,7 +388,8 @@ mod tests {
         use Level::{Degraded, Safe, Suspended, Unknown};
         use MemberState::{Clean, Out, Syncing};
         // States in the view; which members answered; which of those have a failed store; what follows.
-        let table: &[(&[MemberState], &[u8], &[u8], Level)] = &[
+        type Row<'a> = (&'a [MemberState], &'a [u8], &'a [u8], Level);
+        let table: &[Row<'_>] = &[
             (&[Clean], &[0], &[], Safe),
             (&[Clean], &[0], &[0], Suspended),
             (&[Clean, Clean], &[0, 1], &[], Safe),

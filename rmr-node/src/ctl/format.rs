@@ -59,6 +59,18 @@ pub fn duration(seconds: u64) -> String {
     }
 }
 
+/// A text of unknown origin without anything that a terminal would obey or that would look like another line.
+#[must_use]
+pub fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+/// Several lines of which parts are of unknown origin: as [`plain`], but line breaks stay.
+#[must_use]
+pub fn plain_lines(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
 /// Year, month and day of a day counted from 1970-01-01, by the proleptic Gregorian calendar.
 fn civil(days: u64) -> (u64, u64, u64) {
     // Years that begin in March have the leap day at their end; 719468 days lie between 0000-03-01 and 1970-01-01.
@@ -159,6 +171,12 @@ mod tests {
         assert_eq!(duration(59), "59 s");
         assert_eq!(duration(3_600), "1 h");
         assert_eq!(duration(90_000), "1 d 1 h");
+    }
+
+    #[test]
+    fn foreign_text_cannot_command_the_terminal() {
+        assert_eq!(plain("a\x1b[2Jb\nc\u{9b}"), "a\u{fffd}[2Jb\u{fffd}c\u{fffd}");
+        assert_eq!(plain_lines("a\x1b\nb µ"), "a\u{fffd}\nb µ");
     }
 
     #[test]

@@ -245,7 +245,7 @@ pub fn run(cli: &Cli) -> u8 {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
-            eprintln!("rmrctl: {e}");
+            complain(&e.to_string());
             return EXIT_FAILED;
         }
     };
@@ -263,7 +263,7 @@ pub fn run(cli: &Cli) -> u8 {
                 Err(_) => return EXIT_FAILED,
             },
             Err(e) => {
-                eprintln!("rmrctl: {e}");
+                complain(&e.to_string());
                 EXIT_FAILED
             }
         };
@@ -284,15 +284,20 @@ fn print(outcome: &Outcome, json: bool, watch: bool, tty: bool, colour: bool) ->
             if watch && tty {
                 write!(out, "\x1b[H\x1b[2J")?;
             }
-            let text = if colour { colour_levels(&outcome.text) } else { outcome.text.clone() };
+            let text = format::plain_lines(&outcome.text);
+            let text = if colour { colour_levels(&text) } else { text };
             out.write_all(text.as_bytes())?;
         }
     }
     out.flush()?;
     for warning in &outcome.warnings {
-        eprintln!("rmrctl: {warning}");
+        complain(warning);
     }
     Ok(())
+}
+
+fn complain(message: &str) {
+    eprintln!("rmrctl: {}", format::plain_lines(message));
 }
 
 /// Colours the level word of each headline.

@@ -249,7 +249,7 @@ pub(super) async fn list(context: &Context) -> Result<Outcome, CtlError> {
             format::bytes(picture.spec.size),
             a.copies.to_string(),
             picture.reports.len().to_string(),
-            a.client.as_ref().map_or_else(|| "-".into(), |c| c.text.clone()),
+            a.client.as_ref().map_or_else(|| "-".into(), |c| format::plain(&c.text)),
             a.level.word().to_owned(),
         ]);
         pools.push(json!({
@@ -424,7 +424,8 @@ fn check_delete(
     if let Some(client) = stores.iter().copied().find(attached).and_then(|s| s.client.as_ref()) {
         return Err(CtlError::failed(format!(
             "nothing was deleted: {} ({}) is attached to pool '{name}'; stop it first, or add --force",
-            client.text, client.address
+            format::plain(&client.text),
+            format::plain(&client.address)
         )));
     }
     let missing = unreached(picture);

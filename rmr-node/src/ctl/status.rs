@@ -83,7 +83,8 @@ pub(super) fn client_words(client: Option<&ClientStatus>, now: UnixMs) -> String
                 ClientState::Crashed => "lost without a detach, was attached",
             };
             let since = format::utc_with_age(c.attached_unix_ms, now);
-            format!("{} ({}, from {}) {state} since {since}", c.text, c.id, c.address)
+            let (text, address) = (format::plain(&c.text), format::plain(&c.address));
+            format!("{text} ({}, from {address}) {state} since {since}", c.id)
         },
     )
 }
