@@ -1,1 +1,4 @@
-//! Placeholder while the crate is being built.
+//! Storage service of a replicated disk.
+
+pub mod disk;
+pub mod store;
