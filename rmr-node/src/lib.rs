@@ -4,9 +4,12 @@
 //! * [`lifecycle`] — start, readiness and graceful stop of the process.
 //! * [`admin`] — the HTTP/JSON API that operators and `rmrctl` talk to.
 //! * [`ctl`] — the commands of `rmrctl`.
+//! * [`store`] — the on-disk format of a store, and its tools.
+//! * [`disk`] — disk I/O and its buffers.
 
 pub mod admin;
 pub mod config;
 pub mod ctl;
+pub mod disk;
 pub mod lifecycle;
 pub mod store;
