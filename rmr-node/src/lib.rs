@@ -1,1 +1,15 @@
-//! Placeholder while the crate is being built.
+//! The storage service of a replicated disk, and what its command line `rmrctl` is made of.
+//!
+//! * [`config`] — settings of `rmr-node`: file, flags, defaults, limits.
+//! * [`lifecycle`] — start, readiness and graceful stop of the process.
+//! * [`admin`] — the HTTP/JSON API that operators and `rmrctl` talk to.
+//! * [`ctl`] — the commands of `rmrctl`.
+//! * [`store`] — the on-disk format of a store, and its tools.
+//! * [`disk`] — disk I/O and its buffers.
+
+pub mod admin;
+pub mod config;
+pub mod ctl;
+pub mod disk;
+pub mod lifecycle;
+pub mod store;

@@ -1,0 +1,427 @@
+//! Types of the admin API: what goes over HTTP as JSON between nodes' admin addresses and `rmrctl`.
+//!
+//! Fields are only ever added; a reader ignores what it does not know. Times are milliseconds since 1970 UTC, sizes
+//! are bytes, and every name ends in its unit.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rmr_common::pool::{Address, ClientId, MemberId, PoolId, PoolSpec, StoreId, View};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// A moment in milliseconds since 1970-01-01 00:00 UTC.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct UnixMs(pub u64);
+
+impl UnixMs {
+    /// The present moment by the clock of this machine.
+    #[must_use]
+    pub fn now() -> Self {
+        // A clock before 1970 is a clock that was never set; it reads as zero.
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+/// Answer of `GET /v1/node`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Name of the node, from its configuration.
+    pub name: String,
+    /// Version of the program.
+    pub version: String,
+    /// When the process started.
+    pub started_unix_ms: UnixMs,
+    /// The node's clock when it answered.
+    pub now_unix_ms: UnixMs,
+    /// Where other machines reach its data ports; the first one stands in new pools.
+    pub data_addresses: Vec<Address>,
+    /// Where it listens for admin requests.
+    pub admin_address: SocketAddr,
+    /// Which disk engine is in use: `uring` or `inline`.
+    pub engine: String,
+    /// How many I/O threads it runs.
+    pub shards: u32,
+    /// How many stores are open.
+    pub stores: u32,
+    /// How many data connections are open.
+    pub connections: u32,
+    /// Most data connections that it accepts.
+    pub max_connections: u32,
+    /// Buffer memory of all shards together.
+    pub buffer_bytes: u64,
+    /// How much of the buffer memory is in use.
+    pub buffer_used_bytes: u64,
+}
+
+/// Answer of `GET /v1/health`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Health {
+    /// Whether the service answers and every open store serves.
+    pub healthy: bool,
+    /// How many stores are open.
+    pub stores: u32,
+    /// Stores that do not serve, with the reason.
+    pub problems: Vec<String>,
+}
+
+/// Answer of `GET /v1/pools`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PoolList {
+    /// One status for each open store, ordered by pool name, then member.
+    pub pools: Vec<PoolStatus>,
+}
+
+/// What one node knows of one pool through its member store.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// The pool: identity, name, sizes, members with their data addresses.
+    pub spec: PoolSpec,
+    /// Name of the node that says this.
+    pub node: String,
+    /// Which member this node is.
+    pub member: MemberId,
+    /// The store that is the member here.
+    pub store: StoreId,
+    /// Device or file of the store.
+    pub path: PathBuf,
+    /// Whether the store itself works.
+    pub store_state: StoreState,
+    /// The newest view that is durable in this store.
+    pub view: View,
+    /// The client that holds the pool, or held it last and did not detach.
+    pub client: Option<ClientStatus>,
+    /// What this node knows of the other members, ordered by member.
+    pub peers: Vec<PeerStatus>,
+    /// I/O of this store since it was opened.
+    pub io: IoCounters,
+    /// Latency of requests at this node, where there were any lately.
+    pub latency: Option<LatencySummary>,
+    /// The resync that brings this member up to date, where one is needed.
+    pub resync: Option<ResyncStatus>,
+}
+
+/// Whether a store works.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum StoreState {
+    /// It reads and writes.
+    Serving,
+    /// It may not serve now, though its device works.
+    Waiting {
+        /// What it waits for.
+        reason: String,
+    },
+    /// Its device failed or its metadata cannot be trusted.
+    Failed {
+        /// What happened.
+        reason: String,
+    },
+}
+
+/// The holder of a pool.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ClientStatus {
+    /// Identity of the client.
+    pub id: ClientId,
+    /// What the client says of itself: host, program, process, purpose.
+    pub text: String,
+    /// From which network address it came.
+    pub address: String,
+    /// Attached now, or lost.
+    pub state: ClientState,
+    /// When it attached to this member.
+    pub attached_unix_ms: UnixMs,
+}
+
+/// Whether the holder of a pool is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientState {
+    /// Its connection to this member is up.
+    Attached,
+    /// Its connection was lost without a detach: the process died, or only the network between.
+    Crashed,
+}
+
+/// What a node knows of another member of the pool.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// The other member.
+    pub member: MemberId,
+    /// The link between the two nodes.
+    pub link: LinkState,
+    /// Since when the member is in its present state of the view, where this node saw it change.
+    pub state_since_unix_ms: Option<UnixMs>,
+    /// What the member misses, by the maps of this store.
+    pub missed: Missed,
+}
+
+/// State of a link between two nodes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum LinkState {
+    /// No link is needed, as nothing is to be resynchronised.
+    Idle,
+    /// The nodes are connected.
+    Up,
+    /// The nodes should be connected and are not.
+    Down {
+        /// What the last attempt met.
+        reason: String,
+    },
+}
+
+/// What a member misses.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Missed {
+    /// Chunks with something stale.
+    pub chunks: u64,
+    /// Stale 4 KiB blocks, exact; absent when only the chunks are known, as after a crash of this node.
+    pub blocks: Option<u64>,
+}
+
+impl Missed {
+    /// Bytes missed: exact where blocks are known, else an upper bound by whole chunks.
+    #[must_use]
+    pub const fn bytes(&self, chunk_size_bytes: u64) -> u64 {
+        match self.blocks {
+            Some(blocks) => blocks.saturating_mul(rmr_common::pool::BLOCK_SIZE),
+            None => self.chunks.saturating_mul(chunk_size_bytes),
+        }
+    }
+}
+
+/// I/O of a store since it was opened.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct IoCounters {
+    /// Reads that were answered.
+    pub reads: u64,
+    /// Bytes that they carried.
+    pub read_bytes: u64,
+    /// Writes that were answered, zeroes and discards not counted.
+    pub writes: u64,
+    /// Bytes that they carried.
+    pub written_bytes: u64,
+    /// Discards and write-zeroes that were answered.
+    pub zeroes: u64,
+    /// Flushes that were answered.
+    pub flushes: u64,
+    /// Requests that were answered with an error.
+    pub errors: u64,
+    /// Requests taken and not answered yet.
+    pub in_flight: u64,
+}
+
+/// Latency of requests at a node over the last minute, from receipt to answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LatencySummary {
+    /// Median of reads.
+    pub read_p50_us: u64,
+    /// 99th percentile of reads.
+    pub read_p99_us: u64,
+    /// Median of writes.
+    pub write_p50_us: u64,
+    /// 99th percentile of writes.
+    pub write_p99_us: u64,
+}
+
+/// A resync that brings this node's member up to date.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ResyncStatus {
+    /// What it is doing.
+    pub state: ResyncState,
+    /// Why it is needed.
+    pub reason: String,
+    /// Since when it is needed.
+    pub since_unix_ms: UnixMs,
+    /// From which member it pulls.
+    pub source: Option<MemberId>,
+    /// Stale blocks that are left.
+    pub blocks_left: u64,
+    /// Its speed of late.
+    pub bytes_per_s: u64,
+    /// When it will be done at this speed; absent while it makes no progress.
+    pub seconds_left: Option<u64>,
+    /// The last error, if the last attempt met one.
+    pub last_error: Option<String>,
+}
+
+/// What a resync is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ResyncState {
+    /// Waits for its turn, its source or its link.
+    Waiting,
+    /// Pulls.
+    Running,
+    /// Slowed down in favour of guest I/O.
+    Yielding,
+    /// Waits after an error before it tries again.
+    Backoff,
+}
+
+/// Body of `POST /v1/stores`: create the store of one member on this node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateStore {
+    /// The pool.
+    pub spec: PoolSpec,
+    /// Which member of it this node becomes.
+    pub member: MemberId,
+    /// The view to begin with.
+    pub view: View,
+    /// Device or file to use; absent: a new file in the node's store directory.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// Overwrite what a device or file holds already.
+    #[serde(default)]
+    pub overwrite: bool,
+}
+
+/// Answer of `POST /v1/stores`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StoreCreated {
+    /// The store.
+    pub store: StoreId,
+    /// Its device or file.
+    pub path: PathBuf,
+}
+
+/// Query of `DELETE /v1/stores/{uuid}`.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeleteStore {
+    /// Delete although a client is attached.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Answer of `DELETE /v1/stores/{uuid}`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StoreDeleted {
+    /// The store that is no more.
+    pub store: StoreId,
+}
+
+/// What kind of refusal an error is; decides the HTTP status.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The request is malformed or breaks a limit.
+    Invalid,
+    /// There is no such route, pool or store.
+    NotFound,
+    /// The route exists, but not with this method.
+    Method,
+    /// Something of this name or identity exists already.
+    Exists,
+    /// A client holds the pool, or the device is used by something else.
+    InUse,
+    /// The device or file holds data, and overwriting was not asked for.
+    HoldsData,
+    /// The body is larger than the limit.
+    TooLarge,
+    /// The body is not declared as JSON.
+    MediaType,
+    /// The device is too small, or the file system full.
+    NoSpace,
+    /// A limit of the node is reached, or it is stopping; try again later.
+    Busy,
+    /// The service did not answer in time; the request may still be carried out.
+    Timeout,
+    /// The node failed in an unexpected way.
+    Internal,
+    /// A code of a newer version.
+    #[serde(other)]
+    Unknown,
+}
+
+impl ErrorCode {
+    /// The HTTP status that goes with it.
+    #[must_use]
+    pub const fn http_status(self) -> u16 {
+        match self {
+            Self::Invalid => 400,
+            Self::NotFound => 404,
+            Self::Method => 405,
+            Self::Exists | Self::InUse | Self::HoldsData => 409,
+            Self::TooLarge => 413,
+            Self::MediaType => 415,
+            Self::Internal | Self::Unknown => 500,
+            Self::Busy => 503,
+            Self::Timeout => 504,
+            Self::NoSpace => 507,
+        }
+    }
+}
+
+/// A refusal, for an operator to read.
+#[derive(Clone, PartialEq, Eq, Debug, Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub struct ControlError {
+    /// What kind of refusal it is.
+    pub code: ErrorCode,
+    /// What was expected and what was found.
+    pub message: String,
+}
+
+impl ControlError {
+    /// An error with this text.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// Body of every answer that is no success: `{"error": {"code": …, "message": …}}`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// The error.
+    pub error: ControlError,
+}
+
+/// How a person names a pool: by its name or its uuid.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum PoolKey {
+    /// By uuid.
+    Id(PoolId),
+    /// By name.
+    Name(String),
+}
+
+impl PoolKey {
+    /// Whether the key means the pool of this specification.
+    #[must_use]
+    pub fn matches(&self, spec: &PoolSpec) -> bool {
+        match self {
+            Self::Id(id) => *id == spec.id,
+            Self::Name(name) => *name == spec.name,
+        }
+    }
+}
+
+impl std::str::FromStr for PoolKey {
+    type Err = rmr_common::pool::SpecError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // No pool may have a name that reads as a uuid, so this is never ambiguous.
+        if let Ok(uuid) = uuid::Uuid::parse_str(text) {
+            return Ok(Self::Id(PoolId(uuid)));
+        }
+        PoolSpec::validate_name(text)?;
+        Ok(Self::Name(text.to_owned()))
+    }
+}
+
+impl fmt::Display for PoolKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => id.fmt(f),
+            Self::Name(name) => write!(f, "'{name}'"),
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! A node in memory for tests of the server and of `rmrctl`: it keeps statuses, and fails when told to.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rmr_common::pool::{
+    Address, ChunkSize, ClientId, MemberId, MemberSpec, MemberState, PoolId, PoolSpec, StoreId, View,
+};
+
+use super::api::{
+    ClientState, ClientStatus, ControlError, CreateStore, DeleteStore, ErrorCode, IoCounters, LinkState,
+    Missed, NodeInfo, PeerStatus, PoolStatus, StoreCreated, StoreState, UnixMs,
+};
+use super::{AdminLimits, AdminServer, NodeControl, Reply};
+
+/// A member id that the test knows to be valid.
+pub(crate) fn member(index: u8) -> MemberId {
+    MemberId::new(index).unwrap()
+}
+
+/// Limits small enough to be hit by a test.
+pub(crate) fn limits() -> AdminLimits {
+    AdminLimits { max_connections: 8, max_body: 16 << 10, request_timeout: Duration::from_millis(500) }
+}
+
+/// What a healthy, empty node says of itself.
+pub(crate) fn node_info(name: &str) -> NodeInfo {
+    NodeInfo {
+        name: name.into(),
+        version: "0.1.0".into(),
+        started_unix_ms: UnixMs(1_000),
+        now_unix_ms: UnixMs::now(),
+        data_addresses: vec![Address::tcp(name, 7700)],
+        admin_address: SocketAddr::from(([127, 0, 0, 1], 7701)),
+        engine: "uring".into(),
+        shards: 1,
+        stores: 0,
+        connections: 0,
+        max_connections: 256,
+        buffer_bytes: 64 << 20,
+        buffer_used_bytes: 0,
+    }
+}
+
+/// A pool of `members` members named `n0`, `n1`, …, all Clean, as member `of` sees it.
+pub(crate) fn pool_status(name: &str, members: u8, of: u8) -> PoolStatus {
+    let line = |id| MemberSpec {
+        id: member(id),
+        // Deterministic, so that statuses made apart for the members of one pool agree.
+        store: StoreId::from_bytes([id + 1; 16]),
+        address: Address::tcp(format!("n{id}"), 7700),
+    };
+    let spec = PoolSpec {
+        id: PoolId::from_bytes([0xAA; 16]),
+        name: name.into(),
+        size: 64 << 20,
+        chunk_size: ChunkSize::default(),
+        logical_block_size: 512,
+        members: (0..members).map(line).collect(),
+    };
+    let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
+    status_of(
+        &CreateStore { spec, member: member(of), view, path: None, overwrite: false },
+        &format!("n{of}"),
+    )
+}
+
+/// A client that is attached.
+pub(crate) fn client(attached_unix_ms: u64) -> ClientStatus {
+    ClientStatus {
+        id: ClientId::from_bytes([0xCC; 16]),
+        text: "vhost-brmr on hv-1, pid 77".into(),
+        address: "10.0.0.9:40000".into(),
+        state: ClientState::Attached,
+        attached_unix_ms: UnixMs(attached_unix_ms),
+    }
+}
+
+/// Sets the state of a member in the view of a status and makes it a later view.
+pub(crate) fn set_state(status: &mut PoolStatus, index: u8, state: MemberState) {
+    status.view.number = status.view.number.next();
+    status.view.members.iter_mut().find(|m| m.id == member(index)).unwrap().state = state;
+}
+
+fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
+    let own = request.spec.member(request.member).unwrap();
+    let peer = |m: &MemberSpec| PeerStatus {
+        member: m.id,
+        link: LinkState::Idle,
+        state_since_unix_ms: None,
+        missed: Missed { chunks: 0, blocks: Some(0) },
+    };
+    PoolStatus {
+        spec: request.spec.clone(),
+        node: node.into(),
+        member: request.member,
+        store: own.store,
+        path: request.path.clone().unwrap_or_else(|| {
+            PathBuf::from(format!("/stores/{}-{}.store", request.spec.id, request.member))
+        }),
+        store_state: StoreState::Serving,
+        view: request.view.clone(),
+        client: None,
+        peers: request.spec.members.iter().filter(|m| m.id != own.id).map(peer).collect(),
+        io: IoCounters::default(),
+        latency: None,
+        resync: None,
+    }
+}
+
+/// What a fake node holds and how it is to fail.
+#[derive(Default)]
+pub(crate) struct FakeState {
+    pub(crate) stores: BTreeMap<StoreId, PoolStatus>,
+    /// Refuse the next creations with this.
+    pub(crate) refuse_create: Option<ControlError>,
+    /// Refuse deletions with this.
+    pub(crate) refuse_delete: Option<ControlError>,
+    /// Create, but answer only after the request timeout.
+    pub(crate) create_hangs: bool,
+    /// Whether each creation so far asked to overwrite.
+    pub(crate) overwrites: Vec<bool>,
+}
+
+/// The [`NodeControl`] of a fake node.
+pub(crate) struct FakeControl {
+    info: NodeInfo,
+    state: Arc<Mutex<FakeState>>,
+}
+
+impl NodeControl for FakeControl {
+    fn node_info(&self) -> Reply<NodeInfo> {
+        let mut info = self.info.clone();
+        info.now_unix_ms = UnixMs::now();
+        info.stores = u32::try_from(self.state.lock().unwrap().stores.len()).unwrap();
+        Box::pin(async move { Ok(info) })
+    }
+
+    fn pools(&self) -> Reply<Vec<PoolStatus>> {
+        let pools = self.state.lock().unwrap().stores.values().cloned().collect();
+        Box::pin(async move { Ok(pools) })
+    }
+
+    fn create_store(&self, request: CreateStore) -> Reply<StoreCreated> {
+        let mut state = self.state.lock().unwrap();
+        if let Some(error) = state.refuse_create.clone() {
+            return Box::pin(async move { Err(error) });
+        }
+        let status = status_of(&request, &self.info.name);
+        let created = StoreCreated { store: status.store, path: status.path.clone() };
+        state.overwrites.push(request.overwrite);
+        state.stores.insert(status.store, status);
+        let hangs = state.create_hangs;
+        Box::pin(async move {
+            if hangs {
+                std::future::pending::<()>().await;
+            }
+            Ok(created)
+        })
+    }
+
+    fn delete_store(&self, store: StoreId, request: DeleteStore) -> Reply<()> {
+        let mut state = self.state.lock().unwrap();
+        let result = match (&state.refuse_delete, state.stores.get(&store)) {
+            (Some(error), _) => Err(error.clone()),
+            (None, None) => Err(ControlError::new(ErrorCode::NotFound, format!("no store {store} here"))),
+            (None, Some(status)) if status.client.is_some() && !request.force => {
+                Err(ControlError::new(ErrorCode::InUse, "a client is attached"))
+            }
+            (None, Some(_)) => {
+                state.stores.remove(&store);
+                Ok(())
+            }
+        };
+        Box::pin(async move { result })
+    }
+}
+
+/// A fake node with a running admin server.
+pub(crate) struct FakeNode {
+    server: AdminServer,
+    control: Arc<FakeControl>,
+    pub(crate) state: Arc<Mutex<FakeState>>,
+}
+
+impl FakeNode {
+    /// Starts a node that advertises `tcp://NAME:7700`.
+    pub(crate) fn start(name: &str) -> Self {
+        let state = Arc::new(Mutex::new(FakeState::default()));
+        let control = Arc::new(FakeControl { info: node_info(name), state: Arc::clone(&state) });
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let server = AdminServer::start(any, limits(), control.clone()).unwrap();
+        Self { server, control, state }
+    }
+
+    /// Its admin address as text.
+    pub(crate) fn address(&self) -> String {
+        self.server.local_addr().to_string()
+    }
+
+    /// What its server asks.
+    pub(crate) fn control(&self) -> Arc<FakeControl> {
+        Arc::clone(&self.control)
+    }
+
+    /// Puts a status into the node.
+    pub(crate) fn hold(&self, status: PoolStatus) {
+        self.state.lock().unwrap().stores.insert(status.store, status);
+    }
+
+    /// How many stores it holds.
+    pub(crate) fn store_count(&self) -> usize {
+        self.state.lock().unwrap().stores.len()
+    }
+}

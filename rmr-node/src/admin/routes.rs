@@ -1,0 +1,228 @@
+//! Routes of the admin API: from HTTP to [`NodeControl`] and back.
+//!
+//! Every answer is JSON (but for the metrics page); every refusal has the same shape, an [`ErrorBody`].
+
+use std::sync::Arc;
+
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use rmr_common::pool::StoreId;
+use serde::de::DeserializeOwned;
+use tracing::info;
+use uuid::Uuid;
+
+use super::api::{
+    ControlError, CreateStore, DeleteStore, ErrorBody, ErrorCode, Health, NodeInfo, PoolKey, PoolList,
+    PoolStatus, StoreCreated, StoreDeleted, StoreState,
+};
+use super::{AdminLimits, NodeControl, metrics};
+
+type Control = State<Arc<dyn NodeControl>>;
+type Answer<T> = Result<Json<T>, Refusal>;
+
+/// The router with its limits.
+pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits) -> Router {
+    let timeout = limits.request_timeout;
+    Router::new()
+        .route("/v1/node", get(node))
+        .route("/v1/health", get(health))
+        .route("/v1/pools", get(pools))
+        .route("/v1/pools/{key}", get(pool))
+        .route("/v1/stores", post(create_store))
+        .route("/v1/stores/{uuid}", delete(delete_store))
+        .route("/metrics", get(metrics_page))
+        .fallback(no_such_route)
+        .method_not_allowed_fallback(no_such_method)
+        .layer(DefaultBodyLimit::max(limits.max_body))
+        .layer(middleware::from_fn(move |request: Request, next: Next| async move {
+            match tokio::time::timeout(timeout, next.run(request)).await {
+                Ok(response) => response,
+                Err(_) => Refusal::new(
+                    ErrorCode::Timeout,
+                    format!("the node did not finish within {timeout:?}; it may still carry the request out"),
+                )
+                .into_response(),
+            }
+        }))
+        .with_state(control)
+}
+
+async fn node(State(control): Control) -> Answer<NodeInfo> {
+    Ok(Json(control.node_info().await?))
+}
+
+async fn health(State(control): Control) -> Result<Response, Refusal> {
+    let pools = sorted_pools(&control).await?;
+    let problems: Vec<_> = pools
+        .iter()
+        .filter_map(|p| match &p.store_state {
+            StoreState::Serving => None,
+            StoreState::Waiting { reason } | StoreState::Failed { reason } => {
+                Some(format!("pool '{}' member {}: {reason}", p.spec.name, p.member))
+            }
+        })
+        .collect();
+    let stores = u32::try_from(pools.len()).unwrap_or(u32::MAX);
+    let health = Health { healthy: problems.is_empty(), stores, problems };
+    let status = if health.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    Ok((status, Json(health)).into_response())
+}
+
+async fn pools(State(control): Control) -> Answer<PoolList> {
+    Ok(Json(PoolList { pools: sorted_pools(&control).await? }))
+}
+
+async fn pool(State(control): Control, PathOf(key): PathOf<String>) -> Answer<PoolStatus> {
+    let key: PoolKey = key.parse().map_err(|e| Refusal::new(ErrorCode::Invalid, format!("{e}")))?;
+    let mut found = sorted_pools(&control).await?;
+    found.retain(|p| key.matches(&p.spec));
+    match found.len() {
+        0 => Err(Refusal::new(ErrorCode::NotFound, format!("there is no pool {key} on this node"))),
+        1 => Ok(Json(found.remove(0))),
+        _ => {
+            let ids: Vec<_> = found.iter().map(|p| format!("{} (store {})", p.spec.id, p.store)).collect();
+            let message = format!("{key} names {} stores on this node: {}", found.len(), ids.join(", "));
+            Err(Refusal::new(ErrorCode::Invalid, message))
+        }
+    }
+}
+
+async fn create_store(State(control): Control, JsonOf(request): JsonOf<CreateStore>) -> Answer<StoreCreated> {
+    check_create(&request).map_err(|message| Refusal::new(ErrorCode::Invalid, message))?;
+    let (pool, name, member) = (request.spec.id, request.spec.name.clone(), request.member);
+    let created = control.create_store(request).await?;
+    info!(%pool, name, %member, store = %created.store, path = %created.path.display(), "store created");
+    Ok(Json(created))
+}
+
+/// What must hold between the parts of the request, so that the service only sees consistent ones.
+fn check_create(request: &CreateStore) -> Result<(), String> {
+    request.spec.validate().map_err(|e| e.to_string())?;
+    request.view.validate().map_err(|e| e.to_string())?;
+    let member = request.member;
+    let in_spec = request.spec.member(member).ok_or(format!("member {member} is not in the pool"))?;
+    let in_view = request.view.member(member).ok_or(format!("member {member} is not in the view"))?;
+    if in_spec.store != in_view.store {
+        return Err(format!(
+            "member {member} has store {} in the pool and {} in the view: expected the same",
+            in_spec.store, in_view.store
+        ));
+    }
+    match &request.path {
+        Some(path) if !path.is_absolute() => {
+            Err(format!("store path '{}': expected an absolute path", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn delete_store(
+    State(control): Control,
+    PathOf(uuid): PathOf<Uuid>,
+    QueryOf(request): QueryOf<DeleteStore>,
+) -> Answer<StoreDeleted> {
+    let store = StoreId(uuid);
+    control.delete_store(store, request).await?;
+    info!(%store, force = request.force, "store deleted");
+    Ok(Json(StoreDeleted { store }))
+}
+
+async fn metrics_page(State(control): Control) -> Result<Response, Refusal> {
+    let page = metrics::page(&control.node_info().await?, &sorted_pools(&control).await?);
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response())
+}
+
+async fn no_such_route(request: Request) -> Refusal {
+    Refusal::new(ErrorCode::NotFound, format!("there is no route {}", request.uri().path()))
+}
+
+async fn no_such_method(request: Request) -> Refusal {
+    let message = format!("{} is not possible on {}", request.method(), request.uri().path());
+    Refusal::new(ErrorCode::Method, message)
+}
+
+async fn sorted_pools(control: &Arc<dyn NodeControl>) -> Result<Vec<PoolStatus>, ControlError> {
+    let mut pools = control.pools().await?;
+    pools.sort_by(|a, b| (&a.spec.name, a.spec.id, a.member).cmp(&(&b.spec.name, b.spec.id, b.member)));
+    Ok(pools)
+}
+
+/// A [`ControlError`] as an HTTP answer.
+struct Refusal(ControlError);
+
+impl Refusal {
+    fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self(ControlError::new(code, message))
+    }
+
+    /// A refusal of the framework, in our shape.
+    fn rejected(status: StatusCode, text: String) -> Self {
+        let code = match status {
+            StatusCode::PAYLOAD_TOO_LARGE => ErrorCode::TooLarge,
+            StatusCode::UNSUPPORTED_MEDIA_TYPE => ErrorCode::MediaType,
+            _ => ErrorCode::Invalid,
+        };
+        Self::new(code, text)
+    }
+}
+
+impl From<ControlError> for Refusal {
+    fn from(error: ControlError) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status =
+            StatusCode::from_u16(self.0.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, Json(ErrorBody { error: self.0 })).into_response()
+    }
+}
+
+/// [`Json`] whose rejection is a [`Refusal`].
+struct JsonOf<T>(T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonOf<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        let Json(value) = Json::from_request(request, state)
+            .await
+            .map_err(|e: JsonRejection| Refusal::rejected(e.status(), e.body_text()))?;
+        Ok(Self(value))
+    }
+}
+
+/// [`Path`] whose rejection is a [`Refusal`].
+struct PathOf<T>(T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for PathOf<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, Refusal> {
+        let Path(value) = Path::from_request_parts(parts, state)
+            .await
+            .map_err(|e: PathRejection| Refusal::rejected(e.status(), e.body_text()))?;
+        Ok(Self(value))
+    }
+}
+
+/// [`Query`] whose rejection is a [`Refusal`].
+struct QueryOf<T>(T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for QueryOf<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, Refusal> {
+        let Query(value) = Query::from_request_parts(parts, state)
+            .await
+            .map_err(|e: QueryRejection| Refusal::rejected(e.status(), e.body_text()))?;
+        Ok(Self(value))
+    }
+}

@@ -1,0 +1,577 @@
+//! What the answers of the nodes mean: is the data safe, and if not, what is missing and how long until it is back.
+//!
+//! [`merge`] puts the statuses of many nodes together by pool, the highest view first; [`assess`] is the policy, one
+//! pure function. It never says SAFE of what it did not see.
+
+use std::collections::BTreeSet;
+
+use rmr_common::pool::{MemberId, MemberSet, MemberState, PoolSpec, View};
+use serde::Serialize;
+
+use super::format;
+use crate::admin::api::{
+    ClientState, ClientStatus, PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
+};
+
+/// One pool, as all nodes that answered see it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Picture {
+    /// The specification, from the node with the highest view.
+    pub spec: PoolSpec,
+    /// The highest view.
+    pub view: View,
+    /// Statuses of stores that are members in that view, by member.
+    pub reports: Vec<PoolStatus>,
+    /// Statuses of stores that are not: they were replaced or removed.
+    pub strays: Vec<PoolStatus>,
+    /// Two nodes have different views with the same number and epoch, which must never be.
+    pub contradiction: Option<String>,
+}
+
+/// Whether the data of a pool is safe.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Every copy is current.
+    Safe,
+    /// At least one copy is current and serves, and at least one is not.
+    Degraded,
+    /// No current copy can serve: requests wait.
+    Suspended,
+    /// Not enough members answered to tell.
+    Unknown,
+}
+
+impl Level {
+    /// Exit code of `rmrctl status`.
+    #[must_use]
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::Safe => 0,
+            Self::Degraded => 3,
+            Self::Suspended | Self::Unknown => 4,
+        }
+    }
+
+    /// The word that begins the headline.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Safe => "SAFE",
+            Self::Degraded => "DEGRADED",
+            Self::Suspended => "SUSPENDED",
+            Self::Unknown => "UNKNOWN",
+        }
+    }
+}
+
+/// The connection between the client and a member, as the member's node sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Leg {
+    /// A client is attached.
+    Up,
+    /// A client was attached, and its connection was lost.
+    Lost,
+    /// No client.
+    None,
+    /// The member's node did not answer or was not asked.
+    Unseen,
+}
+
+/// A line of the assessment: data, link and sync of one member, each on its own.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct MemberLine {
+    /// The member.
+    pub member: MemberId,
+    /// Name of its node; absent when it did not answer.
+    pub node: Option<String>,
+    /// Its data address.
+    pub address: String,
+    /// Data: its state in the highest view.
+    pub state: MemberState,
+    /// Since when, where a Clean member saw it change.
+    pub since_unix_ms: Option<UnixMs>,
+    /// Data: what it misses, by the maps of the Clean members.
+    pub missed_bytes: u64,
+    /// Whether that is exact, or an upper bound by whole chunks.
+    pub missed_exact: bool,
+    /// Link: the client's connection to it.
+    pub leg: Leg,
+    /// Whether its store works; absent when its node did not answer.
+    pub store_state: Option<StoreState>,
+    /// Sync: what brings it up to date.
+    pub resync: Option<ResyncStatus>,
+}
+
+/// What [`assess`] finds.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Assessment {
+    /// Whether the data is safe.
+    pub level: Level,
+    /// The same in one line of words, which begins with the level.
+    pub headline: String,
+    /// How many copies are Clean, seen and serving.
+    pub current: usize,
+    /// How many copies the view has.
+    pub copies: usize,
+    /// The members of the view.
+    pub members: Vec<MemberLine>,
+    /// The client that holds the pool.
+    pub client: Option<ClientStatus>,
+    /// What else an operator should know.
+    pub notes: Vec<String>,
+}
+
+/// Puts the statuses of several nodes together: one picture for each pool, ordered by name, then uuid.
+#[must_use]
+pub fn merge(mut statuses: Vec<PoolStatus>) -> Vec<Picture> {
+    let key = |s: &PoolStatus| (s.view.number, s.view.epoch);
+    // By pool, then the highest view first, then by member.
+    statuses
+        .sort_by(|a, b| (a.spec.id, key(b), a.member, a.store).cmp(&(b.spec.id, key(a), b.member, b.store)));
+    // A node that was asked under two addresses counts once.
+    let mut known = BTreeSet::new();
+    statuses.retain(|s| known.insert((s.spec.id, s.store)));
+    let mut pictures: Vec<_> = statuses.chunk_by(|a, b| a.spec.id == b.spec.id).map(picture).collect();
+    pictures.sort_by(|a, b| (&a.spec.name, a.spec.id).cmp(&(&b.spec.name, b.spec.id)));
+    pictures
+}
+
+/// A picture of one pool from its statuses, of which the first has the highest view.
+fn picture(statuses: &[PoolStatus]) -> Picture {
+    let highest = &statuses[0];
+    let is_member = |s: &&PoolStatus| highest.view.member(s.member).is_some_and(|m| m.store == s.store);
+    let mut reports: Vec<_> = statuses.iter().filter(is_member).cloned().collect();
+    reports.sort_by_key(|s| s.member);
+    let differs = |s: &&PoolStatus| {
+        (s.view.number, s.view.epoch) == (highest.view.number, highest.view.epoch) && s.view != highest.view
+    };
+    Picture {
+        spec: highest.spec.clone(),
+        view: highest.view.clone(),
+        strays: statuses.iter().filter(|s| !is_member(s)).cloned().collect(),
+        contradiction: statuses.iter().find(differs).map(|s| {
+            format!(
+                "{} and {} have different views with number {} and epoch {}",
+                highest.node, s.node, s.view.number, s.view.epoch
+            )
+        }),
+        reports,
+    }
+}
+
+/// Says whether the data of a pool is safe. `all_answered`: every node that was asked answered.
+///
+/// | highest view v\*                              | level     |
+/// |-----------------------------------------------|-----------|
+/// | two nodes disagree on it                      | Unknown   |
+/// | a member that is Clean in v\* was not seen    | Unknown: a newer view could be there (design.md §4) |
+/// | all Clean members seen, none of them serves   | Suspended |
+/// | all members Clean, serving, and have v\*      | Safe      |
+/// | otherwise                                     | Degraded  |
+#[must_use]
+pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment {
+    let clean = picture.view.clean();
+    let seen: MemberSet = picture.reports.iter().map(|r| r.member).collect();
+    let serving: MemberSet =
+        picture.reports.iter().filter(|r| r.store_state == StoreState::Serving).map(|r| r.member).collect();
+    let behind: MemberSet =
+        picture.reports.iter().filter(|r| r.view.number < picture.view.number).map(|r| r.member).collect();
+    let (unseen_clean, current) = (clean.without(seen), clean.intersection(serving));
+    let members: Vec<_> = picture.view.members.iter().map(|m| member_line(picture, m.id, m.state)).collect();
+    let copies = members.len();
+
+    let level = if picture.contradiction.is_some() || !unseen_clean.is_empty() {
+        Level::Unknown
+    } else if current.is_empty() {
+        Level::Suspended
+    } else if usize::try_from(current.len()) == Ok(copies) && clean.intersection(behind).is_empty() {
+        Level::Safe
+    } else {
+        Level::Degraded
+    };
+
+    let mut parts = vec![match (level, &picture.contradiction) {
+        (Level::Unknown, Some(text)) => text.clone(),
+        (Level::Unknown, None) => unknown_words(&members, unseen_clean, clean, all_answered),
+        (Level::Suspended, _) => "no current copy can serve".to_owned(),
+        (Level::Safe, _) if copies == 1 => "1 of 1 copies current (this pool has no second copy)".to_owned(),
+        (Level::Safe | Level::Degraded, _) => format!("{} of {copies} copies current", current.len()),
+    }];
+    parts.extend(members.iter().filter_map(|m| member_words(m, now)));
+    let late = clean.intersection(behind);
+    if level == Level::Degraded && !late.is_empty() {
+        parts.push(format!("view {} is not agreed yet: {} still below it", picture.view.number, names(late)));
+    }
+    let client = picture.reports.iter().filter_map(|r| r.client.clone()).max_by_key(|c| c.attached_unix_ms);
+    Assessment {
+        level,
+        headline: format!("{}: {}", level.word(), parts.join("; ")),
+        current: current.len() as usize,
+        copies,
+        notes: notes(picture, &members),
+        members,
+        client,
+    }
+}
+
+fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLine {
+    let own = picture.reports.iter().find(|r| r.member == id);
+    let chunk_size = picture.spec.chunk_size.bytes();
+    // Only Clean members have complete maps of what others miss; where they differ, the worst counts.
+    let clean = picture.view.clean();
+    let from_clean = picture.reports.iter().filter(|r| clean.contains(r.member) && r.member != id);
+    let seen = from_clean.filter_map(|r| r.peers.iter().find(|p| p.member == id));
+    let worst = seen.clone().max_by_key(|p| p.missed.bytes(chunk_size)).map(|p| p.missed);
+    MemberLine {
+        member: id,
+        node: own.map(|r| r.node.clone()),
+        address: picture
+            .spec
+            .member(id)
+            .map_or_else(|| "not in the specification".into(), |m| m.address.to_string()),
+        state,
+        since_unix_ms: seen.filter_map(|p| p.state_since_unix_ms).max(),
+        missed_bytes: worst.map_or(0, |m| m.bytes(chunk_size)),
+        missed_exact: worst.is_none_or(|m| m.blocks.is_some()),
+        leg: match own.map(|r| r.client.as_ref().map(|c| c.state)) {
+            None => Leg::Unseen,
+            Some(None) => Leg::None,
+            Some(Some(ClientState::Attached)) => Leg::Up,
+            Some(Some(ClientState::Crashed)) => Leg::Lost,
+        },
+        store_state: own.map(|r| r.store_state.clone()),
+        resync: own.and_then(|r| r.resync.clone()),
+    }
+}
+
+fn unknown_words(members: &[MemberLine], unseen: MemberSet, clean: MemberSet, all_answered: bool) -> String {
+    let seen = clean.len() - unseen.len();
+    let missing: Vec<_> = members
+        .iter()
+        .filter(|m| unseen.contains(m.member))
+        .map(|m| format!("member {} ({})", m.member, m.address))
+        .collect();
+    let why = if all_answered { "was not asked; give its admin address with --node" } else { "was not seen" };
+    let why =
+        if missing.len() > 1 { why.replace("was", "were").replace("its", "their") } else { why.to_owned() };
+    format!("only {seen} of {} current copies seen; {} {why}", clean.len(), missing.join(", "))
+}
+
+/// What is wrong with a member, or `None`.
+fn member_words(line: &MemberLine, now: UnixMs) -> Option<String> {
+    let name = format!("member {} ({})", line.member, line.node.as_ref().unwrap_or(&line.address));
+    let since =
+        line.since_unix_ms.map(|t| format!(" since {}", format::utc_with_age(t, now))).unwrap_or_default();
+    let about = if line.missed_exact { "" } else { "up to " };
+    let mut words = match line.state {
+        MemberState::Clean => Vec::new(),
+        MemberState::Out => {
+            vec![format!("{name} is Out{since}, missed {about}{}", format::bytes(line.missed_bytes))]
+        }
+        MemberState::Syncing => {
+            let progress = line
+                .resync
+                .as_ref()
+                .map_or_else(|| format!("{about}{} left", format::bytes(line.missed_bytes)), resync_words);
+            vec![format!("{name} is Syncing{since}, {progress}")]
+        }
+    };
+    if let Some(StoreState::Waiting { reason } | StoreState::Failed { reason }) = &line.store_state {
+        words.push(format!("the store of {name} does not serve: {reason}"));
+    }
+    (!words.is_empty()).then(|| words.join("; "))
+}
+
+/// The progress of a resync in words.
+#[must_use]
+pub fn resync_words(resync: &ResyncStatus) -> String {
+    let left = format::bytes(resync.blocks_left.saturating_mul(rmr_common::pool::BLOCK_SIZE));
+    let mut words = match resync.state {
+        ResyncState::Running => format!("{left} left"),
+        ResyncState::Waiting => format!("{left} left, waiting"),
+        ResyncState::Yielding => format!("{left} left, yielding to the guest"),
+        ResyncState::Backoff => format!("{left} left, will be tried again after an error"),
+    };
+    if resync.bytes_per_s > 0 {
+        words += &format!(", {}/s", format::bytes(resync.bytes_per_s));
+    }
+    if let Some(seconds) = resync.seconds_left {
+        words += &format!(", {} to go", format::duration(seconds));
+    }
+    if let Some(error) = &resync.last_error {
+        words += &format!(", last error: {error}");
+    }
+    words
+}
+
+fn names(members: MemberSet) -> String {
+    let list: Vec<_> = members.iter().map(|m| m.to_string()).collect();
+    format!("member{} {}", if list.len() == 1 { "" } else { "s" }, list.join(", "))
+}
+
+fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
+    let mut notes = Vec::new();
+    let with = |leg: Leg| members.iter().filter(|m| m.leg == leg).map(|m| m.member).collect::<MemberSet>();
+    let (up, lost) = (with(Leg::Up), with(Leg::Lost));
+    let active_without = picture.view.active().intersection(with(Leg::None).union(lost));
+    if !up.is_empty() && !active_without.is_empty() {
+        notes.push(format!("the client is attached to {} and not to {}", names(up), names(active_without)));
+    } else if up.is_empty() && !lost.is_empty() {
+        notes.push(
+            "the client was lost without a detach; the next attach makes the copies agree on its last writes"
+                .into(),
+        );
+    }
+    let mut holders: Vec<_> = picture
+        .reports
+        .iter()
+        .filter_map(|r| r.client.as_ref().filter(|c| c.state == ClientState::Attached))
+        .map(|c| c.id)
+        .collect();
+    holders.sort();
+    holders.dedup();
+    if holders.len() > 1 {
+        notes.push(format!(
+            "{} clients say that they are attached; only the one with the highest epoch can write",
+            holders.len()
+        ));
+    }
+    for stray in &picture.strays {
+        notes.push(format!(
+            "store {} ({} on {}) was member {} and is no longer in the view",
+            stray.store,
+            stray.path.display(),
+            stray.node,
+            stray.member
+        ));
+    }
+    notes
+}
+
+#[cfg(test)]
+mod tests {
+    use rmr_common::pool::{Epoch, StoreId};
+
+    use super::*;
+    use crate::admin::api::Missed;
+    use crate::admin::fake::{client, member, pool_status, set_state};
+
+    const NOW: UnixMs = UnixMs(1_000_000);
+
+    /// Statuses of a pool with these member states, as every member sees it.
+    fn statuses(states: &[MemberState]) -> Vec<PoolStatus> {
+        let count = u8::try_from(states.len()).unwrap();
+        let of = |id| {
+            let mut status = pool_status("vm-1", count, id);
+            for (i, &state) in (0u8..).zip(states) {
+                set_state(&mut status, i, state);
+            }
+            status
+        };
+        (0..count).map(of).collect()
+    }
+
+    fn one(statuses: Vec<PoolStatus>) -> Picture {
+        let mut pictures = merge(statuses);
+        assert_eq!(pictures.len(), 1);
+        pictures.remove(0)
+    }
+
+    fn headline(statuses: Vec<PoolStatus>) -> String {
+        assess(&one(statuses), true, NOW).headline
+    }
+
+    #[test]
+    fn the_level_follows_the_documented_table() {
+        use Level::{Degraded, Safe, Suspended, Unknown};
+        use MemberState::{Clean, Out, Syncing};
+        // States in the view; which members answered; which of those have a failed store; what follows.
+        type Row<'a> = (&'a [MemberState], &'a [u8], &'a [u8], Level);
+        let table: &[Row<'_>] = &[
+            (&[Clean], &[0], &[], Safe),
+            (&[Clean], &[0], &[0], Suspended),
+            (&[Clean, Clean], &[0, 1], &[], Safe),
+            (&[Clean, Clean], &[0], &[], Unknown),
+            (&[Clean, Clean], &[1], &[], Unknown),
+            (&[Clean, Clean], &[1], &[1], Unknown),
+            (&[Clean, Clean], &[0, 1], &[1], Degraded),
+            (&[Clean, Clean], &[0, 1], &[0, 1], Suspended),
+            (&[Clean, Out], &[0, 1], &[], Degraded),
+            (&[Clean, Out], &[0], &[], Degraded),
+            (&[Clean, Out], &[1], &[], Unknown),
+            (&[Clean, Out], &[0, 1], &[0], Suspended),
+            (&[Clean, Out], &[0], &[0], Suspended),
+            (&[Clean, Syncing], &[0, 1], &[], Degraded),
+            (&[Clean, Syncing], &[0], &[], Degraded),
+            (&[Clean, Syncing], &[1], &[], Unknown),
+            (&[Clean, Clean, Clean], &[0, 1, 2], &[], Safe),
+            (&[Clean, Clean, Clean], &[0, 2], &[], Unknown),
+            (&[Clean, Clean, Out], &[0, 1], &[], Degraded),
+            (&[Clean, Clean, Out], &[0, 2], &[], Unknown),
+            (&[Clean, Out, Syncing], &[0], &[], Degraded),
+            (&[Clean, Out, Syncing], &[1, 2], &[], Unknown),
+        ];
+        for (states, answered, failed, level) in table {
+            let mut found = statuses(states);
+            for &i in *failed {
+                found[usize::from(i)].store_state = StoreState::Failed { reason: "broken".into() };
+            }
+            found.retain(|s| answered.contains(&s.member.as_u8()));
+            let assessment = assess(&one(found), true, NOW);
+            assert_eq!(
+                assessment.level, *level,
+                "{states:?} {answered:?} {failed:?}: {}",
+                assessment.headline
+            );
+            assert!(assessment.headline.starts_with(&format!("{}: ", level.word())));
+        }
+    }
+
+    #[test]
+    fn headlines_are_in_words() {
+        use MemberState::{Clean, Out, Syncing};
+        assert_eq!(headline(statuses(&[Clean, Clean])), "SAFE: 2 of 2 copies current");
+        assert_eq!(
+            headline(statuses(&[Clean])),
+            "SAFE: 1 of 1 copies current (this pool has no second copy)"
+        );
+
+        let mut lost = statuses(&[Clean, Out]);
+        lost[0].peers[0].missed = Missed { chunks: 20, blocks: Some(3200) };
+        lost[0].peers[0].state_since_unix_ms = Some(UnixMs(700_000));
+        assert_eq!(
+            headline(lost.clone()),
+            "DEGRADED: 1 of 2 copies current; member 1 (n1) is Out since 1970-01-01T00:11:40Z (5 min ago), \
+             missed 12.5 MiB"
+        );
+        lost.truncate(1);
+        lost[0].peers[0].missed.blocks = None;
+        assert_eq!(
+            headline(lost),
+            "DEGRADED: 1 of 2 copies current; member 1 (tcp://n1:7700) is Out since 1970-01-01T00:11:40Z \
+             (5 min ago), missed up to 20 MiB"
+        );
+
+        let mut syncing = statuses(&[Clean, Syncing]);
+        let mut resync = ResyncStatus {
+            state: ResyncState::Running,
+            reason: "was Out".into(),
+            since_unix_ms: UnixMs(0),
+            source: Some(member(0)),
+            blocks_left: 256,
+            bytes_per_s: 512 << 10,
+            seconds_left: Some(2),
+            last_error: None,
+        };
+        syncing[1].resync = Some(resync.clone());
+        let start = "DEGRADED: 1 of 2 copies current; member 1 (n1) is Syncing, 1 MiB left, ";
+        assert_eq!(headline(syncing.clone()), format!("{start}512 KiB/s, 2 s to go"));
+        resync.state = ResyncState::Backoff;
+        (resync.bytes_per_s, resync.seconds_left, resync.last_error) = (0, None, Some("timed out".into()));
+        syncing[1].resync = Some(resync);
+        assert_eq!(
+            headline(syncing),
+            format!("{start}will be tried again after an error, last error: timed out")
+        );
+
+        let mut broken = statuses(&[Clean, Out]);
+        broken[0].store_state = StoreState::Waiting { reason: "member 1 must come first".into() };
+        assert!(headline(broken).starts_with(
+            "SUSPENDED: no current copy can serve; the store of member 0 (n0) does not serve: \
+                 member 1 must come first; member 1 (n1) is Out"
+        ));
+    }
+
+    #[test]
+    fn what_was_not_seen_is_named_and_why() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found.remove(0);
+        let picture = one(found);
+        assert_eq!(
+            assess(&picture, true, NOW).headline,
+            "UNKNOWN: only 1 of 2 current copies seen; member 0 (tcp://n0:7700) was not asked; give its admin \
+             address with --node"
+        );
+        assert_eq!(
+            assess(&picture, false, NOW).headline,
+            "UNKNOWN: only 1 of 2 current copies seen; member 0 (tcp://n0:7700) was not seen"
+        );
+    }
+
+    #[test]
+    fn the_highest_view_wins_over_what_a_returned_member_believes() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        set_state(&mut found[0], 1, MemberState::Out);
+        let picture = one(found.into_iter().rev().collect());
+        assert_eq!(picture.view.state(member(1)), Some(MemberState::Out));
+        let assessment = assess(&picture, true, NOW);
+        assert_eq!((assessment.level, assessment.current), (Level::Degraded, 1));
+        assert!(assessment.headline.starts_with("DEGRADED: 1 of 2"), "{}", assessment.headline);
+    }
+
+    #[test]
+    fn a_view_that_a_clean_member_has_not_yet_is_not_safe() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Syncing]);
+        set_state(&mut found[1], 1, MemberState::Clean);
+        let number = found[1].view.number;
+        assert_eq!(
+            headline(found),
+            format!(
+                "DEGRADED: 2 of 2 copies current; view {number} is not agreed yet: member 0 still below it"
+            )
+        );
+    }
+
+    #[test]
+    fn two_views_with_one_number_are_a_contradiction() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        set_state(&mut found[0], 1, MemberState::Out);
+        set_state(&mut found[1], 0, MemberState::Out);
+        let number = found[0].view.number;
+        assert!(headline(found.clone()).starts_with(&format!(
+            "UNKNOWN: n0 and n1 have different views with number {number} and epoch 0"
+        )));
+        // A later epoch decides: the other one is merely old.
+        found[1].view.epoch = Epoch(1);
+        let picture = one(found);
+        assert_eq!((picture.contradiction, picture.view.epoch), (None, Epoch(1)));
+    }
+
+    #[test]
+    fn a_replaced_store_is_no_copy() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found[1].store = StoreId::from_bytes([9; 16]);
+        let assessment = assess(&one(found), true, NOW);
+        assert_eq!(assessment.level, Level::Unknown);
+        assert!(assessment.notes[0].contains("is no longer in the view"), "{:?}", assessment.notes);
+    }
+
+    #[test]
+    fn a_node_asked_twice_counts_once() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found.push(found[0].clone());
+        assert_eq!(one(found).reports.len(), 2);
+    }
+
+    #[test]
+    fn links_are_told_apart_from_data() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found[0].client = Some(client(5));
+        let a = assess(&one(found.clone()), true, NOW);
+        assert_eq!((a.level, a.members[0].leg, a.members[1].leg), (Level::Safe, Leg::Up, Leg::None));
+        assert_eq!(a.notes, ["the client is attached to member 0 and not to member 1"]);
+
+        found[0].client.as_mut().unwrap().state = ClientState::Crashed;
+        let a = assess(&one(found.clone()), true, NOW);
+        assert_eq!((a.level, a.members[0].leg), (Level::Safe, Leg::Lost));
+        assert!(a.notes[0].starts_with("the client was lost without a detach"), "{:?}", a.notes);
+
+        found[0].client = Some(client(5));
+        found[1].client = Some(ClientStatus { id: rmr_common::pool::ClientId::random(), ..client(6) });
+        let a = assess(&one(found), true, NOW);
+        assert!(a.notes[0].starts_with("2 clients say"), "{:?}", a.notes);
+        assert_eq!(a.client.unwrap().attached_unix_ms, UnixMs(6));
+    }
+}

@@ -1,0 +1,189 @@
+//! How `rmrctl` prints for people: sizes in IEC units, times as UTC with their age, aligned tables.
+
+use std::fmt::Write;
+
+use crate::admin::api::UnixMs;
+
+/// Bytes with one decimal in the largest unit that gives at least 1: `512 B`, `12.5 MiB`, `10 GiB`.
+#[must_use]
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    // Tenths of the unit, in integers: exact for every u64.
+    let mut power = 0;
+    while power + 1 < UNITS.len() && count >> (10 * (power + 2)) > 0 {
+        power += 1;
+    }
+    let unit = 1u128 << (10 * (power + 1));
+    let tenths = (u128::from(count) * 10 + unit / 2) / unit;
+    if tenths.is_multiple_of(10) {
+        format!("{} {}", tenths / 10, UNITS[power])
+    } else {
+        format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[power])
+    }
+}
+
+/// A moment as `2026-11-20T12:03:04Z`.
+#[must_use]
+pub fn utc(moment: UnixMs) -> String {
+    let seconds = moment.0 / 1000;
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil(days);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+}
+
+/// A moment with its age: `2026-11-20T12:03:04Z (5 min ago)`.
+#[must_use]
+pub fn utc_with_age(moment: UnixMs, now: UnixMs) -> String {
+    // A moment ahead of our clock is another machine's clock; it is printed as it is, without a guess at its age.
+    match now.0.checked_sub(moment.0) {
+        Some(age_ms) => format!("{} ({} ago)", utc(moment), duration(age_ms / 1000)),
+        None => utc(moment),
+    }
+}
+
+/// Seconds in the two largest units: `42 s`, `5 min 2 s`, `3 h 10 min`, `2 d 4 h`.
+#[must_use]
+pub fn duration(seconds: u64) -> String {
+    let two = |large: u64, large_unit: &str, small: u64, small_unit: &str| match small {
+        0 => format!("{large} {large_unit}"),
+        _ => format!("{large} {large_unit} {small} {small_unit}"),
+    };
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3_600 => two(seconds / 60, "min", seconds % 60, "s"),
+        3_600..86_400 => two(seconds / 3_600, "h", seconds / 60 % 60, "min"),
+        _ => two(seconds / 86_400, "d", seconds / 3_600 % 24, "h"),
+    }
+}
+
+/// A text of unknown origin without anything that a terminal would obey or that would look like another line.
+#[must_use]
+pub fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+/// Several lines of which parts are of unknown origin: as [`plain`], but line breaks stay.
+#[must_use]
+pub fn plain_lines(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+/// Year, month and day of a day counted from 1970-01-01, by the proleptic Gregorian calendar.
+fn civil(days: u64) -> (u64, u64, u64) {
+    // Years that begin in March have the leap day at their end; 719468 days lie between 0000-03-01 and 1970-01-01.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
+}
+
+/// A table with aligned columns.
+#[derive(Clone, Debug)]
+pub struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with this heading.
+    #[must_use]
+    pub fn new(heading: &[&str]) -> Self {
+        Self { rows: vec![heading.iter().map(|&h| h.to_owned()).collect()] }
+    }
+
+    /// Adds a row.
+    pub fn row(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
+    /// The lines, each indented by `indent` spaces, without blanks at their ends.
+    #[must_use]
+    pub fn print(&self, indent: usize) -> String {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
+        let width = |column: usize| {
+            self.rows
+                .iter()
+                .filter_map(|r| r.get(column))
+                .map(|c| c.chars().count())
+                .max()
+                .unwrap_or_default()
+        };
+        let widths: Vec<_> = (0..columns).map(width).collect();
+        let mut text = String::new();
+        for row in &self.rows {
+            let mut line = " ".repeat(indent);
+            for (cell, width) in row.iter().zip(&widths) {
+                // Writing to a string cannot fail.
+                let _ = write!(line, "{cell:width$}  ");
+            }
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_print_in_iec_units() {
+        for (count, printed) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (13_107_200, "12.5 MiB"),
+            (10 << 30, "10 GiB"),
+            ((1 << 40) - 1, "1024 GiB"),
+            (1 << 40, "1 TiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(bytes(count), printed, "{count}");
+        }
+    }
+
+    #[test]
+    fn moments_print_as_utc() {
+        for (seconds, printed) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_251_200, "2024-03-01T00:00:00Z"),
+            (1_795_215_784, "2026-11-20T23:03:04Z"),
+            (4_102_444_799, "2099-12-31T23:59:59Z"),
+        ] {
+            assert_eq!(utc(UnixMs(seconds * 1000)), printed, "{seconds}");
+        }
+    }
+
+    #[test]
+    fn ages_are_in_words_and_never_negative() {
+        assert_eq!(utc_with_age(UnixMs(0), UnixMs(302_000)), "1970-01-01T00:00:00Z (5 min 2 s ago)");
+        assert_eq!(utc_with_age(UnixMs(5_000), UnixMs(1_000)), "1970-01-01T00:00:05Z");
+        assert_eq!(duration(59), "59 s");
+        assert_eq!(duration(3_600), "1 h");
+        assert_eq!(duration(90_000), "1 d 1 h");
+    }
+
+    #[test]
+    fn foreign_text_cannot_command_the_terminal() {
+        assert_eq!(plain("a\x1b[2Jb\nc\u{9b}"), "a\u{fffd}[2Jb\u{fffd}c\u{fffd}");
+        assert_eq!(plain_lines("a\x1b\nb µ"), "a\u{fffd}\nb µ");
+    }
+
+    #[test]
+    fn tables_are_aligned_without_trailing_blanks() {
+        let mut table = Table::new(&["NAME", "SIZE"]);
+        table.row(vec!["a".into(), "1".into()]);
+        table.row(vec!["longer".into(), String::new()]);
+        assert_eq!(table.print(1), " NAME    SIZE\n a       1\n longer\n");
+    }
+}

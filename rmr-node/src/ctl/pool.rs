@@ -1,0 +1,453 @@
+//! `rmrctl pool`: creating on all nodes or none, listing, showing and deleting.
+
+use rmr_common::pool::{
+    Address, ChunkSize, MAX_MEMBERS, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, TransportKind, View,
+};
+use serde_json::json;
+
+use super::http::{CallError, NodeAddress};
+use super::status::{client_words, members_table};
+use super::{
+    Context, CreateArgs, CtlError, DeleteArgs, EXIT_FAILED, MemberArg, Outcome, Survey, assess, format,
+    once_each,
+};
+use crate::admin::api::{
+    ClientState, CreateStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, StoreDeleted, UnixMs,
+};
+
+pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outcome, CtlError> {
+    check_members(&args.members)?;
+    let (spec, infos) = plan(context, args).await?;
+    let mut warnings = check_names(context, args, &spec).await?;
+    warnings.extend(loopback_warning(&spec, &infos));
+    let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
+
+    let mut created: Vec<(NodeAddress, StoreCreated)> = Vec::new();
+    for (arg, member) in args.members.iter().zip(&spec.members) {
+        let request = CreateStore {
+            spec: spec.clone(),
+            member: member.id,
+            view: view.clone(),
+            path: arg.path.clone(),
+            overwrite: args.overwrite,
+        };
+        match context.client.post::<StoreCreated>(&arg.node, "/v1/stores", &request).await {
+            Ok(store) => created.push((arg.node.clone(), store)),
+            Err(error) => {
+                let mut undo: Vec<_> = created.iter().map(|(n, s)| (n.clone(), s.store)).collect();
+                if may_exist(&error) {
+                    undo.push((arg.node.clone(), member.store));
+                }
+                return Err(roll_back(context, &spec, &error, undo).await);
+            }
+        }
+    }
+    Ok(created_outcome(&spec, &view, &created, &infos, warnings))
+}
+
+fn check_members(members: &[MemberArg]) -> Result<(), CtlError> {
+    if members.len() > MAX_MEMBERS {
+        return Err(CtlError::failed(format!("{} members: expected 1 to {MAX_MEMBERS}", members.len())));
+    }
+    for (i, member) in members.iter().enumerate() {
+        if members[..i].iter().any(|m| m.node == member.node) {
+            let message = format!("node {} is given twice: each member needs a node of its own", member.node);
+            return Err(CtlError::failed(message));
+        }
+    }
+    Ok(())
+}
+
+/// Asks each member's node for its address and makes the specification.
+async fn plan(context: &Context, args: &CreateArgs) -> Result<(PoolSpec, Vec<NodeInfo>), CtlError> {
+    let nodes = args.members.iter().map(|m| m.node.clone()).collect();
+    let answers: Vec<(_, Result<NodeInfo, _>)> = context.get_all(nodes, "/v1/node").await;
+    let mut infos = Vec::new();
+    let mut members: Vec<MemberSpec> = Vec::new();
+    for (id, (node, answer)) in MemberId::all().zip(answers) {
+        let info = answer.map_err(|e| CtlError::failed(format!("nothing was created: {e}")))?;
+        let address = data_address(&node, &info, args.transport.into())?;
+        if let Some(i) = members.iter().position(|m| m.address == address) {
+            let message = format!(
+                "nodes {} and {node} both advertise {address}: they are one node, or one of them has a wrong \
+                 'advertise' in its configuration",
+                args.members[i].node
+            );
+            return Err(CtlError::failed(message));
+        }
+        members.push(MemberSpec { id, store: StoreId::random(), address });
+        infos.push(info);
+    }
+    let spec = PoolSpec {
+        id: PoolId::random(),
+        name: args.name.clone(),
+        size: args.size.0,
+        chunk_size: ChunkSize::from_bytes(args.chunk_size.0).map_err(|e| CtlError::failed(e.to_string()))?,
+        logical_block_size: args.block_size,
+        members,
+    };
+    spec.validate().map_err(|e| CtlError::failed(e.to_string()))?;
+    Ok((spec, infos))
+}
+
+fn data_address(node: &NodeAddress, info: &NodeInfo, kind: TransportKind) -> Result<Address, CtlError> {
+    info.data_addresses.iter().find(|a| a.transport() == kind).cloned().ok_or_else(|| {
+        let has: Vec<_> = info.data_addresses.iter().map(ToString::to_string).collect();
+        let word = match kind {
+            TransportKind::Tcp => "tcp",
+            TransportKind::Rdma => "rdma",
+        };
+        CtlError::failed(format!("node {node} advertises no {word} address, only: {}", has.join(", ")))
+    })
+}
+
+/// Refuses a name that a node has already. Gives a warning for each node that was named beside the members' nodes and
+/// could not be asked.
+async fn check_names(context: &Context, args: &CreateArgs, spec: &PoolSpec) -> Result<Vec<String>, CtlError> {
+    let member_nodes: Vec<_> = args.members.iter().map(|m| m.node.clone()).collect();
+    let all = once_each(&[member_nodes.clone(), context.given.clone()].concat());
+    let survey = Context { client: context.client, given: all }.survey().await;
+    for (node, answer) in &survey.answers {
+        if let (Err(e), true) = (answer, member_nodes.contains(node)) {
+            return Err(CtlError::failed(format!("nothing was created: {e}")));
+        }
+    }
+    let clash = survey.pictures().into_iter().find(|p| p.spec.name == spec.name);
+    let Some(clash) = clash else {
+        let unasked = |e| format!("whether it has a pool '{}' is not known: {e}", spec.name);
+        return Ok(survey.errors().into_iter().map(unasked).collect());
+    };
+    let holders: Vec<_> = clash.reports.iter().chain(&clash.strays).map(|s| s.node.as_str()).collect();
+    let same = clash.spec.size == spec.size
+        && clash.spec.chunk_size == spec.chunk_size
+        && clash.spec.logical_block_size == spec.logical_block_size
+        && clash.spec.members.iter().map(|m| &m.address).eq(spec.members.iter().map(|m| &m.address));
+    let hint = if same {
+        "it has this very size and these members; if you ran this command before, there is nothing left to do"
+    } else {
+        "choose another name, or delete that pool first"
+    };
+    Err(CtlError::failed(format!(
+        "nothing was created: a pool '{}' exists already ({}, {}, on {}): {hint}",
+        spec.name,
+        clash.spec.id,
+        format::bytes(clash.spec.size),
+        holders.join(", ")
+    )))
+}
+
+fn loopback_warning(spec: &PoolSpec, infos: &[NodeInfo]) -> Option<String> {
+    let loopback = |a: &Address| {
+        a.host() == "localhost" || a.host().parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    };
+    let (local, other): (Vec<_>, Vec<_>) =
+        spec.members.iter().zip(infos).partition(|(m, _)| loopback(&m.address));
+    let (member, info) = local.first()?;
+    (!other.is_empty()).then(|| {
+        format!(
+            "node {} advertises {}, which only its own machine can reach; set 'advertise' in its configuration",
+            info.name, member.address
+        )
+    })
+}
+
+/// Whether a store may have been made although its creation failed.
+fn may_exist(error: &CallError) -> bool {
+    match error.refusal() {
+        Some(refusal) => refusal.code == ErrorCode::Timeout,
+        None => !error.never_arrived(),
+    }
+}
+
+/// Removes what this call made, and says what became of it.
+async fn roll_back(
+    context: &Context,
+    spec: &PoolSpec,
+    error: &CallError,
+    undo: Vec<(NodeAddress, StoreId)>,
+) -> CtlError {
+    let mut message = format!("pool '{}' was not created: {error}", spec.name);
+    let mut removed = Vec::new();
+    let mut left = Vec::new();
+    for (node, store) in undo.iter().rev() {
+        match context.client.delete::<StoreDeleted>(node, &format!("/v1/stores/{store}")).await {
+            Ok(_) => removed.push(format!("store {store} on {node}")),
+            Err(e) if e.refusal().is_some_and(|r| r.code == ErrorCode::NotFound) => {
+                removed.push(format!("store {store} on {node} (it was not there)"));
+            }
+            Err(e) => left.push((node, store, e)),
+        }
+    }
+    if undo.is_empty() {
+        message += "\nnothing had been made yet";
+    }
+    if !removed.is_empty() {
+        message += &format!("\nremoved again: {}", removed.join(", "));
+    }
+    for (node, store, e) in left {
+        message += &format!(
+            "\nNOT removed: store {store} on {node}: {e}\n  remove it with: rmrctl --node {node} pool delete {} \
+             --force --yes-destroy-all-data",
+            spec.id
+        );
+    }
+    CtlError::failed(message)
+}
+
+fn created_outcome(
+    spec: &PoolSpec,
+    view: &View,
+    created: &[(NodeAddress, StoreCreated)],
+    infos: &[NodeInfo],
+    warnings: Vec<String>,
+) -> Outcome {
+    let mut table = format::Table::new(&["MEMBER", "NODE", "ADDRESS", "STORE", "PATH"]);
+    let mut members = Vec::new();
+    for (((node, store), member), info) in created.iter().zip(&spec.members).zip(infos) {
+        table.row(vec![
+            member.id.to_string(),
+            info.name.clone(),
+            member.address.to_string(),
+            store.store.to_string(),
+            store.path.display().to_string(),
+        ]);
+        members.push(json!({
+            "member": member.id,
+            "node": info.name,
+            "admin_address": node,
+            "address": member.address,
+            "store": store.store,
+            "path": store.path,
+        }));
+    }
+    let text = format!(
+        "pool {} created: {}, {} {}, uuid {}\n{}",
+        spec.name,
+        format::bytes(spec.size),
+        created.len(),
+        if created.len() == 1 { "copy (there is no second one)" } else { "copies" },
+        spec.id,
+        table.print(2)
+    );
+    let json = json!({"pool": spec.id, "spec": spec, "view": view, "members": members});
+    Outcome { text, json, warnings, exit: 0 }
+}
+
+pub(super) async fn list(context: &Context) -> Result<Outcome, CtlError> {
+    let survey = context.survey().await;
+    if !survey.any_answered() {
+        return Err(CtlError::failed(format!("no node answered: {}", survey.errors().join("; "))));
+    }
+    let now = UnixMs::now();
+    let mut table = format::Table::new(&["NAME", "UUID", "SIZE", "COPIES", "SEEN", "CLIENT", "STATE"]);
+    let mut pools = Vec::new();
+    for picture in survey.pictures() {
+        let a = assess::assess(&picture, survey.all_answered(), now);
+        table.row(vec![
+            picture.spec.name.clone(),
+            picture.spec.id.to_string(),
+            format::bytes(picture.spec.size),
+            a.copies.to_string(),
+            picture.reports.len().to_string(),
+            a.client.as_ref().map_or_else(|| "-".into(), |c| format::plain(&c.text)),
+            a.level.word().to_owned(),
+        ]);
+        pools.push(json!({
+            "pool": picture.spec.id,
+            "name": picture.spec.name,
+            "size_bytes": picture.spec.size,
+            "copies": a.copies,
+            "seen": picture.reports.len(),
+            "level": a.level,
+        }));
+    }
+    // A list that may lack something must not look like success to a script.
+    let exit = if survey.all_answered() { 0 } else { EXIT_FAILED };
+    let json = json!({"pools": pools, "nodes": survey.json()});
+    Ok(Outcome { text: table.print(0), json, warnings: survey.errors(), exit })
+}
+
+pub(super) async fn show(context: &Context, key: &PoolKey) -> Result<Outcome, CtlError> {
+    let survey = context.survey().await;
+    let picture = survey.picture(key)?;
+    let now = UnixMs::now();
+    let a = assess::assess(&picture, survey.all_answered(), now);
+    let spec = &picture.spec;
+    let mut text = format!("pool {}\n", spec.name);
+    for (label, value) in [
+        ("state", a.headline.clone()),
+        ("uuid", spec.id.to_string()),
+        ("size", format!("{} ({} bytes)", format::bytes(spec.size), spec.size)),
+        ("chunk size", format::bytes(spec.chunk_size.bytes())),
+        ("block size", format!("{} bytes, logical", spec.logical_block_size)),
+        ("view", format!("{} of epoch {}", picture.view.number, picture.view.epoch)),
+        ("client", client_words(a.client.as_ref(), now)),
+    ] {
+        text += &format!("  {label:12}{value}\n");
+    }
+    text += "\n";
+    text += &members_table(&a.members);
+    text += "\n";
+    text += &stores_table(&survey, &picture);
+    for note in &a.notes {
+        text += &format!("  note: {note}\n");
+    }
+    let stores: Vec<_> = picture.reports.iter().chain(&picture.strays).collect();
+    let json = json!({
+        "pool": spec.id,
+        "spec": spec,
+        "view": picture.view,
+        "assessment": a,
+        "stores": stores,
+        "nodes": survey.json(),
+    });
+    Ok(Outcome { text, json, warnings: survey.errors(), exit: 0 })
+}
+
+/// The stores with their I/O.
+fn stores_table(survey: &Survey, picture: &assess::Picture) -> String {
+    let mut table = format::Table::new(&[
+        "MEMBER",
+        "ADMIN",
+        "STORE",
+        "PATH",
+        "READS",
+        "READ",
+        "WRITES",
+        "WRITTEN",
+        "ZEROES",
+        "FLUSHES",
+        "ERRORS",
+        "IN FLIGHT",
+        "P99 R/W",
+    ]);
+    for status in picture.reports.iter().chain(&picture.strays) {
+        let io = &status.io;
+        table.row(vec![
+            status.member.to_string(),
+            survey.holder(status.store).map_or_else(|| "?".into(), ToString::to_string),
+            status.store.to_string(),
+            status.path.display().to_string(),
+            io.reads.to_string(),
+            format::bytes(io.read_bytes),
+            io.writes.to_string(),
+            format::bytes(io.written_bytes),
+            io.zeroes.to_string(),
+            io.flushes.to_string(),
+            io.errors.to_string(),
+            io.in_flight.to_string(),
+            status.latency.map_or_else(|| "-".into(), |l| format!("{}/{} µs", l.read_p99_us, l.write_p99_us)),
+        ]);
+    }
+    table.print(2)
+}
+
+pub(super) async fn delete(context: &Context, args: &DeleteArgs) -> Result<Outcome, CtlError> {
+    let survey = context.survey().await;
+    let picture = survey.picture(&args.pool)?;
+    let stores: Vec<&PoolStatus> = picture.reports.iter().chain(&picture.strays).collect();
+    check_delete(args, &picture, &stores, &survey)?;
+
+    let name = &picture.spec.name;
+    let (mut deleted, mut failed) = (Vec::new(), Vec::new());
+    for status in &stores {
+        let Some(node) = survey.holder(status.store) else { continue };
+        let force = if args.force { "?force=true" } else { "" };
+        match context
+            .client
+            .delete::<StoreDeleted>(node, &format!("/v1/stores/{}{force}", status.store))
+            .await
+        {
+            Ok(_) => deleted.push((status, node)),
+            // Somebody else was faster; what was asked for is so.
+            Err(e) if e.refusal().is_some_and(|r| r.code == ErrorCode::NotFound) => {
+                deleted.push((status, node))
+            }
+            Err(e) => failed.push((status, e)),
+        }
+    }
+    if !failed.is_empty() {
+        let lines: Vec<_> =
+            failed.iter().map(|(s, e)| format!("member {} is still there: {e}", s.member)).collect();
+        let message = format!(
+            "pool '{name}' is deleted only in part ({} of {} stores): {}\nrun the command again to delete the rest",
+            deleted.len(),
+            stores.len(),
+            lines.join("; ")
+        );
+        return Err(CtlError::failed(message));
+    }
+    let mut table = format::Table::new(&["MEMBER", "NODE", "STORE", "PATH"]);
+    let mut json_stores = Vec::new();
+    for (status, node) in &deleted {
+        table.row(vec![
+            status.member.to_string(),
+            status.node.clone(),
+            status.store.to_string(),
+            status.path.display().to_string(),
+        ]);
+        json_stores.push(json!({
+            "member": status.member, "node": status.node, "admin_address": node,
+            "store": status.store, "path": status.path,
+        }));
+    }
+    Ok(Outcome {
+        text: format!("pool {name} ({}) deleted\n{}", picture.spec.id, table.print(2)),
+        json: json!({"pool": picture.spec.id, "name": name, "deleted": json_stores}),
+        warnings: unreached(&picture).into_iter().map(|m| format!("left behind: {m}")).collect(),
+        exit: 0,
+    })
+}
+
+/// What stands against a deletion, in words that say how to go on.
+fn check_delete(
+    args: &DeleteArgs,
+    picture: &assess::Picture,
+    stores: &[&PoolStatus],
+    survey: &Survey,
+) -> Result<(), CtlError> {
+    let name = &picture.spec.name;
+    if !args.yes_destroy_all_data {
+        let what: Vec<_> = stores.iter().map(|s| format!("{} on {}", s.path.display(), s.node)).collect();
+        return Err(CtlError::failed(format!(
+            "nothing was deleted: this would destroy all {} of pool '{name}' ({}) for ever: {}; if you mean it, add \
+             --yes-destroy-all-data",
+            format::bytes(picture.spec.size),
+            picture.spec.id,
+            what.join(", ")
+        )));
+    }
+    if args.force {
+        return Ok(());
+    }
+    let attached = |s: &&PoolStatus| s.client.as_ref().is_some_and(|c| c.state == ClientState::Attached);
+    if let Some(client) = stores.iter().copied().find(attached).and_then(|s| s.client.as_ref()) {
+        return Err(CtlError::failed(format!(
+            "nothing was deleted: {} ({}) is attached to pool '{name}'; stop it first, or add --force",
+            format::plain(&client.text),
+            format::plain(&client.address)
+        )));
+    }
+    let missing = unreached(picture);
+    if !missing.is_empty() {
+        let mut message = format!(
+            "nothing was deleted: {} would be left behind; name its node with --node, or add --force",
+            missing.join(", ")
+        );
+        for error in survey.errors() {
+            message += &format!("\n{error}");
+        }
+        return Err(CtlError::failed(message));
+    }
+    Ok(())
+}
+
+/// The members of the view whose store was not seen on any node.
+fn unreached(picture: &assess::Picture) -> Vec<String> {
+    let seen = |id| picture.reports.iter().any(|r| r.member == id);
+    let name = |id| {
+        let address = picture.spec.member(id).map(|m| m.address.to_string()).unwrap_or_default();
+        format!("the store of member {id} ({address})")
+    };
+    picture.view.members.iter().filter(|m| !seen(m.id)).map(|m| name(m.id)).collect()
+}

@@ -1,0 +1,124 @@
+//! `rmrctl status`: a headline in words for each pool, then data, link and sync of each member, apart.
+
+use serde_json::json;
+
+use super::assess::{self, Assessment, Leg, Level, MemberLine, Picture};
+use super::{Context, CtlError, Outcome, Survey, format};
+use crate::admin::api::{ClientState, ClientStatus, PoolKey, StoreState, UnixMs};
+use rmr_common::pool::MemberState;
+
+pub(super) async fn status(context: &Context, key: Option<&PoolKey>) -> Result<Outcome, CtlError> {
+    let survey = context.survey().await;
+    let now = UnixMs::now();
+    if !survey.any_answered() {
+        return Ok(nobody(&survey));
+    }
+    let pictures = match key {
+        Some(key) => vec![survey.picture(key)?],
+        None => survey.pictures(),
+    };
+    let pools: Vec<_> = pictures.iter().map(|p| (p, assess::assess(p, survey.all_answered(), now))).collect();
+    let texts: Vec<_> = pools.iter().map(|(p, a)| pool_text(p, a, now)).collect();
+    let json = pools
+        .iter()
+        .map(|(p, a)| {
+            json!({
+                "pool": p.spec.id,
+                "name": p.spec.name,
+                "size_bytes": p.spec.size,
+                "view": p.view.number,
+                "epoch": p.view.epoch,
+                "assessment": a,
+            })
+        })
+        .collect::<Vec<_>>();
+    // A node that did not answer may hold pools that no other node knows of; with a name given, the pool's own
+    // assessment says what was not seen.
+    let hidden = key.is_none() && !survey.all_answered();
+    let floor = if hidden { Level::Unknown.exit_code() } else { 0 };
+    let exit = pools.iter().map(|(_, a)| a.level.exit_code()).fold(floor, u8::max);
+    let text = if texts.is_empty() { "no pools\n".to_owned() } else { texts.join("\n") };
+    Ok(Outcome {
+        text,
+        json: json!({"pools": json, "nodes": survey.json()}),
+        warnings: survey.errors(),
+        exit,
+    })
+}
+
+fn nobody(survey: &Survey) -> Outcome {
+    Outcome {
+        text: "UNKNOWN: no node answered\n".into(),
+        json: json!({"pools": [], "nodes": survey.json()}),
+        warnings: survey.errors(),
+        exit: Level::Unknown.exit_code(),
+    }
+}
+
+fn pool_text(picture: &Picture, assessment: &Assessment, now: UnixMs) -> String {
+    let mut text = format!(
+        "pool {}  {}  {}, view {}, epoch {}\n  {}\n",
+        picture.spec.name,
+        picture.spec.id,
+        format::bytes(picture.spec.size),
+        picture.view.number,
+        picture.view.epoch,
+        assessment.headline
+    );
+    text += &format!("  client: {}\n", client_words(assessment.client.as_ref(), now));
+    text += &members_table(&assessment.members);
+    for note in &assessment.notes {
+        text += &format!("  note: {note}\n");
+    }
+    text
+}
+
+/// The holder of a pool in words.
+pub(super) fn client_words(client: Option<&ClientStatus>, now: UnixMs) -> String {
+    client.map_or_else(
+        || "none attached".to_owned(),
+        |c| {
+            let state = match c.state {
+                ClientState::Attached => "attached",
+                ClientState::Crashed => "lost without a detach, was attached",
+            };
+            let since = format::utc_with_age(c.attached_unix_ms, now);
+            let (text, address) = (format::plain(&c.text), format::plain(&c.address));
+            format!("{text} ({}, from {address}) {state} since {since}", c.id)
+        },
+    )
+}
+
+/// The members with data, link and sync apart.
+pub(super) fn members_table(members: &[MemberLine]) -> String {
+    let mut table =
+        format::Table::new(&["MEMBER", "NODE", "ADDRESS", "DATA", "MISSED", "STORE", "LINK", "SYNC"]);
+    for line in members {
+        table.row(vec![
+            line.member.to_string(),
+            line.node.clone().unwrap_or_else(|| "?".into()),
+            line.address.clone(),
+            line.state.to_string(),
+            match (line.state, line.missed_exact) {
+                (MemberState::Clean, _) => "-".into(),
+                (_, true) => format::bytes(line.missed_bytes),
+                (_, false) => format!("<= {}", format::bytes(line.missed_bytes)),
+            },
+            match &line.store_state {
+                None => "not seen".into(),
+                Some(StoreState::Serving) => "serving".into(),
+                Some(StoreState::Waiting { .. }) => "waiting".into(),
+                Some(StoreState::Failed { .. }) => "failed".into(),
+            },
+            match line.leg {
+                Leg::Up => "client up",
+                Leg::Lost => "client lost",
+                Leg::None => "no client",
+                Leg::Unseen => "not seen",
+            }
+            .into(),
+            line.resync.as_ref().map_or_else(|| "-".into(), assess::resync_words),
+        ]);
+    }
+    table.print(2)
+}

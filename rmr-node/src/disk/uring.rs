@@ -1,0 +1,355 @@
+//! Requests on an io_uring: queued by `start`, handed over in batches, followed until every byte is done. This file holds
+//! the `unsafe` of queue entries, which name memory by address.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::{IoUring, opcode, squeue, types};
+use rmr_common::buffer::{Segment, gather};
+
+use super::file::{DiskFile, ZeroStep};
+use super::inline::{MAX_ATTEMPTS, zero_segments};
+use super::{AlignedPage, BufferPool, Completion, DiskError, Io, IoKind};
+
+/// A disk, and whether the ring has its descriptor registered.
+#[derive(Debug)]
+pub(super) struct RingDisk {
+    pub(super) file: DiskFile,
+    registered: bool,
+}
+
+/// One request in the kernel's hands.
+#[derive(Debug, Default)]
+struct Request {
+    io: Option<Io>,
+    /// All of the request's memory.
+    segments: Vec<Segment>,
+    /// What the entry under way points at, when that is a part or zeroes; must not move until it completed.
+    part: Vec<Segment>,
+    done: u64,
+    attempts: u32,
+    zero_step: Option<ZeroStep>,
+}
+
+/// A ring with its requests. Made, used and dropped on one thread.
+pub(super) struct Ring {
+    ring: IoUring,
+    requests: Vec<Request>,
+    free: Vec<u32>,
+    /// Entries queued that the kernel has not seen.
+    queued: usize,
+    /// First address and length of the registered buffers, in regions of 1 GiB.
+    fixed: Option<(usize, usize)>,
+    file_slots: u16,
+    zeroes: Box<AlignedPage>,
+}
+
+impl Ring {
+    /// A ring for `depth` requests at a time on up to `disks` disks.
+    pub(super) fn new(depth: u32, disks: u16) -> io::Result<Self> {
+        let ring = build(depth)?;
+        let file_slots = match ring.submitter().register_files_sparse(u32::from(disks)) {
+            Ok(()) => disks,
+            Err(error) => {
+                tracing::debug!(
+                    "the kernel registers no sparse file table ({error}); plain descriptors are used"
+                );
+                0
+            }
+        };
+        Ok(Self {
+            ring,
+            requests: (0..depth).map(|_| Request::default()).collect(),
+            free: (0..depth).rev().collect(),
+            queued: 0,
+            fixed: None,
+            file_slots,
+            zeroes: AlignedPage::zeroed(),
+        })
+    }
+
+    /// Registers the pool's memory, so that the kernel need not pin pages for each request.
+    pub(super) fn register_buffers(&mut self, pool: &BufferPool) -> io::Result<()> {
+        let regions = pool.regions();
+        let vectors: Vec<libc::iovec> =
+            regions.iter().map(|r| libc::iovec { iov_base: r.base().cast(), iov_len: r.length() }).collect();
+        // SAFETY: a pool's memory stays mapped for the life of the process.
+        unsafe { self.ring.submitter().register_buffers(&vectors) }?;
+        self.fixed = regions.first().map(|first| (first.base() as usize, pool.total_bytes()));
+        Ok(())
+    }
+
+    pub(super) fn add_disk(&mut self, index: u16, file: DiskFile) -> RingDisk {
+        let registered = index < self.file_slots
+            && self.ring.submitter().register_files_update(u32::from(index), &[file.fd()]).is_ok();
+        RingDisk { file, registered }
+    }
+
+    pub(super) fn remove_disk(&mut self, index: u16, disk: &RingDisk) {
+        if disk.registered
+            && let Err(error) = self.ring.submitter().register_files_update(u32::from(index), &[-1])
+        {
+            tracing::warn!("disk {index} stays open in the ring: {error}");
+        }
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.requests.len() - self.free.len()
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Queues a request that has passed [`DiskFile::check`]; there must be room. A request that fails or is done at once
+    /// comes back as its completion.
+    pub(super) fn start(&mut self, disk: &RingDisk, mut io: Io) -> Option<Completion> {
+        let slot = self.free.pop().expect("the caller asked has_room");
+        let request = &mut self.requests[slot as usize];
+        request.segments.clear();
+        io.payload.segments(&mut request.segments);
+        let at_once = match disk.file.check_memory(&io, &request.segments) {
+            Ok(()) if io.length == 0 && io.kind != IoKind::Flush => Some(Ok(())),
+            Ok(()) => None,
+            Err(error) => Some(Err(error)),
+        };
+        if let Some(result) = at_once {
+            self.free.push(slot);
+            return Some(io.complete(result));
+        }
+        (request.done, request.attempts, request.zero_step) = (0, 0, None);
+        request.io = Some(io);
+        self.queue(slot, disk);
+        None
+    }
+
+    /// Hands the queued entries to the kernel, and lets it do its deferred work.
+    pub(super) fn enter(&mut self) {
+        for _ in 0..MAX_ATTEMPTS {
+            // A short submission leaves the rest in the queue, which `submit` then goes on with.
+            match self.ring.submit() {
+                Ok(taken) => self.queued -= taken.min(self.queued),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => continue,
+                    // Completions must be taken out first; they make the descriptor readable, so this is called again.
+                    Some(libc::EAGAIN | libc::EBUSY) if self.in_flight() > self.queued => return,
+                    Some(libc::EAGAIN | libc::EBUSY) => std::thread::yield_now(),
+                    _ => {
+                        tracing::error!("io_uring does not take requests: {error}");
+                        return;
+                    }
+                },
+            }
+            if self.queued == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Waits until at least one request completed, if any is under way.
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        if self.in_flight() == 0 {
+            return Ok(());
+        }
+        match self.ring.submit_and_wait(1) {
+            Ok(taken) => {
+                self.queued -= taken.min(self.queued);
+                Ok(())
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the kernel has work that only `enter` lets it do, or there are entries that it has not seen.
+    pub(super) fn wants_enter(&mut self) -> bool {
+        self.queued > 0 || self.ring.submission().taskrun() || self.ring.submission().cq_overflow()
+    }
+
+    /// Takes what completed; a request of which a part is left is queued again.
+    pub(super) fn reap<'a>(
+        &mut self,
+        disk_of: impl Fn(&Io) -> Option<&'a RingDisk>,
+        out: &mut Vec<Completion>,
+    ) {
+        loop {
+            let next = self.ring.completion().next();
+            let Some(entry) = next else { return };
+            let slot = u32::try_from(entry.user_data()).expect("written by `queue` from a u32");
+            let request = &mut self.requests[slot as usize];
+            let io = request.io.as_ref().expect("an entry completes once");
+            let Some(disk) = disk_of(io) else {
+                // Disks are removed only when nothing is in flight on them.
+                let error = DiskError::NoSuchDisk(io.disk);
+                self.finish(slot, Err(error), out);
+                continue;
+            };
+            match request.after(&disk.file, entry.result()) {
+                Some(result) => self.finish(slot, result, out),
+                None => self.queue(slot, disk),
+            }
+        }
+    }
+
+    fn finish(&mut self, slot: u32, result: Result<(), DiskError>, out: &mut Vec<Completion>) {
+        if let Some(io) = self.requests[slot as usize].io.take() {
+            out.push(io.complete(result));
+        }
+        self.free.push(slot);
+    }
+
+    fn queue(&mut self, slot: u32, disk: &RingDisk) {
+        let request = &mut self.requests[slot as usize];
+        let entry = request.entry(disk, self.fixed, &mut self.zeroes).user_data(u64::from(slot));
+        // SAFETY: the entry's memory is that of the request's payload, its list of parts, or the ring's zero page; all
+        // are held unmoved until the completion, also by `drop`, which waits.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        pushed.expect("the queue has an entry for each request, and a request has one entry at a time");
+        self.queued += 1;
+    }
+}
+
+impl Drop for Ring {
+    /// Waits for what is under way: the kernel writes into memory that is about to be freed.
+    fn drop(&mut self) {
+        while self.in_flight() > 0 {
+            if let Err(error) = self.wait() {
+                tracing::error!("waiting for disk I/O under way: {error}; its memory is kept");
+                // Whatever the kernel still points at must outlive the process's use of it.
+                std::mem::forget(std::mem::take(&mut self.requests));
+                return;
+            }
+            for entry in self.ring.completion() {
+                if let Ok(slot) = u32::try_from(entry.user_data()) {
+                    self.requests[slot as usize].io = None;
+                    self.free.push(slot);
+                }
+            }
+        }
+    }
+}
+
+impl Request {
+    /// The entry for what is left to do.
+    fn entry(
+        &mut self,
+        disk: &RingDisk,
+        fixed: Option<(usize, usize)>,
+        zeroes: &mut AlignedPage,
+    ) -> squeue::Entry {
+        let io = self.io.as_ref().expect("queued requests have one");
+        let (kind, offset, length) = (io.kind, io.offset + self.done, io.length - self.done);
+        // The same operation on a registered or a plain descriptor.
+        macro_rules! on_disk {
+            (|$fd:ident| $entry:expr) => {
+                if disk.registered {
+                    let $fd = types::Fixed(u32::from(io.disk.0));
+                    $entry
+                } else {
+                    let $fd = types::Fd(disk.file.fd());
+                    $entry
+                }
+            };
+        }
+        let write = match kind {
+            IoKind::Flush => {
+                let flags = types::FsyncFlags::DATASYNC;
+                return on_disk!(|fd| opcode::Fsync::new(fd).flags(flags).build());
+            }
+            IoKind::Read | IoKind::Write => {
+                self.part.clear();
+                let skip = usize::try_from(self.done).expect("below the length of memory");
+                gather(&self.segments, skip, usize::MAX, &mut self.part);
+                self.part.truncate(super::sys::MAX_SEGMENTS);
+                kind == IoKind::Write
+            }
+            IoKind::Discard | IoKind::WriteZeroes { .. } => {
+                let step = disk.file.zero_step(kind);
+                self.zero_step = Some(step);
+                if let ZeroStep::Fallocate(mode) = step {
+                    return on_disk!(|fd| {
+                        opcode::Fallocate::new(fd, length).offset(offset).mode(mode).build()
+                    });
+                }
+                zero_segments(zeroes, length, &mut self.part);
+                true
+            }
+        };
+        let count = u32::try_from(self.part.len()).expect("at most 1024");
+        let vectors: *const libc::iovec = self.part.as_ptr().cast();
+        match (one_region(&self.part, fixed), write) {
+            (Some((base, bytes, index)), true) => {
+                on_disk!(|fd| opcode::WriteFixed::new(fd, base, bytes, index).offset(offset).build())
+            }
+            (Some((base, bytes, index)), false) => {
+                on_disk!(|fd| opcode::ReadFixed::new(fd, base, bytes, index).offset(offset).build())
+            }
+            (None, true) => on_disk!(|fd| opcode::Writev::new(fd, vectors, count).offset(offset).build()),
+            (None, false) => on_disk!(|fd| opcode::Readv::new(fd, vectors, count).offset(offset).build()),
+        }
+    }
+
+    /// What the result of an entry means: the request's result, or `None` when there is more to do.
+    fn after(&mut self, disk: &DiskFile, result: i32) -> Option<Result<(), DiskError>> {
+        let io = self.io.as_ref().expect("an entry completes once");
+        let Ok(moved) = u64::try_from(result) else {
+            let errno = -result;
+            if let Some(ZeroStep::Fallocate(mode)) = self.zero_step
+                && disk.note_unsupported(mode, errno)
+            {
+                return None;
+            }
+            self.attempts += 1;
+            let again = matches!(errno, libc::EINTR | libc::EAGAIN) && self.attempts < MAX_ATTEMPTS;
+            return if again { None } else { Some(Err(io.errno(errno))) };
+        };
+        if io.kind == IoKind::Flush || matches!(self.zero_step, Some(ZeroStep::Fallocate(_))) {
+            return Some(Ok(()));
+        }
+        if moved == 0 {
+            return Some(Err(DiskError::Truncated { offset: io.offset + self.done, size: disk.size() }));
+        }
+        self.done += moved;
+        self.attempts = 0;
+        (self.done >= io.length).then_some(Ok(()))
+    }
+}
+
+/// The segment and its buffer index, when the list is one segment within registered memory.
+fn one_region(part: &[Segment], fixed: Option<(usize, usize)>) -> Option<(*mut u8, u32, u16)> {
+    let (&[segment], Some((first, total))) = (part, fixed) else { return None };
+    let from = (segment.base() as usize).checked_sub(first)?;
+    let end = from.checked_add(segment.length())?;
+    let region = from >> 30;
+    if end > total || (end - 1) >> 30 != region {
+        return None;
+    }
+    Some((segment.base(), u32::try_from(segment.length()).ok()?, u16::try_from(region).ok()?))
+}
+
+/// The ring with as many of the useful flags as this kernel knows: completions are then processed on this thread, when
+/// it asks for them, without interrupting it.
+fn build(depth: u32) -> io::Result<IoUring> {
+    let refused = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
+    let best = IoUring::builder()
+        .setup_single_issuer()
+        .setup_coop_taskrun()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(depth);
+    match best {
+        Err(error) if refused(&error) => {}
+        result => return result,
+    }
+    match IoUring::builder().setup_coop_taskrun().setup_taskrun_flag().build(depth) {
+        Err(error) if refused(&error) => IoUring::builder().build(depth),
+        result => result,
+    }
+}

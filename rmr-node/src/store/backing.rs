@@ -1,0 +1,149 @@
+//! The device or file under a store: opened so that nobody else has it, and asked what it can do.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::error::{During, StoreError};
+use crate::disk::{Medium, sys};
+
+/// How much is zeroed at a time, so that progress can be told.
+const ZERO_STEP: u64 = 256 << 20;
+
+/// An open device or file that is locked against every other process.
+#[derive(Debug)]
+pub(super) struct Backing {
+    pub(super) path: PathBuf,
+    pub(super) file: File,
+    pub(super) medium: Medium,
+    pub(super) size: u64,
+}
+
+impl Backing {
+    /// Opens for reading and writing, exclusively.
+    pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::open_with(path, false)
+    }
+
+    /// As [`Backing::open`]; a file that does not exist is created, empty. True when it was.
+    pub(super) fn open_or_create(path: &Path) -> Result<(Self, bool), StoreError> {
+        let is_new = !path.try_exists().during(path, "looking for it")?;
+        Ok((Self::open_with(path, is_new)?, is_new))
+    }
+
+    fn open_with(path: &Path, create: bool) -> Result<Self, StoreError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(create).mode(0o600);
+        if !create {
+            let kind = fs::metadata(path).during(path, "opening")?.file_type();
+            if !kind.is_file() && !kind.is_block_device() {
+                return Err(StoreError::NotADisk(path.to_owned()));
+            }
+            if kind.is_block_device() {
+                // Without O_CREAT this claims a block device: it fails if a file system, MD, LVM or swap has it.
+                options.custom_flags(libc::O_EXCL);
+            }
+        }
+        let file = options.open(path).map_err(|source| match source.raw_os_error() {
+            Some(libc::EBUSY) => {
+                let holder =
+                    "the kernel holds it (mounted, swap, LVM, MD, device mapper) or another store's process";
+                StoreError::Busy { path: path.to_owned(), holder }
+            }
+            _ => StoreError::Io { path: path.to_owned(), what: "opening", source },
+        })?;
+        if !sys::try_lock(&file, true).during(path, "locking")? {
+            let holder = "another process holds its lock, an rmr-node as a rule";
+            return Err(StoreError::Busy { path: path.to_owned(), holder });
+        }
+        Self::with_file(path, file)
+    }
+
+    /// Opens for reading only, without a claim or lock; true when somebody else holds the lock.
+    pub(super) fn open_read_only(path: &Path) -> Result<(Self, bool), StoreError> {
+        let kind = fs::metadata(path).during(path, "opening")?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(StoreError::NotADisk(path.to_owned()));
+        }
+        let file = File::open(path).during(path, "opening")?;
+        let in_use = !sys::try_lock(&file, false).during(path, "asking for its lock")?;
+        Ok((Self::with_file(path, file)?, in_use))
+    }
+
+    fn with_file(path: &Path, mut file: File) -> Result<Self, StoreError> {
+        let medium = Medium::of(&file).during(path, "asking what it is")?;
+        let size = file.seek(SeekFrom::End(0)).during(path, "asking for its size")?;
+        Ok(Self { path: path.to_owned(), file, medium, size })
+    }
+
+    /// Smallest write in bytes.
+    pub(super) fn sector_size(&self) -> Result<u32, StoreError> {
+        if self.medium == Medium::Memory {
+            return Ok(1);
+        }
+        if let Some(found) =
+            sys::direct_alignment(&self.file).during(&self.path, "asking for its sector size")?
+        {
+            return Ok(found.offset);
+        }
+        if self.medium != Medium::BlockDevice {
+            return Ok(512);
+        }
+        let text =
+            self.queue_attribute("logical_block_size").during(&self.path, "asking for its sector size")?;
+        let parsed = text.parse().map_err(io::Error::other);
+        parsed.during(&self.path, "understanding its sector size")
+    }
+
+    /// Whether completed writes are durable without a flush. What is in memory has nothing to flush to.
+    pub(super) fn is_write_through(&self) -> bool {
+        match self.medium {
+            Medium::Memory => true,
+            Medium::File => false,
+            // When the kernel does not say, a cache has to be assumed.
+            Medium::BlockDevice => {
+                self.queue_attribute("write_cache").is_ok_and(|text| text == "write through")
+            }
+        }
+    }
+
+    /// Makes a range of a block device read as zeroes: by a command of the device, else the kernel writes them.
+    pub(super) fn zero(
+        &self,
+        from: u64,
+        to: u64,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), StoreError> {
+        let mut at = from;
+        while at < to {
+            let length = ZERO_STEP.min(to - at);
+            sys::fallocate(&self.file, sys::ZERO_RANGE, at, length).during(&self.path, "writing zeroes")?;
+            at += length;
+            progress(at - from, to - from);
+        }
+        Ok(())
+    }
+
+    /// Makes the store durable, and the directory entry of a new file with it.
+    pub(super) fn sync(&self, is_new: bool) -> Result<(), StoreError> {
+        self.file.sync_all().during(&self.path, "flushing")?;
+        if is_new {
+            let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let directory = File::open(parent).and_then(|directory| directory.sync_all());
+            directory.during(&self.path, "flushing its directory")?;
+        }
+        Ok(())
+    }
+
+    /// An attribute of the device's request queue; a partition's queue is that of its disk.
+    fn queue_attribute(&self, name: &str) -> io::Result<String> {
+        let device = self.file.metadata()?.rdev();
+        let base = format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device));
+        let mut text = String::new();
+        File::open(format!("{base}/queue/{name}"))
+            .or_else(|_| File::open(format!("{base}/../queue/{name}")))?
+            .read_to_string(&mut text)?;
+        Ok(text.trim().to_owned())
+    }
+}

@@ -1,0 +1,179 @@
+//! Creates a store on a device or file, after making sure that nobody's data is there.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rmr_common::pool::{MemberId, PoolSpec, StoreId, View};
+
+use super::backing::Backing;
+use super::error::{During, StoreError};
+use super::layout::{Layout, MapKind, PAGE_BITS_BYTES, SUPERBLOCK_OFFSETS};
+use super::page::{encode_page, slot_of};
+use super::signature::scan;
+use super::superblock::{InvalidSuperblock, Superblock};
+use crate::disk::{Medium, sys};
+
+/// Maps are made this many times larger than the pool needs, so that it can grow. Costs 18 bytes per spare 8 chunks.
+const GROWTH: u64 = 8;
+/// This much is cleared at both ends of a device, where other formats keep what they are found by.
+const EDGE: u64 = 1 << 20;
+
+/// How the data area comes to read as zeroes, as it must on all members alike.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum ZeroPolicy {
+    /// Make it so. Free for a file; a device without a command for it is written in full.
+    #[default]
+    Zero,
+    /// The operator vouches that the device reads as zeroes, e.g. a new thin volume.
+    AssumeZero,
+}
+
+/// What to create.
+#[derive(Clone, Debug)]
+pub struct CreateOptions {
+    /// The pool.
+    pub spec: PoolSpec,
+    /// Which member of it the store will be.
+    pub member: MemberId,
+    /// The new store's identity, as the specification lists it.
+    pub store: StoreId,
+    /// The view to begin with.
+    pub view: View,
+    /// Whether what is there may be destroyed.
+    pub overwrite: bool,
+    /// How the data area comes to read as zeroes.
+    pub zero: ZeroPolicy,
+    /// The pool size up to which the store can grow, in bytes; `None` for eight times the pool's size.
+    pub max_size: Option<u64>,
+}
+
+/// Creates the store. `progress` is told how many bytes of how many are zeroed.
+///
+/// # Errors
+/// When anything recognisable, or any data in a file, is there already and `overwrite` is not set; when somebody uses the
+/// device, when it is too small or its sectors are too large, when the options contradict one another, or on an I/O
+/// error. Until the very last step nothing that can be taken for a store is on the device.
+pub(super) fn create(
+    path: &Path,
+    options: &CreateOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Superblock, StoreError> {
+    let mut superblock =
+        plan(options).map_err(|source| StoreError::Invalid { path: path.to_owned(), source })?;
+    let needed = superblock.layout.store_size(options.spec.size);
+    let (mut backing, is_new) = Backing::open_or_create(path)?;
+    let prepared = prepare(&mut backing, is_new, options, needed)
+        .and_then(|()| write(&backing, is_new, &mut superblock, options.zero, progress));
+    if let Err(error) = prepared {
+        if is_new {
+            // Leave no half-made file behind; that it cannot be removed matters less than why it was not made.
+            let _ = std::fs::remove_file(path);
+        }
+        return Err(error);
+    }
+    Ok(superblock)
+}
+
+fn plan(options: &CreateOptions) -> Result<Superblock, InvalidSuperblock> {
+    options.spec.validate()?;
+    let (size, chunk_size) = (options.spec.size, options.spec.chunk_size);
+    let largest = options.max_size.unwrap_or(size.saturating_mul(GROWTH).min(1 << 50)).max(size);
+    let (room, needed) = (0, chunk_size.count(largest));
+    let layout = Layout::for_chunks(needed).ok_or(InvalidSuperblock::MapRoom { room, needed })?;
+    let superblock = Superblock {
+        spec: options.spec.clone(),
+        member: options.member,
+        store: options.store,
+        epoch: options.view.epoch,
+        view: options.view.clone(),
+        client: None,
+        clean_shutdown: true,
+        write_through: false,
+        created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        layout,
+    };
+    superblock.validate()?;
+    Ok(superblock)
+}
+
+/// Makes sure that the device may be used and is large enough.
+fn prepare(
+    backing: &mut Backing,
+    is_new: bool,
+    options: &CreateOptions,
+    needed: u64,
+) -> Result<(), StoreError> {
+    let path = || backing.path.clone();
+    let (found, expected) = (backing.sector_size()?, options.spec.logical_block_size);
+    if found > expected {
+        return Err(StoreError::SectorSize { path: path(), found, expected });
+    }
+    let found = scan(&backing.file, backing.size).during(&backing.path, "looking for what is there")?;
+    if !found.is_empty() && !options.overwrite {
+        return Err(StoreError::Occupied { path: path(), found });
+    }
+    if backing.medium == Medium::BlockDevice {
+        if !found.is_empty() && options.zero == ZeroPolicy::AssumeZero {
+            return Err(StoreError::NotZero { path: path(), found });
+        }
+    } else {
+        let has_data = sys::has_data(&backing.file).during(&backing.path, "looking for data")?;
+        if has_data && !options.overwrite {
+            return Err(StoreError::FileHasData(path()));
+        }
+        if is_new || backing.size == 0 {
+            backing.file.set_len(needed).during(&backing.path, "setting its size")?;
+            backing.size = needed;
+        }
+    }
+    if backing.size < needed {
+        return Err(StoreError::TooSmall { path: path(), found: backing.size, needed });
+    }
+    Ok(())
+}
+
+fn write(
+    backing: &Backing,
+    is_new: bool,
+    superblock: &mut Superblock,
+    zero: ZeroPolicy,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(), StoreError> {
+    let layout = superblock.layout;
+    superblock.write_through = backing.is_write_through();
+    // What was there is gone before anything new appears, so that a crash leaves neither one nor the other.
+    if backing.medium == Medium::BlockDevice {
+        backing.zero(0, layout.data_offset, &mut |_, _| ())?;
+        backing.zero(
+            backing.size.saturating_sub(EDGE).max(layout.data_offset),
+            backing.size,
+            &mut |_, _| (),
+        )?;
+        if zero == ZeroPolicy::Zero {
+            backing.zero(layout.data_offset, backing.size, progress)?;
+        }
+    } else if sys::has_data(&backing.file).during(&backing.path, "looking for data")? {
+        let emptied = backing.file.set_len(0).and_then(|()| backing.file.set_len(backing.size));
+        emptied.during(&backing.path, "emptying the file")?;
+    }
+    backing.sync(is_new)?;
+    let empty = Box::new([0; PAGE_BITS_BYTES]);
+    for kind in MapKind::all() {
+        for index in 0..layout.pages_per_map {
+            for sequence in [1, 2] {
+                let page = encode_page(superblock.store, kind, index, sequence, &empty);
+                let offset = layout.page_offset(kind, index, slot_of(sequence));
+                backing.file.write_all_at(page.bytes(), offset).during(&backing.path, "writing maps")?;
+            }
+        }
+    }
+    backing.sync(is_new)?;
+    for generation in [1, 2] {
+        let page = superblock.encode(generation);
+        let page = page.map_err(|source| StoreError::Invalid { path: backing.path.clone(), source })?;
+        let offset = SUPERBLOCK_OFFSETS[slot_of(generation)];
+        backing.file.write_all_at(page.bytes(), offset).during(&backing.path, "writing the superblock")?;
+    }
+    backing.sync(is_new)
+}

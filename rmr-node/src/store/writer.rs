@@ -1,0 +1,315 @@
+//! Decides which metadata pages are written when, so that a crash at any moment leaves each page as it was or as it was
+//! asked to be. It does no I/O: the shard's loop carries its writes and flushes to the disk, the simulator to its own.
+//!
+//! Requests are answered in rounds (group commit). A round takes everything that was asked for before it began:
+//!
+//! ```text
+//!   Idle ──▶ map pages ──▶ flush ──▶ superblock ──▶ flush ──▶ all requests of the round are durable
+//! ```
+//!
+//! A part with nothing to write is skipped, and so are the flushes of a write-through store. The superblock comes last so
+//! that a view never becomes durable before the dirty bits that were asked for ahead of it.
+
+use rmr_common::pool::StoreId;
+use thiserror::Error;
+
+use super::layout::{Layout, MapKind, SUPERBLOCK_OFFSETS};
+use super::page::{PageBits, encode_page, slot_of};
+use super::superblock::{InvalidSuperblock, Superblock};
+use crate::disk::AlignedPage;
+
+/// Number of a request; a request is durable when [`MetadataWriter::durable`] has reached its number.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Hash)]
+pub struct Ticket(pub u64);
+
+/// Something that the disk has to do for the writer; its `id` comes back in [`MetadataWriter::completed`].
+#[derive(Debug)]
+pub enum MetadataIo {
+    /// Write one page.
+    Write {
+        /// Names the write in its completion.
+        id: u64,
+        /// Where, in bytes of the device.
+        offset: u64,
+        /// What: 4096 bytes at an address aligned for direct I/O.
+        page: Box<AlignedPage>,
+    },
+    /// Make all completed writes durable.
+    Flush {
+        /// Names the flush in its completion.
+        id: u64,
+    },
+}
+
+/// The writer's disk failed: nothing that was not durable before will ever be, and the store is to be taken out of use.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+#[error("writing the store's metadata failed: {0}")]
+pub struct WriterFailed(pub String);
+
+/// A number of a map page among all map pages of the store.
+type PageNumber = usize;
+
+#[derive(Debug)]
+struct MapPage {
+    /// Sequence number of the newest version that was written.
+    sequence: u64,
+    /// What the next round writes.
+    pending: Option<Box<PageBits>>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Idle,
+    MapWrites { left: usize },
+    MapFlush,
+    SuperblockWrite,
+    SuperblockFlush,
+    Failed(WriterFailed),
+}
+
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+enum Mirror {
+    /// Both superblock copies say the same, or a newer one is asked for.
+    Done,
+    /// The newest superblock stands in one copy only.
+    Due,
+}
+
+/// See the module's comment.
+#[derive(Debug)]
+pub struct MetadataWriter {
+    layout: Layout,
+    store: StoreId,
+    write_through: bool,
+    maps: Vec<MapPage>,
+    pending_maps: Vec<PageNumber>,
+    generation: u64,
+    superblock: Superblock,
+    superblock_pending: bool,
+    mirror: Mirror,
+    phase: Phase,
+    /// The superblock of the round that is under way.
+    round_superblock: Option<Box<AlignedPage>>,
+    round_is_mirror: bool,
+    round: Ticket,
+    last: Ticket,
+    durable: Ticket,
+    /// What [`MetadataWriter::next_io`] has yet to give out.
+    outbox: std::collections::VecDeque<MetadataIo>,
+    next_id: u64,
+    first_id_of_phase: u64,
+}
+
+impl MetadataWriter {
+    /// A writer that goes on from what a store holds: its superblock with its generation, and the newest sequence number
+    /// of each map page, in the order of [`MapKind::all`] and page index. All of that must be durable already.
+    #[must_use]
+    pub fn new(superblock: Superblock, generation: u64, sequences: &[u64]) -> Self {
+        let page = |&sequence| MapPage { sequence, pending: None };
+        Self {
+            layout: superblock.layout,
+            store: superblock.store,
+            write_through: superblock.write_through,
+            maps: sequences.iter().map(page).collect(),
+            pending_maps: Vec::new(),
+            generation,
+            superblock,
+            superblock_pending: false,
+            mirror: Mirror::Done,
+            phase: Phase::Idle,
+            round_superblock: None,
+            round_is_mirror: false,
+            round: Ticket(0),
+            last: Ticket(0),
+            durable: Ticket(0),
+            outbox: std::collections::VecDeque::new(),
+            next_id: 0,
+            first_id_of_phase: 0,
+        }
+    }
+
+    /// Asks for a page of a map to become `bits`. A later request for the same page, made before its write began, takes
+    /// the place of an earlier one; both are durable when the later one is.
+    ///
+    /// # Panics
+    /// When the store's maps have no page `index`: the caller computes it from a chunk of the pool.
+    pub fn request_map(&mut self, kind: MapKind, index: u32, bits: &PageBits) -> Ticket {
+        assert!(index < self.layout.pages_per_map, "page {index} of {} in a map", self.layout.pages_per_map);
+        let number = kind.position() * self.layout.pages_per_map as usize + index as usize;
+        let pending = &mut self.maps[number].pending;
+        match pending {
+            Some(page) => page.copy_from_slice(bits),
+            None => {
+                *pending = Some(Box::new(*bits));
+                self.pending_maps.push(number);
+            }
+        }
+        self.ticket()
+    }
+
+    /// Asks for the superblock to become `superblock`.
+    ///
+    /// # Errors
+    /// When it is invalid, or another store's: identity and layout of a store never change.
+    pub fn request_superblock(&mut self, superblock: Superblock) -> Result<Ticket, InvalidSuperblock> {
+        superblock.validate()?;
+        if superblock.store != self.store || superblock.layout != self.layout {
+            let (pool, member, store) = (superblock.spec.name, superblock.member, self.store);
+            return Err(InvalidSuperblock::NotAMember { pool, member, store });
+        }
+        self.superblock = superblock;
+        self.superblock_pending = true;
+        self.mirror = Mirror::Done;
+        Ok(self.ticket())
+    }
+
+    /// The superblock as last asked for, durable or not yet.
+    #[must_use]
+    pub const fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    /// Every request up to this one is durable.
+    #[must_use]
+    pub const fn durable(&self) -> Ticket {
+        self.durable
+    }
+
+    /// Whether nothing is asked for that is not durable, and no I/O is under way.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        matches!(self.phase, Phase::Idle)
+            && self.pending_maps.is_empty()
+            && !self.superblock_pending
+            && self.mirror == Mirror::Done
+    }
+
+    /// Why the writer stopped for good, if it did.
+    #[must_use]
+    pub const fn failure(&self) -> Option<&WriterFailed> {
+        match &self.phase {
+            Phase::Failed(why) => Some(why),
+            _ => None,
+        }
+    }
+
+    /// The next thing for the disk to do; ask again until `None`, after requests and after completions.
+    pub fn next_io(&mut self) -> Option<MetadataIo> {
+        if matches!(self.phase, Phase::Idle) {
+            self.begin_round();
+        }
+        self.outbox.pop_front()
+    }
+
+    /// Takes the completion of an I/O that [`MetadataWriter::next_io`] gave out; `Ok(true)` when
+    /// [`MetadataWriter::durable`] moved on.
+    ///
+    /// # Errors
+    /// When this or an earlier I/O failed. After a failed write or flush nobody knows what the disk holds, and a second
+    /// flush may succeed without having written anything; so the writer stops for good.
+    pub fn completed(&mut self, id: u64, result: Result<(), String>) -> Result<bool, WriterFailed> {
+        if let Phase::Failed(why) = &self.phase {
+            return Err(why.clone());
+        }
+        if let Err(why) = result {
+            return Err(self.fail(why));
+        }
+        if !(self.first_id_of_phase..self.next_id).contains(&id) {
+            return Err(self.fail(format!("completion {id} belongs to no I/O that is under way")));
+        }
+        let before = self.durable;
+        match &mut self.phase {
+            Phase::MapWrites { left } if *left > 1 => *left -= 1,
+            Phase::MapWrites { .. } if !self.write_through => self.flush(Phase::MapFlush),
+            Phase::MapWrites { .. } | Phase::MapFlush => self.write_superblock(),
+            Phase::SuperblockWrite if !self.write_through => self.flush(Phase::SuperblockFlush),
+            Phase::SuperblockWrite | Phase::SuperblockFlush => self.superblock_is_durable(),
+            Phase::Idle | Phase::Failed(_) => {
+                return Err(self.fail(format!("completion {id} while no I/O is under way")));
+            }
+        }
+        Ok(self.durable > before)
+    }
+
+    fn ticket(&mut self) -> Ticket {
+        self.last.0 += 1;
+        self.last
+    }
+
+    fn begin_round(&mut self) {
+        self.round = self.last;
+        self.round_is_mirror = !self.superblock_pending && self.mirror == Mirror::Due;
+        if self.superblock_pending || self.round_is_mirror {
+            let page = self.superblock.encode(self.generation + 1);
+            self.round_superblock = Some(page.expect("validated when it was asked for"));
+            (self.superblock_pending, self.mirror) = (false, Mirror::Done);
+        }
+        if self.pending_maps.is_empty() {
+            return self.write_superblock();
+        }
+        self.first_id_of_phase = self.next_id;
+        self.phase = Phase::MapWrites { left: self.pending_maps.len() };
+        for number in std::mem::take(&mut self.pending_maps) {
+            self.write_map_page(number);
+        }
+    }
+
+    fn write_map_page(&mut self, number: PageNumber) {
+        let per_map = self.layout.pages_per_map as usize;
+        let kind = MapKind::all().nth(number / per_map).expect("a number below the number of pages");
+        let index = u32::try_from(number % per_map).expect("below the pages per map, a u32");
+        let page = &mut self.maps[number];
+        let bits = page.pending.take().expect("listed as pending");
+        page.sequence += 1;
+        let bytes = encode_page(self.store, kind, index, page.sequence, &bits);
+        let offset = self.layout.page_offset(kind, index, slot_of(page.sequence));
+        self.write(offset, bytes);
+    }
+
+    /// Goes on with the superblock of the round, or ends the round when it has none.
+    fn write_superblock(&mut self) {
+        let Some(page) = self.round_superblock.take() else { return self.end_round() };
+        self.generation += 1;
+        self.phase = Phase::SuperblockWrite;
+        self.first_id_of_phase = self.next_id;
+        self.write(SUPERBLOCK_OFFSETS[slot_of(self.generation)], page);
+    }
+
+    fn superblock_is_durable(&mut self) {
+        // Write it to the other copy as well, when there is time: a superblock that later rots then costs nothing, where
+        // falling back to an older view or epoch would cost correctness.
+        if !self.round_is_mirror && !self.superblock_pending {
+            self.mirror = Mirror::Due;
+        }
+        self.end_round();
+    }
+
+    fn end_round(&mut self) {
+        self.durable = self.round;
+        self.phase = Phase::Idle;
+    }
+
+    fn write(&mut self, offset: u64, page: Box<AlignedPage>) {
+        let id = self.take_id();
+        self.outbox.push_back(MetadataIo::Write { id, offset, page });
+    }
+
+    fn flush(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.first_id_of_phase = self.next_id;
+        let id = self.take_id();
+        self.outbox.push_back(MetadataIo::Flush { id });
+    }
+
+    fn take_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id - 1
+    }
+
+    fn fail(&mut self, why: String) -> WriterFailed {
+        let failed = WriterFailed(why);
+        self.phase = Phase::Failed(failed.clone());
+        self.outbox.clear();
+        failed
+    }
+}
