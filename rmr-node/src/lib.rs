@@ -4,6 +4,7 @@
 //! * [`lifecycle`] — start, readiness and graceful stop of the process.
 //! * [`admin`] — the HTTP/JSON API that operators and `rmrctl` talk to.
 //! * [`ctl`] — the commands of `rmrctl`.
+//! * [`service`] — the running service: shards, connections, replicas.
 //! * [`store`] — the on-disk format of a store, and its tools.
 //! * [`disk`] — disk I/O and its buffers.
 
@@ -12,4 +13,5 @@ pub mod config;
 pub mod ctl;
 pub mod disk;
 pub mod lifecycle;
+pub mod service;
 pub mod store;

@@ -14,10 +14,12 @@ pub struct ReplicaCounters {
     pub reads: u64,
     /// Bytes read.
     pub read_bytes: u64,
-    /// Writes answered well, discards and zeroes included.
+    /// Writes answered well.
     pub writes: u64,
     /// Bytes written.
     pub written_bytes: u64,
+    /// Discards and write-zeroes answered well.
+    pub zeroes: u64,
     /// Flushes answered well.
     pub flushes: u64,
     /// Requests that the disk failed.
@@ -35,6 +37,7 @@ impl ReplicaCounters {
                 self.read_bytes += length;
             }
             (Status::Ok, Kind::Flush) => self.flushes += 1,
+            (Status::Ok, Kind::Discard | Kind::WriteZeroes) => self.zeroes += 1,
             (Status::Ok, _) => {
                 self.writes += 1;
                 self.written_bytes += length;

@@ -20,7 +20,7 @@ use thiserror::Error;
 use tokio::task::JoinSet;
 
 use crate::admin::api::{NodeInfo, PoolKey, PoolList, PoolStatus};
-use crate::store::size::ByteSize;
+use crate::store::ByteSize;
 use http::{CallError, Client, NodeAddress};
 
 /// Exit code of a command that failed.

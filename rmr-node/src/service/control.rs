@@ -1,0 +1,150 @@
+//! The admin API's view of the service: requests go to the shard that owns the state.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rmr_common::pool::StoreId;
+
+use super::Shared;
+use super::shard::{Command, ShardHandle};
+use crate::admin::api::{
+    ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolStatus, StoreCreated, UnixMs,
+};
+use crate::admin::{NodeControl, Reply, Responder, reply};
+use crate::config::EngineChoice;
+use crate::store::{CreateOptions, Store, StoreError, ZeroPolicy};
+
+/// See the module's comment.
+pub(super) struct Control {
+    shared: Arc<Shared>,
+    shards: Vec<ShardHandle>,
+}
+
+impl Control {
+    pub(super) const fn new(shared: Arc<Shared>, shards: Vec<ShardHandle>) -> Self {
+        Self { shared, shards }
+    }
+
+    fn info(&self) -> NodeInfo {
+        let config = &self.shared.config;
+        let sum = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        NodeInfo {
+            name: config.node_name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_unix_ms: self.shared.started,
+            now_unix_ms: UnixMs::now(),
+            data_addresses: self.shared.advertised().clone(),
+            admin_address: config.admin,
+            engine: if config.engine == EngineChoice::Inline { "inline" } else { "uring" }.to_owned(),
+            shards: sum(config.shards),
+            stores: sum(self.shared.pools().len()),
+            connections: sum(self.shared.connections.load(Ordering::Relaxed)),
+            max_connections: sum(config.max_connections),
+            buffer_bytes: config.buffer_memory * config.shards as u64,
+            buffer_used_bytes: self.shared.buffer_used.iter().map(|u| u.load(Ordering::Relaxed)).sum(),
+        }
+    }
+}
+
+impl NodeControl for Control {
+    fn node_info(&self) -> Reply<NodeInfo> {
+        let info = self.info();
+        Box::pin(async { Ok(info) })
+    }
+
+    fn pools(&self) -> Reply<Vec<PoolStatus>> {
+        let replies: Vec<Reply<Vec<PoolStatus>>> = self
+            .shards
+            .iter()
+            .map(|shard| {
+                let (responder, reply) = reply();
+                shard.send(Command::Status(responder));
+                reply
+            })
+            .collect();
+        Box::pin(async {
+            let mut pools = Vec::new();
+            for reply in replies {
+                pools.append(&mut reply.await?);
+            }
+            Ok(pools)
+        })
+    }
+
+    fn create_store(&self, request: CreateStore) -> Reply<StoreCreated> {
+        let (responder, reply) = reply();
+        // The pool with the fewest stores of this node goes to the shard with the fewest.
+        let shard = {
+            let pools = self.shared.pools();
+            (0..self.shards.len())
+                .min_by_key(|i| pools.values().filter(|p| p.shard == *i).count())
+                .unwrap_or(0)
+        };
+        let (shared, handle) = (Arc::clone(&self.shared), self.shards[shard].clone());
+        // Zeroing a device takes as long as the device needs; no shard waits for it.
+        let work = move || match create(&shared, &request) {
+            Ok(store) => handle.send(Command::Adopt(Box::new(store), responder)),
+            Err(error) => responder.send(Err(error)),
+        };
+        if let Err(error) = std::thread::Builder::new().name("create-store".into()).spawn(work) {
+            let text = format!("no thread to create the store: {error}");
+            return Box::pin(async { Err(ControlError::new(ErrorCode::Busy, text)) });
+        }
+        reply
+    }
+
+    fn delete_store(&self, store: StoreId, request: DeleteStore) -> Reply<()> {
+        let place = self.shared.pools().values().find(|p| p.store == store).cloned();
+        let Some(place) = place else {
+            let text = format!("this node has no store {store}");
+            return Box::pin(async { Err(ControlError::new(ErrorCode::NotFound, text)) });
+        };
+        let (responder, reply): (Responder<()>, _) = reply();
+        self.shards[place.shard].send(Command::Delete(store, request.force, responder));
+        reply
+    }
+}
+
+fn create(shared: &Shared, request: &CreateStore) -> Result<Store, ControlError> {
+    let spec = &request.spec;
+    {
+        let pools = shared.pools();
+        if pools.contains_key(&spec.id) || pools.values().any(|p| p.name == spec.name) {
+            let text = format!("this node has a store of pool '{}' already", spec.name);
+            return Err(ControlError::new(ErrorCode::Exists, text));
+        }
+    }
+    let Some(member) = spec.member(request.member) else {
+        let text = format!("pool '{}' has no member {}", spec.name, request.member);
+        return Err(ControlError::new(ErrorCode::Invalid, text));
+    };
+    let path = match &request.path {
+        Some(path) => path.clone(),
+        None => shared.config.new_store_path(spec.id, request.member).ok_or_else(|| {
+            let text = "this node has no store directory (store_dir): name a device or file for the store";
+            ControlError::new(ErrorCode::Invalid, text)
+        })?,
+    };
+    let options = CreateOptions {
+        spec: spec.clone(),
+        member: request.member,
+        store: member.store,
+        view: request.view.clone(),
+        overwrite: request.overwrite,
+        zero: ZeroPolicy::Zero,
+        max_size: None,
+    };
+    Store::create(&path, &options, &mut |_, _| {}).map_err(|e| refusal(&e))?;
+    Store::open(&path, Some(spec.id)).map_err(|e| refusal(&e))
+}
+
+fn refusal(error: &StoreError) -> ControlError {
+    let code = match error {
+        StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
+        StoreError::Busy { .. } => ErrorCode::InUse,
+        StoreError::TooSmall { .. } => ErrorCode::NoSpace,
+        StoreError::Io { .. } => ErrorCode::Internal,
+        _ => ErrorCode::Invalid,
+    };
+    ControlError::new(code, error.to_string())
+}

@@ -1,0 +1,322 @@
+//! One open store with the replica that speaks for it: joins the state machine, the metadata writer and the disk.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use rmr_common::map::{ChunkMap, MapId, MemberMaps};
+use rmr_common::pool::{MemberState, PoolId};
+use rmr_common::replica::{
+    Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica, Ticket,
+};
+use rmr_common::time::Time;
+use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
+
+use super::Shared;
+use crate::admin::api::{
+    ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus, StoreState, UnixMs,
+};
+use crate::disk::{Buffer, DiskId};
+use crate::store::{ClientRecord, MapKind, MetadataIo, MetadataWriter, Store, fit_client_name};
+
+/// An open store of a shard.
+pub(super) struct Member {
+    pub(super) replica: Replica,
+    pub(super) store: Store,
+    pub(super) disk: DiskId,
+    writer: MetadataWriter,
+    /// Requests to the writer that are not durable, oldest first.
+    tickets: VecDeque<(crate::store::Ticket, Ticket)>,
+    /// Buffers that a disk read has filled, or fills, until their answer is sent.
+    pub(super) reads: HashMap<IoId, Buffer>,
+    attached: Option<(UnixMs, SocketAddr)>,
+    state_since: [Option<UnixMs>; rmr_common::pool::MAX_MEMBERS],
+    pub(super) closing: bool,
+}
+
+impl Member {
+    /// Serves a store, which `disk` carries in the shard's engine.
+    pub(super) fn new(store: Store, disk: DiskId, shared: &Arc<Shared>) -> Self {
+        let superblock = store.superblock().clone();
+        let spec = superblock.spec.clone();
+        let mut maps = MemberMaps::new(&spec);
+        for kind in MapKind::all() {
+            let mut map = ChunkMap::new(spec.chunk_count());
+            for (page, index) in store.maps().pages(kind).iter().zip(0u32..) {
+                map.load_page(index, &page.bits);
+            }
+            maps.load(map_id(kind), map);
+        }
+        let share = shared.config.buffer_memory / 2;
+        let config = ReplicaConfig {
+            limits: Limits {
+                max_io: MAX_IO,
+                slots: MAX_SLOTS,
+                max_bytes: u32::try_from(share).unwrap_or(u32::MAX).max(MAX_IO),
+            },
+            intent_idle: shared.config.intent_idle,
+            host_boot: shared.host_boot,
+            process_boot: shared.process_boot,
+            write_through: superblock.write_through,
+        };
+        let state = DurableState {
+            view: superblock.view.clone(),
+            epoch: superblock.epoch,
+            last_client: superblock.client.as_ref().map(|c| LastClient {
+                client: c.id,
+                description: c.name.clone(),
+                attached: c.attached,
+            }),
+        };
+        let replica = Replica::new(config, spec, superblock.member, state, maps);
+        let writer = store.metadata_writer();
+        Self {
+            replica,
+            store,
+            disk,
+            writer,
+            tickets: VecDeque::new(),
+            reads: HashMap::new(),
+            attached: None,
+            state_since: [None; rmr_common::pool::MAX_MEMBERS],
+            closing: false,
+        }
+    }
+
+    /// The pool.
+    pub(super) fn pool(&self) -> PoolId {
+        self.replica.spec().id
+    }
+
+    /// Hands a piece of metadata to the writer.
+    pub(super) fn persist(&mut self, ticket: Ticket, metadata: &Metadata, now: Time) {
+        let asked = match metadata {
+            Metadata::Page(page) => {
+                let Some(bits) = self.replica.page(*page) else { return };
+                Ok(self.writer.request_map(map_kind(page.map), page.page, bits))
+            }
+            Metadata::State(state) => {
+                let mut superblock = self.writer.superblock().clone();
+                superblock.view = state.view.clone();
+                superblock.epoch = state.epoch;
+                superblock.client = state.last_client.as_ref().map(|c| ClientRecord {
+                    id: c.client,
+                    name: fit_client_name(&c.description).to_owned(),
+                    attached: c.attached,
+                });
+                self.writer.request_superblock(superblock)
+            }
+        };
+        match asked {
+            Ok(asked) => self.tickets.push_back((asked, ticket)),
+            Err(error) => {
+                tracing::error!(pool = %self.replica.spec().name, "superblock refused: {error}");
+                self.replica.apply(Event::Durable(ticket, Err(())), now);
+            }
+        }
+    }
+
+    /// The next thing that the disk has to do for the metadata.
+    pub(super) fn next_metadata_io(&mut self) -> Option<MetadataIo> {
+        self.writer.next_io()
+    }
+
+    /// A metadata I/O ended.
+    pub(super) fn metadata_done(&mut self, id: u64, result: Result<(), String>, now: Time) {
+        match self.writer.completed(id, result) {
+            Ok(_) => {
+                let durable = self.writer.durable();
+                while let Some((asked, ticket)) = self.tickets.front().copied()
+                    && asked <= durable
+                {
+                    self.tickets.pop_front();
+                    self.replica.apply(Event::Durable(ticket, Ok(())), now);
+                }
+            }
+            Err(error) => {
+                tracing::error!(pool = %self.replica.spec().name, member = %self.replica.member(), "{error}");
+                for (_, ticket) in std::mem::take(&mut self.tickets) {
+                    self.replica.apply(Event::Durable(ticket, Err(())), now);
+                }
+            }
+        }
+    }
+
+    /// Asks for the mark of a clean shutdown; it is durable when [`Member::metadata_idle`].
+    pub(super) fn mark_clean(&mut self) {
+        let mut superblock = self.writer.superblock().clone();
+        superblock.clean_shutdown = true;
+        if let Err(error) = self.writer.request_superblock(superblock) {
+            tracing::error!(pool = %self.replica.spec().name, "no mark of a clean shutdown: {error}");
+        }
+    }
+
+    /// Whether all metadata that was asked for is durable, or never will be.
+    pub(super) fn metadata_idle(&self) -> bool {
+        self.writer.is_idle() || self.writer.failure().is_some()
+    }
+
+    /// Writes what operators want to know to the log.
+    pub(super) fn log(&mut self, notice: Notice, client: Option<SocketAddr>) {
+        let spec = self.replica.spec();
+        let (pool, member, view) = (spec.name.clone(), self.replica.member(), self.replica.view().number);
+        match notice {
+            Notice::Attached(epoch, who) => {
+                self.attached = client.map(|address| (UnixMs::now(), address));
+                tracing::info!(%pool, %member, %view, %epoch, client = %who, "client attached");
+            }
+            Notice::Refused(who, holder) => {
+                tracing::warn!(%pool, %member, %view, client = %who, holder = %holder, "client refused: the pool is held");
+            }
+            Notice::ClientLost(epoch, who) => {
+                tracing::warn!(%pool, %member, %view, %epoch, client = %who, "client lost without a goodbye");
+            }
+            Notice::Detached(epoch, who) => {
+                self.attached = None;
+                tracing::info!(%pool, %member, %view, %epoch, client = %who, "client detached");
+            }
+            Notice::View(new) => {
+                for line in &new.members {
+                    self.state_since[line.id.index()] = Some(UnixMs::now());
+                }
+                let out = new.out();
+                if out.is_empty() {
+                    tracing::info!(%pool, %member, "{new}");
+                } else {
+                    tracing::warn!(%pool, %member, "{new}: members {out} are absent, what they miss is recorded");
+                }
+            }
+            Notice::MetadataFailed => {
+                tracing::error!(%pool, %member, %view, "metadata cannot be written: this member stops to serve");
+            }
+        }
+    }
+
+    /// What the admin API tells of the store.
+    pub(super) fn status(&self, node: &str) -> PoolStatus {
+        let status = self.replica.status();
+        let superblock = self.writer.superblock();
+        let client = superblock.client.as_ref().and_then(|record| {
+            let connected = status.holder.as_ref().is_some_and(|h| h.connected);
+            let state = if connected { ClientState::Attached } else { ClientState::Crashed };
+            let (since, address) = match &self.attached {
+                Some((since, address)) => (*since, address.to_string()),
+                None => (UnixMs(superblock.created_unix_s * 1000), "unknown".to_owned()),
+            };
+            let client = ClientStatus {
+                id: record.id,
+                text: record.name.clone(),
+                address,
+                state,
+                attached_unix_ms: since,
+            };
+            record.attached.then_some(client)
+        });
+        let peers = status.view.members.iter().filter(|m| m.id != status.member).map(|m| {
+            let missed = status.missed.iter().find(|x| x.member == m.id);
+            PeerStatus {
+                member: m.id,
+                link: LinkState::Idle,
+                state_since_unix_ms: self.state_since[m.id.index()].filter(|_| m.state != MemberState::Clean),
+                missed: missed
+                    .map_or(Missed::default(), |x| Missed { chunks: x.chunks, blocks: Some(x.blocks) }),
+            }
+        });
+        let counters = status.counters;
+        let failed = "its metadata cannot be written".to_owned();
+        PoolStatus {
+            spec: self.replica.spec().clone(),
+            node: node.to_owned(),
+            member: status.member,
+            store: superblock.store,
+            path: self.store.path().to_owned(),
+            store_state: if status.broken {
+                StoreState::Failed { reason: failed }
+            } else {
+                StoreState::Serving
+            },
+            peers: peers.collect(),
+            view: status.view,
+            client,
+            io: IoCounters {
+                reads: counters.reads,
+                read_bytes: counters.read_bytes,
+                writes: counters.writes,
+                written_bytes: counters.written_bytes,
+                zeroes: counters.zeroes,
+                flushes: counters.flushes,
+                errors: counters.errors,
+                in_flight: status.in_flight as u64,
+            },
+            latency: None,
+            resync: None,
+        }
+    }
+}
+
+const fn map_id(kind: MapKind) -> MapId {
+    match kind {
+        MapKind::Intent => MapId::Intent,
+        MapKind::Dirty(member) => MapId::Dirty(member),
+    }
+}
+
+const fn map_kind(id: MapId) -> MapKind {
+    match id {
+        MapId::Intent => MapKind::Intent,
+        MapId::Dirty(member) => MapKind::Dirty(member),
+    }
+}
+
+/// Marks an [`crate::disk::Io`] with the member and the request that it belongs to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum IoTag {
+    /// A disk request of the replica that leaves data in its buffer.
+    Read(u16, IoId),
+    /// Any other disk request of the replica.
+    Replica(u16, IoId),
+    /// An I/O of the metadata writer; its id, of which the low 47 bits are enough to tell those under way apart.
+    Metadata(u16, u64),
+}
+
+impl IoTag {
+    const METADATA: u64 = 1 << 47;
+    const READ: u64 = 1 << 46;
+
+    pub(super) const fn encode(self) -> u64 {
+        match self {
+            Self::Read(member, io) => (member as u64) << 48 | Self::READ | io.0 as u64,
+            Self::Replica(member, io) => (member as u64) << 48 | io.0 as u64,
+            Self::Metadata(member, id) => {
+                (member as u64) << 48 | Self::METADATA | (id & (Self::METADATA - 1))
+            }
+        }
+    }
+
+    pub(super) fn decode(tag: u64) -> Self {
+        let member = u16::try_from(tag >> 48).unwrap_or(u16::MAX);
+        if tag & Self::METADATA != 0 {
+            return Self::Metadata(member, tag & (Self::METADATA - 1));
+        }
+        let io = IoId(u32::try_from(tag & u64::from(u32::MAX)).unwrap_or(u32::MAX));
+        if tag & Self::READ != 0 { Self::Read(member, io) } else { Self::Replica(member, io) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tags_survive_the_engine() {
+        for tag in [
+            IoTag::Replica(0, IoId(0)),
+            IoTag::Replica(u16::MAX, IoId(u32::MAX)),
+            IoTag::Read(7, IoId(9)),
+            IoTag::Metadata(3, 77),
+            IoTag::Metadata(u16::MAX, IoTag::METADATA - 1),
+        ] {
+            assert_eq!(IoTag::decode(tag.encode()), tag);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The running service: shards that own stores and connections, and the admin API beside them.
+//!
+//! ```text
+//!   admin thread ── Command ──▶ shard 0 (listens) ── Command::Adopt ──▶ shard 1 …
+//!                               event-manager loop: connections, replicas, disk engine, buffers
+//! ```
+//! A store belongs to one shard for as long as it is open, and so does every connection of its pool. Shards share
+//! nothing but the list of which pool is where.
+
+mod connection;
+mod control;
+mod member;
+mod shard;
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use anyhow::Context;
+use rmr_common::pool::{Address, BootId, PoolId, TransportKind};
+
+use crate::admin::AdminServer;
+use crate::admin::api::UnixMs;
+use crate::config::Config;
+use crate::lifecycle::{Shutdown, ready};
+use crate::store::Store;
+use control::Control;
+use shard::{Shard, ShardHandle};
+
+/// What all shards and the admin API know of one another.
+pub(crate) struct Shared {
+    config: Config,
+    host_boot: BootId,
+    process_boot: BootId,
+    started: UnixMs,
+    advertised: Mutex<Vec<Address>>,
+    pools: Mutex<HashMap<PoolId, PoolPlace>>,
+    connections: AtomicUsize,
+    buffer_used: Vec<AtomicU64>,
+}
+
+/// Where a pool's store is served.
+#[derive(Clone, Debug)]
+pub(crate) struct PoolPlace {
+    name: String,
+    store: rmr_common::pool::StoreId,
+    shard: usize,
+}
+
+impl Shared {
+    /// The list of pools. A panic elsewhere cannot have left it half changed: each change is one insert or remove.
+    pub(crate) fn pools(&self) -> MutexGuard<'_, HashMap<PoolId, PoolPlace>> {
+        self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn advertised(&self) -> MutexGuard<'_, Vec<Address>> {
+        self.advertised.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pool of this name, or the identity as it is when no name is given.
+    fn resolve(&self, pool: PoolId, name: &str) -> Option<(PoolId, usize)> {
+        let pools = self.pools();
+        if name.is_empty() {
+            return pools.get(&pool).map(|place| (pool, place.shard));
+        }
+        pools.iter().find(|(_, place)| place.name == name).map(|(id, place)| (*id, place.shard))
+    }
+}
+
+/// Runs the service until `shutdown` is requested and everything is closed in order.
+///
+/// # Errors
+/// When an address, a store or a thread cannot be had at start, or a shard failed while running.
+pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
+    let listeners = listen(&config)?;
+    let bound: Vec<Address> =
+        listeners.iter().map(|(_, at)| Address::tcp(at.ip().to_string(), at.port())).collect();
+    let shared = Arc::new(Shared {
+        host_boot: host_boot()?,
+        process_boot: BootId::random(),
+        started: UnixMs::now(),
+        advertised: Mutex::new(config.advertised(&bound)?),
+        pools: Mutex::default(),
+        connections: AtomicUsize::new(0),
+        buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
+        config,
+    });
+    let stores = open_stores(&shared)?;
+    let count = stores.len();
+    let handles: Vec<ShardHandle> =
+        (0..shared.config.shards).map(ShardHandle::new).collect::<Result<_, _>>()?;
+    let mut listeners = Some(listeners.into_iter().map(|(l, _)| l).collect::<Vec<_>>());
+    let mut threads: Vec<JoinHandle<anyhow::Result<()>>> = Vec::new();
+    let mut stores_of: Vec<Vec<Store>> = (0..shared.config.shards).map(|_| Vec::new()).collect();
+    for (i, store) in stores.into_iter().enumerate() {
+        stores_of[i % shared.config.shards].push(store);
+    }
+    for (index, stores) in stores_of.into_iter().enumerate() {
+        let listeners = listeners.take().unwrap_or_default();
+        let (shared, handles, shutdown) = (Arc::clone(&shared), handles.clone(), shutdown.clone());
+        let thread = std::thread::Builder::new().name(format!("shard-{index}")).spawn(move || {
+            let result = Shard::run(index, Arc::clone(&shared), handles, listeners, stores, shutdown.clone());
+            // The others cannot serve the pools of this one: stop all, in order.
+            shutdown.request();
+            result
+        })?;
+        threads.push(thread);
+    }
+    let control = Arc::new(Control::new(Arc::clone(&shared), handles));
+    let admin = AdminServer::start(shared.config.admin, shared.config.admin_limits, control)?;
+    let addresses: Vec<String> = shared.advertised().iter().map(ToString::to_string).collect();
+    let line = format!("serving {count} stores at {}", addresses.join(", "));
+    tracing::info!(admin = %admin.local_addr(), "{line}");
+    ready(&line);
+    let mut outcome = Ok(());
+    for thread in threads {
+        match thread.join() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => outcome = outcome.and(Err(error)),
+            Err(_) => outcome = outcome.and(Err(anyhow::anyhow!("a shard panicked"))),
+        }
+    }
+    admin.stop();
+    outcome
+}
+
+fn listen(config: &Config) -> anyhow::Result<Vec<(TcpListener, SocketAddr)>> {
+    let mut listeners = Vec::new();
+    for address in &config.listen {
+        anyhow::ensure!(
+            address.transport() == TransportKind::Tcp,
+            "listen address {address}: this build has no RDMA transport; use tcp://"
+        );
+        let candidates: Vec<_> = (address.host(), address.port())
+            .to_socket_addrs()
+            .with_context(|| format!("listen address {address}"))?
+            .collect();
+        let listener =
+            TcpListener::bind(&candidates[..]).with_context(|| format!("listen address {address}"))?;
+        listener.set_nonblocking(true)?;
+        let at = listener.local_addr()?;
+        listeners.push((listener, at));
+    }
+    Ok(listeners)
+}
+
+/// The run of this machine's kernel: what it has in its caches is lost when this changes.
+fn host_boot() -> anyhow::Result<BootId> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path).with_context(|| path.to_owned())?;
+    Ok(BootId(uuid::Uuid::parse_str(text.trim()).with_context(|| path.to_owned())?))
+}
+
+/// Opens every configured store. One that cannot be opened keeps the node from starting when it was named, and is left
+/// out with an error in the log when it merely lies in the store directory: it must not take the others down.
+fn open_stores(shared: &Arc<Shared>) -> anyhow::Result<Vec<Store>> {
+    let mut stores = Vec::new();
+    for path in shared.config.stores_to_open()? {
+        match Store::open(&path, None) {
+            Ok(store) => stores.push(store),
+            Err(error) if shared.config.stores.contains(&path) => return Err(error.into()),
+            Err(error) => tracing::error!(path = %path.display(), "store left out: {error}"),
+        }
+    }
+    Ok(stores)
+}
+
+/// Counts a connection; false when there are as many as there may be.
+pub(crate) fn count_connection(shared: &Shared) -> bool {
+    let before = shared.connections.fetch_add(1, Ordering::Relaxed);
+    if before < shared.config.max_connections {
+        return true;
+    }
+    shared.connections.fetch_sub(1, Ordering::Relaxed);
+    false
+}

@@ -1,0 +1,849 @@
+//! One I/O thread: an event-manager loop with its connections, its replicas, its disk engine and its buffers.
+//!
+//! Each wake-up goes the same way: what arrived is taken in, replicas say what to do, disks do it, answers are queued,
+//! and at the end every connection with something queued gets one system call.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Receiver as Inbox, Sender};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use rmr_common::clock::monotonic_now;
+use rmr_common::pool::{PoolId, StoreId};
+use rmr_common::reactor::WatchChange;
+use rmr_common::replica::{
+    ConnectionId, DiskOperation, DiskResult, Event, IoId, Notice, Output, ReplyPayload,
+};
+use rmr_common::time::Time;
+use rmr_common::transport::Connection;
+use rmr_common::transport::tcp::TcpConnection;
+use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::connection::{Greeting, Peer, Sink, WriteBuffers};
+use super::member::{IoTag, Member};
+use super::{PoolPlace, Shared, count_connection};
+use crate::admin::Responder;
+use crate::admin::api::{ControlError, ErrorCode, PoolStatus, StoreCreated};
+use crate::config::EngineChoice;
+use crate::disk::{
+    self, Buffer, BufferPool, Completion, DiskEngine, Engine, EngineOptions, Io, IoKind, Payload,
+};
+use crate::lifecycle::Shutdown;
+use crate::store::{MetadataIo, Store};
+
+/// Connections that are accepted in one wake-up, so that a flood of them does not stop I/O.
+const ACCEPT_BATCH: usize = 16;
+/// Replicas clear intents and connections time out on this beat.
+const TICK: Duration = Duration::from_secs(1);
+/// A client is dead when it was silent for so many leg timeouts; it sends a ping each second.
+const SILENT_LEG_TIMEOUTS: u32 = 3;
+
+/// What other threads ask of a shard.
+pub(super) enum Command {
+    Status(Responder<Vec<PoolStatus>>),
+    Adopt(Box<Store>, Responder<StoreCreated>),
+    Delete(StoreId, bool, Responder<()>),
+    Connection(Box<Handover>),
+}
+
+/// A connection whose pool is on another shard than the one that accepted it.
+pub(super) struct Handover {
+    peer: Peer,
+    greeting: Greeting,
+}
+
+/// How other threads reach a shard.
+#[derive(Clone)]
+pub(super) struct ShardHandle {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    /// The other end, until the shard's thread takes it.
+    inbox: Arc<Mutex<Option<Inbox<Command>>>>,
+}
+
+impl ShardHandle {
+    pub(super) fn new(_index: usize) -> std::io::Result<Self> {
+        let (commands, inbox) = mpsc::channel();
+        let wake = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
+        Ok(Self { commands, wake, inbox: Arc::new(Mutex::new(Some(inbox))) })
+    }
+
+    /// Hands over a command. One for a shard that has ended is dropped, and with it its responder, which answers.
+    pub(super) fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            // A counter that is full wakes the thread as well.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+enum Phase {
+    Serving,
+    /// A stop was asked for: clients are told, requests end, disks are flushed, stores are marked clean.
+    Draining {
+        deadline: Time,
+    },
+    Marking {
+        deadline: Time,
+    },
+    Done,
+}
+
+/// See the module's comment.
+pub(super) struct Shard {
+    index: usize,
+    shared: Arc<Shared>,
+    shards: Vec<ShardHandle>,
+    inbox: Inbox<Command>,
+    listeners: Vec<TcpListener>,
+    /// Listeners of a shard that stops.
+    closed_listeners: Vec<TcpListener>,
+    shutdown: Shutdown,
+    engine: DiskEngine,
+    buffers: BufferPool,
+    writes: WriteBuffers,
+    peers: HashMap<ConnectionId, Peer>,
+    by_descriptor: HashMap<RawFd, ConnectionId>,
+    next_connection: u32,
+    members: Vec<Option<Member>>,
+    /// Members whose replica may have something to say.
+    active: Vec<usize>,
+    /// Connections with something queued.
+    queued: Vec<ConnectionId>,
+    /// Disk reads that wait for a buffer.
+    starved_reads: VecDeque<(usize, IoId, u64, u32)>,
+    /// Buffers whose data is on its way to a client, by tag.
+    sending: Vec<Option<Buffer>>,
+    free_tags: Vec<u32>,
+    /// Deletions that wait for the disk to be idle.
+    deleting: Vec<(usize, Responder<()>)>,
+    completions: Vec<Completion>,
+    tags: Vec<u32>,
+    changes: Vec<WatchChange>,
+    closing: Vec<Peer>,
+    phase: Phase,
+    next_tick: Time,
+    now: Time,
+}
+
+impl Shard {
+    /// Runs a shard until the shutdown is requested and done.
+    pub(super) fn run(
+        index: usize,
+        shared: Arc<Shared>,
+        shards: Vec<ShardHandle>,
+        listeners: Vec<TcpListener>,
+        stores: Vec<Store>,
+        shutdown: Shutdown,
+    ) -> anyhow::Result<()> {
+        let inbox = shards[index].inbox.lock().ok().and_then(|mut inbox| inbox.take());
+        let inbox = inbox.ok_or_else(|| anyhow::anyhow!("shard {index} was started twice"))?;
+        let choice = match shared.config.engine {
+            EngineChoice::Auto => disk::EngineChoice::Auto,
+            EngineChoice::Uring => disk::EngineChoice::Uring,
+            EngineChoice::Inline => disk::EngineChoice::Inline,
+        };
+        let mut engine = DiskEngine::new(EngineOptions { choice, ..EngineOptions::default() })?;
+        let buffers = BufferPool::new(usize::try_from(shared.config.buffer_memory)?)?;
+        engine.register_buffers(&buffers);
+        let now = monotonic_now();
+        let mut shard = Self {
+            index,
+            shared,
+            shards,
+            inbox,
+            listeners,
+            closed_listeners: Vec::new(),
+            shutdown,
+            engine,
+            buffers,
+            writes: WriteBuffers::default(),
+            peers: HashMap::new(),
+            by_descriptor: HashMap::new(),
+            next_connection: 0,
+            members: Vec::new(),
+            active: Vec::new(),
+            queued: Vec::new(),
+            starved_reads: VecDeque::new(),
+            sending: Vec::new(),
+            free_tags: Vec::new(),
+            deleting: Vec::new(),
+            completions: Vec::new(),
+            tags: Vec::new(),
+            changes: Vec::new(),
+            closing: Vec::new(),
+            phase: Phase::Serving,
+            next_tick: now + TICK,
+            now,
+        };
+        for store in stores {
+            let path = store.path().to_owned();
+            if let Err(error) = shard.adopt(store) {
+                tracing::error!(path = %path.display(), "store left out: {error}");
+            }
+        }
+        shard.serve()
+    }
+
+    fn serve(mut self) -> anyhow::Result<()> {
+        let fixed: Vec<RawFd> = (self.listeners.iter().map(AsRawFd::as_raw_fd))
+            .chain([self.shards[self.index].wake.as_raw_fd(), self.shutdown.as_raw_fd()])
+            .chain(self.engine.fd())
+            .collect();
+        self.changes.extend(fixed.into_iter().map(|fd| WatchChange::Add(fd, EventSet::IN)));
+        let mut manager = EventManager::<Self>::new().map_err(|e| anyhow::anyhow!("event loop: {e}"))?;
+        let id = manager.add_subscriber(self);
+        let failed = |e| anyhow::anyhow!("event loop: {e}");
+        let mut changes = Vec::new();
+        loop {
+            let shard = manager.subscriber_mut(id).map_err(failed)?;
+            shard.upkeep();
+            if matches!(shard.phase, Phase::Done) {
+                return Ok(());
+            }
+            let wait = (shard.next_tick - monotonic_now()).as_millis() + 1;
+            changes.append(&mut shard.changes);
+            let mut ops = manager.event_ops(id).map_err(failed)?;
+            for change in changes.drain(..) {
+                change.apply(&mut ops).map_err(failed)?;
+            }
+            manager.subscriber_mut(id).map_err(failed)?.closing.clear();
+            manager.run_with_timeout(i32::try_from(wait).unwrap_or(i32::MAX)).map_err(failed)?;
+        }
+    }
+
+    /// Everything that follows a wake-up.
+    fn upkeep(&mut self) {
+        self.now = monotonic_now();
+        if self.next_tick <= self.now {
+            self.next_tick = self.now + TICK;
+            self.tick();
+        }
+        self.settle();
+        self.send_all();
+        if !self.deleting.is_empty() {
+            self.finish_deletions();
+        }
+        self.advance_shutdown();
+    }
+
+    /// Lets replicas and disks work until neither has anything to do at once.
+    fn settle(&mut self) {
+        loop {
+            let mut active = std::mem::take(&mut self.active);
+            for index in active.drain(..) {
+                self.carry_out(index);
+            }
+            self.active = active;
+            self.engine.flush_submissions();
+            let mut completions = std::mem::take(&mut self.completions);
+            self.engine.completions(&mut completions);
+            let idle = completions.is_empty();
+            for completion in completions.drain(..) {
+                self.disk_done(completion);
+            }
+            self.completions = completions;
+            if idle && self.active.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn activate(&mut self, member: usize) {
+        if !self.active.contains(&member) {
+            self.active.push(member);
+        }
+    }
+
+    /// Does what a replica wants done.
+    fn carry_out(&mut self, index: usize) {
+        loop {
+            let Some(Some(member)) = self.members.get_mut(index) else { return };
+            let Some(output) = member.replica.take_output() else { break };
+            match output {
+                Output::Send(connection, header, payload) => self.reply(index, connection, &header, payload),
+                Output::Disk { io, operation, offset, length } => {
+                    self.start_disk(index, io, operation, offset, length);
+                }
+                Output::Persist(ticket, metadata) => member.persist(ticket, &metadata, self.now),
+                Output::Release(token) => self.writes.release(token),
+                Output::Close(connection, reason) => self.close(connection, reason),
+                Output::Notice(notice) => self.log(index, notice),
+            }
+        }
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        let disk = member.disk;
+        let tag = |id| IoTag::Metadata(u16::try_from(index).unwrap_or(u16::MAX), id).encode();
+        while let Some(io) = member.next_metadata_io() {
+            self.engine.submit(match io {
+                MetadataIo::Write { id, offset, page } => Io {
+                    disk,
+                    id: tag(id),
+                    kind: IoKind::Write,
+                    offset,
+                    length: crate::store::PAGE_SIZE,
+                    payload: Payload::Page(page),
+                },
+                MetadataIo::Flush { id } => Io {
+                    disk,
+                    id: tag(id),
+                    kind: IoKind::Flush,
+                    offset: 0,
+                    length: 0,
+                    payload: Payload::None,
+                },
+            });
+        }
+    }
+
+    fn log(&mut self, index: usize, notice: Notice) {
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        let holder = member.replica.holder_connection();
+        let address = holder.and_then(|c| self.peers.get(&c)).map(|p| p.address);
+        member.log(notice, address);
+    }
+
+    fn start_disk(&mut self, index: usize, io: IoId, operation: DiskOperation, offset: u64, length: u32) {
+        let Some(Some(member)) = self.members.get(index) else { return };
+        let data_offset = member.store.superblock().layout.data_offset;
+        let own = u16::try_from(index).unwrap_or(u16::MAX);
+        let mut tag = IoTag::Replica(own, io);
+        let (kind, payload) = match operation {
+            DiskOperation::Read => match self.buffers.try_acquire(length as usize) {
+                Some(buffer) => {
+                    tag = IoTag::Read(own, io);
+                    (IoKind::Read, Payload::Buffer(buffer))
+                }
+                None => return self.starved_reads.push_back((index, io, offset, length)),
+            },
+            DiskOperation::Write(token) => match self.writes.take(token) {
+                Some(buffer) => (IoKind::Write, Payload::Buffer(buffer)),
+                None => (IoKind::Write, Payload::None),
+            },
+            DiskOperation::Flush => (IoKind::Flush, Payload::None),
+            DiskOperation::Discard => (IoKind::Discard, Payload::None),
+            DiskOperation::WriteZeroes => (IoKind::WriteZeroes { unmap: false }, Payload::None),
+        };
+        self.engine.submit(Io {
+            disk: member.disk,
+            id: tag.encode(),
+            kind,
+            offset: data_offset + offset,
+            length: length.into(),
+            payload,
+        });
+    }
+
+    fn disk_done(&mut self, completion: Completion) {
+        let Completion { id, result, payload, .. } = completion;
+        let tag = IoTag::decode(id);
+        match tag {
+            IoTag::Read(index, io) | IoTag::Replica(index, io) => {
+                let index = usize::from(index);
+                let Some(Some(member)) = self.members.get_mut(index) else { return };
+                if let Err(error) = &result {
+                    let pool = &member.replica.spec().name;
+                    tracing::error!(%pool, member = %member.replica.member(), "disk error: {error}");
+                }
+                if let (IoTag::Read(..), Payload::Buffer(buffer), Ok(())) = (tag, payload, &result) {
+                    member.reads.insert(io, buffer);
+                }
+                let result = match result {
+                    Ok(()) => DiskResult::Done,
+                    Err(error) if error.is_no_space() => DiskResult::NoSpace,
+                    Err(_) => DiskResult::Failed,
+                };
+                member.replica.apply(Event::Disk(io, result), self.now);
+                self.activate(index);
+            }
+            IoTag::Metadata(index, id) => {
+                let index = usize::from(index);
+                let Some(Some(member)) = self.members.get_mut(index) else { return };
+                member.metadata_done(id, result.map_err(|e| e.to_string()), self.now);
+                self.activate(index);
+            }
+        }
+    }
+
+    /// Queues an answer on its connection, if that is still there.
+    fn reply(&mut self, index: usize, id: ConnectionId, header: &MessageHeader, payload: ReplyPayload) {
+        let buffer = match &payload {
+            ReplyPayload::Data(io) => self.members[index].as_mut().and_then(|m| m.reads.remove(io)),
+            ReplyPayload::None | ReplyPayload::Body(_) => None,
+        };
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        match (payload, buffer) {
+            (ReplyPayload::Body(body), _) => peer.wire.queue(header, Some(body)),
+            (_, Some(buffer)) => {
+                let segment = buffer.segment();
+                let tag = self.free_tags.pop().unwrap_or_else(|| {
+                    self.sending.push(None);
+                    u32::try_from(self.sending.len() - 1).unwrap_or(u32::MAX)
+                });
+                self.sending[tag as usize] = Some(buffer);
+                peer.wire.queue_data(header, Some(tag), &mut |segments| segments.push(segment));
+                peer.sending.push(tag);
+            }
+            (ReplyPayload::None | ReplyPayload::Data(_), None) => peer.wire.queue(header, None),
+        }
+        if !self.queued.contains(&id) {
+            self.queued.push(id);
+        }
+    }
+
+    /// Sends what is queued, and lets those go on that waited for the buffers this frees.
+    fn send_all(&mut self) {
+        loop {
+            let mut queued = std::mem::take(&mut self.queued);
+            for id in queued.drain(..) {
+                self.send(id);
+            }
+            self.queued = queued;
+            if !self.feed_starved() {
+                return;
+            }
+            self.settle();
+        }
+    }
+
+    fn send(&mut self, id: ConnectionId) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let sent = peer.wire.flush();
+        peer.wire.take_sent(&mut self.tags);
+        for tag in self.tags.drain(..) {
+            self.sending[tag as usize] = None;
+            self.free_tags.push(tag);
+            peer.sending.retain(|t| *t != tag);
+        }
+        match sent {
+            Ok(()) => {
+                let wants = peer.wire.wants_to_send();
+                if wants != peer.watches_write {
+                    peer.watches_write = wants;
+                    let set = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+                    self.changes.push(WatchChange::Modify(peer.descriptor, set));
+                }
+            }
+            Err(error) => self.lost(id, &error.to_string()),
+        }
+    }
+
+    /// Gives free buffers to reads and to connections that wait for them; true if any went on.
+    fn feed_starved(&mut self) -> bool {
+        let mut fed = false;
+        while let Some(&(index, io, offset, length)) = self.starved_reads.front() {
+            if self.buffers.try_acquire(length as usize).is_none() {
+                break;
+            }
+            self.starved_reads.pop_front();
+            self.start_disk(index, io, DiskOperation::Read, offset, length);
+            fed = true;
+        }
+        if self.starved_reads.is_empty() {
+            let starved: Vec<_> = self.peers.iter().filter(|(_, p)| p.starved).map(|(id, _)| *id).collect();
+            for id in starved {
+                let before = self.buffers.free_bytes();
+                self.receive(id);
+                fed |= self.buffers.free_bytes() < before;
+            }
+        }
+        fed
+    }
+
+    fn receive(&mut self, id: ConnectionId) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        peer.last_heard = self.now;
+        peer.starved = false;
+        let (mut greeting, mut error) = (None, None);
+        let member = peer.member;
+        let mut sink = Sink {
+            id,
+            member: member.and_then(|index| self.members[index].as_mut()),
+            arriving: &mut peer.arriving,
+            buffers: &self.buffers,
+            writes: &mut self.writes,
+            starved: &mut peer.starved,
+            greeting: &mut greeting,
+            error: &mut error,
+            now: self.now,
+        };
+        let received = peer.wire.receive(&mut sink);
+        if let Some(index) = member {
+            self.activate(index);
+        }
+        match (received, error) {
+            (Err(error), _) => self.lost(id, &error.to_string()),
+            (Ok(()), Some(reason)) => self.lost(id, reason),
+            (Ok(()), None) => {
+                if let Some(greeting) = greeting {
+                    self.greet(id, greeting);
+                }
+            }
+        }
+    }
+
+    /// Finds the pool that a hello asks for, here or on another shard.
+    fn greet(&mut self, id: ConnectionId, greeting: Greeting) {
+        let hello = match Hello::decode(&greeting.body) {
+            Ok(hello) => hello,
+            Err(error) => return self.lost(id, &error.to_string()),
+        };
+        let found = self.shared.resolve(greeting.pool, &hello.pool_name);
+        match found {
+            None => {
+                let pool =
+                    if hello.pool_name.is_empty() { greeting.pool.to_string() } else { hello.pool_name };
+                let text = format!("node {} has no pool '{pool}'", self.shared.config.node_name);
+                self.refuse(id, &greeting.header, Status::NoSuchPool, text);
+            }
+            Some((_, shard)) if shard != self.index => {
+                if let Some(peer) = self.peers.remove(&id) {
+                    self.by_descriptor.remove(&peer.descriptor);
+                    // Its descriptor leaves this loop before the other one can be told to watch it: both are one file,
+                    // and an epoll instance keeps its own list.
+                    self.changes.push(WatchChange::Remove(peer.descriptor));
+                    self.shards[shard].send(Command::Connection(Box::new(Handover { peer, greeting })));
+                }
+            }
+            Some((pool, _)) => self.greet_here(id, &greeting.header, &hello, pool),
+        }
+    }
+
+    fn greet_here(&mut self, id: ConnectionId, header: &MessageHeader, hello: &Hello, pool: PoolId) {
+        let index =
+            self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.pool() == pool && !m.closing));
+        let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_ref()?))) else {
+            return self.refuse(id, header, Status::NoSuchPool, "the pool is being deleted".to_owned());
+        };
+        match member.replica.greet(hello) {
+            Ok(reply) => {
+                let body = reply.encode();
+                let mut answer = header.reply(Kind::HelloReply, Status::Ok);
+                answer.pool = pool;
+                answer.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
+                if let Some(peer) = self.peers.get_mut(&id) {
+                    peer.member = Some(index);
+                    peer.wire.queue(&answer, Some(body));
+                    self.queued.push(id);
+                }
+            }
+            Err(text) => self.refuse(id, header, Status::Version, text),
+        }
+    }
+
+    fn refuse(&mut self, id: ConnectionId, header: &MessageHeader, status: Status, text: String) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            let mut answer = header.reply(Kind::HelloReply, status);
+            answer.payload = u32::try_from(text.len()).unwrap_or(0);
+            tracing::info!(client = %peer.address, "{text}");
+            peer.wire.queue(&answer, Some(text.into_bytes()));
+            // Sent now; whatever does not go out at once is lost with the connection.
+            let _ = peer.wire.flush();
+            self.lost(id, "it was refused");
+        }
+    }
+
+    fn accept(&mut self, descriptor: RawFd) {
+        let Some(listener) = self.listeners.iter().find(|l| l.as_raw_fd() == descriptor) else { return };
+        for _ in 0..ACCEPT_BATCH {
+            let (stream, address) = match listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    tracing::warn!("cannot accept a connection: {error}");
+                    return;
+                }
+            };
+            if !count_connection(&self.shared) {
+                let most = self.shared.config.max_connections;
+                tracing::warn!(client = %address, "connection refused: there are {most}, as many as max_connections");
+                continue;
+            }
+            match TcpConnection::new(stream, self.shared.config.leg_timeout) {
+                Ok(wire) => {
+                    let Some(descriptor) = wire.descriptor() else { continue };
+                    let peer = Peer {
+                        wire,
+                        descriptor,
+                        address,
+                        member: None,
+                        since: self.now,
+                        last_heard: self.now,
+                        watches_write: false,
+                        starved: false,
+                        arriving: VecDeque::new(),
+                        sending: Vec::new(),
+                    };
+                    Self::insert(&mut self.next_connection, &mut self.peers, &mut self.by_descriptor, peer);
+                    self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
+                }
+                Err(error) => {
+                    self.shared.connections.fetch_sub(1, Ordering::Relaxed);
+                    tracing::warn!(client = %address, "cannot serve the connection: {error}");
+                }
+            }
+        }
+    }
+
+    fn insert(
+        next: &mut u32,
+        peers: &mut HashMap<ConnectionId, Peer>,
+        by_descriptor: &mut HashMap<RawFd, ConnectionId>,
+        peer: Peer,
+    ) -> ConnectionId {
+        *next = next.wrapping_add(1);
+        let id = ConnectionId(*next);
+        by_descriptor.insert(peer.descriptor, id);
+        peers.insert(id, peer);
+        id
+    }
+
+    /// A connection ended, or has to.
+    fn lost(&mut self, id: ConnectionId, reason: &str) {
+        let member = self.peers.get(&id).and_then(|p| p.member);
+        self.close(id, reason);
+        if let Some(index) = member {
+            if let Some(Some(member)) = self.members.get_mut(index) {
+                member.replica.apply(Event::Closed(id), self.now);
+            }
+            self.activate(index);
+        }
+    }
+
+    /// Closes a connection, without telling its replica.
+    fn close(&mut self, id: ConnectionId, reason: &str) {
+        let Some(mut peer) = self.peers.remove(&id) else { return };
+        tracing::debug!(client = %peer.address, "connection closed: {reason}");
+        self.by_descriptor.remove(&peer.descriptor);
+        self.shared.connections.fetch_sub(1, Ordering::Relaxed);
+        peer.wire.shut_down();
+        for tag in peer.sending.drain(..) {
+            self.sending[tag as usize] = None;
+            self.free_tags.push(tag);
+        }
+        for token in peer.arriving.drain(..) {
+            self.writes.release(token);
+        }
+        self.changes.push(WatchChange::Remove(peer.descriptor));
+        self.closing.push(peer);
+    }
+
+    fn tick(&mut self) {
+        for index in 0..self.members.len() {
+            if let Some(member) = &mut self.members[index] {
+                member.replica.apply(Event::Tick, self.now);
+                self.activate(index);
+            }
+        }
+        let (config, now) = (&self.shared.config, self.now);
+        let silent = config.leg_timeout * SILENT_LEG_TIMEOUTS;
+        let overdue = |peer: &Peer| match peer.member {
+            Some(_) => now - peer.last_heard > silent.max(config.leg_timeout),
+            None => now - peer.since > config.idle_timeout.min(silent),
+        };
+        let late: Vec<_> = self.peers.iter().filter(|(_, p)| overdue(p)).map(|(id, _)| *id).collect();
+        for id in late {
+            self.lost(id, "the client was silent for too long");
+        }
+        let used = self.buffers.total_bytes() - self.buffers.free_bytes();
+        self.shared.buffer_used[self.index].store(used as u64, Ordering::Relaxed);
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Status(responder) => {
+                let node = &self.shared.config.node_name;
+                responder.send(Ok(self.members.iter().flatten().map(|m| m.status(node)).collect()));
+            }
+            Command::Adopt(store, responder) => {
+                let created = StoreCreated { store: store.superblock().store, path: store.path().to_owned() };
+                responder.send(self.adopt(*store).map(|()| created));
+            }
+            Command::Delete(store, force, responder) => self.delete(store, force, responder),
+            Command::Connection(handover) => {
+                let Handover { peer, greeting } = *handover;
+                let descriptor = peer.descriptor;
+                let id =
+                    Self::insert(&mut self.next_connection, &mut self.peers, &mut self.by_descriptor, peer);
+                self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
+                self.greet(id, greeting);
+            }
+        }
+    }
+
+    fn adopt(&mut self, store: Store) -> Result<(), ControlError> {
+        let internal = |e: &dyn std::fmt::Display| ControlError::new(ErrorCode::Internal, e.to_string());
+        let superblock = store.superblock();
+        let place =
+            PoolPlace { name: superblock.spec.name.clone(), store: superblock.store, shard: self.index };
+        let pool = superblock.spec.id;
+        {
+            let mut pools = self.shared.pools();
+            if pools.contains_key(&pool) || pools.values().any(|p| p.name == place.name) {
+                let text = format!("this node has a store of pool '{}' already", place.name);
+                return Err(ControlError::new(ErrorCode::Exists, text));
+            }
+            pools.insert(pool, place);
+        }
+        let disk = store
+            .disk_file()
+            .map_err(|e| internal(&e))
+            .and_then(|file| self.engine.add_disk(file).map_err(|e| internal(&e)));
+        let disk = disk.inspect_err(|_| {
+            self.shared.pools().remove(&pool);
+        })?;
+        let member = Member::new(store, disk, &self.shared);
+        let (spec, view) = (member.replica.spec(), member.replica.view());
+        tracing::info!(
+            pool = %spec.name, member = %member.replica.member(), path = %member.store.path().display(),
+            clean = member.store.was_clean(), inline = self.engine.is_inline(disk), "store is open: {view}"
+        );
+        match self.members.iter().position(Option::is_none) {
+            Some(free) => self.members[free] = Some(member),
+            None => self.members.push(Some(member)),
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, store: StoreId, force: bool, responder: Responder<()>) {
+        let index =
+            self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.store.superblock().store == store));
+        let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_mut()?))) else {
+            let text = format!("this node has no store {store}");
+            return responder.send(Err(ControlError::new(ErrorCode::NotFound, text)));
+        };
+        if let Some(holder) = member.replica.status().holder.filter(|h| h.connected && !force) {
+            let text = format!("pool '{}' is held by {}", member.replica.spec().name, holder.description);
+            return responder.send(Err(ControlError::new(ErrorCode::InUse, text)));
+        }
+        member.closing = true;
+        let clients: Vec<_> =
+            self.peers.iter().filter(|(_, p)| p.member == Some(index)).map(|(id, _)| *id).collect();
+        for id in clients {
+            self.lost(id, "the store is being deleted");
+        }
+        self.deleting.push((index, responder));
+    }
+
+    /// Destroys stores that were to be deleted and have nothing under way any more.
+    fn finish_deletions(&mut self) {
+        for (index, responder) in std::mem::take(&mut self.deleting) {
+            let Some(Some(member)) = self.members.get(index) else { continue };
+            if member.replica.is_busy()
+                || !member.metadata_idle()
+                || self.engine.remove_disk(member.disk).is_err()
+            {
+                self.deleting.push((index, responder));
+                self.next_tick = self.next_tick.min(self.now + Duration::from_millis(10));
+                continue;
+            }
+            let Some(member) = self.members[index].take() else { continue };
+            let pool = member.pool();
+            let path = member.store.path().to_owned();
+            let name = member.replica.spec().name.clone();
+            self.shared.pools().remove(&pool);
+            let own = self.shared.config.store_dir.as_ref().is_some_and(|dir| path.parent() == Some(dir));
+            drop(member);
+            let result = Store::destroy(&path, Some(pool)).map_err(|e| e.to_string()).and_then(|_| {
+                if own {
+                    std::fs::remove_file(&path).map_err(|e| format!("{}: {e}", path.display()))
+                } else {
+                    Ok(())
+                }
+            });
+            tracing::info!(pool = %name, path = %path.display(), ok = result.is_ok(), "store deleted");
+            responder.send(result.map_err(|text| ControlError::new(ErrorCode::Internal, text)));
+        }
+    }
+
+    /// Goes through the graceful stop, within its time limit.
+    fn advance_shutdown(&mut self) {
+        match self.phase {
+            Phase::Serving if self.shutdown.requested() => {
+                self.changes.push(WatchChange::Remove(self.shutdown.as_raw_fd()));
+                let listeners = std::mem::take(&mut self.listeners);
+                self.changes.extend(listeners.iter().map(|l| WatchChange::Remove(l.as_raw_fd())));
+                // Kept until the loop does not watch them any more; no connection is accepted meanwhile.
+                self.closed_listeners = listeners;
+                self.phase = Phase::Draining { deadline: self.now + self.shared.config.stop_timeout };
+                let clients: Vec<_> = self.peers.keys().copied().collect();
+                for id in clients {
+                    let Some(peer) = self.peers.get_mut(&id) else { continue };
+                    let Some(member) = peer.member.and_then(|m| self.members[m].as_ref()) else { continue };
+                    peer.wire.queue(&MessageHeader::new(Kind::Goodbye, member.pool()), None);
+                    self.queued.push(id);
+                }
+                self.next_tick = self.now;
+            }
+            Phase::Draining { deadline } => {
+                let busy = !self.peers.is_empty()
+                    || self.members.iter().flatten().any(|m| m.replica.is_busy() || !m.metadata_idle());
+                if busy && self.now < deadline {
+                    self.next_tick = self.next_tick.min(self.now + Duration::from_millis(20));
+                    return;
+                }
+                for index in 0..self.members.len() {
+                    let Some(member) = &mut self.members[index] else { continue };
+                    if member.replica.is_busy() {
+                        let pool = &member.replica.spec().name;
+                        tracing::error!(%pool, "stopping with requests under way: the store is not marked clean");
+                    } else {
+                        member.mark_clean();
+                        self.activate(index);
+                    }
+                }
+                self.phase = Phase::Marking { deadline };
+                self.next_tick = self.now;
+            }
+            Phase::Marking { deadline } => {
+                if self.members.iter().flatten().all(Member::metadata_idle) {
+                    tracing::info!(shard = self.index, "all stores are closed in order");
+                    self.phase = Phase::Done;
+                } else if self.now >= deadline {
+                    tracing::error!(
+                        shard = self.index,
+                        "a disk did not finish in time: some stores are not marked clean"
+                    );
+                    self.phase = Phase::Done;
+                } else {
+                    self.next_tick = self.next_tick.min(self.now + Duration::from_millis(20));
+                }
+            }
+            Phase::Serving | Phase::Done => {}
+        }
+    }
+}
+
+impl MutEventSubscriber for Shard {
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        self.now = monotonic_now();
+        let descriptor = events.fd();
+        if let Some(&id) = self.by_descriptor.get(&descriptor) {
+            if events.event_set().contains(EventSet::OUT) {
+                self.queued.push(id);
+            }
+            if events.event_set() != EventSet::OUT {
+                self.receive(id);
+            }
+        } else if descriptor == self.shards[self.index].wake.as_raw_fd() {
+            // Only the wake-up counts; the commands are in the inbox.
+            let _ = self.shards[self.index].wake.read();
+            while let Ok(command) = self.inbox.try_recv() {
+                self.command(command);
+            }
+        } else if self.listeners.iter().any(|l| l.as_raw_fd() == descriptor) {
+            self.accept(descriptor);
+        }
+        // The disk engine's and the shutdown's descriptors only wake the loop; `upkeep` looks at both.
+    }
+
+    fn init(&mut self, _ops: &mut EventOps<'_>) {
+        // What is watched goes through `changes`, from the first round on.
+    }
+}
