@@ -188,7 +188,7 @@ impl Client {
             self.write_through.remove(member);
         }
         if self.spec.is_none() {
-            self.adopt_spec(reply.spec.clone(), reply.limits.max_io);
+            self.adopt_spec(reply.spec.clone());
         }
         if let Some(link) = self.link_mut(id) {
             link.member = Some(member);
@@ -219,15 +219,14 @@ impl Client {
         }
     }
 
-    fn adopt_spec(&mut self, spec: PoolSpec, max_io: u32) {
+    pub(super) fn adopt_spec(&mut self, spec: PoolSpec) {
         self.unflushed = crate::map::BlockMap::new(spec.block_count());
         self.flushing = crate::map::BlockMap::new(spec.block_count());
-        self.max_io = max_io;
         self.spec = Some(spec);
     }
 
     /// Opens a link to every member of the specification that no link leads to.
-    fn connect_members(&mut self) {
+    pub(super) fn connect_members(&mut self) {
         let members = self.spec.as_ref().map(|s| s.members.clone()).unwrap_or_default();
         for member in members {
             let known = self.links.iter().any(|l| l.member == Some(member.id) || l.address == member.address);
@@ -241,6 +240,9 @@ impl Client {
     /// be reachable, because any later view would have been recorded on at least one of them.
     pub(super) fn try_attach(&mut self) {
         let State::Gathering { possible_since, .. } = &self.state else { return };
+        if self.config.observe {
+            return;
+        }
         let possible_since = *possible_since;
         let ready = self.ready_members();
         let Some(best) = ready.iter().filter_map(|m| self.ready(m)).max_by_key(|r| r.view.number) else {
@@ -502,6 +504,12 @@ impl Client {
                 self.gather();
             }
         }
+    }
+
+    /// Starts over and fails every request.
+    pub(super) fn cancel(&mut self) {
+        self.gather();
+        self.abandon_all(super::IoError::Cancelled);
     }
 
     /// Starts over: connect, collect views, then attach with a new epoch. Requests wait meanwhile. The links are made

@@ -473,6 +473,15 @@ impl Client {
         }
     }
 
+    /// Fails every request of a suspended pool.
+    pub(super) fn abandon_all(&mut self, error: IoError) {
+        for index in 0..self.ops.len() {
+            if self.ops[index].is_some() {
+                self.abandon(u32::try_from(index).unwrap_or(u32::MAX), error);
+            }
+        }
+    }
+
     /// Fails one request of a suspended pool: nothing of it is under way.
     fn abandon(&mut self, index: OpIndex, error: IoError) {
         self.backlog.retain(|&i| i != index);

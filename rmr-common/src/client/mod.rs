@@ -51,6 +51,8 @@ pub struct Config {
     pub description: String,
     /// Displace a live client of another identity.
     pub takeover: bool,
+    /// Only look: learn the pool's specification and its members' views, and never attach.
+    pub observe: bool,
     /// A leg that leaves a request unanswered for so long is lost.
     pub leg_timeout: Duration,
     /// Requests wait so long for a pool without a reachable Clean member, then fail.
@@ -71,6 +73,7 @@ impl Config {
             client,
             description: description.into(),
             takeover: false,
+            observe: false,
             leg_timeout: Duration::from_secs(5),
             suspend_timeout: Duration::from_secs(60),
             attach_grace: Duration::from_secs(1),
@@ -162,6 +165,9 @@ pub enum IoError {
     /// The client is not attached any more.
     #[error("the client is not attached")]
     Detached,
+    /// The request was given up on request.
+    #[error("the request was cancelled")]
+    Cancelled,
     /// Too many requests are waiting.
     #[error("more than 65536 requests are waiting")]
     TooMany,
@@ -219,6 +225,9 @@ pub enum Event<'a> {
     Tick,
     /// Leave the pool in good order: finish, flush, say so to the nodes.
     Detach,
+    /// Give up every request that is outstanding: each fails once nothing touches its memory any more. The links are
+    /// made anew, and the client attaches again.
+    Cancel,
 }
 
 /// Payload of a message to send.
@@ -437,6 +446,16 @@ impl Client {
         client
     }
 
+    /// The same for a pool whose specification is known from an earlier look: requests are accepted at once, and a node
+    /// that means another pool ends the client. Further nodes are taken from the specification.
+    #[must_use]
+    pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address], now: Time) -> Self {
+        let mut client = Self::new(config, PoolSelector::Id(spec.id), seeds, now);
+        client.adopt_spec(spec);
+        client.connect_members();
+        client
+    }
+
     /// Takes in one event.
     pub fn apply(&mut self, event: Event<'_>, now: Time) {
         self.now = now;
@@ -452,6 +471,7 @@ impl Client {
                 self.detach_requested = true;
                 self.try_detach();
             }
+            Event::Cancel => self.cancel(),
         }
         self.pump();
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
 
-pub use pool::{BlockingPool, Buffers, Pool, PoolError};
+pub use pool::{BlockingPool, Buffers, Pool, PoolError, discover};
 
 use crate::buffer::{Segment, gather};
 use crate::client::{
@@ -64,12 +64,24 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
-        let now = monotonic_now();
         let leg_timeout = config.leg_timeout;
+        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout)
+    }
+
+    /// Starts to attach to a pool whose specification is known from [`discover`].
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
+        let leg_timeout = config.leg_timeout;
+        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout)
+    }
+
+    fn start(client: Client, leg_timeout: Duration) -> io::Result<Self> {
         let connector = Connector::new(leg_timeout)?;
         let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
         let mut driver = Self {
-            client: Client::new(config, selector, seeds, now),
+            client,
             connector,
             wires: std::array::from_fn(|_| None),
             attempts: [0; MAX_LINKS],
@@ -80,7 +92,7 @@ impl PoolDriver {
             changes,
             closing: Vec::new(),
             leg_timeout,
-            now,
+            now: monotonic_now(),
         };
         driver.carry_out();
         Ok(driver)
@@ -179,6 +191,12 @@ impl PoolDriver {
     /// Leaves the pool in good order; [`PoolDriver::over`] tells when that is done.
     pub fn detach(&mut self) {
         self.client.apply(Event::Detach, self.now);
+        self.carry_out();
+    }
+
+    /// Gives up every request that is outstanding; each completes with an error before anything else happens.
+    pub fn cancel(&mut self) {
+        self.client.apply(Event::Cancel, self.now);
         self.carry_out();
     }
 

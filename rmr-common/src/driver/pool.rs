@@ -39,6 +39,21 @@ pub enum PoolError {
     System(String),
 }
 
+/// Learns a pool's specification from its nodes, without attaching.
+///
+/// # Errors
+/// When no node knows the pool, they disagree about it, or none answers within `patience`.
+pub fn discover(
+    mut config: Config,
+    selector: PoolSelector,
+    seeds: &[Address],
+    patience: Duration,
+) -> Result<PoolSpec, PoolError> {
+    config.observe = true;
+    let pool = Pool::connect(config, selector, seeds, patience)?;
+    Ok(pool.spec.clone())
+}
+
 type Done = Box<dyn FnOnce(Result<Buffers, IoError>) + Send>;
 
 enum Command {
@@ -74,11 +89,12 @@ impl Pool {
         let (commands, inbox) = mpsc::channel();
         let (attached, attachment) = mpsc::channel();
         let (event, seeds) = (Arc::clone(&wake), seeds.to_vec());
+        let observe = config.observe;
         let work = move || {
             let failed = attached.clone();
             let result = PoolDriver::new(config, selector, &seeds)
                 .map_err(|e| e.to_string())
-                .and_then(|driver| Owner::new(driver, event, inbox, attached).run());
+                .and_then(|driver| Owner::new(driver, observe, event, inbox, attached).run());
             if let Err(error) = result {
                 // Nobody listens once the pool was attached; the requests' completions then never run.
                 let _ = failed.send(Err(PoolError::System(error)));
@@ -287,18 +303,21 @@ struct Owner {
     free: Vec<usize>,
     done: Vec<(Token, Result<(), IoError>)>,
     segments: Vec<Segment>,
+    /// The owner of the handle wants the specification only.
+    observe: bool,
 }
 
 impl Owner {
     fn new(
         driver: PoolDriver,
+        observe: bool,
         wake: Arc<EventFd>,
         inbox: Receiver<Command>,
         attached: Sender<Result<Progress, PoolError>>,
     ) -> Self {
         let attached = Some(attached);
         let (pending, free, done, segments) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { driver, wake, inbox, attached, pending, free, done, segments }
+        Self { driver, wake, inbox, attached, pending, free, done, segments, observe }
     }
 
     fn run(self) -> Result<(), String> {
@@ -331,6 +350,11 @@ impl Owner {
             self.complete(token, result);
         }
         self.done = done;
+        if let (Some(spec), Some(attached)) = (self.driver.spec().filter(|_| self.observe), &self.attached) {
+            // As in `tell`.
+            let _ = attached.send(Ok(Progress::Attached(Box::new(spec.clone()))));
+            self.attached = None;
+        }
         let mut notices = Vec::new();
         self.driver.take_notices(&mut notices);
         for notice in notices {
