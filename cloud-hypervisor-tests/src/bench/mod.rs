@@ -10,6 +10,7 @@
 //! * [`size`] — sizes as people write them.
 //! * [`histogram`] — latencies with a bounded relative error.
 
+pub mod compare;
 pub mod disk;
 pub mod histogram;
 pub mod load;
@@ -17,4 +18,5 @@ pub mod processes;
 mod ring;
 pub mod size;
 mod sys;
+pub mod systems;
 pub mod verify;
