@@ -15,6 +15,8 @@ pub mod disk;
 pub mod histogram;
 pub mod load;
 pub mod processes;
+#[cfg(test)]
+mod ram_disk;
 mod ring;
 pub mod size;
 mod sys;
