@@ -221,12 +221,13 @@ impl Disk {
         let socket = options.socket.clone();
         let attach = |cause| DiskError::Attach { socket: socket.clone(), cause };
         check(&options)?;
-        let deaths = options
-            .daemons
-            .iter()
-            .map(|pid| Ok((*pid, sys::watch_process(*pid)?)))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|cause| DiskError::System { doing: "watching the daemon's process", cause })?;
+        let watch = |pid: &u32| match sys::watch_process(*pid) {
+            Ok(death) => Ok((*pid, death)),
+            Err(cause) => {
+                Err(DiskError::Unsuitable(format!("cannot watch the daemon's process {pid}: {cause}")))
+            }
+        };
+        let deaths = options.daemons.iter().map(watch).collect::<Result<Vec<_>, _>>()?;
 
         let path = path_text(&options.socket)?;
         let mut transport = VhostUser::<VirtioBlkConfig, ()>::new(path, wanted_features()).map_err(attach)?;

@@ -45,7 +45,7 @@ struct Args {
     /// Seconds of load before that, unmeasured.
     #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = parse_seconds)]
     ramp: Duration,
-    /// End after this many requests, if that is earlier.
+    /// End after this many requests, those of the ramp included, if that is earlier.
     #[arg(long, value_name = "N")]
     max_requests: Option<u64>,
     /// Virtqueues to use.
