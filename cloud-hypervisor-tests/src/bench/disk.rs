@@ -5,7 +5,8 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rand::{RngCore, SeedableRng};
@@ -217,7 +218,21 @@ struct SlotPlace {
 
 impl Disk {
     /// Attaches, negotiates what a Linux guest would, and touches all memory once.
+    ///
+    /// `virtio-driver` waits for answers without a limit; a daemon that is there and says nothing is therefore waited
+    /// for on a thread of its own, which is left behind when the stall timeout is over.
     pub fn attach(options: DiskOptions) -> Result<Self, DiskError> {
+        let (socket, limit) = (options.socket.clone(), options.stall_timeout);
+        let (sender, receiver) = mpsc::sync_channel(1);
+        // The receiver may be gone by the time of the answer; nobody wants the disk then.
+        thread::spawn(move || drop(sender.send(Self::negotiate(options))));
+        receiver.recv_timeout(limit).unwrap_or_else(|_| {
+            let cause = io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {limit:?}"));
+            Err(DiskError::Attach { socket, cause })
+        })
+    }
+
+    fn negotiate(options: DiskOptions) -> Result<Self, DiskError> {
         let socket = options.socket.clone();
         let attach = |cause| DiskError::Attach { socket: socket.clone(), cause };
         check(&options)?;

@@ -893,6 +893,16 @@ mod tests {
     }
 
     #[test]
+    fn a_daemon_that_never_answers_is_an_error_after_the_stall_timeout() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("silent.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let load = LoadSpec { stall_timeout_ms: 200, ..spec(Pattern::Read) };
+        let error = run(&socket, &load, Surroundings::default()).unwrap_err().to_string();
+        assert!(error.contains("no answer within 200ms") && error.contains("silent.sock"), "{error}");
+    }
+
+    #[test]
     fn the_end_of_the_daemon_ends_the_load_at_once() {
         let disk = RamDisk::serve(SIZE, 1, true, Fault::SilentAfter { requests: 20 });
         let mut daemon = Command::new("sleep").arg("0.3").spawn().unwrap();
