@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -258,7 +259,8 @@ fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Program>,
         fs::create_dir(&stores)?;
         let config = place.directory.join(format!("node-{name}.toml"));
         let text = format!(
-            "name = \"{name}\"\nlisten = [\"tcp://{port}\"]\nadmin = \"{admin}\"\nstore_dir = \"{}\"\n",
+            "node_name = \"{name}\"\nlisten = [\"tcp://{port}\"]\nadvertise = [\"tcp://{port}\"]\nadmin = \"{admin}\"\n\
+             store_dir = \"{}\"\n",
             stores.display()
         );
         fs::write(&config, text)?;
@@ -356,10 +358,22 @@ fn start_client(command: &CommandLine, socket: &Path) -> anyhow::Result<Program>
     Ok(client)
 }
 
-/// A free port of the loopback interface. Nobody else takes it in the moment until the program does, in practice.
+/// A loopback port that nobody listens on, never the same twice. It lies below the range from which the kernel takes
+/// ports of outgoing connections, so that none of these takes it before the program does.
 fn free_port() -> anyhow::Result<SocketAddr> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("looking for a free port")?;
-    Ok(listener.local_addr()?)
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const FIRST: u16 = 10_000;
+    const COUNT: u16 = 20_000;
+    // Runs side by side begin at different places.
+    let start = u16::try_from(std::process::id() % u32::from(COUNT))?;
+    for _ in 0..COUNT {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed) % COUNT;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST + (start + step) % COUNT));
+        if TcpListener::bind(address).is_ok() {
+            return Ok(address);
+        }
+    }
+    bail!("expected a free TCP port from {FIRST} to {}, found none", FIRST + COUNT - 1)
 }
 
 /// What to run, and where its output goes.
