@@ -1,1 +1,3 @@
-//! Placeholder while the crate is being built.
+//! Whole-system tests, demonstration and benchmarks of the replicated disk.
+
+pub mod bench;
