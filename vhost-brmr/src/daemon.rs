@@ -55,7 +55,10 @@ pub fn main<D: Disk>(open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> ExitC
     }
 }
 
-fn run<D: Disk>(settings: &Settings, open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> anyhow::Result<()> {
+fn run<D: Disk>(
+    settings: &Settings,
+    open: impl FnOnce(&Settings) -> anyhow::Result<D>,
+) -> anyhow::Result<()> {
     // Before anything starts a thread: the signals must be blocked in all of them, and the file mode mask is shared.
     let signals = StopSignals::new().context("cannot take over SIGTERM and SIGINT")?;
     let (_socket_file, front_ends) = front_ends(&settings.endpoint)?;

@@ -94,7 +94,12 @@ impl Geometry {
             if good { Ok(()) } else { Err(GeometryError::Limit { name, found, expected }) }
         };
         limit("max_segments", self.max_segments.into(), self.max_segments > 0, "at least 1")?;
-        limit("max_segment_size", self.max_segment_size.into(), self.max_segment_size >= 4096, "at least 4096")?;
+        limit(
+            "max_segment_size",
+            self.max_segment_size.into(),
+            self.max_segment_size >= 4096,
+            "at least 4096",
+        )?;
         for (ranges, what) in [(self.discard, "discard"), (self.write_zeroes, "write_zeroes")] {
             let Some(ranges) = ranges else { continue };
             let count = ranges.max_ranges;

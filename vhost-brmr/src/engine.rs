@@ -108,7 +108,9 @@ impl Engine {
                     written = Some(index);
                 }
                 Progress::Done(index) => self.finish(session, index),
-                Progress::Unknown => error!(token = token.0, "the disk completed a request that is not in flight"),
+                Progress::Unknown => {
+                    error!(token = token.0, "the disk completed a request that is not in flight")
+                }
             }
         }
         self.done.clear();

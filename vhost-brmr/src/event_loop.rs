@@ -556,7 +556,10 @@ impl<D: Disk> Worker<D> {
                 }
                 let in_flight = self.engine.in_flight();
                 if cancelled {
-                    warn!(in_flight, "ending although the disk is not detached; the nodes will find that out");
+                    warn!(
+                        in_flight,
+                        "ending although the disk is not detached; the nodes will find that out"
+                    );
                     self.state = State::Finished(None);
                 } else {
                     warn!(in_flight, "requests did not complete in time; cancelling them");

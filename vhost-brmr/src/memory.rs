@@ -125,12 +125,19 @@ impl Region {
         // The block size of a file on hugetlbfs is the size of its pages, to which offset and length must be rounded.
         let page = meta.blksize().next_power_of_two().max(4096);
         let base = mmap_offset & !(page - 1);
-        let length = (end - base).checked_next_multiple_of(page).and_then(|length| usize::try_from(length).ok());
+        let length =
+            (end - base).checked_next_multiple_of(page).and_then(|length| usize::try_from(length).ok());
         let Some(length) = length else { return Err(bounds) };
         let mapping = Mapping::new(file, base, length)?;
         let into = usize::try_from(mmap_offset - base).map_err(|_| bounds)?;
         let host = mapping.base.wrapping_add(into);
-        Ok(Self { guest: GuestAddress(guest_phys_addr), user: user_addr, length: memory_size, host, _mapping: mapping })
+        Ok(Self {
+            guest: GuestAddress(guest_phys_addr),
+            user: user_addr,
+            length: memory_size,
+            host,
+            _mapping: mapping,
+        })
     }
 
     /// Whether this is the region that the front end names so.
@@ -238,7 +245,11 @@ impl MemoryTable {
     ///
     /// # Errors
     /// When a region is refused, or two overlap.
-    pub fn replace(&mut self, announced: &[VhostUserMemoryRegion], files: &[File]) -> Result<(), MemoryError> {
+    pub fn replace(
+        &mut self,
+        announced: &[VhostUserMemoryRegion],
+        files: &[File],
+    ) -> Result<(), MemoryError> {
         let mut regions = Vec::with_capacity(announced.len());
         for (region, file) in announced.iter().zip(files) {
             // A region that is already mapped from the same file could be kept, but the file may have been replaced

@@ -46,7 +46,9 @@ impl fmt::Display for Fault {
             Self::AvailIndex => {
                 f.write_str("the guest's avail index is more than the queue size ahead of what was taken")
             }
-            Self::Head(head) => write!(f, "the guest made head {head} available, which is beyond the descriptor table"),
+            Self::Head(head) => {
+                write!(f, "the guest made head {head} available, which is beyond the descriptor table")
+            }
             Self::HeadInFlight(head) => {
                 write!(f, "the guest made head {head} available again while it is in flight")
             }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,6 +47,7 @@ struct State {
     waiting: VecDeque<Waiting>,
     done: Vec<(Token, Result<(), DiskError>)>,
     held: bool,
+    steps: u32,
     reversed: bool,
     ignores_cancel: bool,
     failures: u32,
@@ -108,6 +109,11 @@ impl Handle {
     /// Holds requests back until told otherwise.
     pub fn hold(&self, held: bool) {
         self.change(|state| state.held = held);
+    }
+
+    /// Completes one of the requests that are held back.
+    pub fn step(&self) {
+        self.change(|state| state.steps += 1);
     }
 
     /// Completes what waits in the reverse order.
@@ -172,7 +178,8 @@ impl State {
     }
 
     fn work(&mut self) {
-        while !self.held {
+        while !self.held || self.steps > 0 {
+            self.steps = self.steps.saturating_sub(1);
             let next = if self.reversed { self.waiting.pop_back() } else { self.waiting.pop_front() };
             let Some(request) = next else { break };
             let result = if self.failures > 0 {
@@ -277,6 +284,8 @@ impl Disk for MemoryDisk {
     }
 
     fn ready(&mut self, _fd: RawFd, _set: EventSet) {
+        let mut bytes = [0; 64];
+        while (&self.wake).read(&mut bytes).is_ok_and(|count| count > 0) {}
         lock(&self.state).work();
     }
 

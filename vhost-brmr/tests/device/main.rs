@@ -1,0 +1,6 @@
+//! The device as a guest and its hypervisor see it, through a real socket and real rings.
+#![allow(unsafe_code)]
+#![allow(clippy::cast_possible_truncation)] // patterns of bytes are made from counters
+
+mod session;
+mod support;
