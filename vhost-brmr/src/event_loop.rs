@@ -351,9 +351,20 @@ impl<D: Disk> Worker<D> {
         let draining = self.connection.as_ref().and_then(|connection| connection.draining);
         // A message that waited, and waits no more, is answered at once.
         let drained = draining.is_some_and(|draining| session.in_flight(draining.scope) == 0);
+        // The disk may have been refused, attached or detached within this turn, without any event to come.
+        let running = session.is_running();
         drop(session);
-        let stopping = self.is_stopped() || matches!(self.state, State::Finished(_));
-        if again || drained || stopping { 0 } else { self.sleep_ms(draining) }
+        let changed = match self.state {
+            State::Running => match self.disk.attachment() {
+                Attachment::Refused(_) => true,
+                Attachment::Detached => running,
+                Attachment::Attached | Attachment::Attaching => !serve,
+                Attachment::Detaching => false,
+            },
+            State::Stopping { .. } => self.is_stopped(),
+            State::Finished(_) => true,
+        };
+        if again || drained || changed { 0 } else { self.sleep_ms(draining) }
     }
 
     fn sleep_ms(&self, draining: Option<Draining>) -> i32 {

@@ -2,5 +2,7 @@
 #![allow(unsafe_code)]
 #![allow(clippy::cast_possible_truncation)] // patterns of bytes are made from counters
 
+mod hostile;
+mod program;
 mod session;
 mod support;
