@@ -280,6 +280,16 @@ mod tests {
     }
 
     #[test]
+    fn switches_need_no_value_and_can_be_turned_off() {
+        let on = settings(&format!("{GOOD} --read-only --takeover --once")).unwrap();
+        assert!(on.device.read_only && on.pool.read_only && on.pool.takeover);
+        assert_eq!(on.event_loop.on_disconnect, OnDisconnect::Exit);
+        let off = settings(&format!("{GOOD} --read-only=false --once=false")).unwrap();
+        assert!(!off.device.read_only);
+        assert_eq!(off.event_loop.on_disconnect, OnDisconnect::Wait);
+    }
+
+    #[test]
     fn every_bad_value_is_refused_by_name() {
         for (extra, name) in [
             ("--num-queues 0", "num-queues"),

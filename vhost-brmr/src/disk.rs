@@ -190,7 +190,8 @@ pub trait Disk {
     /// Size and limits; the same from construction on.
     fn geometry(&self) -> Geometry;
 
-    /// Begins to claim the disk; called when a guest starts its first ring, never while not [`Attachment::Detached`].
+    /// Begins to claim the disk; called when a guest starts its first ring, and only while [`Attachment::Detached`],
+    /// which the disk is no more when this returns.
     fn attach(&mut self);
 
     /// Gives the disk back once all requests submitted so far completed; none will be submitted before the next

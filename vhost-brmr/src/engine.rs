@@ -20,6 +20,8 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Turn {
     /// Something was taken or completed.
     pub active: bool,
+    /// Some ring was looked at.
+    pub looked: bool,
     /// There is more to do at once.
     pub again: bool,
 }
@@ -59,10 +61,11 @@ impl Engine {
     /// Completes what the disk finished, takes what the guest made available if `serve`, and sends it on. With `rearm`
     /// the guest will kick for what comes later.
     pub fn turn(&mut self, session: &mut Session, disk: &mut impl Disk, serve: bool, rearm: bool) -> Turn {
-        let mut turn = Turn { active: self.complete(session, disk), again: false };
+        let mut turn = Turn { active: self.complete(session, disk), looked: false, again: false };
         if serve {
             for queue in 0..session.rings.len() {
                 if session.kicked[queue] {
+                    turn.looked = true;
                     turn.active |= self.serve(session, disk, queue, rearm);
                     turn.again |= session.kicked[queue];
                 }

@@ -331,8 +331,9 @@ impl<D: Disk> Worker<D> {
         let turn = self.engine.turn(&mut session, &mut self.disk, serve, !polls);
         if polls && turn.active {
             self.last_activity = Instant::now();
-            self.armed = false;
         }
+        // A look at a ring turned its kicks off, whether or not there was something to take.
+        self.armed &= !(polls && turn.looked);
         let mut again = turn.again || messages_left;
         if serve && !self.armed {
             if self.last_activity.elapsed() < self.options.poll {
@@ -361,7 +362,9 @@ impl<D: Disk> Worker<D> {
                 Attachment::Attached | Attachment::Attaching => !serve,
                 Attachment::Detaching => false,
             },
-            State::Stopping { .. } => self.is_stopped(),
+            State::Stopping { .. } => {
+                self.engine.in_flight() == 0 && !matches!(self.disk.attachment(), Attachment::Detaching)
+            }
             State::Finished(_) => true,
         };
         if again || drained || changed { 0 } else { self.sleep_ms(draining) }

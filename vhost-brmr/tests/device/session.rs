@@ -3,14 +3,16 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vhost_brmr::disk::Operation;
-use vhost_brmr::event_loop::FrontEnds;
-use vhost_brmr::testing::Event;
+use vhost_brmr::event_loop::{EventLoop, FrontEnds, LoopError};
+use vhost_brmr::sys::StopSignals;
+use vhost_brmr::testing::{Event, Handle, MemoryDisk};
 use virtio_bindings::virtio_blk::*;
 
 use crate::support::*;
@@ -701,4 +703,80 @@ fn a_polling_device_serves_and_sleeps_again() {
         }
     }
     assert!(guest.read_disk(100, 512).data == pattern(512, 100));
+}
+
+#[test]
+fn a_kick_for_nothing_does_not_make_a_polling_device_deaf() {
+    let setup = Setup { poll: Duration::from_micros(100), features: !bit(29), ..Setup::default() };
+    let (_daemon, mut guest) = setup.boot();
+    for _ in 0..3 {
+        guest.kick(0);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(guest.used_flags(0) & 1, 0, "the device sleeps and does not want to be kicked");
+        assert_eq!(guest.flush(), OK);
+    }
+}
+
+/// Runs the loop in a thread that takes SIGTERM, and gives the means to send it.
+fn with_signals(setup: &Setup, stream: UnixStream) -> (Handle, impl Fn(), JoinHandle<Result<(), LoopError>>) {
+    let (disk, handle) = MemoryDisk::new(setup.geometry).unwrap();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let (options, behaviour) = setup.options();
+    let thread = std::thread::spawn(move || {
+        let signals = StopSignals::new().unwrap();
+        // SAFETY: has no preconditions.
+        sender.send(unsafe { libc::pthread_self() }).unwrap();
+        EventLoop::new(disk, options, behaviour, FrontEnds::Connected(stream), Some(signals)).unwrap().run()
+    });
+    let thread_id = receiver.recv().unwrap();
+    // SAFETY: the thread is not joined before the last signal.
+    let stop = move || assert_eq!(unsafe { libc::pthread_kill(thread_id, libc::SIGTERM) }, 0);
+    (handle, stop, thread)
+}
+
+#[test]
+fn told_to_stop_the_daemon_waits_for_requests_in_flight_and_detaches_the_disk() {
+    let setup = Setup::default();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (disk, stop, thread) = with_signals(&setup, theirs);
+    let mut guest = Guest::boot(ours, &setup);
+    disk.hold(true);
+    guest.submit(0, 0, VIRTIO_BLK_T_OUT, 0, &pattern(512, 1), 0);
+    guest.kick(0);
+    eventually("the request reaches the disk", || disk.waiting() == 1);
+    stop();
+    guest.submit(0, 1, VIRTIO_BLK_T_OUT, 0, &pattern(512, 2), 0);
+    guest.kick(0);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!thread.is_finished(), "ended with a request in flight");
+    assert_eq!(disk.waiting(), 1, "took a request after it was told to stop");
+    disk.hold(false);
+    thread.join().unwrap().unwrap();
+    assert_eq!(guest.used(0, 1), [(0, 1)]);
+    assert_eq!(disk.log().last(), Some(&Event::Detached));
+}
+
+#[test]
+fn a_stop_is_bounded_and_a_second_signal_ends_it_at_once() {
+    for signals in [1, 2] {
+        let drain_timeout = Duration::from_millis(if signals == 1 { 100 } else { 60_000 });
+        let setup = Setup { drain_timeout, ..Setup::default() };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (disk, stop, thread) = with_signals(&setup, theirs);
+        let mut guest = Guest::boot(ours, &setup);
+        disk.hold(true);
+        disk.ignore_cancel();
+        guest.submit(0, 0, VIRTIO_BLK_T_OUT, 0, &pattern(512, 1), 0);
+        guest.kick(0);
+        eventually("the request reaches the disk", || disk.waiting() == 1);
+        stop();
+        if signals == 2 {
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!thread.is_finished());
+            stop();
+        }
+        let start = Instant::now();
+        thread.join().unwrap().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
 }

@@ -96,6 +96,14 @@ impl Setup {
 
     pub(crate) fn serve(&self, front_ends: FrontEnds) -> Daemon {
         let (disk, handle) = MemoryDisk::new(self.geometry).unwrap();
+        let (options, behaviour) = self.options();
+        let thread = std::thread::spawn(move || {
+            EventLoop::new(disk, options, behaviour, front_ends, None).unwrap().run()
+        });
+        Daemon { disk: handle, thread: Some(thread) }
+    }
+
+    pub(crate) fn options(&self) -> (DeviceOptions, LoopOptions) {
         let options = DeviceOptions {
             queues: self.queues,
             queue_size: self.queue_size,
@@ -104,10 +112,7 @@ impl Setup {
         };
         let on_disconnect = OnDisconnect::Wait;
         let behaviour = LoopOptions { poll: self.poll, drain_timeout: self.drain_timeout, on_disconnect };
-        let thread = std::thread::spawn(move || {
-            EventLoop::new(disk, options, behaviour, front_ends, None).unwrap().run()
-        });
-        Daemon { disk: handle, thread: Some(thread) }
+        (options, behaviour)
     }
 
     /// A device and a guest that uses it.
@@ -310,6 +315,10 @@ impl Guest {
 
     pub(crate) fn used_index(&self, queue: usize) -> u16 {
         self.load(Self::table(queue) + USED + 2)
+    }
+
+    pub(crate) fn used_flags(&self, queue: usize) -> u16 {
+        self.load(Self::table(queue) + USED)
     }
 
     /// What the device said it wants to be kicked for, with event indices.
