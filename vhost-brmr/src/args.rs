@@ -1,0 +1,174 @@
+//! The command line. Every option may also stand in the configuration file, under the same name; see
+//! [`crate::config`] for how the two become settings.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use serde::Deserialize;
+
+const EXAMPLES: &str = "\
+Examples:
+  Serve pool vm7 to a hypervisor, waiting for the next one when it goes away:
+    vhost-brmr --socket-path /run/vm7.sock --pool vm7 --node stor1:7400 --node stor2:7400
+
+  The same for four vCPUs, and only for as long as this one hypervisor runs:
+    vhost-brmr --socket-path /run/vm7.sock --socket-mode 0660 --pool vm7 --node stor1:7400 \\
+        --num-queues 4 --serial vm7-root --once
+
+  With a configuration file, one value overridden:
+    vhost-brmr --config /etc/vhost-brmr/vm7.toml --read-only
+
+  QEMU is then started with shared memory and
+    -object memory-backend-memfd,id=mem,size=4G,share=on -machine q35,memory-backend=mem
+    -chardev socket,id=c0,path=/run/vm7.sock,reconnect=1
+    -device vhost-user-blk-pci,chardev=c0,num-queues=4
+
+Exit code: 0 after a stop that was asked for, 1 when something failed, 2 for a bad option or configuration.";
+
+/// Serves one replicated disk to one virtual machine, over vhost-user-blk.
+///
+/// The disk is a pool on storage nodes (rmr-node). Every write goes once to every member, straight from the guest's
+/// memory; the pool goes on when a node fails. One process serves one disk of one virtual machine, and uses no CPU while
+/// the guest is idle.
+#[derive(Clone, Debug, Default, Parser)]
+#[command(name = "vhost-brmr", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// Read the options from this TOML file, under the same names (socket-path = "/run/vm7.sock", node = ["a:1",
+    /// "b:1"]). What is given on the command line goes first. Unknown names are refused.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Print what this program can do as JSON, for management software, and end.
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Options that may also stand in the file.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// The options that may stand on the command line and in the file.
+#[derive(Clone, Debug, Default, PartialEq, clap::Args, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Options {
+    /// Listen on this unix socket. A stale socket is replaced; one that somebody listens on is not. Removed at the end.
+    #[arg(long, value_name = "PATH", help_heading = "Hypervisor")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Use this inherited descriptor instead: a listening unix socket, or one that is connected already.
+    #[arg(long, value_name = "FDNUM", help_heading = "Hypervisor", conflicts_with = "socket_path")]
+    pub fd: Option<i32>,
+
+    /// Permissions of the socket, octal. Who may connect owns the disk. [default: 0600]
+    #[arg(long, value_name = "OCTAL", help_heading = "Hypervisor")]
+    pub socket_mode: Option<String>,
+
+    /// When the hypervisor goes away: wait for the next one, or exit. [default: wait]
+    #[arg(long, value_name = "WHAT", value_enum, help_heading = "Hypervisor")]
+    pub on_disconnect: Option<Disconnect>,
+
+    /// Short for --on-disconnect exit.
+    #[arg(long, help_heading = "Hypervisor", conflicts_with = "on_disconnect", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub once: Option<bool>,
+
+    /// The pool to serve, by name or uuid.
+    #[arg(long, value_name = "NAME|UUID", help_heading = "Pool")]
+    pub pool: Option<String>,
+
+    /// A node to ask about the pool. Repeatable; one that answers is enough, as it knows the others.
+    #[arg(long = "node", value_name = "HOST:PORT", help_heading = "Pool")]
+    pub node: Option<Vec<String>>,
+
+    /// Take the pool from the client that holds it now, which is fenced. Without this a pool in use is refused.
+    #[arg(long, help_heading = "Pool", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub takeover: Option<bool>,
+
+    /// Requests wait this many seconds when no member can serve them, then fail; 0 fails at once. [default: 60]
+    #[arg(long, value_name = "SECONDS", help_heading = "Pool")]
+    pub suspend_timeout_s: Option<u32>,
+
+    /// A member that does not answer for so many milliseconds is dropped and resynchronised later. [default: 3000]
+    #[arg(long, value_name = "MILLISECONDS", help_heading = "Pool")]
+    pub leg_timeout_ms: Option<u32>,
+
+    /// Queues offered to the guest, 1 to 256; one per vCPU is a good choice. [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Device")]
+    pub num_queues: Option<u16>,
+
+    /// Largest size of a queue: a power of two from 2 to 1024. [default: 256]
+    #[arg(long, value_name = "N", help_heading = "Device")]
+    pub queue_size: Option<u16>,
+
+    /// Serial number that the guest sees: at most 20 printable ASCII characters. [default: the pool's name or uuid, cut]
+    #[arg(long, value_name = "TEXT", help_heading = "Device")]
+    pub serial: Option<String>,
+
+    /// Refuse every write.
+    #[arg(long, help_heading = "Device", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub read_only: Option<bool>,
+
+    /// Poll for so many microseconds after the last activity before sleeping: less latency for a busy core. 0 never
+    /// polls. At most 10000. [default: 0]
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "Operation")]
+    pub poll_us: Option<u32>,
+
+    /// Wait so many seconds for requests in flight when a queue is stopped or the daemon ends. [default: 30]
+    #[arg(long, value_name = "SECONDS", help_heading = "Operation")]
+    pub drain_timeout_s: Option<u32>,
+
+    /// Form of the log on standard error. Its level is set with RUST_LOG, e.g. RUST_LOG=debug. [default: text]
+    #[arg(long, value_name = "FORMAT", value_enum, help_heading = "Operation")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// What happens when the hypervisor goes away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Disconnect {
+    /// Wait for the next one.
+    Wait,
+    /// End.
+    Exit,
+}
+
+/// Form of the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+impl Options {
+    /// These options, with those of `file` where nothing is said here.
+    #[must_use]
+    pub fn or(self, file: Self) -> Self {
+        // Either of two options that exclude each other, given here, overrides the other of the file.
+        let file_path = file.socket_path.filter(|_| self.fd.is_none());
+        let file_fd = file.fd.filter(|_| self.socket_path.is_none());
+        let file_once = file.once.filter(|_| self.on_disconnect.is_none());
+        let file_disconnect = file.on_disconnect.filter(|_| self.once.is_none());
+        Self {
+            socket_path: self.socket_path.or(file_path),
+            fd: self.fd.or(file_fd),
+            socket_mode: self.socket_mode.or(file.socket_mode),
+            on_disconnect: self.on_disconnect.or(file_disconnect),
+            once: self.once.or(file_once),
+            pool: self.pool.or(file.pool),
+            node: self.node.or(file.node),
+            takeover: self.takeover.or(file.takeover),
+            suspend_timeout_s: self.suspend_timeout_s.or(file.suspend_timeout_s),
+            leg_timeout_ms: self.leg_timeout_ms.or(file.leg_timeout_ms),
+            num_queues: self.num_queues.or(file.num_queues),
+            queue_size: self.queue_size.or(file.queue_size),
+            serial: self.serial.or(file.serial),
+            read_only: self.read_only.or(file.read_only),
+            poll_us: self.poll_us.or(file.poll_us),
+            drain_timeout_s: self.drain_timeout_s.or(file.drain_timeout_s),
+            log_format: self.log_format.or(file.log_format),
+        }
+    }
+}

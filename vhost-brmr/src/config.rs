@@ -1,0 +1,343 @@
+//! From options to settings: the file is read, the command line goes first, and every value is checked here, so that
+//! the rest of the program never meets a bad one.
+
+use std::fmt;
+use std::fs;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use rmr_common::pool::{Address, AddressError, PoolId, PoolSpec};
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::args::{Args, Disconnect, LogFormat, Options};
+use crate::device::DeviceOptions;
+use crate::event_loop::{LoopOptions, OnDisconnect};
+use crate::request::ID_LENGTH;
+
+const MAX_QUEUES: u16 = 256;
+const MAX_QUEUE_SIZE: u16 = 1024;
+const MAX_POLL_US: u32 = 10_000;
+const MAX_TIMEOUT_S: u32 = 24 * 60 * 60;
+
+/// Where the hypervisor connects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// Listen on this path.
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
+    /// An inherited descriptor.
+    Inherited(RawFd),
+}
+
+/// The pool to serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PoolName {
+    /// By name, which the nodes resolve.
+    Name(String),
+    /// By identity.
+    Id(PoolId),
+}
+
+impl fmt::Display for PoolName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => f.write_str(name),
+            Self::Id(id) => id.fmt(f),
+        }
+    }
+}
+
+impl FromStr for PoolName {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        if let Ok(id) = Uuid::parse_str(text) {
+            return Ok(Self::Id(PoolId(id)));
+        }
+        let expected = "a pool's uuid, or a name of letters, digits, '.', '_' and '-' that begins with a letter or digit";
+        PoolSpec::validate_name(text).map_err(|_| bad("pool", text, expected))?;
+        Ok(Self::Name(text.to_owned()))
+    }
+}
+
+/// What the disk client is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolSettings {
+    /// The pool.
+    pub pool: PoolName,
+    /// Nodes to ask; at least one.
+    pub nodes: Vec<Address>,
+    /// Take the pool from whoever holds it.
+    pub takeover: bool,
+    /// How long requests wait when no member can serve them.
+    pub suspend_timeout: Duration,
+    /// How long a member may take to answer.
+    pub leg_timeout: Duration,
+    /// No writes will be sent.
+    pub read_only: bool,
+}
+
+/// Everything that was configured, checked.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the hypervisor connects.
+    pub endpoint: Endpoint,
+    /// For the disk client.
+    pub pool: PoolSettings,
+    /// For the device.
+    pub device: DeviceOptions,
+    /// For the event loop.
+    pub event_loop: LoopOptions,
+    /// Form of the log.
+    pub log_format: LogFormat,
+}
+
+/// Why the configuration is not acceptable.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not understood.
+    #[error("{path}: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// An option that must be given.
+    #[error("--{0} is missing{1}")]
+    Missing(&'static str, &'static str),
+    /// Two options that exclude each other.
+    #[error("--{0} and --{1} exclude each other")]
+    Conflict(&'static str, &'static str),
+    /// A value out of bounds.
+    #[error("--{option} is {found:?}, expected {expected}")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        found: String,
+        /// What would be right.
+        expected: &'static str,
+    },
+    /// A node address that is none.
+    #[error("--node: {0}")]
+    Node(#[from] AddressError),
+}
+
+impl Settings {
+    /// Reads the file, if one is named, and checks everything.
+    ///
+    /// # Errors
+    /// The first thing that is not right.
+    pub fn load(args: &Args) -> Result<Self, ConfigError> {
+        let file = match &args.config {
+            None => Options::default(),
+            Some(path) => {
+                let text = fs::read_to_string(path)
+                    .map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+                toml::from_str(&text)
+                    .map_err(|source| ConfigError::Parse { path: path.clone(), source: Box::new(source) })?
+            }
+        };
+        Self::check(args.options.clone().or(file))
+    }
+
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// The first thing that is not right.
+    pub fn check(options: Options) -> Result<Self, ConfigError> {
+        let endpoint = endpoint(&options)?;
+        let pool: PoolName = options.pool.as_deref().ok_or(ConfigError::Missing("pool", ""))?.parse()?;
+        let nodes = options.node.unwrap_or_default();
+        if nodes.is_empty() {
+            return Err(ConfigError::Missing("node", ": at least one node that knows the pool"));
+        }
+        let nodes = nodes.iter().map(|node| node.parse()).collect::<Result<Vec<Address>, _>>()?;
+        let queues = options.num_queues.unwrap_or(1);
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return Err(bad("num-queues", queues, "1 to 256"));
+        }
+        let queue_size = options.queue_size.unwrap_or(256);
+        if !queue_size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&queue_size) {
+            return Err(bad("queue-size", queue_size, "a power of two from 2 to 1024"));
+        }
+        let serial = serial(options.serial, &pool)?;
+        let read_only = options.read_only.unwrap_or(false);
+        let poll_us = options.poll_us.unwrap_or(0);
+        if poll_us > MAX_POLL_US {
+            return Err(bad("poll-us", poll_us, "0 to 10000"));
+        }
+        let leg_timeout_ms = options.leg_timeout_ms.unwrap_or(3000);
+        if !(10..=MAX_TIMEOUT_S * 1000).contains(&leg_timeout_ms) {
+            return Err(bad("leg-timeout-ms", leg_timeout_ms, "10 milliseconds to one day"));
+        }
+        let suspend_timeout_s = seconds("suspend-timeout-s", options.suspend_timeout_s, 60)?;
+        let drain_timeout = seconds("drain-timeout-s", options.drain_timeout_s, 30)?;
+        if options.once.is_some() && options.on_disconnect.is_some() {
+            return Err(ConfigError::Conflict("once", "on-disconnect"));
+        }
+        let exit = options.once == Some(true) || options.on_disconnect == Some(Disconnect::Exit);
+        Ok(Self {
+            endpoint,
+            pool: PoolSettings {
+                pool,
+                nodes,
+                takeover: options.takeover.unwrap_or(false),
+                suspend_timeout: suspend_timeout_s,
+                leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
+                read_only,
+            },
+            device: DeviceOptions { queues, queue_size, serial, read_only },
+            event_loop: LoopOptions {
+                poll: Duration::from_micros(poll_us.into()),
+                drain_timeout,
+                on_disconnect: if exit { OnDisconnect::Exit } else { OnDisconnect::Wait },
+            },
+            log_format: options.log_format.unwrap_or_default(),
+        })
+    }
+}
+
+fn endpoint(options: &Options) -> Result<Endpoint, ConfigError> {
+    let mode = options.socket_mode.as_deref().unwrap_or("0600");
+    let parsed = u32::from_str_radix(mode.trim_start_matches("0o"), 8);
+    let mode = parsed.ok().filter(|bits| *bits <= 0o777);
+    let found = options.socket_mode.as_deref().unwrap_or_default();
+    let mode = mode.ok_or_else(|| bad("socket-mode", found, "octal permissions, e.g. 0660"))?;
+    match (&options.socket_path, options.fd) {
+        (Some(_), Some(_)) => Err(ConfigError::Conflict("socket-path", "fd")),
+        (Some(path), None) if path.as_os_str().is_empty() => Err(bad("socket-path", "", "a path")),
+        (Some(path), None) => Ok(Endpoint::Path { path: path.clone(), mode }),
+        (None, Some(fd)) if fd < 3 => {
+            Err(bad("fd", fd, "an inherited descriptor above 2, which are the standard streams"))
+        }
+        (None, Some(fd)) => Ok(Endpoint::Inherited(fd)),
+        (None, None) => Err(ConfigError::Missing("socket-path", " (or --fd)")),
+    }
+}
+
+fn serial(given: Option<String>, pool: &PoolName) -> Result<String, ConfigError> {
+    let Some(serial) = given else {
+        return Ok(pool.to_string().chars().take(ID_LENGTH).collect());
+    };
+    if serial.len() > ID_LENGTH || !serial.chars().all(|c| c.is_ascii_graphic() || c == ' ') {
+        return Err(bad("serial", serial, "at most 20 printable ASCII characters"));
+    }
+    Ok(serial)
+}
+
+fn seconds(option: &'static str, given: Option<u32>, default: u32) -> Result<Duration, ConfigError> {
+    let seconds = given.unwrap_or(default);
+    if seconds > MAX_TIMEOUT_S {
+        return Err(bad(option, seconds, "0 to 86400 seconds"));
+    }
+    Ok(Duration::from_secs(seconds.into()))
+}
+
+fn bad(option: &'static str, found: impl ToString, expected: &'static str) -> ConfigError {
+    ConfigError::Value { option, found: found.to_string(), expected }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn settings(arguments: &str) -> Result<Settings, ConfigError> {
+        let words = std::iter::once("vhost-brmr").chain(arguments.split_whitespace());
+        Settings::load(&Args::try_parse_from(words).unwrap())
+    }
+
+    const GOOD: &str = "--socket-path /tmp/s --pool vm7 --node a:1";
+
+    #[test]
+    fn the_least_that_is_needed_gives_the_documented_defaults() {
+        let settings = settings(GOOD).unwrap();
+        assert_eq!(settings.endpoint, Endpoint::Path { path: "/tmp/s".into(), mode: 0o600 });
+        assert_eq!(settings.device.queues, 1);
+        assert_eq!(settings.device.queue_size, 256);
+        assert_eq!(settings.device.serial, "vm7");
+        assert_eq!(settings.event_loop.poll, Duration::ZERO);
+        assert_eq!(settings.event_loop.on_disconnect, OnDisconnect::Wait);
+        assert_eq!(settings.event_loop.drain_timeout, Duration::from_secs(30));
+        assert_eq!(settings.pool.suspend_timeout, Duration::from_secs(60));
+    }
+
+    #[test]
+    fn switches_need_no_value_and_can_be_turned_off() {
+        let on = settings(&format!("{GOOD} --read-only --takeover --once")).unwrap();
+        assert!(on.device.read_only && on.pool.read_only && on.pool.takeover);
+        assert_eq!(on.event_loop.on_disconnect, OnDisconnect::Exit);
+        let off = settings(&format!("{GOOD} --read-only=false --once=false")).unwrap();
+        assert!(!off.device.read_only);
+        assert_eq!(off.event_loop.on_disconnect, OnDisconnect::Wait);
+    }
+
+    #[test]
+    fn every_bad_value_is_refused_by_name() {
+        for (extra, name) in [
+            ("--num-queues 0", "num-queues"),
+            ("--num-queues 257", "num-queues"),
+            ("--queue-size 3", "queue-size"),
+            ("--queue-size 2048", "queue-size"),
+            ("--serial 123456789012345678901", "serial"),
+            ("--socket-mode 888", "socket-mode"),
+            ("--socket-mode 7777", "socket-mode"),
+            ("--poll-us 10001", "poll-us"),
+            ("--leg-timeout-ms 1", "leg-timeout-ms"),
+            ("--suspend-timeout-s 90000", "suspend-timeout-s"),
+            ("--node nonsense", "node"),
+        ] {
+            let error = settings(&format!("{GOOD} {extra}")).unwrap_err().to_string();
+            assert!(error.contains(name), "{extra}: {error}");
+        }
+        for (arguments, name) in [
+            ("--pool vm7 --node a:1", "socket-path"),
+            ("--socket-path /s --node a:1", "pool"),
+            ("--socket-path /s --pool vm7", "node"),
+            ("--fd 2 --pool vm7 --node a:1", "fd"),
+            ("--socket-path /s --pool a/b --node a:1", "pool"),
+        ] {
+            let error = settings(arguments).unwrap_err().to_string();
+            assert!(error.contains(name), "{arguments}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_goes_before_the_file_and_unknown_names_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("c.toml");
+        let text = "fd = 7\npool = \"vm7\"\nnode = [\"a:1\", \"rdma://b:2\"]\nnum-queues = 4\nonce = true\n";
+        fs::write(&path, text).unwrap();
+        let config = path.display();
+        let from_file = settings(&format!("--config {config}")).unwrap();
+        assert_eq!(from_file.endpoint, Endpoint::Inherited(7));
+        assert_eq!(from_file.device.queues, 4);
+        assert_eq!(from_file.pool.nodes.len(), 2);
+        assert_eq!(from_file.event_loop.on_disconnect, OnDisconnect::Exit);
+        let extra = "--num-queues 2 --socket-path /s --on-disconnect wait";
+        let overridden = settings(&format!("--config {config} {extra}")).unwrap();
+        assert_eq!(overridden.device.queues, 2);
+        assert!(matches!(overridden.endpoint, Endpoint::Path { .. }));
+        assert_eq!(overridden.event_loop.on_disconnect, OnDisconnect::Wait);
+        fs::write(&path, "nodes = [\"a:1\"]\n").unwrap();
+        let error = settings(&format!("--config {config}")).unwrap_err().to_string();
+        assert!(error.contains("unknown field `nodes`"), "{error}");
+    }
+}

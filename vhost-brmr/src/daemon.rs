@@ -1,0 +1,121 @@
+//! The daemon around the event loop: command line, log, sockets, signals, service manager, exit codes. Only the disk
+//! is made elsewhere.
+
+use std::fmt::Display;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use sd_notify::NotifyState;
+use tracing::{error, info};
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{Args, LogFormat};
+use crate::config::{Endpoint, Settings};
+use crate::disk::Disk;
+use crate::event_loop::{EventLoop, FrontEnds};
+use crate::socket::SocketFile;
+use crate::sys::{self, Inherited, StopSignals};
+
+/// What `--print-capabilities` prints (vhost-user specification, "Backend program conventions").
+pub const CAPABILITIES: &str = r#"{
+  "type": "block",
+  "features": [
+    "read-only"
+  ]
+}"#;
+
+/// Exit code for options and configuration that are not acceptable.
+const USAGE: u8 = 2;
+
+/// The whole program: parses the command line, calls `open` for the disk, serves until told to stop.
+///
+/// `open` connects to the pool far enough to know its geometry, and does not attach to it.
+pub fn main<D: Disk>(open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> ExitCode {
+    let args = Args::parse();
+    if args.print_capabilities {
+        println!("{CAPABILITIES}");
+        return ExitCode::SUCCESS;
+    }
+    let settings = match Settings::load(&args) {
+        Ok(settings) => settings,
+        Err(error) => {
+            eprintln!("vhost-brmr: {error}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    start_log(settings.log_format);
+    match run(&settings, open) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            notify(&[NotifyState::Status(&format!("failed: {error:#}"))]);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run<D: Disk>(
+    settings: &Settings,
+    open: impl FnOnce(&Settings) -> anyhow::Result<D>,
+) -> anyhow::Result<()> {
+    // Before anything starts a thread: the signals must be blocked in all of them, and the file mode mask is shared.
+    let signals = StopSignals::new().context("cannot take over SIGTERM and SIGINT")?;
+    let (_socket_file, front_ends) = front_ends(&settings.endpoint)?;
+    let disk = open(settings).with_context(|| format!("pool {}", settings.pool.pool))?;
+    let size = disk.geometry().size;
+    let (device, options) = (settings.device.clone(), settings.event_loop);
+    let event_loop = EventLoop::new(disk, device, options, front_ends, Some(signals))?;
+    info!(
+        pool = %settings.pool.pool,
+        size,
+        queues = settings.device.queues,
+        queue_size = settings.device.queue_size,
+        read_only = settings.device.read_only,
+        "ready for a front end"
+    );
+    notify(&[NotifyState::Ready]);
+    let result = event_loop.run();
+    notify(&[NotifyState::Stopping]);
+    result?;
+    info!("ended");
+    Ok(())
+}
+
+fn front_ends(endpoint: &Endpoint) -> anyhow::Result<(Option<SocketFile>, FrontEnds)> {
+    match endpoint {
+        Endpoint::Path { path, mode } => {
+            let (file, listener) = SocketFile::listen(path, *mode)?;
+            Ok((Some(file), FrontEnds::Listener(listener)))
+        }
+        Endpoint::Inherited(fd) => {
+            let socket = sys::inherit(*fd).with_context(|| format!("inherited descriptor {fd}"))?;
+            Ok(match socket {
+                Inherited::Listener(listener) => (None, FrontEnds::Listener(listener)),
+                Inherited::Stream(stream) => (None, FrontEnds::Connected(stream)),
+            })
+        }
+    }
+}
+
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match format {
+        LogFormat::Text => log.with_target(false).try_init(),
+        LogFormat::Json => log.json().try_init(),
+    };
+    ignore(started);
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    // Without a service manager there is nobody to tell.
+    ignore(sd_notify::notify(state));
+}
+
+/// Drops an error that changes nothing, and says so in the debug log.
+fn ignore<T, E: Display>(result: Result<T, E>) {
+    if let Err(error) = result {
+        tracing::debug!("{error}");
+    }
+}

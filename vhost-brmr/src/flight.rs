@@ -1,0 +1,197 @@
+//! The table of requests in flight: what must be known of a request until it completed. Slots are allocated at start;
+//! a slot keeps its guest memory mapped, also when the front end that sent the request is gone.
+
+use std::sync::Arc;
+
+use rmr_common::buffer::Segment;
+
+use crate::disk::Token;
+use crate::memory::GuestMemory;
+
+/// Bits of a token that hold the slot; above them part, then generation.
+const SLOT_BITS: u32 = 24;
+/// Bits of a token that hold the part.
+const PART_BITS: u32 = 8;
+
+/// Where a request came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Which ring.
+    pub queue: u16,
+    /// Head of its chain.
+    pub head: u16,
+    /// Which start of the ring.
+    pub incarnation: u32,
+}
+
+/// A request that completed, with all of its parts.
+#[derive(Debug)]
+pub struct Finished {
+    /// Where it came from.
+    pub origin: Origin,
+    /// Where its status goes.
+    pub status: Segment,
+    /// Bytes that were written to the guest before the status if all went well.
+    pub length: u32,
+    /// Some part failed.
+    pub failed: bool,
+    /// Keeps the memory of the status mapped until it was written.
+    pub memory: Arc<GuestMemory>,
+}
+
+/// What a completion means for its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Other parts are still in flight.
+    Waiting,
+    /// All parts are written; a flush must follow before it is done.
+    Written(Index),
+    /// Done. With a flush, this is the last of a list that [`Flight::release`] walks.
+    Done(Index),
+    /// No such request: the disk answered twice.
+    Unknown,
+}
+
+/// A slot in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Index(u32);
+
+#[derive(Debug)]
+struct Slot {
+    generation: u32,
+    parts_left: u16,
+    flush_behind: bool,
+    failed: bool,
+    /// The next request that waits for the same flush.
+    next: Option<Index>,
+    request: Option<Held>,
+}
+
+#[derive(Debug)]
+struct Held {
+    origin: Origin,
+    status: Segment,
+    length: u32,
+    memory: Arc<GuestMemory>,
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct Flight {
+    slots: Vec<Slot>,
+    free: Vec<Index>,
+    capacity: usize,
+}
+
+impl Flight {
+    /// A table of `capacity` slots. Their memory is reserved here, and touched when first used.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        let capacity = capacity.min(1 << SLOT_BITS);
+        Self { slots: Vec::with_capacity(capacity), free: Vec::with_capacity(capacity), capacity }
+    }
+
+    /// How many requests are in flight.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Nothing is in flight.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All slots are taken.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.len() == self.capacity
+    }
+
+    /// Enters a request of `parts` parts; `None` if the table is full.
+    pub fn enter(
+        &mut self,
+        origin: Origin,
+        status: Segment,
+        length: u32,
+        parts: u16,
+        flush_behind: bool,
+        memory: &Arc<GuestMemory>,
+    ) -> Option<Index> {
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None if self.slots.len() < self.capacity => {
+                let index = u32::try_from(self.slots.len()).ok()?;
+                self.slots.push(Slot {
+                    generation: 0,
+                    parts_left: 0,
+                    flush_behind: false,
+                    failed: false,
+                    next: None,
+                    request: None,
+                });
+                Index(index)
+            }
+            None => return None,
+        };
+        let slot = &mut self.slots[index.0 as usize];
+        slot.parts_left = parts;
+        slot.flush_behind = flush_behind;
+        slot.failed = false;
+        slot.next = None;
+        slot.request = Some(Held { origin, status, length, memory: Arc::clone(memory) });
+        Some(index)
+    }
+
+    /// The token of one part of a request.
+    #[must_use]
+    pub fn token(&self, index: Index, part: u8) -> Token {
+        let generation = u64::from(self.slots[index.0 as usize].generation);
+        Token(generation << (SLOT_BITS + PART_BITS) | u64::from(part) << SLOT_BITS | u64::from(index.0))
+    }
+
+    /// One part completed.
+    pub fn complete(&mut self, token: Token, failed: bool) -> Progress {
+        let at = token.0 & ((1 << SLOT_BITS) - 1);
+        let generation = token.0 >> (SLOT_BITS + PART_BITS);
+        let Ok(at) = u32::try_from(at) else { return Progress::Unknown };
+        let Some(slot) = self.slots.get_mut(at as usize) else { return Progress::Unknown };
+        if u64::from(slot.generation) != generation || slot.request.is_none() || slot.parts_left == 0 {
+            return Progress::Unknown;
+        }
+        slot.failed |= failed;
+        slot.parts_left -= 1;
+        match slot.parts_left {
+            0 if slot.flush_behind && !slot.failed => {
+                slot.flush_behind = false;
+                Progress::Written(Index(at))
+            }
+            0 => Progress::Done(Index(at)),
+            _ => Progress::Waiting,
+        }
+    }
+
+    /// Makes a written request the head of a list that shares one flush. The flush is a part of that head.
+    pub fn share_flush(&mut self, index: Index, rest: Option<Index>) {
+        let slot = &mut self.slots[index.0 as usize];
+        slot.next = rest;
+        slot.parts_left = 1;
+        if let Some(rest) = rest {
+            self.slots[rest.0 as usize].parts_left = 0;
+        }
+    }
+
+    /// Releases a request that is done; with it the next one of its list, which shares its fate.
+    pub fn release(&mut self, index: Index) -> Option<(Finished, Option<Index>)> {
+        let slot = self.slots.get_mut(index.0 as usize)?;
+        let Held { origin, status, length, memory } = slot.request.take()?;
+        slot.generation = slot.generation.wrapping_add(1);
+        let (failed, next) = (slot.failed, slot.next.take());
+        if let Some(next) = next {
+            self.slots[next.0 as usize].failed = failed;
+        }
+        self.free.push(index);
+        Some((Finished { origin, status, length, failed, memory }, next))
+    }
+}

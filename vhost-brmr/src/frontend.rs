@@ -1,0 +1,400 @@
+//! The vhost-user side of a session: what the front end configures, message by message, checked and kept.
+//!
+//! This stands on the `vhost` crate's [`BackendReqHandler`](vhost::vhost_user::BackendReqHandler) and not on the daemon
+//! of `vhost-user-backend`, because that daemon answers the inflight messages with an error, cannot tell the front end
+//! of a configuration change, swaps memory before its users are told, and sleeps in an epoll loop of its own that
+//! leaves no room for a disk's descriptors or for polling. Its vring type is used (see [`crate::queue`]).
+//!
+//! A message never blocks. Those that must wait for requests in flight (see [`Drain`]) are not even read from the
+//! socket before the event loop has seen these requests complete.
+
+use std::fs::File;
+use std::os::fd::RawFd;
+
+use tracing::{info, warn};
+use vhost::vhost_user::message::{
+    FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use crate::device::Device;
+use crate::memory::{MAX_REGIONS, MemoryTable};
+use crate::queue::{Fault, Phase, Ring, RingError};
+use crate::request::ID_LENGTH;
+
+/// A base in the address space of this process, which is of use to postcopy only.
+type Base = u64;
+
+/// Which requests must have completed before a message may be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// None.
+    Nothing,
+    /// Those of one ring.
+    Ring(usize),
+    /// All.
+    Everything,
+}
+
+impl Drain {
+    /// What the message of this code needs; `index` and `value` are the two 32-bit words its payload begins with.
+    ///
+    /// Disabling a ring drains it too: a front end without the DEVICE_STATE messages pauses a guest that way and then
+    /// expects its memory to stay as it is.
+    #[must_use]
+    pub fn needed(code: u32, index: u32, value: u32) -> Self {
+        match FrontendReq::try_from(code) {
+            Ok(FrontendReq::GET_VRING_BASE) => Self::Ring(index as usize),
+            Ok(FrontendReq::SET_VRING_ENABLE) if value == 0 => Self::Ring(index as usize),
+            Ok(
+                FrontendReq::SET_MEM_TABLE
+                | FrontendReq::REM_MEM_REG
+                | FrontendReq::RESET_DEVICE
+                | FrontendReq::RESET_OWNER,
+            ) => Self::Everything,
+            _ => Self::Nothing,
+        }
+    }
+}
+
+/// A change of the kick descriptors that the loop watches.
+#[derive(Debug)]
+pub enum KickChange {
+    /// Watch this one for the ring.
+    Add(RawFd, usize),
+    /// Stop watching this one, then close it.
+    Remove(File),
+}
+
+/// One front end's session, from its connection to its end, and the device it talks to.
+#[derive(Debug)]
+pub struct Session {
+    /// The device.
+    pub device: Device,
+    /// Guest memory.
+    pub memory: MemoryTable,
+    /// The rings; as many as are offered.
+    pub rings: Vec<Ring>,
+    /// Rings to look at.
+    pub kicked: Vec<bool>,
+    /// What GET_ID returns.
+    pub identification: [u8; ID_LENGTH],
+    kick_changes: Vec<KickChange>,
+    incarnations: u32,
+    protocol_features: u64,
+    announced: bool,
+}
+
+impl Session {
+    /// A device that no front end talks to yet.
+    ///
+    /// # Errors
+    /// When the queue size is no power of two.
+    pub fn new(device: Device) -> std::result::Result<Self, RingError> {
+        let mut memory = MemoryTable::default();
+        let handle = memory.handle();
+        let queues = usize::from(device.options().queues);
+        let rings = (0..queues).map(|_| Ring::new(handle.clone(), device.options().queue_size));
+        Ok(Self {
+            rings: rings.collect::<std::result::Result<_, _>>()?,
+            kicked: vec![false; queues],
+            identification: device.identification(),
+            device,
+            memory,
+            kick_changes: Vec::new(),
+            incarnations: 0,
+            protocol_features: 0,
+            announced: false,
+        })
+    }
+
+    /// The front end is gone, or about to be: everything that it configured is forgotten. Requests in flight keep their
+    /// memory.
+    pub fn end(&mut self) {
+        self.reset_rings();
+        self.device.reset();
+        self.memory.clear();
+        self.protocol_features = 0;
+        self.announced = false;
+    }
+
+    /// Takes the changes of what is to be watched.
+    pub fn take_kick_changes(&mut self) -> Vec<KickChange> {
+        std::mem::take(&mut self.kick_changes)
+    }
+
+    /// The kick descriptor of a ring cannot be watched.
+    pub fn kick_failed(&mut self, queue: usize) {
+        self.rings[queue].fail(Fault::Kick);
+    }
+
+    /// Some ring is started and enabled.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.rings.iter().any(Ring::is_running)
+    }
+
+    /// Acknowledgements of messages were negotiated.
+    #[must_use]
+    pub fn has_reply_ack(&self) -> bool {
+        self.device.has_protocol_features()
+            && self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    /// Stops taking requests from the rings that must be drained.
+    pub fn pause(&mut self, drain: Drain, paused: bool) {
+        for (queue, ring) in self.rings.iter_mut().enumerate() {
+            if drain == Drain::Everything || drain == Drain::Ring(queue) {
+                ring.set_paused(paused);
+                self.kicked[queue] |= !paused;
+            }
+        }
+    }
+
+    /// How many requests must still complete.
+    #[must_use]
+    pub fn in_flight(&self, drain: Drain) -> usize {
+        let rings = self.rings.iter().enumerate();
+        rings
+            .filter(|(queue, _)| drain == Drain::Everything || drain == Drain::Ring(*queue))
+            .map(|(_, ring)| usize::from(ring.in_flight()))
+            .sum()
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut Ring> {
+        let count = self.rings.len();
+        let found = usize::try_from(index).ok().and_then(|index| self.rings.get_mut(index));
+        found.ok_or_else(|| refused(format!("ring {index} does not exist, expected one of {count}")))
+    }
+
+    fn start_rings(&mut self) -> Result<()> {
+        (0..self.rings.len()).try_for_each(|queue| self.start_ring(queue))
+    }
+
+    /// Starts a ring if all it needs is known, and has it looked at: the first kick may be lost.
+    fn start_ring(&mut self, queue: usize) -> Result<()> {
+        let incarnation = self.incarnations.wrapping_add(1).max(1);
+        let event_idx = self.device.has_event_idx();
+        let ring = &mut self.rings[queue];
+        let was_stopped = ring.phase() == Phase::Stopped;
+        if !self.device.has_protocol_features() {
+            ring.set_enabled(true);
+        }
+        let started = ring.try_start(self.memory.snapshot(), event_idx, incarnation);
+        let started = started.map_err(|error| refused(format!("ring {queue}: {error}")))?;
+        if started && was_stopped {
+            self.incarnations = incarnation;
+        }
+        self.kicked[queue] |= started;
+        if self.is_running() && !self.announced {
+            self.announced = true;
+            let protocol = VhostUserProtocolFeatures::from_bits_truncate(self.protocol_features);
+            info!("guest started; negotiated {}; vhost-user {protocol:?}", self.device);
+        }
+        Ok(())
+    }
+
+    fn reset_rings(&mut self) {
+        for (ring, kicked) in self.rings.iter_mut().zip(&mut self.kicked) {
+            *kicked = false;
+            if let Some(kick) = ring.reset() {
+                self.kick_changes.push(KickChange::Remove(kick));
+            }
+        }
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.reset_device()
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.reset_rings();
+        self.device.reset();
+        self.announced = false;
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.device.features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        self.device.acknowledge(features).map_err(refused)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<Base>>> {
+        self.memory.replace(regions, &files).map_err(refused)?;
+        self.start_rings()?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        self.ring(index)?.set_size(num).map_err(refused)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let translate = |part, address| {
+            let error = RingError::Address { part, address };
+            self.memory.guest_address(address).ok_or_else(|| refused(format!("ring {index}: {error}")))
+        };
+        let descriptors = translate("descriptor table", descriptor)?;
+        let avail = translate("avail ring", available)?;
+        let used = translate("used ring", used)?;
+        self.ring(index)?.set_addresses(descriptors, avail, used).map_err(refused)?;
+        self.start_ring(index as usize)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        self.ring(index)?.set_base(base).map_err(refused)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let ring = self.ring(index)?;
+        let left = ring.in_flight();
+        let base = ring.stop();
+        let kick = ring.set_kick(None);
+        ring.set_call(None);
+        self.kick_changes.extend(kick.map(KickChange::Remove));
+        if left > 0 {
+            warn!(queue = index, left, "ring stopped with requests that the disk did not answer in time");
+        }
+        Ok(VhostUserVringState::new(index, base.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let queue = usize::from(index);
+        let ring = self.ring(index.into())?;
+        if fd.is_none() {
+            return Err(refused(RingError::NoKick));
+        }
+        let old = ring.set_kick(fd);
+        let new = ring.kick();
+        self.kick_changes.extend(old.map(KickChange::Remove));
+        self.kick_changes.extend(new.map(|fd| KickChange::Add(fd, queue)));
+        self.start_ring(queue)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.ring(index.into())?.set_call(fd);
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.ring(index.into())?.set_error(fd);
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(Device::protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let offered = Device::protocol_features().bits();
+        if features & !offered != 0 {
+            return Err(refused(format!(
+                "protocol features {features:#x}, expected only bits of the {offered:#x} offered"
+            )));
+        }
+        self.protocol_features = features;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.ring(index)?.set_enabled(enable);
+        self.start_ring(index as usize)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Ok(self.device.read_config(offset, size))
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        self.device.write_config(offset, bytes).map_err(refused)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
+        Err(Error::InvalidOperation("a disk has no display"))
+    }
+
+    fn get_shared_object(&mut self, _object: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidOperation("a disk shares no objects"))
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Error::InvalidOperation("inflight tracking was not offered"))
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("inflight tracking was not offered"))
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Base>> {
+        self.memory.add(region, &file).map_err(refused)?;
+        self.start_rings()?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.memory.remove(region).map_err(refused)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidOperation("transfer of device state was not offered"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("transfer of device state was not offered"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("a disk has no shared memory regions"))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("the dirty log was not offered"))
+    }
+}
+
+/// Our own refusals, told apart from a broken stream by this variant: the session goes on after them.
+fn refused(reason: impl ToString) -> Error {
+    Error::ReqHandlerError(std::io::Error::other(reason.to_string()))
+}

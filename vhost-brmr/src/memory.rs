@@ -1,0 +1,399 @@
+//! Guest memory: the regions that the front end announces, mapped here, and the translation of guest addresses to
+//! segments. A snapshot of the table keeps its regions mapped, so a request that holds one can never lose its memory.
+//!
+//! Regions are plain mappings of our own rather than `vm_memory`'s: huge pages need an offset and a length rounded to
+//! the page size of the file, and the front end's own addresses are needed to find the rings.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::ptr;
+use std::sync::Arc;
+
+use rmr_common::buffer::Segment;
+use thiserror::Error;
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::bitmap::BS;
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
+    GuestMemoryRegionBytes, GuestRegionCollection, GuestUsize, MemoryRegionAddress, VolatileSlice,
+};
+
+/// Most regions: what QEMU and cloud-hypervisor use at most, and what `vhost` in the kernel offers.
+pub const MAX_REGIONS: usize = 509;
+
+/// Snapshot of the table of regions. It keeps them mapped.
+pub type GuestMemory = GuestRegionCollection<Region>;
+
+/// Why a region was not accepted.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// Nothing to map, or an end beyond what 64 bits can name.
+    #[error(
+        "memory region at {guest:#x} of {size:#x} bytes, offset {offset:#x}: expected a size above zero and ends within 64 bits"
+    )]
+    Bounds {
+        /// Guest address.
+        guest: u64,
+        /// Size.
+        size: u64,
+        /// Offset in the file.
+        offset: u64,
+    },
+    /// The file ends before the region does; touching the rest would kill the process.
+    #[error("memory region needs the bytes up to {needed:#x} of its file, which has {found:#x}")]
+    FileTooShort {
+        /// End of the region in the file.
+        needed: u64,
+        /// Size of the file.
+        found: u64,
+    },
+    /// Not aligned to a page.
+    #[error("memory region at file offset {0:#x}: expected a multiple of 4096")]
+    Unaligned(u64),
+    /// The kernel refused.
+    #[error("mapping {size:#x} bytes of guest memory failed: {source}")]
+    Map {
+        /// Size asked for.
+        size: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// Two regions cover the same guest address.
+    #[error("memory regions overlap near guest address {0:#x}")]
+    Overlap(u64),
+    /// No such region to remove.
+    #[error("no memory region at guest address {guest:#x} of {size:#x} bytes to remove")]
+    Unknown {
+        /// Guest address asked for.
+        guest: u64,
+        /// Size asked for.
+        size: u64,
+    },
+    /// More regions than there are slots.
+    #[error("{found} memory regions, expected at most {MAX_REGIONS}")]
+    TooMany {
+        /// How many there would be.
+        found: usize,
+    },
+}
+
+/// One region of guest memory, mapped.
+#[derive(Debug)]
+pub struct Region {
+    guest: GuestAddress,
+    /// Address of the region in the front end's own address space, by which it names the rings.
+    user: u64,
+    length: u64,
+    host: *mut u8,
+    _mapping: Mapping,
+}
+
+// SAFETY: the pointer is to a shared mapping that lives as long as the region; it is only handed on as volatile slices
+// and segments, which tolerate concurrent access.
+unsafe impl Send for Region {}
+// SAFETY: as above; there is no unsynchronised state behind `&Region`.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps a region that the front end announced.
+    ///
+    /// # Errors
+    /// When the region overflows, its file is too short, or the kernel refuses the mapping.
+    pub fn map(announced: &VhostUserMemoryRegion, file: &File) -> Result<Self, MemoryError> {
+        let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = *announced;
+        let bounds = MemoryError::Bounds { guest: guest_phys_addr, size: memory_size, offset: mmap_offset };
+        let end = mmap_offset.checked_add(memory_size);
+        let (Some(end), Some(_), Some(_)) =
+            (end, guest_phys_addr.checked_add(memory_size), user_addr.checked_add(memory_size))
+        else {
+            return Err(bounds);
+        };
+        if memory_size == 0 || usize::try_from(end).is_err() {
+            return Err(bounds);
+        }
+        if mmap_offset % 4096 != 0 {
+            return Err(MemoryError::Unaligned(mmap_offset));
+        }
+        let meta = file.metadata().map_err(|source| MemoryError::Map { size: 0, source })?;
+        // Device files (e.g. /dev/dax) have no size to check.
+        if !meta.file_type().is_char_device() && meta.len() < end {
+            return Err(MemoryError::FileTooShort { needed: end, found: meta.len() });
+        }
+        // The block size of a file on hugetlbfs is the size of its pages, to which offset and length must be rounded.
+        let page = meta.blksize().next_power_of_two().max(4096);
+        let base = mmap_offset & !(page - 1);
+        let length =
+            (end - base).checked_next_multiple_of(page).and_then(|length| usize::try_from(length).ok());
+        let Some(length) = length else { return Err(bounds) };
+        let mapping = Mapping::new(file, base, length)?;
+        let into = usize::try_from(mmap_offset - base).map_err(|_| bounds)?;
+        let host = mapping.base.wrapping_add(into);
+        Ok(Self {
+            guest: GuestAddress(guest_phys_addr),
+            user: user_addr,
+            length: memory_size,
+            host,
+            _mapping: mapping,
+        })
+    }
+
+    /// Whether this is the region that the front end names so.
+    fn is(&self, announced: &VhostUserMemoryRegion) -> bool {
+        let VhostUserMemoryRegion { guest_phys_addr, memory_size, .. } = *announced;
+        self.guest.0 == guest_phys_addr && self.length == memory_size
+    }
+}
+
+impl GuestMemoryRegion for Region {
+    type B = ();
+
+    fn len(&self) -> GuestUsize {
+        self.length
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        self.guest
+    }
+
+    fn bitmap(&self) -> BS<'_, ()> {}
+
+    fn get_host_address(&self, address: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
+        let address = self.check_address(address).ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        let offset = usize::try_from(address.0).map_err(|_| GuestMemoryError::InvalidBackendAddress)?;
+        Ok(self.host.wrapping_add(offset))
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> Result<VolatileSlice<'_, BS<'_, ()>>, GuestMemoryError> {
+        let end = offset.0.checked_add(count as u64).ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        let start = usize::try_from(offset.0).map_err(|_| GuestMemoryError::InvalidBackendAddress)?;
+        if end > self.length {
+            return Err(GuestMemoryError::InvalidBackendAddress);
+        }
+        // SAFETY: `start + count` lies within the region, whose mapping lives as long as `self`.
+        Ok(unsafe { VolatileSlice::new(self.host.wrapping_add(start), count) })
+    }
+}
+
+impl GuestMemoryRegionBytes for Region {}
+
+/// A shared mapping of a part of a file, unmapped when dropped.
+#[derive(Debug)]
+struct Mapping {
+    base: *mut u8,
+    length: usize,
+}
+
+impl Mapping {
+    fn new(file: &File, offset: u64, length: usize) -> Result<Self, MemoryError> {
+        let failed = |source| MemoryError::Map { size: length, source };
+        let offset = libc::off_t::try_from(offset).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that Rust knows of.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        // Keeps guest memory out of core dumps; a failure costs nothing but a larger dump.
+        // SAFETY: the range was mapped just above.
+        unsafe { libc::madvise(base, length, libc::MADV_DONTDUMP) };
+        Ok(Self { base: base.cast(), length })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `new`, and whoever drops the region holds no pointer into it any more.
+        unsafe { libc::munmap(self.base.cast(), self.length) };
+    }
+}
+
+/// The current table of regions, and the handle through which the rings see it.
+#[derive(Debug, Default)]
+pub struct MemoryTable {
+    current: Arc<GuestMemory>,
+    shared: Option<GuestMemoryAtomic<GuestMemory>>,
+}
+
+impl MemoryTable {
+    /// The current snapshot.
+    #[must_use]
+    pub fn snapshot(&self) -> &Arc<GuestMemory> {
+        &self.current
+    }
+
+    /// The handle that always shows the current snapshot.
+    pub fn handle(&mut self) -> GuestMemoryAtomic<GuestMemory> {
+        self.shared.get_or_insert_with(|| GuestMemoryAtomic::from(Arc::clone(&self.current))).clone()
+    }
+
+    /// Replaces all regions; the old table stands if any of the new ones is refused.
+    ///
+    /// # Errors
+    /// When a region is refused, or two overlap.
+    pub fn replace(
+        &mut self,
+        announced: &[VhostUserMemoryRegion],
+        files: &[File],
+    ) -> Result<(), MemoryError> {
+        let mut regions = Vec::with_capacity(announced.len());
+        for (region, file) in announced.iter().zip(files) {
+            // A region that is already mapped from the same file could be kept, but the file may have been replaced
+            // under the same address; a mapping is cheap next to the risk.
+            regions.push(Arc::new(Region::map(region, file)?));
+        }
+        self.install(regions)
+    }
+
+    /// Adds a region.
+    ///
+    /// # Errors
+    /// When the region is refused, overlaps another, or all slots are taken.
+    pub fn add(&mut self, announced: &VhostUserMemoryRegion, file: &File) -> Result<(), MemoryError> {
+        let mut regions = self.regions(|_| true);
+        regions.push(Arc::new(Region::map(announced, file)?));
+        self.install(regions)
+    }
+
+    /// Removes a region. It is unmapped when the last request that may use it has completed.
+    ///
+    /// # Errors
+    /// When there is no such region.
+    pub fn remove(&mut self, announced: &VhostUserMemoryRegion) -> Result<(), MemoryError> {
+        let VhostUserMemoryRegion { guest_phys_addr: guest, memory_size: size, .. } = *announced;
+        if !self.current.iter().any(|region| region.is(announced)) {
+            return Err(MemoryError::Unknown { guest, size });
+        }
+        let mut memory = GuestMemory::clone(&self.current);
+        if let Ok((rest, _)) = memory.remove_region(GuestAddress(guest), size) {
+            memory = rest;
+        }
+        self.publish(memory);
+        Ok(())
+    }
+
+    /// Forgets all regions.
+    pub fn clear(&mut self) {
+        self.publish(GuestMemory::new());
+    }
+
+    /// The guest address of an address in the front end's own address space.
+    #[must_use]
+    pub fn guest_address(&self, user: u64) -> Option<GuestAddress> {
+        self.current.iter().find_map(|region| {
+            let offset = user.checked_sub(region.user).filter(|offset| *offset < region.length)?;
+            region.guest.checked_add(offset)
+        })
+    }
+
+    fn regions(&self, keep: impl Fn(&Region) -> bool) -> Vec<Arc<Region>> {
+        // `GuestRegionCollection` shows its regions only as references; the clone of the collection is what shares them.
+        let mut rest = GuestMemory::clone(&self.current);
+        let mut regions = Vec::with_capacity(rest.num_regions() + 1);
+        let names: Vec<_> = rest.iter().map(|region| (region.guest, region.length)).collect();
+        for (guest, length) in names {
+            if let Ok((without, region)) = rest.remove_region(guest, length) {
+                rest = without;
+                if keep(&region) {
+                    regions.push(region);
+                }
+            }
+        }
+        regions
+    }
+
+    fn install(&mut self, mut regions: Vec<Arc<Region>>) -> Result<(), MemoryError> {
+        if regions.len() > MAX_REGIONS {
+            return Err(MemoryError::TooMany { found: regions.len() });
+        }
+        regions.sort_by_key(|region| region.guest);
+        if let Some(pair) = regions.windows(2).find(|pair| pair[0].last_addr() >= pair[1].guest) {
+            return Err(MemoryError::Overlap(pair[1].guest.0));
+        }
+        let memory = if regions.is_empty() {
+            GuestMemory::new()
+        } else {
+            let first = regions[0].guest.0;
+            GuestMemory::from_arc_regions(regions).map_err(|_| MemoryError::Overlap(first))?
+        };
+        self.publish(memory);
+        Ok(())
+    }
+
+    fn publish(&mut self, memory: GuestMemory) {
+        if let Some(shared) = &self.shared {
+            // A poisoned lock only says that another thread panicked while it replaced the table; there is none.
+            shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(memory.clone());
+        }
+        self.current = Arc::new(memory);
+    }
+}
+
+/// Appends the segments of `length` bytes at a guest address, split where regions meet. Says whether all of it lies in
+/// guest memory; if not, nothing that was appended may be used.
+pub fn translate(memory: &GuestMemory, address: u64, length: u32, segments: &mut Vec<Segment>) -> bool {
+    let (mut address, mut left) = (address, u64::from(length));
+    while left > 0 {
+        let Some(region) = memory.find_region(GuestAddress(address)) else { return false };
+        let offset = address - region.guest.0;
+        let here = left.min(region.length - offset);
+        let (Ok(start), Ok(count)) = (usize::try_from(offset), usize::try_from(here)) else { return false };
+        // SAFETY: the range lies within the region; whoever uses the segment holds the snapshot that keeps it mapped.
+        segments.push(unsafe { Segment::new(region.host.wrapping_add(start), count) });
+        left -= here;
+        if left > 0 {
+            let Some(next) = address.checked_add(here) else { return false };
+            address = next;
+        }
+    }
+    true
+}
+
+/// Copies bytes out of guest memory, as far as the segments go; the number copied.
+///
+/// The guest may write at the same time: each byte is read once, so what was checked is what is used.
+pub fn copy_from(segments: &[Segment], bytes: &mut [u8]) -> usize {
+    let mut done = 0;
+    for segment in segments {
+        let count = segment.length().min(bytes.len() - done);
+        // SAFETY: the segment was made by `translate` and its memory is still mapped; a volatile slice tolerates that
+        // the guest writes meanwhile.
+        let slice = unsafe { VolatileSlice::new(segment.base(), count) };
+        slice.copy_to(&mut bytes[done..done + count]);
+        done += count;
+        if done == bytes.len() {
+            break;
+        }
+    }
+    done
+}
+
+/// Copies bytes into guest memory, as far as the segments go; the number copied.
+pub fn copy_to(bytes: &[u8], segments: &[Segment]) -> usize {
+    let mut done = 0;
+    for segment in segments {
+        let count = segment.length().min(bytes.len() - done);
+        // SAFETY: as in `copy_from`.
+        let slice = unsafe { VolatileSlice::new(segment.base(), count) };
+        slice.copy_from(&bytes[done..done + count]);
+        done += count;
+        if done == bytes.len() {
+            break;
+        }
+    }
+    done
+}

@@ -1,0 +1,481 @@
+//! One ring: takes chains off it, puts used elements on it, and decides who is notified when. It knows nothing of what
+//! a chain means.
+//!
+//! Queue and call descriptor live in `vhost_user_backend`'s vring; its lock is taken once per wake-up. Kick and error
+//! descriptors are kept here: that vring closes a kick descriptor before the loop could stop to watch it, and does not
+//! hand out the error descriptor.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
+
+use thiserror::Error;
+use vhost_user_backend::{VringMutex, VringT};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
+
+use crate::memory::GuestMemory;
+use crate::request::Broken;
+
+/// How often a ring is looked at again within one turn, before the other descriptors of the loop get theirs.
+const MAX_ROUNDS: usize = 8;
+
+/// Why a ring was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The avail index is further ahead than the ring is long.
+    AvailIndex,
+    /// A head that is no index of the descriptor table.
+    Head(u16),
+    /// A head that was made available again before it was used.
+    HeadInFlight(u16),
+    /// A chain that cannot be answered.
+    Chain(Broken),
+    /// The ring itself cannot be read or written: its memory was taken away.
+    Memory,
+    /// The kick descriptor cannot be watched.
+    Kick,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AvailIndex => {
+                f.write_str("the guest's avail index is more than the queue size ahead of what was taken")
+            }
+            Self::Head(head) => {
+                write!(f, "the guest made head {head} available, which is beyond the descriptor table")
+            }
+            Self::HeadInFlight(head) => {
+                write!(f, "the guest made head {head} available again while it is in flight")
+            }
+            Self::Chain(broken) => broken.fmt(f),
+            Self::Memory => f.write_str("the ring is not in guest memory any more"),
+            Self::Kick => f.write_str("its kick descriptor cannot be watched, expected an eventfd"),
+        }
+    }
+}
+
+/// Why a ring could not be configured or started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum RingError {
+    /// A size that is no power of two or too large.
+    #[error("queue size is {found}, expected a power of two up to {most}")]
+    Size {
+        /// Size asked for.
+        found: u32,
+        /// Largest size.
+        most: u16,
+    },
+    /// The front end's address of a part of the ring is in no memory region.
+    #[error("{part} at the front end's address {address:#x} lies in no memory region")]
+    Address {
+        /// Which part.
+        part: &'static str,
+        /// Its address.
+        address: u64,
+    },
+    /// An address that is not aligned as virtio wants it.
+    #[error("ring addresses are not aligned to 16 (descriptors), 2 (avail) and 4 (used) bytes")]
+    Alignment,
+    /// Parts of the ring outside guest memory.
+    #[error("the ring of size {size} does not lie within guest memory")]
+    Outside {
+        /// Size of the ring.
+        size: u16,
+    },
+    /// A change that is only allowed while the ring is stopped.
+    #[error("the ring is running, expected it to be stopped with GET_VRING_BASE first")]
+    Running,
+    /// An index of more than 16 bits.
+    #[error("ring index is {0}, expected 16 bits")]
+    Base(u32),
+    /// No kick descriptor.
+    #[error("no kick descriptor, expected one: this device does not poll for a guest that never kicks")]
+    NoKick,
+}
+
+/// Where a ring stands.
+///
+/// ```text
+///          kick and addresses known           fault
+/// Stopped ─────────────────────────► Started ───────► Failed
+///    ▲                                  │               │
+///    └──────────── GET_VRING_BASE, reset ───────────────┘
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Not touched.
+    Stopped,
+    /// Served while enabled.
+    Started,
+    /// Not touched until it is set up again.
+    Failed(Fault),
+}
+
+/// What became of a chain.
+#[derive(Clone, Copy, Debug)]
+pub enum Taken {
+    /// It is in flight, and will be [`Ring::finish`]ed.
+    InFlight,
+    /// It is answered: this many bytes were written to the guest.
+    Answered(u32),
+    /// There is no room now; it stays on the ring.
+    NoRoom,
+}
+
+/// What a look at a ring found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// How many chains were taken.
+    pub taken: usize,
+    /// There is more to take.
+    pub more: bool,
+}
+
+/// One ring.
+pub struct Ring {
+    vring: VringMutex<GuestMemoryAtomic<GuestMemory>>,
+    kick: Option<File>,
+    error: Option<File>,
+    has_call: bool,
+    has_addresses: bool,
+    phase: Phase,
+    enabled: bool,
+    /// The front end waits until nothing is in flight; nothing is taken meanwhile.
+    paused: bool,
+    incarnation: u32,
+    in_flight: u16,
+    busy: Vec<bool>,
+    finished: Vec<(u16, u32)>,
+}
+
+impl Ring {
+    /// A stopped ring of at most `max_size` descriptors, a power of two.
+    ///
+    /// # Errors
+    /// When `max_size` is no power of two.
+    pub fn new(memory: GuestMemoryAtomic<GuestMemory>, max_size: u16) -> Result<Self, RingError> {
+        let size_error = RingError::Size { found: max_size.into(), most: 32768 };
+        Ok(Self {
+            vring: VringMutex::new(memory, max_size).map_err(|_| size_error)?,
+            kick: None,
+            error: None,
+            has_call: false,
+            has_addresses: false,
+            phase: Phase::Stopped,
+            enabled: false,
+            paused: false,
+            incarnation: 0,
+            in_flight: 0,
+            busy: vec![false; max_size.into()],
+            finished: Vec::with_capacity(max_size.into()),
+        })
+    }
+
+    /// Where the ring stands.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Started and enabled: the guest expects service.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.phase == Phase::Started && self.enabled
+    }
+
+    /// Which start of the ring this is. Requests of an earlier one are not answered any more.
+    #[must_use]
+    pub fn incarnation(&self) -> u32 {
+        self.incarnation
+    }
+
+    /// How many requests were taken and not finished.
+    #[must_use]
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    /// Something waits for [`publish`](Self::publish).
+    #[must_use]
+    pub fn has_finished(&self) -> bool {
+        !self.finished.is_empty()
+    }
+
+    /// Enables or disables the ring.
+    pub fn set_enabled(&mut self, enabled: bool) {
+        self.enabled = enabled;
+    }
+
+    /// Takes nothing more until this is lifted.
+    pub fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// Sets the size.
+    ///
+    /// # Errors
+    /// When it is no power of two or too large, or the ring runs.
+    pub fn set_size(&mut self, size: u32) -> Result<(), RingError> {
+        self.check_stopped()?;
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        let error = RingError::Size { found: size, most: queue.max_size() };
+        let size = u16::try_from(size).map_err(|_| error)?;
+        queue.try_set_size(size).map_err(|_| error)
+    }
+
+    /// Sets the guest addresses of descriptor table, avail ring and used ring. Also allowed while the ring runs: live
+    /// migration repeats them.
+    ///
+    /// # Errors
+    /// When one is not aligned.
+    pub fn set_addresses(
+        &mut self,
+        descriptors: GuestAddress,
+        avail: GuestAddress,
+        used: GuestAddress,
+    ) -> Result<(), RingError> {
+        self.vring.set_queue_info(descriptors.0, avail.0, used.0).map_err(|_| RingError::Alignment)?;
+        self.has_addresses = true;
+        Ok(())
+    }
+
+    /// Sets the index of the next chain to take.
+    ///
+    /// # Errors
+    /// When the ring runs, or the index does not fit.
+    pub fn set_base(&mut self, base: u32) -> Result<(), RingError> {
+        self.check_stopped()?;
+        let base = u16::try_from(base).map_err(|_| RingError::Base(base))?;
+        self.vring.set_queue_next_avail(base);
+        Ok(())
+    }
+
+    /// Sets the kick descriptor; the old one, which the loop may still watch.
+    pub fn set_kick(&mut self, kick: Option<File>) -> Option<File> {
+        std::mem::replace(&mut self.kick, kick)
+    }
+
+    /// The kick descriptor.
+    #[must_use]
+    pub fn kick(&self) -> Option<RawFd> {
+        self.kick.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Sets the call descriptor; without one the guest polls.
+    pub fn set_call(&mut self, call: Option<File>) {
+        self.has_call = call.is_some();
+        self.vring.set_call(call);
+    }
+
+    /// Sets the descriptor that tells the front end that the ring failed.
+    pub fn set_error(&mut self, error: Option<File>) {
+        self.error = error;
+    }
+
+    /// Starts the ring if everything it needs is known; whether it runs now.
+    ///
+    /// # Errors
+    /// When it does not lie within guest memory.
+    pub fn try_start(
+        &mut self,
+        memory: &GuestMemory,
+        event_idx: bool,
+        incarnation: u32,
+    ) -> Result<bool, RingError> {
+        if self.phase != Phase::Stopped || self.kick.is_none() || !self.has_addresses {
+            return Ok(self.phase == Phase::Started);
+        }
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        queue.set_ready(true);
+        let outside = RingError::Outside { size: queue.size() };
+        let used = queue.used_idx(memory, Ordering::Acquire);
+        let (true, Ok(used)) = (queue.is_valid(memory), used) else {
+            queue.set_ready(false);
+            return Err(outside);
+        };
+        queue.set_event_idx(event_idx);
+        queue.set_next_used(used.0);
+        drop(state);
+        self.busy.fill(false);
+        self.finished.clear();
+        self.in_flight = 0;
+        self.incarnation = incarnation;
+        self.phase = Phase::Started;
+        Ok(true)
+    }
+
+    /// Stops the ring; the index of the next chain to take, which stays as it is.
+    pub fn stop(&mut self) -> u16 {
+        self.phase = Phase::Stopped;
+        self.in_flight = 0;
+        // No request of before may find itself in the ring that is started next.
+        self.incarnation = 0;
+        self.finished.clear();
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        queue.set_ready(false);
+        queue.next_avail()
+    }
+
+    /// Back to the state of a new ring; the kick descriptor, which the loop may still watch.
+    pub fn reset(&mut self) -> Option<File> {
+        self.stop();
+        self.vring.get_mut().get_queue_mut().reset();
+        self.has_addresses = false;
+        self.enabled = false;
+        self.paused = false;
+        self.error = None;
+        self.set_call(None);
+        self.set_kick(None)
+    }
+
+    /// Takes what is on the ring. With `rearm`, the guest will kick for whatever comes after.
+    ///
+    /// # Errors
+    /// When the guest broke the rules in a way that no status byte can tell; the ring has failed then.
+    pub fn serve(
+        &mut self,
+        memory: &GuestMemory,
+        rearm: bool,
+        mut take: impl FnMut(u16, DescriptorChain<&GuestMemory>) -> Result<Taken, Broken>,
+    ) -> Result<Served, Fault> {
+        let mut served = Served::default();
+        if !self.is_running() || self.paused {
+            return Ok(served);
+        }
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        let size = queue.size();
+        for _ in 0..MAX_ROUNDS {
+            queue.disable_notification(memory).map_err(|_| Fault::Memory)?;
+            let (avail, before) = (queue.avail_idx(memory, Ordering::Acquire), queue.next_avail());
+            let pending = avail.map_err(|_| Fault::Memory)?.0.wrapping_sub(before);
+            let mut chains = queue.iter(memory).map_err(|_| Fault::AvailIndex)?;
+            let (mut taken, mut room) = (0, true);
+            while taken < pending {
+                let chain = chains.next().ok_or(Fault::Memory)?;
+                let head = chain.head_index();
+                if head >= size {
+                    return Err(Fault::Head(head));
+                }
+                let busy = &mut self.busy[usize::from(head)];
+                if *busy {
+                    return Err(Fault::HeadInFlight(head));
+                }
+                match take(head, chain).map_err(Fault::Chain)? {
+                    Taken::InFlight => {
+                        *busy = true;
+                        self.in_flight += 1;
+                    }
+                    Taken::Answered(length) => {
+                        // Busy until published, so that there is room for every answer.
+                        *busy = true;
+                        self.finished.push((head, length));
+                    }
+                    Taken::NoRoom => {
+                        chains.go_to_previous_position();
+                        room = false;
+                        break;
+                    }
+                }
+                taken += 1;
+            }
+            served.taken += usize::from(taken);
+            if !room {
+                // A completion makes room, and looks again.
+                return Ok(served);
+            }
+            if rearm {
+                served.more = queue.enable_notification(memory).map_err(|_| Fault::Memory)?;
+            }
+            if !served.more {
+                return Ok(served);
+            }
+            // The guest may reuse a head that is answered only once it is published.
+            if !self.finished.is_empty() {
+                return Ok(served);
+            }
+        }
+        Ok(served)
+    }
+
+    /// Lets the guest kick; whether there is something to take already.
+    ///
+    /// # Errors
+    /// When the ring cannot be read any more.
+    pub fn arm(&mut self, memory: &GuestMemory) -> Result<bool, Fault> {
+        if !self.is_running() || self.paused {
+            return Ok(false);
+        }
+        self.vring.get_mut().get_queue_mut().enable_notification(memory).map_err(|_| Fault::Memory)
+    }
+
+    /// A request is done, and this many bytes were written to the guest.
+    pub fn finish(&mut self, head: u16, length: u32) {
+        self.in_flight -= 1;
+        self.finished.push((head, length));
+    }
+
+    /// Puts what was finished on the used ring, and notifies the guest if it wants to be.
+    ///
+    /// # Errors
+    /// When the ring cannot be written any more.
+    pub fn publish(&mut self, memory: &GuestMemory) -> Result<(), Fault> {
+        if self.phase != Phase::Started {
+            self.finished.clear();
+            return Ok(());
+        }
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        for (head, length) in self.finished.drain(..) {
+            self.busy[usize::from(head)] = false;
+            queue.add_used(memory, head, length).map_err(|_| Fault::Memory)?;
+        }
+        // Also orders the used index before the read of the flags or the event index.
+        let wanted = queue.needs_notification(memory).map_err(|_| Fault::Memory)?;
+        let wanted = wanted && (queue.event_idx_enabled() || !interrupts_are_off(queue, memory)?);
+        if wanted && self.has_call {
+            // The only failure is a counter at its limit, and then the guest has a notification waiting.
+            let _ = state.signal_used_queue();
+        }
+        Ok(())
+    }
+
+    /// The ring stops here and now; the front end is told if it wants to be.
+    pub fn fail(&mut self, fault: Fault) {
+        self.phase = Phase::Failed(fault);
+        self.finished.clear();
+        if let Some(error) = &mut self.error {
+            // A front end that closed the descriptor does not want to know.
+            let _ = error.write_all(&1u64.to_ne_bytes());
+        }
+    }
+
+    fn check_stopped(&self) -> Result<(), RingError> {
+        if self.phase == Phase::Started { Err(RingError::Running) } else { Ok(()) }
+    }
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring")
+            .field("phase", &self.phase)
+            .field("enabled", &self.enabled)
+            .field("in_flight", &self.in_flight)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Without event indices the guest turns interrupts off by a flag (virtio 1.3 §2.7.7), which `virtio-queue` ignores.
+fn interrupts_are_off(queue: &virtio_queue::Queue, memory: &GuestMemory) -> Result<bool, Fault> {
+    let flags: u16 =
+        memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed).map_err(|_| Fault::Memory)?;
+    Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0)
+}

@@ -1,0 +1,76 @@
+//! The socket that front ends connect to: made with the right permissions, never stolen from a living process, and
+//! removed at the end.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::sys;
+
+/// Why there is no socket to listen on.
+#[derive(Debug, Error)]
+pub enum SocketError {
+    /// Somebody listens there.
+    #[error("{0}: another process listens on this socket")]
+    InUse(PathBuf),
+    /// Something else has this name.
+    #[error("{0}: exists and is not a socket; it is left alone")]
+    NotSocket(PathBuf),
+    /// The kernel refused.
+    #[error("{path}: cannot {what}: {source}")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// A listening socket; its file is removed when dropped.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl SocketFile {
+    /// Listens on `path`, with these permissions. A socket that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// When somebody listens there, something else has the name, or the socket cannot be made.
+    pub fn listen(path: &Path, mode: u32) -> Result<(Self, UnixListener), SocketError> {
+        let failed = |what| move |source| SocketError::Io { path: path.to_owned(), what, source };
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
+            Err(error) => return Err(failed("look at it")(error)),
+            Ok(meta) if !meta.file_type().is_socket() => return Err(SocketError::NotSocket(path.to_owned())),
+            Ok(_) => match UnixStream::connect(path) {
+                Ok(_) => return Err(SocketError::InUse(path.to_owned())),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path).map_err(failed("remove the stale socket"))?;
+                }
+                Err(error) => return Err(failed("find out whether somebody listens on it")(error)),
+            },
+        }
+        let listener = sys::with_mode(mode, || UnixListener::bind(path)).map_err(failed("listen on it"))?;
+        listener.set_nonblocking(true).map_err(failed("make it non-blocking"))?;
+        let inode = fs::symlink_metadata(path).map_err(failed("look at it"))?.ino();
+        Ok((Self { path: path.to_owned(), inode }, listener))
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Whoever replaced the socket meanwhile keeps it.
+        if fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
+            // There is nobody left to tell of a failure, and the next start removes a stale socket.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! The few system calls that the event loop needs and no crate of ours wraps, each in a safe function.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+/// Words of a vhost-user message that are looked at before it is read: code, flags, size, and two of the payload.
+const PEEKED_WORDS: usize = 5;
+/// Length of the header of a vhost-user message.
+const HEADER_LENGTH: usize = 12;
+/// Bit of the flags: the front end waits for an acknowledgement.
+const NEED_REPLY: u32 = 1 << 3;
+
+/// What waits to be read from the control socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peeked {
+    /// No whole message.
+    Nothing,
+    /// The front end closed the socket.
+    Closed,
+    /// A whole message.
+    Message {
+        /// Its code.
+        code: u32,
+        /// An acknowledgement is wanted.
+        need_reply: bool,
+        /// First word of the payload, or zero.
+        index: u32,
+        /// Second word of the payload, or zero.
+        value: u32,
+    },
+}
+
+/// Looks at the next message without reading it, and without blocking.
+///
+/// # Errors
+/// When the socket is broken.
+pub fn peek(socket: &impl AsRawFd) -> io::Result<Peeked> {
+    let fd = socket.as_raw_fd();
+    let mut words = [0u32; PEEKED_WORDS];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: the kernel writes at most the size of `words`; every bit pattern is a valid word.
+    let got = unsafe { libc::recv(fd, words.as_mut_ptr().cast(), mem::size_of_val(&words), flags) };
+    let got = match usize::try_from(got) {
+        Ok(0) => return Ok(Peeked::Closed),
+        Ok(got) => got,
+        Err(_) => {
+            let error = io::Error::last_os_error();
+            return match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(Peeked::Nothing),
+                io::ErrorKind::ConnectionReset => Ok(Peeked::Closed),
+                _ => Err(error),
+            };
+        }
+    };
+    if got < HEADER_LENGTH {
+        return Ok(Peeked::Nothing);
+    }
+    let mut queued: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    if unsafe { libc::ioctl(fd, libc::FIONREAD, &mut queued) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let [code, flags, size, index, value] = words;
+    // A size beyond what any message may have is left to the reader of messages to refuse.
+    let size = (size as usize).min(4096);
+    if usize::try_from(queued).unwrap_or(0) < HEADER_LENGTH + size {
+        return Ok(Peeked::Nothing);
+    }
+    let payload = |word: u32, end: usize| if size >= end && got >= HEADER_LENGTH + end { word } else { 0 };
+    Ok(Peeked::Message {
+        code,
+        need_reply: flags & NEED_REPLY != 0,
+        index: payload(index, 4),
+        value: payload(value, 8),
+    })
+}
+
+/// SIGTERM and SIGINT as a descriptor.
+#[derive(Debug)]
+pub struct StopSignals(OwnedFd);
+
+impl StopSignals {
+    /// Takes both signals away from their default action, for this thread and those it starts.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; both calls get a valid pointer to it.
+        unsafe {
+            let mut set: libc::sigset_t = mem::zeroed();
+            libc::sigemptyset(&mut set);
+            libc::sigaddset(&mut set, libc::SIGTERM);
+            libc::sigaddset(&mut set, libc::SIGINT);
+            let failed = libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+            if failed != 0 {
+                return Err(io::Error::from_raw_os_error(failed));
+            }
+            let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(Self(OwnedFd::from_raw_fd(fd)))
+        }
+    }
+
+    /// Takes one signal, if there is one.
+    #[must_use]
+    pub fn take(&self) -> bool {
+        let mut info = [0u8; mem::size_of::<libc::signalfd_siginfo>()];
+        // SAFETY: the kernel writes at most the size of `info`.
+        let got = unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), info.len()) };
+        got > 0
+    }
+}
+
+impl AsRawFd for StopSignals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// A socket that was inherited from whoever started this process.
+#[derive(Debug)]
+pub enum Inherited {
+    /// It listens.
+    Listener(UnixListener),
+    /// It is connected.
+    Stream(UnixStream),
+}
+
+/// Takes over an inherited socket. To be called once per descriptor, before anything else is opened.
+///
+/// # Errors
+/// When it is no unix stream socket.
+pub fn inherit(fd: RawFd) -> io::Result<Inherited> {
+    let (domain, kind) = (socket_option(fd, libc::SO_DOMAIN)?, socket_option(fd, libc::SO_TYPE)?);
+    if domain != libc::AF_UNIX || kind != libc::SOCK_STREAM {
+        return Err(io::Error::other("not a unix stream socket"));
+    }
+    let listens = socket_option(fd, libc::SO_ACCEPTCONN)? != 0;
+    // SAFETY: the descriptor is open, as its options could be read, and the caller hands it over.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: plain fcntl on a descriptor that is owned here. Keeps it from programs started later.
+    unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    Ok(if listens { Inherited::Listener(owned.into()) } else { Inherited::Stream(owned.into()) })
+}
+
+fn socket_option(fd: RawFd, option: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut length = libc::socklen_t::try_from(mem::size_of_val(&value)).map_err(io::Error::other)?;
+    // SAFETY: value and length are valid for writing, and length is the size of value.
+    let failed = unsafe {
+        let value = std::ptr::from_mut(&mut value).cast();
+        libc::getsockopt(fd, libc::SOL_SOCKET, option, value, &mut length)
+    };
+    if failed != 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
+}
+
+/// Calls `create` with file permissions limited to `mode`, e.g. to make a socket that is never open to others, not even
+/// for a moment. To be called while there is one thread.
+pub fn with_mode<T>(mode: u32, create: impl FnOnce() -> T) -> T {
+    // SAFETY: umask cannot fail and touches no memory.
+    let before = unsafe { libc::umask(!mode & 0o777) };
+    let made = create();
+    // SAFETY: as above.
+    unsafe { libc::umask(before) };
+    made
+}

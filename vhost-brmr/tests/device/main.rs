@@ -1,0 +1,10 @@
+//! The device as a guest and its hypervisor see it, through a real socket and real rings.
+#![allow(unsafe_code)]
+#![allow(clippy::unwrap_used)] // helpers of tests fail as tests do
+#![allow(clippy::cast_possible_truncation)] // patterns of bytes are made from counters
+
+mod cost;
+mod hostile;
+mod program;
+mod session;
+mod support;

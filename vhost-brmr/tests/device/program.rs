@@ -1,0 +1,84 @@
+//! The program itself: exit codes, words, sockets.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Output};
+
+use vhost_brmr::socket::{SocketError, SocketFile};
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vhost-brmr")).args(arguments).output().unwrap()
+}
+
+#[test]
+fn bad_usage_ends_with_code_two_and_one_clear_error() {
+    for (arguments, word) in [
+        (&["--nonsense"][..], "--nonsense"),
+        (&["--num-queues", "many"], "many"),
+        (&["--pool", "p", "--node", "a:1"], "--socket-path"),
+        (&["--socket-path", "/s", "--fd", "5", "--pool", "p", "--node", "a:1"], "--fd"),
+        (&["--socket-path", "/s", "--pool", "p", "--node", "a:1", "--queue-size", "100"], "power of two"),
+        (&["--config", "/nonexistent.toml"], "/nonexistent.toml"),
+    ] {
+        let output = run(arguments);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(error.contains(word), "{arguments:?}: {error}");
+    }
+}
+
+#[test]
+fn capabilities_are_json_for_a_block_device_and_the_file_for_management_software_agrees() {
+    let output = run(&["--print-capabilities"]);
+    assert!(output.status.success());
+    let printed: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(printed["type"], "block");
+    assert_eq!(printed["features"], serde_json::json!(["read-only"]));
+    let file: serde_json::Value = serde_json::from_str(include_str!("../../50-vhost-brmr.json")).unwrap();
+    assert_eq!(file["type"], printed["type"]);
+    assert!(file["binary"].as_str().unwrap().ends_with("/vhost-brmr"));
+}
+
+#[test]
+fn help_shows_an_example_and_the_exit_codes() {
+    let help = String::from_utf8(run(&["--help"]).stdout).unwrap();
+    for word in ["vhost-brmr --socket-path", "Exit code", "[default: 30]", "vhost-user-blk-pci"] {
+        assert!(help.contains(word), "{word:?} is missing");
+    }
+}
+
+#[test]
+fn a_runtime_failure_ends_with_code_one_and_leaves_no_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let socket = path.to_str().unwrap();
+    fs::write(&path, "a file").unwrap();
+    let output = run(&["--socket-path", socket, "--pool", "p", "--node", "127.0.0.1:1"]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("not a socket"), "{error}");
+    assert_eq!(fs::read(&path).unwrap(), b"a file");
+    let output = run(&["--fd", "77", "--pool", "p", "--node", "127.0.0.1:1"]);
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn a_socket_is_made_with_its_mode_replaces_a_stale_one_and_is_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let (file, listener) = SocketFile::listen(&path, 0o640).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+    assert!(matches!(SocketFile::listen(&path, 0o600), Err(SocketError::InUse(_))));
+    drop(listener);
+    std::mem::forget(file);
+    let (file, _listener) = SocketFile::listen(&path, 0o600).unwrap();
+    drop(file);
+    assert!(!path.exists());
+    // One that somebody else put there meanwhile is not ours to remove.
+    let (file, _listener) = SocketFile::listen(&path, 0o600).unwrap();
+    fs::rename(&path, directory.path().join("old")).unwrap();
+    let _other = UnixListener::bind(&path).unwrap();
+    drop(file);
+    assert!(path.exists());
+}
