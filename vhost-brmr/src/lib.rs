@@ -14,7 +14,7 @@
 //! * [`queue`] — one ring, its notifications and its faults.
 //! * [`flight`] — requests in flight.
 //! * [`memory`] — guest memory. [`device`] — features and configuration space.
-//! * [`disk`] — the seam. [`testing`] — a disk in memory behind it, for tests.
+//! * [`disk`] — the seam. [`pool_disk`] — the pool behind it. [`testing`] — a disk in memory behind it, for tests.
 
 pub mod args;
 pub mod config;
@@ -26,6 +26,7 @@ pub mod event_loop;
 pub mod flight;
 pub mod frontend;
 pub mod memory;
+pub mod pool_disk;
 pub mod queue;
 pub mod request;
 pub mod socket;

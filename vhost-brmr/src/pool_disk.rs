@@ -1,0 +1,231 @@
+//! The disk behind the device is a pool: joins [`Disk`] to the pool driver of `rmr_common`.
+
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use anyhow::Context;
+use rmr_common::client::{self, Config, IoError, Notice, OverReason, PoolSelector};
+use rmr_common::driver::{PoolDriver, discover};
+use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
+use rmr_common::reactor::WatchChange;
+use vmm_sys_util::epoll::EventSet;
+
+use crate::config::Settings;
+use crate::disk::{Attachment, Disk, DiskError, Geometry, Operation, RangeLimits, Request, Token};
+
+/// Segments that a driver is advised to use at most: what fits a queue of 128 with header and status.
+const MAX_SEGMENTS: u32 = 126;
+/// Longest segment that a driver is advised to use, in bytes.
+const MAX_SEGMENT_SIZE: u32 = 1 << 20;
+/// Longest range of a discard or write-zeroes, in bytes; larger ones come as several requests.
+const MAX_RANGE: u64 = 1 << 30;
+/// Most ranges of one discard or write-zeroes.
+const MAX_RANGES: u32 = 16;
+
+/// A pool as a disk. Its specification is learned at the start; the pool is claimed when a guest uses it.
+pub struct PoolDisk {
+    config: Config,
+    spec: PoolSpec,
+    seeds: Vec<Address>,
+    driver: Option<PoolDriver>,
+    /// Drivers that are over, kept until the loop does not watch their descriptors any more.
+    retired: Option<PoolDriver>,
+    was_active: bool,
+    detaching: bool,
+    refused: Option<String>,
+    done: Vec<(client::Token, Result<(), IoError>)>,
+    notices: Vec<Notice>,
+    failed: Vec<Token>,
+}
+
+impl PoolDisk {
+    /// Asks the configured nodes for the pool, and attaches to nothing.
+    ///
+    /// # Errors
+    /// When no node knows the pool, the nodes disagree, or none answers within the suspend timeout.
+    pub fn open(settings: &Settings) -> anyhow::Result<Self> {
+        let pool = &settings.pool;
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let description = format!("vhost-brmr, process {} on {}", std::process::id(), host.trim());
+        let mut config = Config::new(ClientId::random(), description);
+        config.takeover = pool.takeover;
+        config.leg_timeout = pool.leg_timeout;
+        config.suspend_timeout = pool.suspend_timeout;
+        let selector: PoolSelector = pool.pool.to_string().parse()?;
+        let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
+        anyhow::ensure!(
+            spec.logical_block_size <= 4096,
+            "logical block size {}: expected at most 4096",
+            spec.logical_block_size
+        );
+        Ok(Self {
+            config,
+            spec,
+            seeds: pool.nodes.clone(),
+            driver: None,
+            retired: None,
+            was_active: false,
+            detaching: false,
+            refused: None,
+            done: Vec::new(),
+            notices: Vec::new(),
+            failed: Vec::new(),
+        })
+    }
+
+    fn log_notices(&mut self) {
+        let Some(driver) = &mut self.driver else { return };
+        driver.take_notices(&mut self.notices);
+        let pool = self.spec.name.as_str();
+        for notice in self.notices.drain(..) {
+            match notice {
+                Notice::LegUp(member, address) => tracing::info!(pool, %member, %address, "connected"),
+                Notice::LinkLost(Some(member), address, reason) => {
+                    tracing::warn!(pool, %member, %address, "connection lost: {reason}");
+                }
+                Notice::LinkLost(None, address, reason) => {
+                    tracing::warn!(pool, %address, "no connection: {reason}")
+                }
+                Notice::Attached(view) => tracing::info!(pool, "attached with {view}"),
+                Notice::Committed(view) => tracing::info!(pool, "{view} is committed"),
+                Notice::Lost(members, reason) => {
+                    tracing::warn!(pool, %members, "members lost: {reason}; going on without them, what they miss is recorded");
+                }
+                Notice::Suspended(reason) => {
+                    tracing::error!(
+                        pool,
+                        "suspended, no current copy can be reached: {reason}; requests wait"
+                    );
+                }
+                Notice::Waiting(text) => tracing::warn!(pool, "waiting: {text}"),
+                Notice::ReadError(member, offset, length) => {
+                    tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
+                }
+                Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached"),
+                Notice::Over(reason) => tracing::error!(pool, "{reason}"),
+            }
+        }
+    }
+
+    /// Notes what the driver's end means.
+    fn settle(&mut self) {
+        let Some(driver) = &self.driver else { return };
+        self.was_active |= driver.is_active();
+        if let Some(reason) = driver.over() {
+            if *reason != OverReason::Detached {
+                self.refused = Some(reason.to_string());
+            } else if driver.in_flight() == 0 && self.done.is_empty() && self.failed.is_empty() {
+                self.retired = self.driver.take();
+                self.detaching = false;
+                self.was_active = false;
+            }
+        }
+    }
+}
+
+impl Disk for PoolDisk {
+    fn geometry(&self) -> Geometry {
+        let granularity = u32::try_from(BLOCK_SIZE).unwrap_or(4096);
+        let ranges = RangeLimits { max_length: MAX_RANGE, max_ranges: MAX_RANGES, granularity };
+        Geometry {
+            size: self.spec.size,
+            logical_block_size: self.spec.logical_block_size,
+            physical_block_size: granularity,
+            optimal_io_size: 0,
+            max_segments: MAX_SEGMENTS,
+            max_segment_size: MAX_SEGMENT_SIZE,
+            discard: Some(ranges),
+            write_zeroes: Some(ranges),
+        }
+    }
+
+    fn attach(&mut self) {
+        match PoolDriver::with_spec(self.config.clone(), self.spec.clone(), &self.seeds)
+            .context("cannot start the pool client")
+        {
+            Ok(driver) => self.driver = Some(driver),
+            Err(error) => self.refused = Some(format!("{error:#}")),
+        }
+    }
+
+    fn detach(&mut self) {
+        self.detaching = true;
+        if let Some(driver) = &mut self.driver {
+            driver.detach();
+        }
+        self.settle();
+    }
+
+    fn attachment(&self) -> Attachment<'_> {
+        match (&self.refused, &self.driver) {
+            (Some(reason), _) => Attachment::Refused(reason),
+            (None, None) => Attachment::Detached,
+            (None, Some(_)) if self.detaching => Attachment::Detaching,
+            (None, Some(_)) if self.was_active => Attachment::Attached,
+            (None, Some(_)) => Attachment::Attaching,
+        }
+    }
+
+    fn submit(&mut self, token: Token, request: Request<'_>) {
+        let Some(driver) = &mut self.driver else { return self.failed.push(token) };
+        let operation = match request.operation {
+            Operation::Read => client::Operation::Read,
+            Operation::Write => client::Operation::Write,
+            Operation::Flush => client::Operation::Flush,
+            // A discarded range of a pool reads as zeroes, so both say the same when the space may be given back.
+            Operation::Discard | Operation::WriteZeroes { unmap: true } => client::Operation::Discard,
+            Operation::WriteZeroes { unmap: false } => client::Operation::WriteZeroes,
+        };
+        driver.submit(client::Token(token.0), operation, request.offset, request.length, request.segments);
+    }
+
+    fn cancel(&mut self) {
+        if let Some(driver) = &mut self.driver {
+            driver.cancel();
+        }
+    }
+
+    fn completions(&mut self, done: &mut Vec<(Token, Result<(), DiskError>)>) {
+        if let Some(driver) = &mut self.driver {
+            driver.completions(&mut self.done);
+        }
+        done.extend(self.failed.drain(..).map(|token| (token, Err(DiskError::Failed))));
+        done.extend(self.done.drain(..).map(|(token, result)| (Token(token.0), result.map_err(disk_error))));
+    }
+
+    fn watch_changes(&mut self, changes: &mut Vec<WatchChange>) {
+        for driver in [&mut self.retired, &mut self.driver].into_iter().flatten() {
+            driver.watch_changes(changes);
+        }
+    }
+
+    fn ready(&mut self, fd: RawFd, set: EventSet) {
+        if let Some(driver) = &mut self.driver {
+            driver.ready(fd, set);
+        }
+    }
+
+    fn upkeep(&mut self) {
+        if let Some(driver) = &mut self.driver {
+            driver.upkeep();
+        }
+        self.log_notices();
+        self.settle();
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        if !self.failed.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        self.driver.as_ref().filter(|d| d.over().is_none()).map(PoolDriver::timeout)
+    }
+}
+
+const fn disk_error(error: IoError) -> DiskError {
+    match error {
+        IoError::Cancelled => DiskError::Cancelled,
+        IoError::Suspended => DiskError::Suspended,
+        IoError::Fenced => DiskError::Fenced,
+        IoError::BadRange | IoError::Media | IoError::Detached | IoError::TooMany => DiskError::Failed,
+    }
+}
