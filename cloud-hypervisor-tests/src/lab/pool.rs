@@ -4,7 +4,8 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -169,6 +170,21 @@ impl Pool {
     /// When they differ; the first different blocks are named.
     pub fn assert_identical(&self) -> Result<()> {
         stores::assert_identical(&self.areas()?).with_context(|| format!("stores of pool '{}'", self.name))
+    }
+
+    /// As [`Pool::assert_identical`], where writes may still be on their way for up to `limit`.
+    ///
+    /// # Errors
+    /// When the stores differ even then.
+    pub fn assert_identical_within(&self, limit: Duration) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let result = self.assert_identical();
+            if result.is_ok() || started.elapsed() > limit {
+                return result;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Compares the stores of the members on these nodes, where others are known to be out.

@@ -91,6 +91,24 @@ impl Process {
         Ok(self.exit_status()?.is_none())
     }
 
+    /// Processor time that the process has used so far, all threads together.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        /// The unit of proc(5)'s times on every Linux that Debian builds.
+        const TICKS_PER_SECOND: u64 = 100;
+        let path = format!("/proc/{}/stat", self.pid);
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path} of '{}'", self.name))?;
+        // The second field is a name in parentheses that may hold anything; user and system time are 11 and 12 after it.
+        let fields = text.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(2));
+        let ticks: Option<u64> =
+            fields.and_then(|fields| fields.map(|field| field.parse::<u64>().ok()).sum());
+        let ticks =
+            ticks.with_context(|| format!("expected the fields of proc(5) in {path}, found '{text}'"))?;
+        Ok(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
+    }
+
     /// Waits until `condition` holds while the process runs.
     ///
     /// # Errors

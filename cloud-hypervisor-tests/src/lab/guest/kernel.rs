@@ -51,7 +51,8 @@ impl Kernel {
         let mut download = Command::new("apt-get");
         // Without this, apt complains that its own user cannot write here.
         download.args(["-o", "APT::Sandbox::User=root", "-qq", "download", package]).current_dir(work.path());
-        programs::output_of(&mut download)?;
+        programs::output_of(&mut download)
+            .context("fetching the guests' kernel; old lists? run apt-get update")?;
         let archive = fs::read_dir(work.path())?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
