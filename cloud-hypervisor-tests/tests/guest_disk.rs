@@ -151,7 +151,7 @@ fn guest_disks(lab: &Lab, hypervisor: Hypervisor) -> Result<()> {
         let fio = "fio --name=odd --filename=$D --rw=randwrite --bs=512 --blockalign=512 --offset=3584 --size=1m --direct=1 \
                    --ioengine=libaio --iodepth=32 --numjobs=1 --verify=crc32c --verify_fatal=1";
         on(&vm, "small", fio)?;
-        let fio = "fio --name=mixed --filename=$D --rw=randwrite --bsrange=512-9728 --bs_unaligned --offset=8m --size=4m \
+        let fio = "fio --name=mixed --filename=$D --rw=randwrite --bsrange=512-9728 --blockalign=512 --offset=8m --size=4m \
                    --direct=1 --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1";
         on(&vm, "small", fio)?;
         // One sector in the middle of a block, its neighbours untouched.

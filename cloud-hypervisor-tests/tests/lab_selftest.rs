@@ -23,6 +23,15 @@ fn a_guest_on_a_foreign_back_end_boots_and_verifies_what_it_wrote() -> Result<()
                        --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1";
             vm.run(fio).map(|_| ())
         });
+        checks.check("the agent has all that it needs", || {
+            let complaint = vm
+                .console()
+                .lines()
+                .find(|line| line.contains("init") && line.contains("not "))
+                .map(str::to_owned);
+            ensure!(complaint.is_none(), "{complaint:?}");
+            Ok(())
+        });
         checks.check("both queues of the disk are in use by the driver", || {
             let queues = vm.run("ls /sys/block/vda/mq | wc -l")?;
             ensure!(queues.trim() == "2", "expected 2, found {queues}");

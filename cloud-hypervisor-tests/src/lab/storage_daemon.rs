@@ -28,10 +28,24 @@ impl StorageDaemonBuilder {
         Self { name: name.to_owned(), size_mib: 64, queues: 1, logical_block_size: 512, writable: true }
     }
 
+    /// Size in MiB.
+    #[must_use]
+    pub fn size_mib(mut self, size_mib: u64) -> Self {
+        self.size_mib = size_mib;
+        self
+    }
+
     /// Number of virtqueues.
     #[must_use]
     pub fn queues(mut self, queues: u16) -> Self {
         self.queues = queues;
+        self
+    }
+
+    /// The logical block size that guests see.
+    #[must_use]
+    pub fn logical_block_size(mut self, bytes: u32) -> Self {
+        self.logical_block_size = bytes;
         self
     }
 

@@ -356,6 +356,12 @@ impl Vm {
         &self.process
     }
 
+    /// Everything that the guest's kernel and first program have written to the console.
+    #[must_use]
+    pub fn console(&self) -> String {
+        workspace::tail(&self.console, u64::MAX)
+    }
+
     /// QEMU's control connection.
     ///
     /// # Errors

@@ -20,8 +20,9 @@ use crate::lab::programs;
 const INIT: &str = include_str!("init.sh");
 /// What every guest can do: virtio disks and ports, ext4 with its checksums.
 const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtio_console", "crc32c_generic", "ext4"];
-/// Full-size programs that every guest has besides busybox.
-const PROGRAMS: [&str; 7] = ["fio", "mkfs.ext4", "e2fsck", "blkdiscard", "blockdev", "lsblk", "dd"];
+/// Full-size programs that every guest has besides busybox; the agent itself needs `dash` and `flock`.
+const PROGRAMS: [&str; 10] =
+    ["fio", "mkfs.ext4", "e2fsck", "blkdiscard", "blockdev", "lsblk", "dd", "cmp", "dash", "flock"];
 
 /// A kernel and an initramfs, ready to boot.
 #[derive(Clone, Debug)]

@@ -40,7 +40,8 @@ execute() {
 	mkdir "$directory"
 	echo "$2" | base64 -d >"$directory/script"
 	cd /tmp
-	sh "$directory/script" </dev/null >"$directory/stdout" 2>"$directory/stderr" 3>&-
+	# Not busybox' shell: it takes its own applets before the programs in PATH.
+	dash "$directory/script" </dev/null >"$directory/stdout" 2>"$directory/stderr" 3>&-
 	code=$?
 	answer "{\"id\":$1,\"exit\":$code,\"stdout\":\"$(base64 -w 0 "$directory/stdout")\",\"stderr\":\"$(base64 -w 0 "$directory/stderr")\"}"
 	rm -r "$directory"
