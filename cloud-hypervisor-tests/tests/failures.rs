@@ -28,7 +28,9 @@ fn a_guest_killed_in_mid_request_costs_nothing_and_a_node_killed_under_load_is_n
         let mut checks = Checks::new();
 
         let first = boot(lab, "first", &daemon)?;
-        first.run("mkfs.ext4 -q /dev/vda && mount -t ext4 /dev/vda /mnt && echo kept >/mnt/kept && sync")?;
+        first.run(
+            "mkfs.ext4 -q /dev/vda 60m && mount -t ext4 /dev/vda /mnt && echo kept >/mnt/kept && sync",
+        )?;
         let load = first.start(
             "fio --name=load --filename=/mnt/load --rw=randwrite --bs=4k-128k --size=32m --direct=1 --ioengine=libaio \
              --iodepth=64 --time_based --runtime=120",
@@ -52,6 +54,7 @@ fn a_guest_killed_in_mid_request_costs_nothing_and_a_node_killed_under_load_is_n
             Ok(())
         });
 
+        // Behind the file system's end.
         let load = second.start(
             "fio --name=verified --filename=/dev/vda --offset=64m --size=16m --rw=randwrite --bs=4k --direct=1 \
              --ioengine=libaio --iodepth=32 --verify=crc32c --verify_fatal=1 --verify_backlog=512 --loops=4",
@@ -65,9 +68,7 @@ fn a_guest_killed_in_mid_request_costs_nothing_and_a_node_killed_under_load_is_n
             ensure!(!log.contains("I/O error"), "the guest's kernel met an I/O error:\n{log}");
             Ok(())
         });
-        checks.check("the status of the pool is degraded", || {
-            pool.wait_for_state("a", "degraded", NOTICE_LIMIT)
-        });
+        checks.check("the status of the pool is degraded", || pool.wait_for_level("degraded", NOTICE_LIMIT));
         checks.check("the guest writes and reads on the legs that are left", || {
             second.run(
                 "mount -t ext4 /dev/vda /mnt && echo later >/mnt/later && umount /mnt && e2fsck -fn /dev/vda",

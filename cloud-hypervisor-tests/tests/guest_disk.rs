@@ -22,7 +22,7 @@ impl Topology {
     fn start(lab: &Lab) -> Result<Self> {
         let nodes = [NodeBuilder::new("a").start(lab)?, NodeBuilder::new("b").shards(2).start(lab)?];
         let pool = |name: &str, size_mib: u64| {
-            PoolBuilder::new(name).size_mib(size_mib).member(&nodes[0]).member(&nodes[1])
+            PoolBuilder::new(name).size_mib(size_mib).block_size(4096).member(&nodes[0]).member(&nodes[1])
         };
         let read_only = pool("readonly", 16).create(lab)?;
         {

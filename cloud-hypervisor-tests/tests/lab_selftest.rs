@@ -14,7 +14,7 @@ fn a_guest_on_a_foreign_back_end_boots_and_verifies_what_it_wrote() -> Result<()
         let writable = StorageDaemonBuilder::new("writable").queues(2).start(lab)?;
         let read_only = StorageDaemonBuilder::new("read-only").read_only().start(lab)?;
         let vm = VmBuilder::new("guest")
-            .disk(Disk::vhost_user(writable.socket()).queues(2))
+            .disk(Disk::vhost_user(writable.socket()).queues(2).reconnect())
             .disk(Disk::vhost_user(read_only.socket()))
             .boot(lab)?;
         let mut checks = Checks::new();

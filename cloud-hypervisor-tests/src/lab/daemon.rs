@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Lab, Pool, Process, programs};
+use super::{FrontendBuilder, Lab, Pool, Process, programs, wait_until};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -82,13 +82,20 @@ impl DaemonBuilder {
         Ok(Daemon { process, socket })
     }
 
-    /// Starts the daemon expecting that it refuses: returns its log once it has ended with a status other than 0.
+    /// Starts the daemon and a front end for it, expecting that it is refused the pool when it attaches: returns its log
+    /// once it has ended with a status other than 0.
     ///
     /// # Errors
     /// When it keeps running, or ends with status 0 or by a signal.
     pub fn start_refused(&self, lab: &Lab) -> Result<String> {
-        let process = self.launch(lab, &lab.path(format!("{}.vhost", self.name)))?;
-        let status = process.wait_exit(START_LIMIT).context("the daemon was expected to refuse")?;
+        let socket = lab.path(format!("{}.vhost", self.name));
+        let process = self.launch(lab, &socket)?;
+        wait_until("the daemon to listen or to end", START_LIMIT, || {
+            Ok(socket.exists() || !process.is_running()?)
+        })?;
+        // A daemon claims its pool when the first ring starts. It may end at any point of this.
+        let _front_end = FrontendBuilder::new(&socket).connect();
+        let status = process.wait_exit(START_LIMIT).context("the daemon was expected to be refused")?;
         match status.code() {
             Some(code) if code != 0 => Ok(process.log_text()),
             _ => bail!("the daemon ended with {status}, expected a non-zero exit status"),

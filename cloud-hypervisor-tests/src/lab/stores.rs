@@ -44,7 +44,7 @@ impl Area {
     /// The data area of the store at `path`, as its own superblock places it.
     ///
     /// # Errors
-    /// When the file is no store or its description lacks `layout.data_offset` or `pool.size`.
+    /// When the file is no store or its description lacks `superblock.layout.data_offset` or `superblock.spec.size`.
     pub fn of(path: &Path) -> Result<Self> {
         Self::from_description(path, &inspect(path)?)
     }
@@ -56,8 +56,8 @@ impl Area {
         };
         Ok(Self {
             path: path.to_owned(),
-            offset: number("/layout/data_offset")?,
-            length: number("/pool/size")?,
+            offset: number("/superblock/layout/data_offset")?,
+            length: number("/superblock/spec/size")?,
         })
     }
 
@@ -220,11 +220,11 @@ mod tests {
 
     #[test]
     fn a_description_without_its_numbers_is_refused_by_name() {
-        let complete = serde_json::json!({ "layout": { "data_offset": 1048576 }, "pool": { "size": 4096 } });
+        let complete = serde_json::json!({ "superblock": { "layout": { "data_offset": 1048576 }, "spec": { "size": 4096 } } });
         let area = Area::from_description(Path::new("/s"), &complete).expect("complete");
         assert_eq!((area.offset, area.length), (1 << 20, 4096));
-        let lacking = serde_json::json!({ "layout": {}, "pool": { "size": 4096 } });
+        let lacking = serde_json::json!({ "superblock": { "layout": {}, "spec": { "size": 4096 } } });
         let error = Area::from_description(Path::new("/s"), &lacking).unwrap_err().to_string();
-        assert!(error.contains("/layout/data_offset"), "{error}");
+        assert!(error.contains("/superblock/layout/data_offset"), "{error}");
     }
 }
