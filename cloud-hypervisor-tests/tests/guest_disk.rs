@@ -1,6 +1,7 @@
 //! A Linux guest on replicated disks: what works for a file system, for direct I/O of every kind, and for an administrator
 //! who looks at the disk's properties. One boot serves all; the stores are compared byte for byte at the end.
 
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -14,7 +15,7 @@ const PATTERN: u8 = 0xa5;
 
 /// Two nodes, and on them five pools: one per kind of disk that the guest gets.
 struct Topology {
-    _nodes: [Node; 2],
+    nodes: [Node; 2],
     disks: Vec<(Pool, Daemon)>,
 }
 
@@ -44,7 +45,7 @@ impl Topology {
         };
         let disks =
             vec![start(one, 1)?, start(four, 4)?, start(zero, 1)?, start(small, 2)?, start(read_only, 1)?];
-        Ok(Self { _nodes: nodes, disks })
+        Ok(Self { nodes, disks })
     }
 
     fn boot(&self, lab: &Lab, hypervisor: Hypervisor) -> Result<Vm> {
@@ -184,6 +185,15 @@ fn guest_disks(lab: &Lab, hypervisor: Hypervisor) -> Result<()> {
         Ok(())
     });
 
+    checks.check("daemons and nodes use no processor time while the guest is idle", || idle(&topology));
+    checks.check("a daemon needs at most 32 MiB beyond the guest's memory", || {
+        for (pool, daemon) in &topology.disks {
+            let memory = daemon.process().own_memory()?;
+            ensure!(memory <= 32 << 20, "the daemon of '{}' has {memory} bytes", pool.name());
+        }
+        Ok(())
+    });
+
     vm.shutdown()?;
     for (pool, daemon) in &topology.disks {
         checks.check(
@@ -193,6 +203,27 @@ fn guest_disks(lab: &Lab, hypervisor: Hypervisor) -> Result<()> {
         checks.check(&format!("all stores of '{}' are identical", pool.name()), || pool.assert_identical());
     }
     checks.finish()
+}
+
+fn idle(topology: &Topology) -> Result<()> {
+    const WATCHED: Duration = Duration::from_secs(3);
+    let nodes = topology.nodes.iter().map(Node::process);
+    let processes: Vec<_> = nodes.chain(topology.disks.iter().map(|(_, daemon)| daemon.process())).collect();
+    // What the checks before have left to do, such as the clearing of maps, may end first.
+    thread::sleep(WATCHED);
+    let before = processes.iter().map(|process| process.cpu_time()).collect::<Result<Vec<_>>>()?;
+    thread::sleep(WATCHED);
+    for (process, before) in processes.iter().zip(before) {
+        let used = process.cpu_time()?.saturating_sub(before);
+        // One percent, and one tick of the clock that this is measured with.
+        let limit = WATCHED / 100 + Duration::from_millis(10);
+        ensure!(
+            used <= limit,
+            "'{}' used {used:?} in {WATCHED:?}, expected at most {limit:?}",
+            process.name()
+        );
+    }
+    Ok(())
 }
 
 fn file_system(vm: &Vm, name: &str) -> Result<()> {

@@ -1,6 +1,8 @@
 //! A hostile guest, played by a driver that owns its rings: whatever it puts there gets an error status or a stopped queue.
 //! After each attack the daemon is alive, idle, and serves the next front end the data that was there before.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -60,6 +62,17 @@ fn a_hostile_guest_gets_errors_or_a_stopped_queue_and_the_daemon_goes_on() -> Re
         let mut checks = Checks::new();
         for attack in attacks().iter().chain(&control_attacks()) {
             checks.check(attack.name, || survive(attack, daemon.socket(), daemon.process()));
+        }
+        for (name, bytes) in [("ones", [0xff; 4096]), ("zeroes", [0; 4096])] {
+            checks.check(&format!("the hypervisor sends nothing but {name}"), || {
+                let mut stream = UnixStream::connect(daemon.socket())?;
+                // It may be cut off in the middle.
+                let _ = stream.write_all(&bytes);
+                drop(stream);
+                let mut next = connect(daemon.socket()).context("the next front end is not served")?;
+                ensure!(next.read(0, 0, 4096)? == (Status::Ok, vec![PATTERN; 4096]));
+                Ok(())
+            });
         }
         daemon.stop()?;
         checks.check("all stores are identical", || pool.assert_identical());

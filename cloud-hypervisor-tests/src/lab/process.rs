@@ -109,6 +109,20 @@ impl Process {
         Ok(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
     }
 
+    /// Resident memory of the process in bytes, without memory that it shares with others, such as a guest's.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn own_memory(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid);
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path} of '{}'", self.name))?;
+        let kib = |field: &str| -> Option<u64> {
+            text.lines().find_map(|line| line.strip_prefix(field))?.trim().strip_suffix(" kB")?.parse().ok()
+        };
+        let sum = kib("RssAnon:").zip(kib("RssFile:")).map(|(anonymous, file)| (anonymous + file) << 10);
+        sum.with_context(|| format!("expected RssAnon and RssFile in {path}, found '{text}'"))
+    }
+
     /// Waits until `condition` holds while the process runs.
     ///
     /// # Errors
@@ -291,6 +305,23 @@ mod tests {
             assert!(proc.exists());
             drop(process);
             assert!(!proc.exists());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn processor_time_and_memory_are_those_of_the_process() -> Result<()> {
+        workspace::run("busy", |lab| {
+            let busy = Process::spawn(lab, "busy", shell("while :; do :; done"))?;
+            let idle = Process::spawn(lab, "idle", shell("sleep 600"))?;
+            wait_until("processor time", Duration::from_secs(20), || {
+                Ok(busy.cpu_time()? > Duration::from_millis(100))
+            })?;
+            assert!(idle.cpu_time()? < Duration::from_millis(100));
+            let memory = idle.own_memory()?;
+            assert!((64 << 10..64 << 20).contains(&memory), "{memory}");
+            idle.kill()?;
+            assert!(idle.own_memory().is_err());
             Ok(())
         })
     }
