@@ -5,6 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -127,20 +128,25 @@ pub(super) fn tail(path: &Path, bytes: u64) -> String {
 
 /// A TCP port of 127.0.0.1 that nobody listens on, never the same one twice in this process.
 ///
+/// It lies below the range from which the kernel takes ports of outgoing connections: a node that is killed must find its
+/// port free when it comes back.
+///
 /// # Errors
-/// When the system has no port left.
+/// When no such port is left.
 pub fn free_port() -> Result<u16> {
-    static TAKEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
-    let mut taken = TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    for _ in 0..1000 {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("looking for a free TCP port")?;
-        let port = listener.local_addr()?.port();
-        if !taken.contains(&port) {
-            taken.push(port);
+    const FIRST: u32 = 12_000;
+    const COUNT: u32 = 20_000;
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    // Test processes that run side by side begin far apart.
+    let start = std::process::id().wrapping_mul(4099);
+    for _ in 0..COUNT {
+        let offset = start.wrapping_add(TAKEN.fetch_add(1, Ordering::Relaxed)) % COUNT;
+        let port = u16::try_from(FIRST + offset)?;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return Ok(port);
         }
     }
-    bail!("no free TCP port found in 1000 attempts")
+    bail!("all TCP ports from {FIRST} to {} are in use", FIRST + COUNT - 1)
 }
 
 /// Waits until `condition` holds, or fails with the name of `what` was waited for when `limit` is over.
@@ -156,4 +162,32 @@ pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> Re
         thread::sleep(POLL_INTERVAL);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_ports_are_different_and_can_be_listened_on() {
+        let ports: Vec<_> = (0..50).map(|_| free_port().expect("a free port")).collect();
+        let listeners: Vec<_> =
+            ports.iter().map(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port))).collect();
+        assert!(listeners.iter().all(Result::is_ok), "{listeners:?}");
+        assert!(ports.iter().all(|port| *port < 32_768), "{ports:?}");
+    }
+
+    #[test]
+    fn a_wait_in_vain_names_what_was_awaited_and_a_test_leaves_nothing_behind() -> Result<()> {
+        let mut left = Vec::new();
+        let error = run("vain", |lab| {
+            left = vec![lab.path("x"), lab.memory_path("y")];
+            left.iter().try_for_each(|path| fs::write(path, "z"))?;
+            assert_ne!(lab.log("a"), lab.log("a"));
+            wait_until("rain", Duration::from_millis(50), || Ok(false))
+        });
+        assert!(error.unwrap_err().to_string().contains("rain"));
+        assert!(left.iter().all(|path| !path.exists() && !path.parent().is_some_and(Path::exists)));
+        Ok(())
+    }
 }
