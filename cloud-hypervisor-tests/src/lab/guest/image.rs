@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -23,6 +24,9 @@ const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtio_console", "crc32
 /// Full-size programs that every guest has besides busybox; the agent itself needs `dash` and `flock`.
 const PROGRAMS: [&str; 10] =
     ["fio", "mkfs.ext4", "e2fsck", "blkdiscard", "blockdev", "lsblk", "dd", "cmp", "dash", "flock"];
+
+/// How long images are kept in the cache; one takes 90 MiB.
+const KEPT_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// A kernel and an initramfs, ready to boot.
 #[derive(Clone, Debug)]
@@ -94,6 +98,7 @@ impl ImageBuilder {
         let initramfs = cache.join(format!("initramfs-{:016x}.cpio", stamp.finish()));
         let _lock = kernel::lock(&cache.join("initramfs.lock"))?;
         if !initramfs.is_file() {
+            remove_outdated(&cache)?;
             write_initramfs(&initramfs, &busybox, &modules, &programs)?;
         }
         Ok(Image { kernel: kernel.bzimage(), initramfs })
@@ -104,6 +109,19 @@ impl Default for ImageBuilder {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Removes images that were built so long ago that what went into them has most likely changed.
+fn remove_outdated(cache: &Path) -> Result<()> {
+    for entry in fs::read_dir(cache).with_context(|| format!("listing {}", cache.display()))? {
+        let entry = entry?;
+        let is_image = entry.file_name().to_string_lossy().starts_with("initramfs-");
+        let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
+        if is_image && age > KEPT_FOR {
+            fs::remove_file(entry.path()).with_context(|| format!("removing {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn write_initramfs(target: &Path, busybox: &Path, modules: &[PathBuf], programs: &[PathBuf]) -> Result<()> {
