@@ -224,6 +224,9 @@ impl Pool {
         let directory = &member.store_dir;
         for entry in fs::read_dir(directory).with_context(|| format!("listing {}", directory.display()))? {
             let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "store") {
+                continue;
+            }
             let description = stores::inspect(&path)?;
             if description.pointer("/superblock/spec/name").and_then(Value::as_str) == Some(&self.name) {
                 return Area::from_description(&path, &description);
