@@ -1,0 +1,165 @@
+//! Storage nodes of a test: `rmr-node` processes on free ports of 127.0.0.1, which can be killed and started again.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{Lab, Process, free_port, programs};
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+/// The node's own bound for a graceful stop is 20 s.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+
+/// A node to be.
+#[derive(Clone, Debug)]
+pub struct NodeBuilder {
+    name: String,
+    shards: u32,
+    engine: Option<String>,
+    on_disk: bool,
+    settings: String,
+}
+
+impl NodeBuilder {
+    /// A node with one shard whose stores are on tmpfs.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), shards: 1, engine: None, on_disk: false, settings: String::new() }
+    }
+
+    /// Number of I/O threads.
+    #[must_use]
+    pub fn shards(mut self, shards: u32) -> Self {
+        self.shards = shards;
+        self
+    }
+
+    /// The disk engine, instead of the node's own choice.
+    #[must_use]
+    pub fn engine(mut self, engine: &str) -> Self {
+        self.engine = Some(engine.to_owned());
+        self
+    }
+
+    /// Puts the stores below `/tmp` instead of tmpfs, where O_DIRECT works.
+    #[must_use]
+    pub fn on_disk(mut self) -> Self {
+        self.on_disk = true;
+        self
+    }
+
+    /// Adds lines to the configuration file, as they are.
+    #[must_use]
+    pub fn settings(mut self, toml: &str) -> Self {
+        self.settings = toml.to_owned();
+        self
+    }
+
+    /// Starts the node and waits until it answers on both ports.
+    ///
+    /// # Errors
+    /// When the program is missing or does not come up.
+    pub fn start(&self, lab: &Lab) -> Result<Node> {
+        let address = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let (data, admin) = (address(free_port()?), address(free_port()?));
+        let directory = format!("{}.stores", self.name);
+        let store_dir = if self.on_disk { lab.path(directory) } else { lab.memory_path(directory) };
+        fs::create_dir(&store_dir).with_context(|| format!("making {}", store_dir.display()))?;
+        let config = lab.path(format!("{}.toml", self.name));
+        let engine =
+            self.engine.as_ref().map_or_else(String::new, |engine| format!("engine = \"{engine}\"\n"));
+        let text = format!(
+            "node_name = \"{}\"\nlisten = [\"tcp://{data}\"]\nadvertise = [\"tcp://{data}\"]\nadmin = \"{admin}\"\n\
+             store_dir = \"{}\"\nshards = {}\n{engine}{}\n",
+            self.name,
+            store_dir.display(),
+            self.shards,
+            self.settings
+        );
+        fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
+        let process = launch(lab, &self.name, &config, data, admin)?;
+        Ok(Node { name: self.name.clone(), data, admin, store_dir, config, process })
+    }
+}
+
+fn launch(lab: &Lab, name: &str, config: &Path, data: SocketAddr, admin: SocketAddr) -> Result<Process> {
+    let mut command = Command::new(programs::own("rmr-node")?);
+    command.arg("--config").arg(config);
+    let process = Process::spawn(lab, &format!("node-{name}"), command)?;
+    process.wait_for_port(data, START_LIMIT)?;
+    process.wait_for_port(admin, START_LIMIT)?;
+    Ok(process)
+}
+
+/// A node; its process is killed when it is dropped.
+#[derive(Debug)]
+pub struct Node {
+    name: String,
+    data: SocketAddr,
+    admin: SocketAddr,
+    store_dir: PathBuf,
+    config: PathBuf,
+    process: Process,
+}
+
+impl Node {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where it listens for clients and peers.
+    #[must_use]
+    pub fn data_address(&self) -> SocketAddr {
+        self.data
+    }
+
+    /// Where it listens for admin requests.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// The directory of its stores.
+    #[must_use]
+    pub fn store_dir(&self) -> &Path {
+        &self.store_dir
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Ends it as a crash would, with SIGKILL.
+    ///
+    /// # Errors
+    /// When it does not go.
+    pub fn kill(&self) -> Result<()> {
+        self.process.kill()
+    }
+
+    /// Ends it with SIGTERM and demands a clean exit.
+    ///
+    /// # Errors
+    /// When it does not end in time or with another status than 0.
+    pub fn stop(&self) -> Result<()> {
+        self.process.stop_cleanly(STOP_LIMIT)
+    }
+
+    /// Starts it again, with the same ports and stores; a process that still runs is killed first.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn restart(&mut self, lab: &Lab) -> Result<()> {
+        self.process.kill()?;
+        self.process = launch(lab, &self.name, &self.config, self.data, self.admin)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,237 @@
+//! Pools of a test, made and asked about with `rmrctl` as an operator would, and compared store by store.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::stores::{self, Area};
+use super::{Lab, Node, programs, wait_until};
+
+/// Runs `rmrctl` against the node whose admin address is `admin`.
+///
+/// # Errors
+/// When it does not succeed; the error carries what it said.
+pub fn rmrctl(admin: SocketAddr, arguments: &[&str]) -> Result<String> {
+    let mut command = Command::new(programs::own("rmrctl")?);
+    programs::output_of(command.arg("--node").arg(admin.to_string()).args(arguments))
+}
+
+/// A pool to be.
+#[derive(Clone, Debug)]
+pub struct PoolBuilder {
+    name: String,
+    size_mib: u64,
+    block_size: Option<u32>,
+    members: Vec<Member>,
+}
+
+#[derive(Clone, Debug)]
+struct Member {
+    node: String,
+    admin: SocketAddr,
+    data: SocketAddr,
+    store_dir: PathBuf,
+}
+
+impl PoolBuilder {
+    /// A pool of 64 MiB without members.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), size_mib: 64, block_size: None, members: Vec::new() }
+    }
+
+    /// Size in MiB.
+    #[must_use]
+    pub fn size_mib(mut self, size_mib: u64) -> Self {
+        self.size_mib = size_mib;
+        self
+    }
+
+    /// The logical block size that guests see, instead of the default.
+    #[must_use]
+    pub fn block_size(mut self, bytes: u32) -> Self {
+        self.block_size = Some(bytes);
+        self
+    }
+
+    /// Adds a member on `node`.
+    #[must_use]
+    pub fn member(mut self, node: &Node) -> Self {
+        self.members.push(Member {
+            node: node.name().to_owned(),
+            admin: node.admin_address(),
+            data: node.data_address(),
+            store_dir: node.store_dir().to_owned(),
+        });
+        self
+    }
+
+    /// Creates the pool.
+    ///
+    /// # Errors
+    /// When it has no member or `rmrctl` refuses.
+    pub fn create(self, _lab: &Lab) -> Result<Pool> {
+        let Some(first) = self.members.first() else { bail!("pool '{}' needs a member", self.name) };
+        let mut arguments = vec![
+            "pool".to_owned(),
+            "create".into(),
+            self.name.clone(),
+            "--size".into(),
+            format!("{}M", self.size_mib),
+        ];
+        for member in &self.members {
+            arguments.extend(["--member".to_owned(), member.admin.to_string()]);
+        }
+        if let Some(bytes) = self.block_size {
+            arguments.extend(["--block-size".to_owned(), bytes.to_string()]);
+        }
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        rmrctl(first.admin, &arguments)?;
+        Ok(Pool { name: self.name, size_mib: self.size_mib, members: self.members })
+    }
+}
+
+/// An existing pool. It holds no process: nodes and daemon have their own handles.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    name: String,
+    size_mib: u64,
+    members: Vec<Member>,
+}
+
+impl Pool {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size_mib << 20
+    }
+
+    /// Where its members' nodes listen for clients.
+    pub fn data_addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        self.members.iter().map(|member| member.data)
+    }
+
+    /// What `rmrctl status` says of the pool when it asks the nodes of all members.
+    ///
+    /// # Errors
+    /// When it cannot say anything.
+    pub fn status(&self) -> Result<Value> {
+        let mut command = Command::new(programs::own("rmrctl")?);
+        for member in &self.members {
+            command.args(["--node", &member.admin.to_string()]);
+        }
+        let output = command.args(["status", &self.name, "--json"]).output().context("starting rmrctl")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        // The exit status tells the level too: 3 and 4 are answers, not failures.
+        if !matches!(output.status.code(), Some(0 | 3 | 4)) {
+            bail!(
+                "{command:?} failed ({}): {text}{}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim_end()
+            );
+        }
+        let status: Value = serde_json::from_str(&text)
+            .with_context(|| format!("expected JSON from rmrctl status, found '{text}'"))?;
+        let pools = status.get("pools").and_then(Value::as_array);
+        let found = pools.and_then(|pools| pools.iter().find(|pool| pool["name"] == self.name.as_str()));
+        found.cloned().with_context(|| format!("rmrctl status does not know pool '{}': {status}", self.name))
+    }
+
+    /// The pool's level as `rmrctl status` has it: `safe`, `degraded`, `suspended` or `unknown`.
+    ///
+    /// # Errors
+    /// As [`Pool::status`], or when the answer has no level.
+    pub fn level(&self) -> Result<String> {
+        let status = self.status()?;
+        let level = status.pointer("/assessment/level").and_then(Value::as_str);
+        level
+            .map(str::to_owned)
+            .with_context(|| format!("rmrctl status has no text at /assessment/level: {status}"))
+    }
+
+    /// Waits until [`Pool::level`] is `wanted`.
+    ///
+    /// # Errors
+    /// When it is another one until `limit`, or cannot be asked.
+    pub fn wait_for_level(&self, wanted: &str, limit: Duration) -> Result<()> {
+        let mut last = String::new();
+        let result = wait_until(&format!("pool '{}' to be {wanted}", self.name), limit, || {
+            last = self.level()?;
+            Ok(last == wanted)
+        });
+        result.with_context(|| format!("the level was '{last}'"))
+    }
+
+    /// The data areas of the stores of all members, found by what the stores say of themselves.
+    ///
+    /// # Errors
+    /// When a member's store is missing.
+    pub fn areas(&self) -> Result<Vec<Area>> {
+        self.members.iter().map(|member| self.area_of(member)).collect()
+    }
+
+    /// Compares the stores of all members byte for byte. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// When they differ; the first different blocks are named.
+    pub fn assert_identical(&self) -> Result<()> {
+        stores::assert_identical(&self.areas()?).with_context(|| format!("stores of pool '{}'", self.name))
+    }
+
+    /// As [`Pool::assert_identical`], where writes may still be on their way for up to `limit`.
+    ///
+    /// # Errors
+    /// When the stores differ even then.
+    pub fn assert_identical_within(&self, limit: Duration) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let result = self.assert_identical();
+            if result.is_ok() || started.elapsed() > limit {
+                return result;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Compares the stores of the members on these nodes, where others are known to be out.
+    ///
+    /// # Errors
+    /// When they differ; the first different blocks are named.
+    pub fn assert_identical_on(&self, nodes: &[&str]) -> Result<()> {
+        let areas = nodes.iter().map(|node| self.area_of(self.member(node)?)).collect::<Result<Vec<_>>>()?;
+        stores::assert_identical(&areas)
+            .with_context(|| format!("stores of pool '{}' on {nodes:?}", self.name))
+    }
+
+    fn member(&self, node: &str) -> Result<&Member> {
+        let member = self.members.iter().find(|member| member.node == node);
+        member.with_context(|| format!("pool '{}' has no member on node '{node}'", self.name))
+    }
+
+    fn area_of(&self, member: &Member) -> Result<Area> {
+        let directory = &member.store_dir;
+        for entry in fs::read_dir(directory).with_context(|| format!("listing {}", directory.display()))? {
+            let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "store") {
+                continue;
+            }
+            let description = stores::inspect(&path)?;
+            if description.pointer("/superblock/spec/name").and_then(Value::as_str) == Some(&self.name) {
+                return Area::from_description(&path, &description);
+            }
+        }
+        bail!("{} holds no store of pool '{}'", directory.display(), self.name)
+    }
+}
