@@ -28,7 +28,7 @@ pub struct PoolDisk {
     spec: PoolSpec,
     seeds: Vec<Address>,
     driver: Option<PoolDriver>,
-    /// Drivers that are over, kept until the loop does not watch their descriptors any more.
+    /// A driver that is over, kept until the loop does not watch their descriptors any more.
     retired: Option<PoolDriver>,
     was_active: bool,
     detaching: bool,
@@ -116,6 +116,9 @@ impl PoolDisk {
                 self.refused = Some(reason.to_string());
             } else if driver.in_flight() == 0 && self.done.is_empty() && self.failed.is_empty() {
                 self.retired = self.driver.take();
+                if let Some(driver) = &mut self.retired {
+                    driver.retire();
+                }
                 self.detaching = false;
                 self.was_active = false;
             }

@@ -278,6 +278,9 @@ impl Client {
 
     fn tell_waiting(&mut self, view: &View, ready: MemberSet) {
         let missing = view.clean().without(ready);
+        if self.links.iter().any(|l| matches!(l.state, LinkState::Connecting | LinkState::Greeting { .. })) {
+            return; // The first attempts may well succeed.
+        }
         let name = |m: MemberId| {
             let address = self.spec.as_ref().and_then(|s| s.member(m)).map(|m| m.address.to_string());
             let link =

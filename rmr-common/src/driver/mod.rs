@@ -194,6 +194,14 @@ impl PoolDriver {
         self.carry_out();
     }
 
+    /// Ends all watching, for a driver that is to be dropped: once the changes are applied, nothing refers to it.
+    pub fn retire(&mut self) {
+        for index in 0..MAX_LINKS {
+            self.close(index);
+        }
+        self.changes.push(WatchChange::Remove(self.connector.descriptor()));
+    }
+
     /// Gives up every request that is outstanding; each completes with an error before anything else happens.
     pub fn cancel(&mut self) {
         self.client.apply(Event::Cancel, self.now);
