@@ -138,10 +138,10 @@ fn unfit_places_are_refused_and_left_as_they_were() {
 fn a_damaged_superblock_copy_costs_nothing_and_two_cost_the_store() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");
-    for slot in 0..2 {
+    for offset in SUPERBLOCK_OFFSETS {
         let options = CreateOptions { overwrite: true, ..options() };
         create(&path, &options).unwrap();
-        change(&path, SUPERBLOCK_OFFSETS[slot] + 500, b"rot");
+        change(&path, offset + 500, b"rot");
         assert_eq!(Store::inspect(&path).unwrap().problems.len(), 1);
         let store = Store::open(&path, None).unwrap();
         assert_eq!((store.superblock().store, store.warnings().len()), (options.store, 1));

@@ -325,7 +325,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rmr_common::pool::{Epoch, MemberId};
 
-    use super::super::layout::{PAGE_BITS_BYTES, PAGE_SIZE};
+    use super::super::layout::{PAGE_BITS_BYTES, PAGE_BYTES};
     use super::super::open::{PageSource, Recovered};
     use super::super::superblock::tests::sample;
     use super::*;
@@ -387,7 +387,7 @@ mod tests {
             self.size
         }
 
-        fn read_page(&self, offset: u64) -> io::Result<Box<[u8; PAGE_SIZE as usize]>> {
+        fn read_page(&self, offset: u64) -> io::Result<Box<[u8; PAGE_BYTES]>> {
             self.durable.get(&offset).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))
         }
     }
