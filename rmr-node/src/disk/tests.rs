@@ -331,7 +331,8 @@ impl TinyFileSystem {
 
 impl Drop for TinyFileSystem {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
+        // Lazily: the kernel tears a closed ring down in its own time, and with it the last use of a file.
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
     }
 }
 
