@@ -116,6 +116,12 @@ impl DiskEngine {
         }
     }
 
+    /// Whether the ring has the memory of a pool registered.
+    #[must_use]
+    pub fn has_registered_buffers(&self) -> bool {
+        self.ring.as_ref().is_some_and(Ring::has_registered_buffers)
+    }
+
     /// Takes a disk.
     ///
     /// # Errors

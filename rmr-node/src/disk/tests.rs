@@ -399,3 +399,30 @@ fn requests_on_a_block_device_agree_with_an_oracle() {
         random_requests_agree_with_memory(engine(choice), disk, unit);
     }
 }
+
+#[test]
+fn registered_and_foreign_memory_carry_the_same_bytes() {
+    let (_file, disk) = disk_in("/tmp");
+    let mut engine = engine(EngineChoice::Uring);
+    let (pool, foreign) = (BufferPool::new(4 << 20).unwrap(), BufferPool::new(4 << 20).unwrap());
+    engine.register_buffers(&pool);
+    if !engine.has_registered_buffers() {
+        eprintln!("NOT RUN: the limit on locked memory is too low here to register buffers");
+        return;
+    }
+    let disk = engine.add_disk(disk).unwrap();
+    for (from, to) in [(&pool, &foreign), (&foreign, &pool), (&pool, &pool)] {
+        for length in [4096usize, 1 << 20] {
+            let mut buffer = from.try_acquire(length).unwrap();
+            rng_fill(&mut |below| below ^ length as u64, buffer.bytes_mut());
+            let expected = buffer.bytes().to_vec();
+            let write = io(disk, 1, IoKind::Write, 8192, length as u64, Payload::Buffer(buffer));
+            assert_eq!(run(&mut engine, write).result, Ok(()));
+            let mut buffer = to.try_acquire(length).unwrap();
+            buffer.bytes_mut().fill(0);
+            let read =
+                run(&mut engine, io(disk, 2, IoKind::Read, 8192, length as u64, Payload::Buffer(buffer)));
+            assert!(read.result.is_ok() && bytes_of(&read.payload) == expected);
+        }
+    }
+}

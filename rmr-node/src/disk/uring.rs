@@ -90,6 +90,10 @@ impl Ring {
         Ok(())
     }
 
+    pub(super) const fn has_registered_buffers(&self) -> bool {
+        self.fixed.is_some()
+    }
+
     pub(super) fn add_disk(&mut self, index: u16, file: DiskFile) -> RingDisk {
         let registered = index < self.file_slots
             && self.ring.submitter().register_files_update(u32::from(index), &[file.fd()]).is_ok();
