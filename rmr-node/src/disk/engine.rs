@@ -116,6 +116,12 @@ impl DiskEngine {
         }
     }
 
+    /// Whether the ring has the memory of a pool registered.
+    #[must_use]
+    pub fn has_registered_buffers(&self) -> bool {
+        self.ring.as_ref().is_some_and(Ring::has_registered_buffers)
+    }
+
     /// Takes a disk.
     ///
     /// # Errors
@@ -242,14 +248,26 @@ impl Engine for DiskEngine {
     fn completions(&mut self, out: &mut Vec<Completion>) {
         self.flush_submissions();
         if let Some(ring) = &mut self.ring {
+            ring.quench();
+        }
+        while let Some(ring) = &mut self.ring {
             let disks = &self.disks;
             let disk_of = |io: &Io| match disks.get(usize::from(io.disk.0)) {
                 Some(Some(Disk::Ring(disk))) => Some(disk),
                 _ => None,
             };
+            let before = self.ready.len();
             ring.reap(disk_of, &mut self.ready);
+            let progress = self.ready.len() > before;
             self.refill();
+            if !self.ring.as_mut().is_some_and(Ring::wants_enter) {
+                break;
+            }
             self.flush_submissions();
+            // What the kernel does not take now, it takes when something completed.
+            if !progress && !self.ring.as_mut().is_some_and(Ring::has_completions) {
+                break;
+            }
         }
         out.append(&mut self.ready);
     }

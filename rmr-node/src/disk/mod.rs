@@ -257,4 +257,4 @@ impl Io {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
 use rmr_common::buffer::{Segment, gather};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::file::{DiskFile, ZeroStep};
 use super::inline::{MAX_ATTEMPTS, zero_segments};
@@ -39,6 +40,11 @@ pub(super) struct Ring {
     free: Vec<u32>,
     /// Entries queued that the kernel has not seen.
     queued: usize,
+    /// Written by the kernel when there is something to reap. The ring's own descriptor is no substitute: with deferred
+    /// task work, polling it misses completions of worker threads until the worker ends, 5 s later (seen on 6.18).
+    wakeup: EventFd,
+    /// The kernel may have written `wakeup` since it was last read.
+    maybe_woken: bool,
     /// First address and length of the registered buffers, in regions of 1 GiB.
     fixed: Option<(usize, usize)>,
     file_slots: u16,
@@ -49,6 +55,8 @@ impl Ring {
     /// A ring for `depth` requests at a time on up to `disks` disks.
     pub(super) fn new(depth: u32, disks: u16) -> io::Result<Self> {
         let ring = build(depth)?;
+        let wakeup = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        ring.submitter().register_eventfd(wakeup.as_raw_fd())?;
         let file_slots = match ring.submitter().register_files_sparse(u32::from(disks)) {
             Ok(()) => disks,
             Err(error) => {
@@ -63,6 +71,8 @@ impl Ring {
             requests: (0..depth).map(|_| Request::default()).collect(),
             free: (0..depth).rev().collect(),
             queued: 0,
+            wakeup,
+            maybe_woken: false,
             fixed: None,
             file_slots,
             zeroes: AlignedPage::zeroed(),
@@ -80,6 +90,10 @@ impl Ring {
         Ok(())
     }
 
+    pub(super) const fn has_registered_buffers(&self) -> bool {
+        self.fixed.is_some()
+    }
+
     pub(super) fn add_disk(&mut self, index: u16, file: DiskFile) -> RingDisk {
         let registered = index < self.file_slots
             && self.ring.submitter().register_files_update(u32::from(index), &[file.fd()]).is_ok();
@@ -95,7 +109,7 @@ impl Ring {
     }
 
     pub(super) fn fd(&self) -> RawFd {
-        self.ring.as_raw_fd()
+        self.wakeup.as_raw_fd()
     }
 
     pub(super) fn in_flight(&self) -> usize {
@@ -130,6 +144,7 @@ impl Ring {
 
     /// Hands the queued entries to the kernel, and lets it do its deferred work.
     pub(super) fn enter(&mut self) {
+        self.maybe_woken = true;
         for _ in 0..MAX_ATTEMPTS {
             // A short submission leaves the rest in the queue, which `submit` then goes on with.
             match self.ring.submit() {
@@ -148,6 +163,16 @@ impl Ring {
             if self.queued == 0 {
                 return;
             }
+        }
+    }
+
+    /// Makes `wakeup` unreadable again. To be called before completions are taken and before `wants_enter` is asked, so
+    /// that what comes later makes it readable anew.
+    pub(super) fn quench(&mut self) {
+        if std::mem::take(&mut self.maybe_woken) || self.in_flight() > 0 {
+            // That there was nothing to read is as good.
+            let _ = self.wakeup.read();
+            self.maybe_woken = self.in_flight() > 0;
         }
     }
 
@@ -171,6 +196,11 @@ impl Ring {
     /// Whether the kernel has work that only `enter` lets it do, or there are entries that it has not seen.
     pub(super) fn wants_enter(&mut self) -> bool {
         self.queued > 0 || self.ring.submission().taskrun() || self.ring.submission().cq_overflow()
+    }
+
+    /// Whether there is something to take.
+    pub(super) fn has_completions(&mut self) -> bool {
+        !self.ring.completion().is_empty()
     }
 
     /// Takes what completed; a request of which a part is left is queued again.
@@ -232,6 +262,12 @@ impl Drop for Ring {
                     self.free.push(slot);
                 }
             }
+        }
+        // The kernel tears a ring down some time after it is closed; a device must be free for others before that.
+        if self.file_slots > 0
+            && let Err(error) = self.ring.submitter().unregister_files()
+        {
+            tracing::warn!("io_uring keeps its files until it is gone: {error}");
         }
     }
 }

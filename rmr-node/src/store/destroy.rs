@@ -7,7 +7,7 @@ use rmr_common::pool::PoolId;
 
 use super::backing::Backing;
 use super::error::{During, StoreError};
-use super::layout::{PAGE_SIZE, SUPERBLOCK_OFFSETS};
+use super::layout::{PAGE_BYTES, SUPERBLOCK_OFFSETS};
 use super::open::{check_pool, choose, read_superblocks};
 use super::superblock::Superblock;
 
@@ -16,7 +16,7 @@ pub(super) fn destroy(path: &Path, expected: Option<PoolId>) -> Result<Superbloc
     let backing = Backing::open(path)?;
     let (_, superblock) = choose(path, &read_superblocks(path, &backing)?)?;
     check_pool(path, &superblock, expected)?;
-    let zeroes = [0; PAGE_SIZE as usize];
+    let zeroes = [0; PAGE_BYTES];
     for offset in SUPERBLOCK_OFFSETS {
         backing.file.write_all_at(&zeroes, offset).during(path, "wiping the superblock")?;
     }

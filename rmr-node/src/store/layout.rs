@@ -4,8 +4,10 @@
 use rmr_common::pool::{MAX_MEMBERS, MemberId};
 use serde::{Serialize, Serializer};
 
-/// Size of a metadata page: superblock copy or map page.
-pub const PAGE_SIZE: u64 = 4096;
+/// Size of a metadata page: superblock copy or map page, in bytes.
+pub const PAGE_BYTES: usize = 4096;
+/// The same, for offsets.
+pub const PAGE_SIZE: u64 = PAGE_BYTES as u64;
 /// Bytes of a map page that hold bits; the rest is its header.
 pub const PAGE_BITS_BYTES: usize = 4032;
 /// Chunks that one map page covers.

@@ -19,7 +19,8 @@ pub use create::{CreateOptions, ZeroPolicy};
 pub use error::StoreError;
 pub use inspect::{CopyReport, MapReport, Report};
 pub use layout::{
-    CHUNKS_PER_PAGE, DATA_ALIGNMENT, Layout, MapKind, PAGE_BITS_BYTES, PAGE_SIZE, SUPERBLOCK_OFFSETS,
+    CHUNKS_PER_PAGE, DATA_ALIGNMENT, Layout, MapKind, PAGE_BITS_BYTES, PAGE_BYTES, PAGE_SIZE,
+    SUPERBLOCK_OFFSETS,
 };
 pub use open::{MapPage, Maps, PageHealth, PageSource, Recovered, Store};
 pub use page::{PageBits, PageError, full_page};

@@ -14,7 +14,7 @@ use super::create::{self, CreateOptions};
 use super::destroy;
 use super::error::{During, StoreError};
 use super::inspect::{self, Report};
-use super::layout::{CHUNKS_PER_PAGE, Layout, MapKind, PAGE_SIZE, SUPERBLOCK_OFFSETS};
+use super::layout::{CHUNKS_PER_PAGE, Layout, MapKind, PAGE_BYTES, PAGE_SIZE, SUPERBLOCK_OFFSETS};
 use super::page::{PageBits, PageError, decode_page, encode_page, full_page, slot_of};
 use super::superblock::{Superblock, SuperblockError};
 use super::writer::MetadataWriter;
@@ -227,7 +227,7 @@ pub trait PageSource {
     ///
     /// # Errors
     /// `EIO` for a page that the medium lost, which counts as a damaged copy; anything else ends the reading.
-    fn read_page(&self, offset: u64) -> io::Result<Box<[u8; PAGE_SIZE as usize]>>;
+    fn read_page(&self, offset: u64) -> io::Result<Box<[u8; PAGE_BYTES]>>;
 }
 
 impl PageSource for Backing {
@@ -235,8 +235,8 @@ impl PageSource for Backing {
         self.size
     }
 
-    fn read_page(&self, offset: u64) -> io::Result<Box<[u8; PAGE_SIZE as usize]>> {
-        let mut bytes = Box::new([0; PAGE_SIZE as usize]);
+    fn read_page(&self, offset: u64) -> io::Result<Box<[u8; PAGE_BYTES]>> {
+        let mut bytes = Box::new([0; PAGE_BYTES]);
         self.file.read_exact_at(&mut bytes[..], offset)?;
         Ok(bytes)
     }

@@ -1,1 +1,307 @@
+//! Whole stores on files in memory, on a disk, and on a loop device.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use clap::Parser;
+use rmr_common::pool::{MemberId, PoolId};
+
+use super::cli::StoreCommand;
+use super::layout::{MapKind, SUPERBLOCK_OFFSETS};
+use super::page::{encode_page, slot_of};
+use super::superblock::tests::{reseal, sample};
+use super::*;
+use crate::disk::Medium;
+
+const POOL: u64 = 4 << 20;
+
+fn options() -> CreateOptions {
+    let sample = sample(POOL);
+    CreateOptions {
+        member: sample.member,
+        store: sample.store,
+        view: sample.view,
+        spec: sample.spec,
+        overwrite: false,
+        zero: ZeroPolicy::Zero,
+        max_size: None,
+    }
+}
+
+fn create(path: &Path, options: &CreateOptions) -> Result<Superblock, StoreError> {
+    Store::create(path, options, &mut |_, _| ())
+}
+
+fn change(path: &Path, offset: u64, bytes: &[u8]) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(bytes, offset).unwrap();
+}
+
+fn chunks(store: &Store, kind: MapKind) -> Vec<u64> {
+    store.maps().chunks(kind).map(|chunk| chunk.0).collect()
+}
+
+/// Sets bits in a map of a closed store, as a writer with this sequence number would.
+fn write_page(path: &Path, superblock: &Superblock, kind: MapKind, sequence: u64, byte: u8) {
+    let mut bits = [0; PAGE_BITS_BYTES];
+    bits[0] = byte;
+    let page = encode_page(superblock.store, kind, 0, sequence, &bits);
+    change(path, superblock.layout.page_offset(kind, 0, slot_of(sequence)), page.bytes());
+}
+
+fn dirty(member: u8) -> MapKind {
+    MapKind::Dirty(MemberId::new(member).unwrap())
+}
+
+#[test]
+fn a_store_is_created_sparse_opened_once_and_destroyed() {
+    for directory in ["/dev/shm", "/tmp"] {
+        let directory = tempfile::tempdir_in(directory).unwrap();
+        let path = directory.path().join("store");
+        let options = options();
+        let created = create(&path, &options).unwrap();
+        let length = path.metadata().unwrap().len();
+        assert_eq!(length, created.layout.store_size(POOL));
+
+        let store = Store::open(&path, Some(options.spec.id)).unwrap();
+        assert_eq!(store.superblock().spec, options.spec);
+        assert!(store.was_clean() && !store.superblock().clean_shutdown && store.warnings().is_empty());
+        assert!(MapKind::all().all(|kind| chunks(&store, kind).is_empty()));
+        let disk = store.disk_file().unwrap();
+        assert_eq!(
+            (disk.size(), store.superblock().write_through),
+            (length, disk.medium() == Medium::Memory)
+        );
+        for second in [
+            Store::open(&path, None).map(drop),
+            Store::destroy(&path, None).map(drop),
+            create(&path, &options).map(drop),
+        ] {
+            assert!(matches!(second, Err(StoreError::Busy { .. })), "{second:?}");
+        }
+        let report = Store::inspect(&path).unwrap();
+        assert!(report.in_use && report.problems.is_empty(), "{report}");
+        drop(store);
+        assert!(Store::open(&path, None).is_err(), "the disk of the engine holds the lock still");
+        drop(disk);
+
+        let reopened = Store::open(&path, None).unwrap();
+        assert!(!reopened.was_clean(), "the mark of a clean shutdown must not survive an open");
+        drop(reopened);
+        let wrong = Store::destroy(&path, Some(PoolId::random())).unwrap_err();
+        assert!(matches!(wrong, StoreError::WrongPool { .. }), "{wrong}");
+        Store::destroy(&path, Some(options.spec.id)).unwrap();
+        assert!(matches!(Store::open(&path, None), Err(StoreError::NoSuperblock { .. })));
+        assert!(matches!(Store::destroy(&path, None), Err(StoreError::NoSuperblock { .. })));
+    }
+}
+
+#[test]
+fn nothing_recognisable_is_overwritten_unless_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let (first, second) = (options(), options());
+    create(&path, &first).unwrap();
+    let error = create(&path, &second).unwrap_err();
+    assert!(matches!(&error, StoreError::Occupied { found, .. } if found.len() == 2), "{error}");
+    assert_eq!(Store::open(&path, None).unwrap().superblock().store, first.store);
+    create(&path, &CreateOptions { overwrite: true, ..second.clone() }).unwrap();
+    assert_eq!(Store::open(&path, None).unwrap().superblock().store, second.store);
+
+    let notes = directory.path().join("notes");
+    std::fs::write(&notes, "do not lose me").unwrap();
+    assert!(matches!(create(&notes, &first), Err(StoreError::FileHasData(_))));
+    assert_eq!(std::fs::read(&notes).unwrap(), b"do not lose me");
+    let overwrite = CreateOptions { overwrite: true, ..first.clone() };
+    assert!(matches!(create(&notes, &overwrite), Err(StoreError::TooSmall { .. })));
+    assert_eq!(std::fs::read(&notes).unwrap(), b"do not lose me");
+}
+
+#[test]
+fn unfit_places_are_refused_and_left_as_they_were() {
+    let directory = tempfile::tempdir().unwrap();
+    assert!(matches!(create(directory.path(), &options()), Err(StoreError::NotADisk(_))));
+    assert!(matches!(create(Path::new("/dev/null"), &options()), Err(StoreError::NotADisk(_))));
+    let small = directory.path().join("small");
+    File::create(&small).unwrap().set_len(1 << 20).unwrap();
+    assert!(matches!(create(&small, &options()), Err(StoreError::TooSmall { .. })));
+    assert_eq!(small.metadata().unwrap().len(), 1 << 20);
+    let new = directory.path().join("new");
+    let mut broken = options();
+    broken.spec.size = 5;
+    assert!(matches!(create(&new, &broken), Err(StoreError::Invalid { .. })));
+    assert!(!new.exists());
+}
+
+#[test]
+fn a_damaged_superblock_copy_costs_nothing_and_two_cost_the_store() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    for offset in SUPERBLOCK_OFFSETS {
+        let options = CreateOptions { overwrite: true, ..options() };
+        create(&path, &options).unwrap();
+        change(&path, offset + 500, b"rot");
+        assert_eq!(Store::inspect(&path).unwrap().problems.len(), 1);
+        let store = Store::open(&path, None).unwrap();
+        assert_eq!((store.superblock().store, store.warnings().len()), (options.store, 1));
+        drop(store);
+        assert!(Store::open(&path, None).unwrap().warnings().is_empty(), "opening repairs it");
+    }
+    for offset in SUPERBLOCK_OFFSETS {
+        change(&path, offset + 500, b"rot");
+    }
+    let error = Store::open(&path, None).unwrap_err().to_string();
+    assert!(error.contains("checksum"), "{error}");
+    let report = Store::inspect(&path).unwrap();
+    assert!(report.superblock.is_none() && report.to_string().contains("PROBLEM"));
+}
+
+#[test]
+fn foreign_newer_and_truncated_stores_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let created = create(&path, &options()).unwrap();
+    assert!(matches!(Store::open(&path, Some(PoolId::random())), Err(StoreError::WrongPool { .. })));
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(created.layout.store_size(POOL) - 4096).unwrap();
+    assert!(matches!(Store::open(&path, None), Err(StoreError::TooSmall { .. })));
+    assert_eq!(Store::inspect(&path).unwrap().problems.len(), 1);
+    file.set_len(created.layout.store_size(POOL)).unwrap();
+    let mut newer = created.encode(3).unwrap();
+    newer.bytes_mut()[8] = 2;
+    reseal(newer.bytes_mut());
+    change(&path, SUPERBLOCK_OFFSETS[1], newer.bytes());
+    assert!(matches!(Store::open(&path, None), Err(StoreError::NewerFormat { .. })));
+    let other = sample(POOL).encode(3).unwrap();
+    change(&path, SUPERBLOCK_OFFSETS[1], other.bytes());
+    assert!(matches!(Store::open(&path, None), Err(StoreError::TwoStores(_))));
+}
+
+#[test]
+fn a_torn_page_leaves_the_older_copy_and_a_lost_one_counts_as_all_set() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let created = create(&path, &options()).unwrap();
+    let all: Vec<u64> = (0..created.spec.chunk_count()).collect();
+    drop(Store::open(&path, None).unwrap());
+    // Unclean from here on. Sequence 3 is whole, 4 is torn.
+    write_page(&path, &created, dirty(1), 3, 0b101);
+    write_page(&path, &created, dirty(1), 4, 0b111);
+    change(&path, created.layout.page_offset(dirty(1), 0, 0) + 3000, b"torn");
+    for slot in 0..2 {
+        change(&path, created.layout.page_offset(dirty(2), 0, slot) + 100, b"lost");
+    }
+    let store = Store::open(&path, None).unwrap();
+    assert_eq!(store.maps().pages(dirty(1))[0].health, PageHealth::Torn);
+    assert_eq!(chunks(&store, dirty(1)), [0, 2]);
+    assert_eq!((chunks(&store, dirty(2)), store.maps().count(MapKind::Intent)), (all.clone(), 0));
+    assert_eq!(store.warnings().len(), 2);
+    drop(store);
+    let store = Store::open(&path, None).unwrap();
+    assert!(store.warnings().is_empty(), "opening repairs what it can: {:?}", store.warnings());
+    assert_eq!((chunks(&store, dirty(1)), chunks(&store, dirty(2))), (vec![0, 2], all));
+}
+
+#[test]
+fn a_page_that_rotted_on_a_closed_store_is_not_taken_for_a_torn_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let created = create(&path, &options()).unwrap();
+    write_page(&path, &created, dirty(0), 3, 0b1);
+    change(&path, created.layout.page_offset(dirty(0), 0, 1) + 3000, b"rot");
+    let store = Store::open(&path, None).unwrap();
+    assert_eq!(store.maps().pages(dirty(0))[0].health, PageHealth::Rotten);
+    assert_eq!(store.maps().count(dirty(0)), created.spec.chunk_count());
+}
+
+#[test]
+fn no_changed_byte_of_the_metadata_loses_a_bit_or_opens_as_another_store() {
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = directory.path().join("store");
+    let created = create(&path, &options()).unwrap();
+    let marked = [dirty(0), MapKind::Intent];
+    for kind in marked {
+        // Both copies hold the bit, as they do once a page was written twice.
+        write_page(&path, &created, kind, 3, 0b10);
+        write_page(&path, &created, kind, 4, 0b10);
+    }
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let mut places: Vec<u64> = SUPERBLOCK_OFFSETS.into();
+    places.extend(marked.iter().flat_map(|&k| [0, 1].map(|slot| created.layout.page_offset(k, 0, slot))));
+    for page in places {
+        // Every byte of the header and a sample of the rest; the codecs' own tests flip every bit.
+        for at in (page..page + 64).chain((page + 64..page + 4096).step_by(61)) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+            let report = Store::inspect(&path).unwrap();
+            assert_eq!(report.problems.len(), 1, "the change of byte {at} went unnoticed");
+            assert_eq!(report.superblock.as_ref(), Some(&created));
+            let marks = report.maps.iter().filter(|m| m.chunks_set > 0).count();
+            assert_eq!(marks, 2, "a bit was lost by the change of byte {at}");
+            file.write_all_at(&byte, at).unwrap();
+        }
+    }
+    assert!(Store::inspect(&path).unwrap().problems.is_empty());
+}
+
+#[test]
+fn a_block_device_is_claimed_zeroed_and_refused_while_in_use() {
+    let options = options();
+    let Some(device) = crate::disk::tests::LoopDevice::new(32 << 20) else { return };
+    // What an ext4 file system and a RAID member leave behind.
+    change(&device.path, 0x438, &[0x53, 0xef]);
+    change(&device.path, (32 << 20) - 8192, &0xa92b_4efc_u32.to_le_bytes());
+    let error = create(&device.path, &options).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("ext4") && text.contains("1.0") && text.contains("--overwrite"), "{text}");
+    let overwrite = CreateOptions { overwrite: true, ..options.clone() };
+    let assume = CreateOptions { zero: ZeroPolicy::AssumeZero, ..overwrite.clone() };
+    assert!(matches!(create(&device.path, &assume), Err(StoreError::NotZero { .. })));
+    let mut told = 0;
+    let created = Store::create(&device.path, &overwrite, &mut |done, _| told = done).unwrap();
+    assert!(told > 0);
+    let store = Store::open(&device.path, None).unwrap();
+    assert!(matches!(Store::open(&device.path, None), Err(StoreError::Busy { .. })));
+    drop(store);
+    let mut data = vec![1; (32 << 20) - usize::try_from(created.layout.data_offset).unwrap()];
+    File::open(&device.path).unwrap().read_exact_at(&mut data, created.layout.data_offset).unwrap();
+    assert!(data.iter().all(|&b| b == 0), "the old signature at the end is still there");
+}
+
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: StoreCommand,
+}
+
+fn cli(arguments: &[&str]) -> anyhow::Result<()> {
+    let line = std::iter::once("store").chain(arguments.iter().copied());
+    Cli::try_parse_from(line)?.command.run()
+}
+
+#[test]
+fn the_command_line_creates_inspects_and_destroys() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let path_text = path.to_str().unwrap();
+    let create = ["create", path_text, "--pool", "vm1", "--size", "16M", "--chunk-size", "64K"];
+    let members = ["--member", "0=10.0.0.1:7700", "--member", "1=rdma://[fe80::1]:7700"];
+    let run = |extra: &[&str]| cli(&[&create[..], &members[..], extra].concat());
+    assert!(run(&["--this", "2"]).unwrap_err().to_string().contains("no --member 2"));
+    assert!(run(&["--this", "0", "--store-id", "5=67e55044-10b1-426f-9247-bb680e5fe0c8"]).is_err());
+    assert!(run(&["--this", "0", "--block-size", "1000"]).is_err());
+    assert!(!path.exists());
+    run(&["--this", "1"]).unwrap();
+    let store = Store::open(&path, None).unwrap();
+    assert_eq!((store.superblock().member.as_u8(), store.superblock().spec.members.len()), (1, 2));
+    drop(store);
+    cli(&["inspect", path_text]).unwrap();
+    cli(&["inspect", path_text, "--json"]).unwrap();
+    let refused = cli(&["destroy", path_text]).unwrap_err().to_string();
+    assert!(refused.contains("'vm1'") && refused.contains("--yes-destroy-all-data"), "{refused}");
+    cli(&["destroy", path_text, "--yes-destroy-all-data"]).unwrap();
+    assert!(cli(&["inspect", path_text]).is_err());
+    assert!(cli(&["create", path_text, "--pool", "vm1", "--size", "16MB"]).is_err());
+}

@@ -313,3 +313,284 @@ impl MetadataWriter {
         failed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, HashMap};
+    use std::io;
+    use std::path::Path;
+
+    use proptest::prelude::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+    use rmr_common::pool::{Epoch, MemberId};
+
+    use super::super::layout::{PAGE_BITS_BYTES, PAGE_BYTES};
+    use super::super::open::{PageSource, Recovered};
+    use super::super::superblock::tests::sample;
+    use super::*;
+
+    type Bytes = Box<[u8; 4096]>;
+
+    /// A disk that keeps unflushed writes apart, and on a power cut keeps, drops or tears each of them.
+    struct SimDisk {
+        size: u64,
+        durable: BTreeMap<u64, Bytes>,
+        cached: Vec<(u64, Bytes)>,
+    }
+
+    impl SimDisk {
+        fn format(superblock: &Superblock) -> Self {
+            let size = superblock.layout.store_size(superblock.spec.size);
+            let mut disk = Self { size, durable: BTreeMap::new(), cached: Vec::new() };
+            let empty = [0; PAGE_BITS_BYTES];
+            for number in [1, 2] {
+                let page = superblock.encode(number).unwrap();
+                disk.durable.insert(SUPERBLOCK_OFFSETS[slot_of(number)], Box::new(*page.bytes()));
+                for kind in MapKind::all() {
+                    for index in 0..superblock.layout.pages_per_map {
+                        let page = encode_page(superblock.store, kind, index, number, &empty);
+                        let offset = superblock.layout.page_offset(kind, index, slot_of(number));
+                        disk.durable.insert(offset, Box::new(*page.bytes()));
+                    }
+                }
+            }
+            disk
+        }
+
+        fn flush(&mut self) {
+            self.durable.extend(self.cached.drain(..));
+        }
+
+        fn cut_power(&mut self, rng: &mut StdRng) {
+            for (offset, new) in std::mem::take(&mut self.cached) {
+                match rng.random_range(0..3) {
+                    0 => {}
+                    1 => drop(self.durable.insert(offset, new)),
+                    // Sectors of 512 bytes are written whole, in any order.
+                    _ => {
+                        let page = self.durable.get_mut(&offset).unwrap();
+                        for sector in 0..8 {
+                            if rng.random() {
+                                let range = sector * 512..(sector + 1) * 512;
+                                page[range.clone()].copy_from_slice(&new[range]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    impl PageSource for SimDisk {
+        fn size(&self) -> u64 {
+            self.size
+        }
+
+        fn read_page(&self, offset: u64) -> io::Result<Box<[u8; PAGE_BYTES]>> {
+            self.durable.get(&offset).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))
+        }
+    }
+
+    fn kinds() -> [MapKind; 3] {
+        [
+            MapKind::Intent,
+            MapKind::Dirty(MemberId::new(0).unwrap()),
+            MapKind::Dirty(MemberId::new(7).unwrap()),
+        ]
+    }
+
+    /// All versions that were asked for of one page or of the superblock, with their tickets; version 0 is as formatted.
+    #[derive(Default)]
+    struct History(Vec<(Ticket, u64)>);
+
+    impl History {
+        /// The versions that may be found after a crash: the newest durable one and all that were asked for later.
+        fn allows(&self, version: u64, durable: Ticket) -> bool {
+            let newest_durable =
+                self.0.iter().filter(|(t, _)| *t <= durable).map(|(_, v)| *v).max().unwrap_or(0);
+            version >= newest_durable && (version == 0 || self.0.iter().any(|(_, v)| *v == version))
+        }
+    }
+
+    fn bits(version: u64) -> PageBits {
+        let mut bits = [0; PAGE_BITS_BYTES];
+        bits.chunks_exact_mut(8).for_each(|chunk| chunk.copy_from_slice(&version.to_le_bytes()));
+        bits
+    }
+
+    fn version_of(bits: &PageBits) -> u64 {
+        let version = u64::from_le_bytes(bits[..8].try_into().unwrap());
+        assert!(*bits == self::bits(version), "a page mixed of two versions was believed");
+        version
+    }
+
+    /// Several lives of a store between power cuts, with requests, completions and flushes in random order.
+    fn survive(seed: u64, write_through: bool) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut first = sample(64 << 20);
+        (first.write_through, first.epoch, first.view.epoch) = (write_through, Epoch(0), Epoch(0));
+        let mut disk = SimDisk::format(&first);
+        let mut version = 0;
+        let mut histories: HashMap<Option<MapKind>, History> = HashMap::new();
+        for _life in 0..6 {
+            let recovered = Recovered::read(Path::new("sim"), &disk).unwrap();
+            let mut writer = recovered.writer();
+            histories.clear();
+            let mut base: HashMap<Option<MapKind>, u64> = HashMap::new();
+            base.insert(None, recovered.superblock.epoch.0);
+            for kind in kinds() {
+                base.insert(Some(kind), version_of(&recovered.maps.pages(kind)[0].bits));
+            }
+            let mut under_way: Vec<MetadataIo> = Vec::new();
+            for _step in 0..rng.random_range(0..60) {
+                match rng.random_range(0..5) {
+                    0 => {
+                        version += 1;
+                        let kind = kinds()[rng.random_range(0..3)];
+                        let ticket = writer.request_map(kind, 0, &bits(version));
+                        histories.entry(Some(kind)).or_default().0.push((ticket, version));
+                    }
+                    1 => {
+                        version += 1;
+                        let mut superblock = writer.superblock().clone();
+                        superblock.epoch = Epoch(version);
+                        let ticket = writer.request_superblock(superblock).unwrap();
+                        histories.entry(None).or_default().0.push((ticket, version));
+                    }
+                    _ if !under_way.is_empty() => {
+                        let io = under_way.swap_remove(rng.random_range(0..under_way.len()));
+                        let id = match io {
+                            MetadataIo::Write { id, offset, page } => {
+                                disk.cached.push((offset, Box::new(*page.bytes())));
+                                // A write-through disk has no cache.
+                                if write_through {
+                                    disk.flush();
+                                }
+                                id
+                            }
+                            MetadataIo::Flush { id } => {
+                                assert!(!write_through);
+                                disk.flush();
+                                id
+                            }
+                        };
+                        writer.completed(id, Ok(())).unwrap();
+                    }
+                    _ => {}
+                }
+                under_way.extend(std::iter::from_fn(|| writer.next_io()));
+            }
+            // Writes that the disk got and did not report may have any fate as well.
+            for io in under_way {
+                if let MetadataIo::Write { offset, page, .. } = io {
+                    disk.cached.push((offset, Box::new(*page.bytes())));
+                }
+            }
+            disk.cut_power(&mut rng);
+            let after = Recovered::read(Path::new("sim"), &disk).unwrap();
+            for key in [None, Some(kinds()[0]), Some(kinds()[1]), Some(kinds()[2])] {
+                let found = match key {
+                    None => after.superblock.epoch.0,
+                    Some(kind) => version_of(&after.maps.pages(kind)[0].bits),
+                };
+                let history = histories.entry(key).or_default();
+                history.0.push((Ticket(0), base[&key]));
+                assert!(
+                    history.allows(found, writer.durable()),
+                    "seed {seed}: {key:?} came back as version {found}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn after_any_crash_a_page_is_the_last_durable_one_or_a_newer_requested_one() {
+        for seed in 0..3000 {
+            survive(seed, seed % 4 == 0);
+        }
+    }
+
+    fn writer(write_through: bool) -> MetadataWriter {
+        let mut superblock = sample(64 << 20);
+        superblock.write_through = write_through;
+        let pages = superblock.layout.pages_per_map as usize * MapKind::all().count();
+        MetadataWriter::new(superblock, 2, &vec![2; pages])
+    }
+
+    fn id_of(io: &MetadataIo) -> u64 {
+        match io {
+            MetadataIo::Write { id, .. } | MetadataIo::Flush { id } => *id,
+        }
+    }
+
+    #[test]
+    fn requests_made_while_a_round_is_under_way_share_the_next_one() {
+        let mut writer = writer(false);
+        let first = writer.request_map(MapKind::Intent, 0, &bits(1));
+        let write = writer.next_io().unwrap();
+        for version in 2..100 {
+            writer.request_map(MapKind::Intent, 0, &bits(version));
+        }
+        let last = writer.request_map(kinds()[1], 0, &bits(7));
+        assert!(writer.next_io().is_none());
+        assert_eq!(writer.completed(id_of(&write), Ok(())), Ok(false));
+        let flush = writer.next_io().unwrap();
+        assert!(matches!(flush, MetadataIo::Flush { .. }));
+        assert_eq!(writer.completed(id_of(&flush), Ok(())), Ok(true));
+        assert_eq!(writer.durable(), first);
+        let writes: Vec<MetadataIo> = std::iter::from_fn(|| writer.next_io()).collect();
+        assert_eq!(writes.len(), 2, "99 requests are 2 page writes");
+        for write in &writes {
+            assert_eq!(writer.completed(id_of(write), Ok(())), Ok(false));
+        }
+        let flush = writer.next_io().unwrap();
+        assert_eq!(writer.completed(id_of(&flush), Ok(())), Ok(true));
+        assert_eq!((writer.durable(), writer.is_idle()), (last, true));
+    }
+
+    #[test]
+    fn a_superblock_is_written_only_after_the_maps_asked_for_before_it_are_durable_and_then_to_both_copies() {
+        for write_through in [false, true] {
+            let mut writer = writer(write_through);
+            writer.request_map(MapKind::Intent, 0, &bits(1));
+            writer.request_superblock(writer.superblock().clone()).unwrap();
+            let mut seen = String::new();
+            while let Some(io) = writer.next_io() {
+                seen.push(match &io {
+                    MetadataIo::Flush { .. } => 'f',
+                    MetadataIo::Write { offset, .. } if SUPERBLOCK_OFFSETS.contains(offset) => 's',
+                    MetadataIo::Write { .. } => 'm',
+                });
+                writer.completed(id_of(&io), Ok(())).unwrap();
+            }
+            assert_eq!(seen, if write_through { "mss" } else { "mfsfsf" });
+            assert!(writer.is_idle());
+        }
+    }
+
+    #[test]
+    fn after_a_failed_write_or_flush_nothing_becomes_durable_any_more() {
+        for fail_at in 0..2 {
+            let mut writer = writer(false);
+            let ticket = writer.request_map(MapKind::Intent, 0, &bits(1));
+            for step in 0..=fail_at {
+                let io = writer.next_io().unwrap();
+                let result = if step == fail_at { Err("I/O error".to_owned()) } else { Ok(()) };
+                assert_eq!(writer.completed(id_of(&io), result).is_err(), step == fail_at);
+            }
+            writer.request_map(MapKind::Intent, 0, &bits(2));
+            assert!(writer.next_io().is_none() && writer.failure().is_some() && writer.durable() < ticket);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn foreign_completions_stop_the_writer_without_a_panic(id in 1u64..u64::MAX) {
+            let mut writer = writer(false);
+            writer.request_map(MapKind::Intent, 0, &bits(1));
+            writer.next_io().unwrap();
+            prop_assert!(writer.completed(id, Ok(())).is_err());
+        }
+    }
+}
