@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
 use crate::admin::AdminLimits;
-use crate::store::size::ByteSize;
+use crate::store::ByteSize;
 
 /// Port on which nodes listen for clients and peers, unless told otherwise.
 pub const DEFAULT_DATA_PORT: u16 = 7700;

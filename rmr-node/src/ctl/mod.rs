@@ -20,7 +20,7 @@ use thiserror::Error;
 use tokio::task::JoinSet;
 
 use crate::admin::api::{NodeInfo, PoolKey, PoolList, PoolStatus};
-use crate::store::size::ByteSize;
+use crate::store::ByteSize;
 use http::{CallError, Client, NodeAddress};
 
 /// Exit code of a command that failed.
@@ -41,7 +41,7 @@ Examples:
   rmrctl pool create vm-1 --size 20G --member node-a --member node-b
   rmrctl pool create db --size 1T --block-size 4096 --member node-a=/dev/nvme0n1 --member node-b=/dev/nvme1n1
 
-Either every member's store is made, or none: after a failure, what was made is removed again.";
+Either every member's store is made, or none: after a failure or an interrupt, what was made is removed again.";
 
 const STATUS_EXAMPLES: &str = "\
 Examples:
@@ -121,9 +121,18 @@ pub struct CreateArgs {
     /// Which of the nodes' addresses members are reached by
     #[arg(long, value_enum, default_value_t = TransportArg::Tcp)]
     pub transport: TransportArg,
+    /// Largest size that the pool may grow to later [default: 8 times its size]
+    #[arg(long, value_name = "SIZE")]
+    pub max_size: Option<ByteSize>,
     /// Overwrite what the devices or files hold
     #[arg(long)]
     pub overwrite: bool,
+    /// The devices are known to read as zeroes: do not write them
+    #[arg(long)]
+    pub assume_zero: bool,
+    /// Longest time that one store may take, in seconds: a device that cannot zero itself is written in full
+    #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = parse_create_timeout)]
+    pub create_timeout: Duration,
 }
 
 /// A transport on the command line.
@@ -201,9 +210,17 @@ pub enum NodeCommand {
 }
 
 fn parse_timeout(text: &str) -> Result<Duration, String> {
-    let fail = || format!("'{text}': expected seconds from 0.1 to 3600");
+    parse_seconds(text, 3600.0)
+}
+
+fn parse_create_timeout(text: &str) -> Result<Duration, String> {
+    parse_seconds(text, 604_800.0)
+}
+
+fn parse_seconds(text: &str, most: f64) -> Result<Duration, String> {
+    let fail = || format!("'{text}': expected seconds from 0.1 to {most}");
     let seconds: f64 = text.parse().map_err(|_| fail())?;
-    if !(0.1..=3600.0).contains(&seconds) {
+    if !(0.1..=most).contains(&seconds) {
         return Err(fail());
     }
     Duration::try_from_secs_f64(seconds).map_err(|_| fail())
