@@ -64,11 +64,11 @@ pub struct NodeInfo {
 /// Answer of `GET /v1/health`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Health {
-    /// Whether the service answers and every open store serves.
+    /// Whether the service answers and no store has failed.
     pub healthy: bool,
     /// How many stores are open.
     pub stores: u32,
-    /// Stores that do not serve, with the reason.
+    /// Stores that failed or wait, with the reason.
     pub problems: Vec<String>,
 }
 

@@ -111,7 +111,9 @@ async fn health(State(control): Control) -> Result<Response, Refusal> {
         })
         .collect();
     let stores = u32::try_from(pools.len()).unwrap_or(u32::MAX);
-    let health = Health { healthy: problems.is_empty(), stores, problems };
+    // A store that waits needs its peers, not a restart of this node.
+    let healthy = !pools.iter().any(|p| matches!(p.store_state, StoreState::Failed { .. }));
+    let health = Health { healthy, stores, problems };
     let status = if health.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     Ok((status, Json(health)).into_response())
 }

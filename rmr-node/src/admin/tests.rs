@@ -220,6 +220,12 @@ fn health_follows_the_stores() {
     let node = FakeNode::start("n0");
     assert_eq!(get(&node, "/v1/health"), (200, json!({"healthy": true, "stores": 0, "problems": []})));
     let mut status = pool_status("vm-1", 2, 0);
+    status.store_state = StoreState::Waiting { reason: "member 1 must come first".into() };
+    node.hold(status.clone());
+    let waiting = json!({
+        "healthy": true, "stores": 1, "problems": ["pool 'vm-1' member 0: member 1 must come first"],
+    });
+    assert_eq!(get(&node, "/v1/health"), (200, waiting));
     status.store_state = StoreState::Failed { reason: "I/O error on /dev/vdb".into() };
     node.hold(status);
     let (status, health) = get(&node, "/v1/health");

@@ -4,6 +4,7 @@ use rmr_common::pool::{
     Address, ChunkSize, MAX_MEMBERS, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, TransportKind, View,
 };
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::http::{CallError, Client, NodeAddress};
 use super::status::{client_words, members_table};
@@ -22,6 +23,9 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outco
     warnings.extend(loopback_warning(&spec, &infos));
     let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
 
+    // From here on an interrupt is a reason to clean up, and it is not lost between two members.
+    let mut interrupt = signal(SignalKind::interrupt())
+        .map_err(|e| CtlError::failed(format!("nothing was created: interrupts cannot be watched: {e}")))?;
     let mut created: Vec<(NodeAddress, StoreCreated)> = Vec::new();
     for (arg, member) in args.members.iter().zip(&spec.members) {
         let request = CreateStore {
@@ -42,7 +46,7 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outco
                 }
                 Err(error) => (error.to_string(), may_exist(&error)),
             },
-            _ = tokio::signal::ctrl_c() => (format!("interrupted while node {} made its store", arg.node), true),
+            _ = interrupt.recv() => (format!("interrupted while node {} made its store", arg.node), true),
         };
         let made: Vec<_> = created.iter().map(|(n, s)| (n.clone(), s.store)).collect();
         let doubtful = doubtful.then(|| (arg.node.clone(), member.store));
