@@ -71,3 +71,11 @@ pub fn gather(segments: &[Segment], offset: usize, length: usize, parts: &mut Ve
         parts.push(part);
     }
 }
+
+/// Appends a segment for each buffer. The caller keeps the buffers, unmoved in content, until the I/O completed.
+pub(crate) fn segments_of_buffers(buffers: &mut [Vec<u8>], segments: &mut Vec<Segment>) {
+    for buffer in buffers {
+        // SAFETY: the one caller keeps the buffers with the request and gives them back at its completion.
+        segments.push(unsafe { Segment::new(buffer.as_mut_ptr(), buffer.len()) });
+    }
+}

@@ -12,5 +12,13 @@
 //! * [`transport`] — bindings of the message set to TCP and to an in-memory network.
 
 pub mod buffer;
+pub mod client;
+pub mod clock;
+pub mod driver;
+pub mod map;
 pub mod pool;
 pub mod reactor;
+pub mod replica;
+pub mod time;
+pub mod transport;
+pub mod wire;

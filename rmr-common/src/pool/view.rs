@@ -78,6 +78,8 @@ pub struct View {
 /// One legal change from a view to the next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ViewStep {
+    /// A client attached: the members stay as they are, but for those that did not answer it, which become Out.
+    Attach(MemberSet),
     /// Members leave: each Clean or Syncing becomes Out. At least one Clean member must stay.
     Lose(MemberSet),
     /// An Out member comes back with its stale blocks known: Out becomes Syncing.
@@ -93,6 +95,7 @@ pub enum ViewStep {
 impl fmt::Display for ViewStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Attach(lost) => write!(f, "attach without {lost}"),
             Self::Lose(members) => write!(f, "lose {members}"),
             Self::Rejoin(member) => write!(f, "rejoin of member {member}"),
             Self::Promote(member) => write!(f, "promotion of member {member}"),
@@ -211,10 +214,8 @@ impl View {
     pub fn step(&self, step: ViewStep, epoch: Epoch) -> Result<Self, IllegalStep> {
         let mut next = Self { number: self.number.next(), epoch, members: self.members.clone() };
         match step {
-            ViewStep::Lose(members) => {
-                if members.is_empty() {
-                    return Err(IllegalStep::Empty);
-                }
+            ViewStep::Lose(members) if members.is_empty() => return Err(IllegalStep::Empty),
+            ViewStep::Lose(members) | ViewStep::Attach(members) => {
                 for member in members.iter() {
                     next.change(member, &[MemberState::Clean, MemberState::Syncing], MemberState::Out)?;
                 }
@@ -231,6 +232,20 @@ impl View {
             }
         }
         if next.clean().is_empty() { Err(IllegalStep::NoCleanLeft) } else { Ok(next) }
+    }
+
+    /// Whether a member that has this view may accept `next` as its successor: a higher number of the same or a later
+    /// epoch, and, where it follows directly, no member that becomes Clean without having been Syncing.
+    #[must_use]
+    pub fn may_precede(&self, next: &Self) -> bool {
+        let direct = next.number == self.number.next();
+        let sudden = |m: &MemberView| {
+            m.state == MemberState::Clean && self.member(m.id).is_none_or(|old| old.state == MemberState::Out)
+        };
+        next.validate().is_ok()
+            && next.number > self.number
+            && next.epoch >= self.epoch
+            && !(direct && next.members.iter().any(sudden))
     }
 
     fn change(&mut self, id: MemberId, from: &[MemberState], to: MemberState) -> Result<(), IllegalStep> {
@@ -356,6 +371,22 @@ mod tests {
         assert!(v.step(ViewStep::Remove(id(2)), Epoch(4)).is_err());
         assert_eq!(v.step(ViewStep::Remove(id(1)), Epoch(4)).unwrap().members.len(), 2);
         assert_eq!(v.step(ViewStep::Remove(id(5)), Epoch(4)), Err(IllegalStep::NoSuchMember(id(5))));
+    }
+
+    #[test]
+    fn a_successor_has_a_higher_number_and_no_sudden_clean_member() {
+        let v = view(&[Clean, Out]);
+        let next = v.step(ViewStep::Attach(MemberSet::EMPTY), Epoch(4)).unwrap();
+        assert!(v.may_precede(&next));
+        assert!(!next.may_precede(&v));
+        assert!(!v.may_precede(&v));
+        let mut sudden = next.clone();
+        sudden.members[1].state = Clean;
+        assert!(!v.may_precede(&sudden));
+        sudden.number = ViewNumber(9);
+        assert!(v.may_precede(&sudden), "views in between may have made it Syncing");
+        let older = View { epoch: Epoch(2), ..next };
+        assert!(!v.may_precede(&older));
     }
 
     #[test]

@@ -1,0 +1,494 @@
+//! The data path: requests become parts, parts become messages, answers complete them.
+
+use super::{Client, FlushRound, IoError, Notice, Op, Operation, Output, Payload, State, Token};
+use crate::client::parts::{OpIndex, Part, PartState};
+use crate::pool::{Chunk, MemberId, MemberSet, Slot};
+use crate::time::Time;
+use crate::wire::{DirtyAddition, Kind, MessageHeader, Status};
+
+/// Longest discard or write-zeroes that one message carries; a longer one is split, so that a node's disk is not
+/// kept from other requests for long.
+const MAX_RANGE: u64 = 64 << 20;
+
+impl Client {
+    /// Takes in a request. Its memory must stay as it is until [`Output::Complete`] with its token.
+    ///
+    /// `offset` and `length` are bytes, multiples of the pool's logical block size; a flush has neither.
+    pub fn submit(&mut self, token: Token, operation: Operation, offset: u64, length: u64, now: Time) {
+        self.now = now;
+        if let Err(error) = self.check(operation, offset, length) {
+            self.counters.failed += 1;
+            self.outputs.push_back(Output::Complete(token, Err(error)));
+            return;
+        }
+        let op = Op { token, operation, offset, length, issued: 0, parts: 0, error: None, submitted: now };
+        let index = self.insert_op(op);
+        if operation == Operation::Flush {
+            self.flush_queue.push(index);
+        } else {
+            self.backlog.push_back(index);
+        }
+        self.pump();
+    }
+
+    fn check(&self, operation: Operation, offset: u64, length: u64) -> Result<(), IoError> {
+        match &self.state {
+            State::Over(super::OverReason::Fenced(_)) => return Err(IoError::Fenced),
+            State::Over(_) | State::Detaching { .. } => return Err(IoError::Detached),
+            State::Gathering { .. } | State::Attaching { .. } | State::Changing { .. } | State::Active => {}
+        }
+        if self.in_flight() >= super::MAX_QUEUED {
+            return Err(IoError::TooMany);
+        }
+        if operation == Operation::Flush {
+            return Ok(());
+        }
+        let Some(spec) = &self.spec else { return Err(IoError::Suspended) };
+        let unit = u64::from(spec.logical_block_size);
+        let end = offset.checked_add(length).ok_or(IoError::BadRange)?;
+        if length == 0 || end > spec.size || !offset.is_multiple_of(unit) || !length.is_multiple_of(unit) {
+            return Err(IoError::BadRange);
+        }
+        Ok(())
+    }
+
+    fn insert_op(&mut self, op: Op) -> OpIndex {
+        if let Some(index) = self.free_ops.pop() {
+            self.ops[index as usize] = Some(op);
+            return index;
+        }
+        self.ops.push(Some(op));
+        u32::try_from(self.ops.len() - 1).unwrap_or(u32::MAX)
+    }
+
+    fn op_mut(&mut self, index: OpIndex) -> Option<&mut Op> {
+        self.ops.get_mut(index as usize)?.as_mut()
+    }
+
+    /// Turns waiting operations into parts while there are slots, credits and an active pool.
+    pub(super) fn pump(&mut self) {
+        if !self.is_active() {
+            return;
+        }
+        while let Some(&index) = self.backlog.front() {
+            if !self.issue(index) {
+                break;
+            }
+            self.backlog.pop_front();
+        }
+        self.start_flush();
+    }
+
+    /// Makes parts of an operation; false when it has to wait for slots or credits.
+    fn issue(&mut self, index: OpIndex) -> bool {
+        loop {
+            let Some(Some(op)) = self.ops.get(index as usize) else { return true };
+            let (operation, at, left) = (op.operation, op.offset + op.issued, op.length - op.issued);
+            if left == 0 || op.error.is_some() {
+                return true;
+            }
+            let length = self.part_length(operation, at, left);
+            let credit = if operation.has_data() { u64::from(length) } else { 0 };
+            let full = self.parts.in_flight() >= self.slot_limit || !self.parts.has_free();
+            if full || (self.bytes_in_flight > 0 && self.bytes_in_flight + credit > self.max_bytes) {
+                return false;
+            }
+            let sequence = self.next_sequence();
+            let Some(Some(op)) = self.ops.get_mut(index as usize) else { return true };
+            let op_offset = op.issued;
+            op.issued += u64::from(length);
+            op.parts += 1;
+            self.bytes_in_flight += credit;
+            let Some(slot) = self.parts.admit(operation, index, op_offset, (at, length), sequence) else {
+                return false;
+            };
+            if self.parts.get(slot).is_some_and(|p| p.state == PartState::Unsent) {
+                self.send_part(slot);
+            } else {
+                self.counters.overlapping += 1;
+            }
+        }
+    }
+
+    /// How much of an operation goes into its next part.
+    fn part_length(&self, operation: Operation, at: u64, left: u64) -> u32 {
+        let most = match operation {
+            Operation::Read => self.same_home(at, u64::from(self.max_io).min(left)),
+            Operation::Write => u64::from(self.max_io),
+            Operation::Discard | Operation::WriteZeroes | Operation::Flush => MAX_RANGE,
+        };
+        u32::try_from(left.min(most)).unwrap_or(u32::MAX)
+    }
+
+    /// The home leg of a chunk: the one Clean member that serves its reads, so that caches stay warm and a read never
+    /// goes back in time between two legs while a write is in flight.
+    fn home(&self, chunk: Chunk, but: MemberSet) -> Option<MemberId> {
+        let candidates = self.view_clean().without(but);
+        let count = u64::from(candidates.len());
+        if count == 0 {
+            return None;
+        }
+        // Neighbouring chunks go to different legs; the multiplier spreads strides that are multiples of the count.
+        let pick = (chunk.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % count;
+        candidates.iter().nth(usize::try_from(pick).unwrap_or(0))
+    }
+
+    /// The first bytes of a range that have one home leg, at most `length`.
+    fn same_home(&self, at: u64, length: u64) -> u64 {
+        let Some(size) = self.spec.as_ref().map(|s| s.chunk_size) else { return length };
+        let first = self.home(size.chunk_of(at), MemberSet::EMPTY);
+        let mut end = (size.chunk_of(at).0 + 1) << size.shift();
+        while end < at + length && self.home(size.chunk_of(end), MemberSet::EMPTY) == first {
+            end += size.bytes();
+        }
+        length.min(end - at)
+    }
+
+    fn send_part(&mut self, slot: Slot) {
+        let Some(part) = self.parts.get(slot).copied() else { return };
+        let legs = if part.operation == Operation::Read {
+            let chunk = self.spec.as_ref().map_or(Chunk(0), |s| s.chunk_size.chunk_of(part.offset));
+            match self.home(chunk, part.failed) {
+                Some(home) => MemberSet::only(home),
+                // Every Clean copy has failed the read: only then does the guest see an error.
+                None => return self.part_failed(slot, IoError::Media),
+            }
+        } else {
+            self.view_active()
+        };
+        let kind = match part.operation {
+            Operation::Read => Kind::Read,
+            Operation::Write => Kind::Write,
+            Operation::Discard => Kind::Discard,
+            Operation::WriteZeroes | Operation::Flush => Kind::WriteZeroes,
+        };
+        let token = self.ops.get(part.op as usize).and_then(Option::as_ref).map_or(Token(0), |op| op.token);
+        let write = part.operation == Operation::Write;
+        let header = MessageHeader {
+            slot,
+            sequence: part.sequence,
+            offset: part.offset,
+            length: part.length,
+            payload: if write { part.length } else { 0 },
+            missing: if part.operation.is_write() { self.view_out() } else { MemberSet::EMPTY },
+            ..self.header(kind)
+        };
+        let now = self.now;
+        if let Some(part) = self.parts.get_mut(slot) {
+            part.state = PartState::Sent;
+            part.pending = legs;
+            part.sent_at = now;
+        }
+        for leg in legs.iter() {
+            let payload =
+                if write { Payload::Request { token, offset: part.op_offset } } else { Payload::None };
+            self.send(leg, header, payload);
+        }
+    }
+
+    /// Where the data of a read answer belongs: the request and the offset in its memory. `None` when nobody waits for
+    /// it any more; the driver then drops the data. Called before [`super::Event::Message`] for the same header.
+    #[must_use]
+    pub fn payload_target(&self, link: super::LinkId, header: &MessageHeader) -> Option<(Token, u64)> {
+        let member = self.links.get(usize::from(link.0))?.member?;
+        let part = self.parts.get(header.slot)?;
+        let awaited = self.is_awaited(member, part, header) && part.operation == Operation::Read;
+        if !awaited || header.payload != part.length || header.status != Status::Ok {
+            return None;
+        }
+        Some((self.ops.get(part.op as usize)?.as_ref()?.token, part.op_offset))
+    }
+
+    fn is_awaited(&self, member: MemberId, part: &Part, header: &MessageHeader) -> bool {
+        header.epoch == self.epoch && part.sequence == header.sequence && part.pending.contains(member)
+    }
+
+    pub(super) fn io_reply(&mut self, member: MemberId, header: &MessageHeader) {
+        let Some(part) = self.parts.get(header.slot) else { return };
+        // Answers to what was given up meanwhile are of no interest.
+        if !self.is_awaited(member, part, header) {
+            return;
+        }
+        let (operation, offset, length) = (part.operation, part.offset, part.length);
+        match header.status {
+            Status::Ok if operation == Operation::Read && header.payload != length => {
+                self.drop_member(member, "protocol error: a read was answered with another length");
+            }
+            Status::Ok => {
+                if let Some(part) = self.parts.get_mut(header.slot) {
+                    part.pending.remove(member);
+                }
+                self.part_progress(header.slot);
+            }
+            Status::StaleEpoch | Status::NotAttached => {
+                self.end(super::OverReason::Fenced(header.epoch));
+            }
+            Status::IoError | Status::NoSpace if operation == Operation::Read => {
+                self.counters.reads_repeated += 1;
+                self.notice(Notice::ReadError(member, offset, length));
+                if let Some(part) = self.parts.get_mut(header.slot) {
+                    part.pending = MemberSet::EMPTY;
+                    part.failed.insert(member);
+                    part.state = PartState::Unsent;
+                }
+                self.send_if_active(header.slot);
+            }
+            Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
+                // The only current copy cannot write: the guest has to know; losing the leg would help nobody.
+                self.part_failed(header.slot, IoError::Media);
+            }
+            status => {
+                self.drop_member(member, &format!("{operation:?} at {offset}+{length} answered {status:?}"))
+            }
+        }
+    }
+
+    fn send_if_active(&mut self, slot: Slot) {
+        if self.is_active() {
+            self.send_part(slot);
+        }
+    }
+
+    /// Completes a part when every leg answered, and those that did not are Out in the committed view.
+    fn part_progress(&mut self, slot: Slot) {
+        let Some(part) = self.parts.get(slot) else { return };
+        if part.state != PartState::Sent || !part.pending.is_empty() {
+            return;
+        }
+        if part.operation.is_write() {
+            if !part.failed.is_subset(self.view_out()) {
+                return; // Completes at the commit of the view that has them Out.
+            }
+            let (offset, length) = (part.offset, part.length);
+            if self.any_write_back() {
+                self.unflushed.insert_bytes(offset, length.into());
+            }
+        }
+        self.finish_part(slot, None);
+    }
+
+    fn part_failed(&mut self, slot: Slot, error: IoError) {
+        self.finish_part(slot, Some(error));
+    }
+
+    fn finish_part(&mut self, slot: Slot, error: Option<IoError>) {
+        let Some(part) = self.parts.get(slot).copied() else { return };
+        if part.operation.has_data() {
+            self.bytes_in_flight -= u64::from(part.length);
+        }
+        let mut ready = std::mem::take(&mut self.ready_slots);
+        self.parts.release(slot, |s| ready.push(s));
+        for slot in ready.drain(..) {
+            self.send_if_active(slot);
+        }
+        self.ready_slots = ready;
+        if let Some(op) = self.op_mut(part.op) {
+            op.parts -= 1;
+            op.error = op.error.or(error);
+            if op.parts == 0 && (op.issued == op.length || op.error.is_some()) {
+                self.finish_op(part.op);
+            }
+        }
+    }
+
+    fn finish_op(&mut self, index: OpIndex) {
+        let Some(op) = self.ops.get_mut(index as usize).and_then(Option::take) else { return };
+        self.free_ops.push(index);
+        let result = op.error.map_or(Ok(()), Err);
+        match result {
+            Ok(()) => self.counters.completed += 1,
+            Err(_) => self.counters.failed += 1,
+        }
+        self.outputs.push_back(Output::Complete(op.token, result));
+        if self.detach_requested {
+            self.try_detach();
+        }
+    }
+
+    /// A view was committed: completes what waited for it and sends what is not sent.
+    pub(super) fn resume_requests(&mut self) {
+        let mut slots = std::mem::take(&mut self.slot_scratch);
+        slots.extend(self.parts.slots().map(|(slot, p)| (p.sequence, slot)));
+        slots.sort_unstable();
+        for (_, slot) in slots.drain(..) {
+            let Some(part) = self.parts.get_mut(slot) else { continue };
+            let lost_read =
+                part.state == PartState::Sent && part.operation == Operation::Read && part.pending.is_empty();
+            if lost_read {
+                part.state = PartState::Unsent;
+            }
+            match part.state {
+                PartState::Unsent => self.send_part(slot),
+                PartState::Sent => self.part_progress(slot),
+                PartState::Blocked | PartState::Free => {}
+            }
+        }
+        self.slot_scratch = slots;
+        self.resume_flush();
+    }
+
+    fn any_write_back(&self) -> bool {
+        self.view_active().iter().filter_map(|m| self.ready(m)).any(|r| !r.write_through)
+    }
+
+    /// What members miss that are lost now: every write in flight, and for a write-back store all that it had answered
+    /// but not flushed.
+    pub(super) fn missed_by(&self, members: MemberSet) -> Vec<DirtyAddition> {
+        let in_flight =
+            self.parts.slots().filter(|(_, p)| p.operation.is_write() && p.state == PartState::Sent);
+        let mut additions: Vec<_> = in_flight
+            .map(|(_, p)| DirtyAddition { members, offset: p.offset, length: p.length.into() })
+            .collect();
+        // A store that is gone can not be asked any more; what its last hello said is kept with the link.
+        let write_back = members.without(self.write_through);
+        if !write_back.is_empty() {
+            let unflushed = self.unflushed.ranges().chain(self.flushing.ranges());
+            additions.extend(unflushed.map(|(offset, length)| DirtyAddition {
+                members: write_back,
+                offset,
+                length,
+            }));
+        }
+        additions
+    }
+
+    /// Starts a flush round for every flush that waits. Flushes that arrive while one is under way share the next.
+    fn start_flush(&mut self) {
+        if self.flush.is_some() || self.flush_queue.is_empty() {
+            return;
+        }
+        let sequence = self.next_sequence();
+        let ops = std::mem::take(&mut self.flush_queue);
+        self.flushing.append(&mut self.unflushed);
+        let (epoch, since) = (self.epoch, self.now);
+        let none = MemberSet::EMPTY;
+        self.flush = Some(FlushRound { sequence, epoch, pending: none, failed: none, since, ops });
+        self.send_flush();
+    }
+
+    fn send_flush(&mut self) {
+        let (legs, now, epoch) = (self.view_active(), self.now, self.epoch);
+        let Some(flush) = &mut self.flush else { return };
+        flush.epoch = epoch;
+        flush.pending = legs;
+        flush.failed = MemberSet::EMPTY;
+        flush.since = now;
+        let sequence = flush.sequence;
+        for leg in legs.iter() {
+            let header = MessageHeader { sequence, ..self.header(Kind::Flush) };
+            self.send(leg, header, Payload::None);
+        }
+    }
+
+    fn resume_flush(&mut self) {
+        let Some(flush) = &self.flush else { return };
+        if flush.epoch != self.epoch {
+            self.send_flush();
+        } else {
+            self.flush_progress();
+        }
+    }
+
+    pub(super) fn flush_reply(&mut self, member: MemberId, header: &MessageHeader) {
+        let Some(flush) = &mut self.flush else { return };
+        if header.epoch != self.epoch || flush.sequence != header.sequence || !flush.pending.contains(member)
+        {
+            return;
+        }
+        match header.status {
+            Status::Ok => {
+                flush.pending.remove(member);
+                self.flush_progress();
+            }
+            Status::StaleEpoch | Status::NotAttached => self.end(super::OverReason::Fenced(header.epoch)),
+            Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
+                self.finish_flush(Some(IoError::Media));
+            }
+            status => self.drop_member(member, &format!("flush answered {status:?}")),
+        }
+    }
+
+    fn flush_progress(&mut self) {
+        let done =
+            self.flush.as_ref().is_some_and(|f| f.pending.is_empty() && f.failed.is_subset(self.view_out()));
+        if done {
+            self.finish_flush(None);
+        }
+    }
+
+    fn finish_flush(&mut self, error: Option<IoError>) {
+        let Some(flush) = self.flush.take() else { return };
+        match error {
+            None => self.flushing.clear(),
+            // Nothing is known to be durable; what was to be flushed stays unflushed.
+            Some(_) => self.unflushed.append(&mut self.flushing),
+        }
+        for index in flush.ops {
+            if let Some(op) = self.op_mut(index) {
+                op.error = error;
+                self.finish_op(index);
+            }
+        }
+    }
+
+    /// Fails every request.
+    pub(super) fn fail_all(&mut self, error: IoError) {
+        self.backlog.clear();
+        self.flush_queue.clear();
+        self.flush = None;
+        let slots: Vec<_> = self.parts.slots().map(|(slot, _)| slot).collect();
+        for slot in slots {
+            self.parts.release(slot, |_| {});
+        }
+        self.bytes_in_flight = 0;
+        for index in 0..self.ops.len() {
+            if let Some(op) = &mut self.ops[index] {
+                op.error = Some(error);
+                self.finish_op(u32::try_from(index).unwrap_or(u32::MAX));
+            }
+        }
+    }
+
+    /// Finds requests that have waited too long: for a leg, which is then lost, or for the pool, which then fails them.
+    pub(super) fn tick_requests(&mut self) {
+        let (now, leg_timeout) = (self.now, self.config.leg_timeout);
+        if self.is_active() {
+            let late = |since: Time, pending: MemberSet| {
+                if now - since > leg_timeout { pending } else { MemberSet::EMPTY }
+            };
+            let silent = self
+                .parts
+                .slots()
+                .fold(MemberSet::EMPTY, |set, (_, p)| set.union(late(p.sent_at, p.pending)));
+            let silent = self.flush.as_ref().map_or(silent, |f| silent.union(late(f.since, f.pending)));
+            silent.iter().for_each(|m| self.drop_member(m, "no answer within the leg timeout"));
+        }
+        if matches!(self.state, State::Gathering { .. } | State::Attaching { .. }) {
+            let limit = self.config.suspend_timeout;
+            for index in 0..self.ops.len() {
+                if self.ops[index].as_ref().is_some_and(|op| now - op.submitted > limit) {
+                    self.abandon(u32::try_from(index).unwrap_or(u32::MAX), IoError::Suspended);
+                }
+            }
+        }
+    }
+
+    /// Fails one request of a suspended pool: nothing of it is under way.
+    fn abandon(&mut self, index: OpIndex, error: IoError) {
+        self.backlog.retain(|&i| i != index);
+        self.flush_queue.retain(|&i| i != index);
+        if let Some(flush) = &mut self.flush {
+            flush.ops.retain(|&i| i != index);
+        }
+        let slots: Vec<_> = self.parts.slots().filter(|(_, p)| p.op == index).map(|(slot, _)| slot).collect();
+        for slot in slots {
+            let credit = self.parts.get(slot).filter(|p| p.operation.has_data()).map_or(0, |p| p.length);
+            self.bytes_in_flight -= u64::from(credit);
+            self.parts.release(slot, |_| {});
+        }
+        if let Some(op) = self.op_mut(index) {
+            op.error = Some(error);
+            self.finish_op(index);
+        }
+    }
+}

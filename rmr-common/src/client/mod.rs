@@ -1,0 +1,525 @@
+//! The coordinator and data path of one pool, as a state machine without I/O.
+//!
+//! Events go in through [`Client::apply`] and [`Client::submit`]; what is to be done comes out of
+//! [`Client::take_output`]. The daemon, the simulator and the tests drive the same code.
+//!
+//! ```text
+//!              every Clean member of the highest view answers
+//!   ┌───────────┐ ───────────────────────▶ ┌───────────┐      ┌──────────┐
+//!   │ Gathering │                          │ Attaching │ ───▶ │ Changing │◀─┐ a member is lost
+//!   └───────────┘ ◀─────────────────────── └───────────┘      └──────────┘  │
+//!     ▲   a member did not answer, or an older epoch │           │ durable on all active members
+//!     │                                              ▼           ▼          │
+//!     │ the last Clean member is lost        ┌─────────┐     ┌────────┐ ────┘
+//!     └───────────────────────────────────── │  Over   │ ◀── │ Active │ ───▶ Detaching ───▶ Over
+//!                                            └─────────┘     └────────┘
+//!                                         refused or fenced
+//! ```
+
+mod attach;
+mod data;
+mod parts;
+mod status;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use thiserror::Error;
+
+pub use status::{LegStatus, LinkSummary, PoolStatus};
+
+use crate::map::BlockMap;
+use crate::pool::{
+    Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Sequence, Slot, View,
+};
+use crate::time::Time;
+use crate::wire::{AttachReply, HelloReply, MAX_SLOTS, MessageHeader};
+use parts::{OpIndex, Parts};
+
+/// Most connections that a client keeps: one for each member, and as many seed addresses that are still to be told
+/// apart.
+pub const MAX_LINKS: usize = 2 * MAX_MEMBERS;
+/// Most requests that wait for a slot. A device queue never has more; other callers get [`IoError::TooMany`].
+pub const MAX_QUEUED: usize = 64 * 1024;
+
+/// How a client behaves.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Identity of this client; a daemon that is started again for the same disk uses the same one.
+    pub client: ClientId,
+    /// Who this client is, in words; a client that is refused because of it is told these.
+    pub description: String,
+    /// Displace a live client of another identity.
+    pub takeover: bool,
+    /// A leg that leaves a request unanswered for so long is lost.
+    pub leg_timeout: Duration,
+    /// Requests wait so long for a pool without a reachable Clean member, then fail.
+    pub suspend_timeout: Duration,
+    /// How long an attach waits for members that it could do without, so that a slow connection is no lost member.
+    pub attach_grace: Duration,
+    /// Pause between two attempts to connect.
+    pub reconnect_interval: Duration,
+    /// A silent link is probed this often.
+    pub ping_interval: Duration,
+}
+
+impl Config {
+    /// The defaults, for a client with this identity and description.
+    #[must_use]
+    pub fn new(client: ClientId, description: impl Into<String>) -> Self {
+        Self {
+            client,
+            description: description.into(),
+            takeover: false,
+            leg_timeout: Duration::from_secs(5),
+            suspend_timeout: Duration::from_secs(60),
+            attach_grace: Duration::from_secs(1),
+            reconnect_interval: Duration::from_millis(500),
+            ping_interval: Duration::from_secs(1),
+        }
+    }
+}
+
+/// How the pool is found on its nodes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum PoolSelector {
+    /// By its name, which must mean the same pool on every node that is asked.
+    Name(String),
+    /// By its identity.
+    Id(PoolId),
+}
+
+impl std::str::FromStr for PoolSelector {
+    type Err = crate::pool::SpecError;
+
+    /// Text that reads as a uuid is an identity, anything else a name.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if let Ok(id) = uuid::Uuid::parse_str(text) {
+            return Ok(Self::Id(PoolId(id)));
+        }
+        PoolSpec::validate_name(text)?;
+        Ok(Self::Name(text.to_owned()))
+    }
+}
+
+impl std::fmt::Display for PoolSelector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Name(name) => f.write_str(name),
+            Self::Id(id) => id.fmt(f),
+        }
+    }
+}
+
+/// What a request does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Operation {
+    /// Fill the request's memory from the pool.
+    Read,
+    /// Write the request's memory to the pool.
+    Write,
+    /// Make everything completed so far survive a power cut.
+    Flush,
+    /// Forget a range; it reads as zeroes afterwards.
+    Discard,
+    /// Make a range read as zeroes.
+    WriteZeroes,
+}
+
+impl Operation {
+    /// Whether it changes the pool's data.
+    #[must_use]
+    pub const fn is_write(self) -> bool {
+        matches!(self, Self::Write | Self::Discard | Self::WriteZeroes)
+    }
+
+    /// Whether the request has memory of the length of its range.
+    #[must_use]
+    pub const fn has_data(self) -> bool {
+        matches!(self, Self::Read | Self::Write)
+    }
+}
+
+/// Names a request to its maker. Unique among the requests in flight.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct Token(pub u64);
+
+/// Why a request failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+pub enum IoError {
+    /// The range is not within the pool, or not aligned to its logical block size.
+    #[error("the range is not within the pool or not aligned to its logical block size")]
+    BadRange,
+    /// Every copy's disk answered with an error.
+    #[error("the disk of every copy that could serve the request answered with an error")]
+    Media,
+    /// No Clean member could be reached within the time limit.
+    #[error("the pool was suspended for longer than its time limit: no current copy could be reached")]
+    Suspended,
+    /// Another client has taken the pool.
+    #[error("this client lost the pool to another one")]
+    Fenced,
+    /// The client is not attached any more.
+    #[error("the client is not attached")]
+    Detached,
+    /// Too many requests are waiting.
+    #[error("more than 65536 requests are waiting")]
+    TooMany,
+}
+
+/// Why a client is over.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+pub enum OverReason {
+    /// A live client holds the pool.
+    #[error("the pool is held by {0}")]
+    Held(String),
+    /// Another client attached with a higher epoch.
+    #[error("another client has attached with epoch {0}; this one may not touch the pool any more")]
+    Fenced(Epoch),
+    /// A node does not know the pool.
+    #[error("{address} has no pool '{pool}'{text}")]
+    NoSuchPool {
+        /// The node that was asked.
+        address: Address,
+        /// What was asked for.
+        pool: String,
+        /// What the node said, if anything.
+        text: String,
+    },
+    /// Two nodes mean different pools.
+    #[error("the nodes disagree about the pool: {0}")]
+    Conflict(String),
+    /// A node speaks no common protocol version, or refuses for good.
+    #[error("{address} refuses: {text}")]
+    Refused {
+        /// The node.
+        address: Address,
+        /// Its words.
+        text: String,
+    },
+    /// The client detached on request.
+    #[error("detached on request")]
+    Detached,
+}
+
+/// Index of a connection of the client.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
+pub struct LinkId(pub u8);
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A connection that [`Output::Connect`] asked for stands.
+    LinkUp(LinkId),
+    /// A connection could not be made, or is gone. The driver has closed it already.
+    LinkDown(LinkId, &'a str),
+    /// A message arrived. Data of a read went to where [`Client::payload_target`] said; other payloads are the body.
+    Message(LinkId, &'a MessageHeader, &'a [u8]),
+    /// Time has passed; due at the latest at [`Client::deadline`].
+    Tick,
+    /// Leave the pool in good order: finish, flush, say so to the nodes.
+    Detach,
+}
+
+/// Payload of a message to send.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Payload {
+    /// None.
+    None,
+    /// A part of a request's memory.
+    Request {
+        /// The request.
+        token: Token,
+        /// Where the part starts in the request's memory, in bytes.
+        offset: u64,
+    },
+    /// A body.
+    Body(Vec<u8>),
+}
+
+/// What the driver has to do, in this order.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Output {
+    /// Open a connection and report [`Event::LinkUp`] or [`Event::LinkDown`].
+    Connect(LinkId, Address),
+    /// Close a connection; no event follows.
+    Disconnect(LinkId),
+    /// Send a message; its header's `payload` is the length of the payload.
+    Send(LinkId, MessageHeader, Payload),
+    /// A request is finished.
+    Complete(Token, Result<(), IoError>),
+    /// Something that operators want to know.
+    Notice(Notice),
+}
+
+/// What is worth a line in a log.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Notice {
+    /// A link is up and its node answered.
+    LegUp(MemberId, Address),
+    /// A link is gone, or could not be made.
+    LinkLost(Option<MemberId>, Address, String),
+    /// The client attached.
+    Attached(View),
+    /// A view was committed.
+    Committed(View),
+    /// Members are lost; the pool goes on without them.
+    Lost(MemberSet, String),
+    /// No Clean member can be reached; requests wait.
+    Suspended(String),
+    /// The client cannot attach yet, and waits for these members.
+    Waiting(String),
+    /// A copy's disk answered a read with an error; another copy served it.
+    ReadError(MemberId, u64, u32),
+    /// The client is over.
+    Over(OverReason),
+}
+
+#[derive(Debug)]
+enum LinkState {
+    /// Not connected; try again at this time.
+    Down {
+        retry_at: Time,
+    },
+    Connecting,
+    /// Connected; the hello is not answered yet.
+    Greeting {
+        since: Time,
+    },
+    Ready(Box<HelloReply>),
+}
+
+#[derive(Debug)]
+struct Link {
+    address: Address,
+    member: Option<MemberId>,
+    state: LinkState,
+    last_sent: Time,
+    ping_since: Option<Time>,
+    last_error: String,
+    /// The node said that it has no such pool.
+    denied: bool,
+}
+
+enum State {
+    /// Links are being made; the views of the members are looked at.
+    Gathering {
+        /// When it was first possible to go on.
+        possible_since: Option<Time>,
+        told: String,
+    },
+    /// Members are asked for the new epoch.
+    Attaching { waiting: MemberSet, replies: Vec<(MemberId, AttachReply)>, since: Time },
+    /// A view is being made durable.
+    Changing { next: View, waiting: MemberSet, since: Time, attach: bool },
+    /// Requests flow.
+    Active,
+    /// The goodbye is under way.
+    Detaching { waiting: MemberSet, since: Time },
+    /// Nothing more will happen.
+    Over(OverReason),
+}
+
+struct Op {
+    token: Token,
+    operation: Operation,
+    offset: u64,
+    length: u64,
+    /// Bytes that parts have been made for.
+    issued: u64,
+    parts: u32,
+    error: Option<IoError>,
+    submitted: Time,
+}
+
+struct FlushRound {
+    sequence: Sequence,
+    /// The attachment under which it was sent.
+    epoch: Epoch,
+    pending: MemberSet,
+    failed: MemberSet,
+    since: Time,
+    ops: Vec<OpIndex>,
+}
+
+/// The coordinator and data path of one pool.
+pub struct Client {
+    config: Config,
+    selector: PoolSelector,
+    state: State,
+    links: Vec<Link>,
+    /// The link of each member.
+    legs: [Option<LinkId>; MAX_MEMBERS],
+    spec: Option<PoolSpec>,
+    /// The committed view, or before that the highest one seen.
+    view: Option<View>,
+    epoch: Epoch,
+    sequence: Sequence,
+    parts: Parts,
+    ops: Vec<Option<Op>>,
+    free_ops: Vec<OpIndex>,
+    /// Operations that still need slots, oldest first.
+    backlog: VecDeque<OpIndex>,
+    flush_queue: Vec<OpIndex>,
+    flush: Option<FlushRound>,
+    /// Blocks written since the last flush round started.
+    unflushed: BlockMap,
+    /// Blocks written before the flush round that is under way.
+    flushing: BlockMap,
+    bytes_in_flight: u64,
+    max_io: u32,
+    max_bytes: u64,
+    slot_limit: usize,
+    /// Members whose answered writes survive a power cut without a flush.
+    write_through: MemberSet,
+    ready_slots: Vec<Slot>,
+    slot_scratch: Vec<(Sequence, Slot)>,
+    detach_requested: bool,
+    next_tick: Time,
+    now: Time,
+    counters: Counters,
+    outputs: VecDeque<Output>,
+}
+
+/// What a client has done since it started.
+#[derive(Clone, Copy, Default, Debug, serde::Serialize)]
+pub struct Counters {
+    /// Requests completed well.
+    pub completed: u64,
+    /// Requests failed.
+    pub failed: u64,
+    /// Views committed.
+    pub views: u64,
+    /// Writes that waited for an overlapping one.
+    pub overlapping: u64,
+    /// Reads repeated on another leg.
+    pub reads_repeated: u64,
+}
+
+impl Client {
+    /// A client of one pool that will ask the nodes at `seeds` (at most [`MAX_MEMBERS`], further ones are ignored).
+    #[must_use]
+    pub fn new(config: Config, selector: PoolSelector, seeds: &[Address], now: Time) -> Self {
+        let mut client = Self {
+            config,
+            selector,
+            state: State::Gathering { possible_since: None, told: String::new() },
+            links: Vec::new(),
+            legs: [None; MAX_MEMBERS],
+            spec: None,
+            view: None,
+            epoch: Epoch(0),
+            sequence: Sequence(0),
+            parts: Parts::new(MAX_SLOTS),
+            ops: Vec::new(),
+            free_ops: Vec::new(),
+            backlog: VecDeque::new(),
+            flush_queue: Vec::new(),
+            flush: None,
+            unflushed: BlockMap::new(0),
+            flushing: BlockMap::new(0),
+            bytes_in_flight: 0,
+            max_io: 0,
+            max_bytes: 0,
+            slot_limit: 0,
+            write_through: MemberSet::EMPTY,
+            ready_slots: Vec::new(),
+            slot_scratch: Vec::new(),
+            detach_requested: false,
+            next_tick: now,
+            now,
+            counters: Counters::default(),
+            outputs: VecDeque::with_capacity(256),
+        };
+        for address in seeds.iter().take(MAX_MEMBERS) {
+            client.add_link(address.clone());
+        }
+        client
+    }
+
+    /// Takes in one event.
+    pub fn apply(&mut self, event: Event<'_>, now: Time) {
+        self.now = now;
+        if matches!(self.state, State::Over(_)) {
+            return;
+        }
+        match event {
+            Event::LinkUp(link) => self.link_up(link),
+            Event::LinkDown(link, reason) => self.link_down(link, reason),
+            Event::Message(link, header, body) => self.message(link, header, body),
+            Event::Tick => self.tick(),
+            Event::Detach => {
+                self.detach_requested = true;
+                self.try_detach();
+            }
+        }
+        self.pump();
+    }
+
+    /// The next thing to do, if any.
+    pub fn take_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// When [`Event::Tick`] is due at the latest.
+    #[must_use]
+    pub const fn deadline(&self) -> Time {
+        self.next_tick
+    }
+
+    /// The pool's specification, known once a node has answered.
+    #[must_use]
+    pub const fn spec(&self) -> Option<&PoolSpec> {
+        self.spec.as_ref()
+    }
+
+    /// Whether requests flow.
+    #[must_use]
+    pub const fn is_active(&self) -> bool {
+        matches!(self.state, State::Active)
+    }
+
+    /// Why the client is over, once it is.
+    #[must_use]
+    pub const fn over(&self) -> Option<&OverReason> {
+        if let State::Over(reason) = &self.state { Some(reason) } else { None }
+    }
+
+    /// How many requests are not finished.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.ops.len() - self.free_ops.len()
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        self.outputs.push_back(Output::Notice(notice));
+    }
+
+    fn view_out(&self) -> MemberSet {
+        self.view.as_ref().map_or(MemberSet::EMPTY, View::out)
+    }
+
+    fn view_active(&self) -> MemberSet {
+        self.view.as_ref().map_or(MemberSet::EMPTY, View::active)
+    }
+
+    fn view_clean(&self) -> MemberSet {
+        self.view.as_ref().map_or(MemberSet::EMPTY, View::clean)
+    }
+
+    fn tick(&mut self) {
+        let busy = self.parts.in_flight() > 0 || self.flush.is_some() || !self.is_active();
+        let interval = if busy {
+            self.config.leg_timeout.min(Duration::from_millis(800)) / 8
+        } else {
+            self.config.ping_interval
+        };
+        self.next_tick = self.now + interval;
+        self.tick_links();
+        self.tick_requests();
+        self.tick_state();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,424 @@
+//! Requests in flight: one part per slot, writes in order of their sequence, and who waits for whom.
+//!
+//! Two writes that overlap may reach two legs in different order, and the legs would then differ for ever. So a write
+//! that overlaps an earlier unfinished one waits for it here. A counting filter makes the usual case, no overlap,
+//! cost a few array look-ups.
+
+use super::Operation;
+use crate::pool::{BLOCK_SIZE, MemberId, MemberSet, Sequence, Slot};
+use crate::time::Time;
+
+/// Index of an operation in its table.
+pub(super) type OpIndex = u32;
+
+const NONE: u16 = u16::MAX;
+const FILTER_BUCKETS: usize = 1 << 14;
+/// A write of more blocks than this would touch every bucket, and is counted apart.
+const FILTER_MOST: u64 = 1 << 12;
+
+/// What a part is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum PartState {
+    /// The slot is free.
+    Free,
+    /// Waits for an overlapping earlier write.
+    Blocked,
+    /// Admitted, but not sent under the present view.
+    Unsent,
+    /// Sent to the legs in `pending`, or answered by all of them.
+    Sent,
+}
+
+/// A piece of an operation that fits one message.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Part {
+    pub(super) state: PartState,
+    pub(super) operation: Operation,
+    pub(super) op: OpIndex,
+    /// Where the part's data starts in the operation's.
+    pub(super) op_offset: u64,
+    pub(super) offset: u64,
+    pub(super) length: u32,
+    pub(super) sequence: Sequence,
+    /// Legs that were sent the part and have not answered.
+    pub(super) pending: MemberSet,
+    /// Legs that did not carry it out; the part completes when the committed view has them Out.
+    pub(super) failed: MemberSet,
+    /// Set when a view change found the write in flight: reads of its range wait for it, lest a read from a new home
+    /// leg go back in time.
+    pub(super) barrier: bool,
+    pub(super) sent_at: Time,
+    previous: u16,
+    next: u16,
+    first_waiter: u16,
+    next_waiter: u16,
+}
+
+impl Part {
+    const FREE: Self = Self {
+        state: PartState::Free,
+        operation: Operation::Flush,
+        op: 0,
+        op_offset: 0,
+        offset: 0,
+        length: 0,
+        sequence: Sequence(0),
+        pending: MemberSet::EMPTY,
+        failed: MemberSet::EMPTY,
+        barrier: false,
+        sent_at: Time(0),
+        previous: NONE,
+        next: NONE,
+        first_waiter: NONE,
+        next_waiter: NONE,
+    };
+
+    const fn end(&self) -> u64 {
+        self.offset + self.length as u64
+    }
+
+    const fn overlaps(&self, offset: u64, end: u64) -> bool {
+        self.offset < end && offset < self.end()
+    }
+}
+
+/// The slot table of a client.
+pub(super) struct Parts {
+    parts: Vec<Part>,
+    free: Vec<u16>,
+    /// Writes in order of their sequence.
+    first: u16,
+    last: u16,
+    filter: Box<[u16; FILTER_BUCKETS]>,
+    large: u32,
+    barriers: u32,
+}
+
+impl Parts {
+    pub(super) fn new(slots: u16) -> Self {
+        Self {
+            parts: vec![Part::FREE; slots.into()],
+            free: (0..slots).rev().collect(),
+            first: NONE,
+            last: NONE,
+            filter: Box::new([0; FILTER_BUCKETS]),
+            large: 0,
+            barriers: 0,
+        }
+    }
+
+    pub(super) fn get(&self, slot: Slot) -> Option<&Part> {
+        self.parts.get(usize::from(slot.0)).filter(|p| p.state != PartState::Free)
+    }
+
+    pub(super) fn get_mut(&mut self, slot: Slot) -> Option<&mut Part> {
+        self.parts.get_mut(usize::from(slot.0)).filter(|p| p.state != PartState::Free)
+    }
+
+    pub(super) fn has_free(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.parts.len() - self.free.len()
+    }
+
+    /// Every used slot.
+    pub(super) fn slots(&self) -> impl Iterator<Item = (Slot, &Part)> {
+        self.parts.iter().zip(0u16..).filter(|(p, _)| p.state != PartState::Free).map(|(p, i)| (Slot(i), p))
+    }
+
+    /// The sequence up to which every write is complete, given the last one that was assigned.
+    pub(super) fn watermark(&self, last_assigned: Sequence) -> Sequence {
+        match self.parts.get(usize::from(self.first)) {
+            Some(oldest) => Sequence(oldest.sequence.0 - 1),
+            None => last_assigned,
+        }
+    }
+
+    /// Takes a free slot for a new part, which is then `Unsent`, or `Blocked` by an overlapping earlier write.
+    pub(super) fn admit(
+        &mut self,
+        operation: Operation,
+        op: OpIndex,
+        op_offset: u64,
+        (offset, length): (u64, u32),
+        sequence: Sequence,
+    ) -> Option<Slot> {
+        let index = self.free.pop()?;
+        let part = Part {
+            state: PartState::Unsent,
+            operation,
+            op,
+            op_offset,
+            offset,
+            length,
+            sequence,
+            ..Part::FREE
+        };
+        self.parts[usize::from(index)] = part;
+        let blocker = self.blocker(index);
+        if operation.is_write() {
+            self.link(index);
+        }
+        self.block_on(index, blocker);
+        Some(Slot(index))
+    }
+
+    /// Frees a slot and calls `ready` for each part that waited for it and may be sent now.
+    pub(super) fn release(&mut self, slot: Slot, mut ready: impl FnMut(Slot)) {
+        let index = slot.0;
+        let part = self.parts[usize::from(index)];
+        if part.operation.is_write() {
+            self.unlink(index);
+            self.barriers -= u32::from(part.barrier);
+        }
+        let mut waiter = part.first_waiter;
+        self.parts[usize::from(index)] = Part::FREE;
+        self.free.push(index);
+        while waiter != NONE {
+            let next = self.parts[usize::from(waiter)].next_waiter;
+            self.parts[usize::from(waiter)].next_waiter = NONE;
+            let blocker = self.blocker(waiter);
+            self.block_on(waiter, blocker);
+            if blocker.is_none() {
+                ready(Slot(waiter));
+            }
+            waiter = next;
+        }
+    }
+
+    /// Marks every write that is still awaited: see [`Part::barrier`].
+    pub(super) fn raise_barriers(&mut self) {
+        for part in &mut self.parts {
+            if part.state == PartState::Sent && part.operation.is_write() && !part.barrier {
+                part.barrier = true;
+                self.barriers += 1;
+            }
+        }
+    }
+
+    /// Takes `member` out of every part that waits for it, and notes that it failed.
+    pub(super) fn fail_member(&mut self, member: MemberId) {
+        for part in &mut self.parts {
+            if part.state != PartState::Free && part.pending.remove(member) {
+                part.failed.insert(member);
+            }
+        }
+    }
+
+    /// Makes every part that was sent `Unsent` again, for an attachment that starts anew.
+    pub(super) fn unsend_all(&mut self) {
+        for part in self.parts.iter_mut().filter(|p| p.state == PartState::Sent) {
+            part.state = PartState::Unsent;
+            part.pending = MemberSet::EMPTY;
+            part.failed = MemberSet::EMPTY;
+        }
+    }
+
+    fn block_on(&mut self, index: u16, blocker: Option<u16>) {
+        let part = &mut self.parts[usize::from(index)];
+        let Some(blocker) = blocker else {
+            part.state = PartState::Unsent;
+            return;
+        };
+        part.state = PartState::Blocked;
+        let first = &mut self.parts[usize::from(blocker)].first_waiter;
+        let rest = std::mem::replace(first, index);
+        self.parts[usize::from(index)].next_waiter = rest;
+    }
+
+    /// The latest earlier write that this part must wait for.
+    fn blocker(&self, index: u16) -> Option<u16> {
+        let part = &self.parts[usize::from(index)];
+        if part.operation.is_write() {
+            if !self.may_overlap(part) {
+                return None;
+            }
+            self.latest(part, |_| true)
+        } else if self.barriers > 0 {
+            self.latest(part, |write| write.barrier)
+        } else {
+            None
+        }
+    }
+
+    fn latest(&self, part: &Part, matters: impl Fn(&Part) -> bool) -> Option<u16> {
+        let mut at = self.last;
+        while at != NONE {
+            let other = &self.parts[usize::from(at)];
+            if other.sequence < part.sequence && matters(other) && other.overlaps(part.offset, part.end()) {
+                return Some(at);
+            }
+            at = other.previous;
+        }
+        None
+    }
+
+    fn link(&mut self, index: u16) {
+        let last = std::mem::replace(&mut self.last, index);
+        self.parts[usize::from(index)].previous = last;
+        match last {
+            NONE => self.first = index,
+            last => self.parts[usize::from(last)].next = index,
+        }
+        let part = self.parts[usize::from(index)];
+        if block_count(&part) > FILTER_MOST {
+            self.large += 1;
+        } else {
+            buckets(&part).for_each(|b| self.filter[b] += 1);
+        }
+    }
+
+    fn unlink(&mut self, index: u16) {
+        let part = self.parts[usize::from(index)];
+        match part.previous {
+            NONE => self.first = part.next,
+            previous => self.parts[usize::from(previous)].next = part.next,
+        }
+        match part.next {
+            NONE => self.last = part.previous,
+            next => self.parts[usize::from(next)].previous = part.previous,
+        }
+        if block_count(&part) > FILTER_MOST {
+            self.large -= 1;
+        } else {
+            buckets(&part).for_each(|b| self.filter[b] -= 1);
+        }
+    }
+
+    /// False only when no other linked write overlaps the part. A part that is linked itself counts once.
+    fn may_overlap(&self, part: &Part) -> bool {
+        let linked = u16::from(part.previous != NONE || part.next != NONE || self.is_only(part));
+        if self.large > 0 || block_count(part) > FILTER_MOST {
+            return self.first != NONE;
+        }
+        buckets(part).any(|b| self.filter[b] > linked)
+    }
+
+    fn is_only(&self, part: &Part) -> bool {
+        self.parts.get(usize::from(self.first)).is_some_and(|p| p.sequence == part.sequence)
+    }
+}
+
+fn block_count(part: &Part) -> u64 {
+    part.end().div_ceil(BLOCK_SIZE) - part.offset / BLOCK_SIZE
+}
+
+fn buckets(part: &Part) -> impl Iterator<Item = usize> + use<> {
+    let range = part.offset / BLOCK_SIZE..part.end().div_ceil(BLOCK_SIZE);
+    range.map(|block| usize::try_from(block).unwrap_or(0) % FILTER_BUCKETS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn admit(parts: &mut Parts, sequence: u64, offset: u64, length: u32) -> Slot {
+        parts.admit(Operation::Write, 0, 0, (offset, length), Sequence(sequence)).unwrap()
+    }
+
+    #[test]
+    fn overlapping_writes_go_one_after_the_other() {
+        let mut parts = Parts::new(8);
+        let a = admit(&mut parts, 1, 0, 4096);
+        let b = admit(&mut parts, 2, 8192, 4096);
+        let c = admit(&mut parts, 3, 0, 16384);
+        let state = |parts: &Parts, slot| parts.get(slot).unwrap().state;
+        assert_eq!(state(&parts, a), PartState::Unsent);
+        assert_eq!(state(&parts, b), PartState::Unsent);
+        assert_eq!(state(&parts, c), PartState::Blocked);
+        let mut ready = Vec::new();
+        parts.release(b, |s| ready.push(s));
+        assert!(ready.is_empty(), "it waits for the other one too");
+        parts.release(a, |s| ready.push(s));
+        assert_eq!(ready, vec![c]);
+    }
+
+    #[test]
+    fn writes_to_different_sectors_of_one_block_do_not_wait() {
+        let mut parts = Parts::new(8);
+        admit(&mut parts, 1, 0, 512);
+        let b = admit(&mut parts, 2, 512, 512);
+        assert_eq!(parts.get(b).unwrap().state, PartState::Unsent);
+    }
+
+    #[test]
+    fn the_watermark_stands_below_the_oldest_unfinished_write() {
+        let mut parts = Parts::new(8);
+        assert_eq!(parts.watermark(Sequence(0)), Sequence(0));
+        let a = admit(&mut parts, 1, 0, 512);
+        let b = admit(&mut parts, 2, 4096, 512);
+        parts.release(b, |_| {});
+        assert_eq!(parts.watermark(Sequence(2)), Sequence(0));
+        parts.release(a, |_| {});
+        assert_eq!(parts.watermark(Sequence(2)), Sequence(2));
+    }
+
+    #[test]
+    fn a_read_waits_only_for_a_write_that_a_view_change_caught() {
+        let mut parts = Parts::new(8);
+        let write = admit(&mut parts, 1, 0, 4096);
+        let read = |parts: &mut Parts, seq| {
+            let slot = parts.admit(Operation::Read, 0, 0, (0, 4096), Sequence(seq)).unwrap();
+            (slot, parts.get(slot).unwrap().state)
+        };
+        assert_eq!(read(&mut parts, 2).1, PartState::Unsent);
+        parts.get_mut(write).unwrap().state = PartState::Sent;
+        parts.raise_barriers();
+        let (slot, state) = read(&mut parts, 3);
+        assert_eq!(state, PartState::Blocked);
+        let mut ready = Vec::new();
+        parts.release(write, |s| ready.push(s));
+        assert_eq!(ready, vec![slot]);
+    }
+
+    #[test]
+    fn a_full_table_refuses() {
+        let mut parts = Parts::new(1);
+        admit(&mut parts, 1, 0, 512);
+        assert!(!parts.has_free());
+        assert_eq!(parts.admit(Operation::Read, 0, 0, (0, 512), Sequence(2)), None);
+    }
+
+    proptest! {
+        /// The oracle: a write may be under way only if no earlier unfinished write overlaps it, and every write is
+        /// under way in the end.
+        #[test]
+        fn no_two_overlapping_writes_are_ever_under_way(
+            steps in proptest::collection::vec((0u64..64, 1u32..24, any::<bool>(), any::<prop::sample::Index>()), 1..200)
+        ) {
+            let mut parts = Parts::new(32);
+            let mut live: Vec<(Slot, u64, u64, u64)> = Vec::new();
+            let mut sequence = 0;
+            let check = |parts: &Parts, live: &[(Slot, u64, u64, u64)]| {
+                for &(slot, seq, from, to) in live {
+                    let free = !live.iter().any(|&(_, s, f, t)| s < seq && f < to && from < t);
+                    let state = parts.get(slot).unwrap().state;
+                    prop_assert_eq!(state == PartState::Unsent, free);
+                }
+                Ok(())
+            };
+            for (start, sectors, finish, pick) in steps {
+                if finish || !parts.has_free() {
+                    let running: Vec<_> =
+                        live.iter().filter(|l| parts.get(l.0).unwrap().state == PartState::Unsent).copied().collect();
+                    if running.is_empty() {
+                        prop_assert!(live.is_empty(), "something must always be under way");
+                        continue;
+                    }
+                    let done = running[pick.index(running.len())];
+                    parts.release(done.0, |_| {});
+                    live.retain(|l| l.0 != done.0);
+                } else {
+                    sequence += 1;
+                    let (offset, length) = (start * 512, sectors * 512);
+                    let slot = admit(&mut parts, sequence, offset, length);
+                    live.push((slot, sequence, offset, offset + u64::from(length)));
+                }
+                check(&parts, &live)?;
+            }
+        }
+    }
+}

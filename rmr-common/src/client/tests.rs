@@ -1,0 +1,1 @@
+//! Unit tests of the machine; the simulator tests it together with replicas.

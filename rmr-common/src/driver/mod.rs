@@ -1,0 +1,333 @@
+//! Drives a [`Client`] over real connections, inside the event loop of whoever owns it.
+//!
+//! The driver owns the sockets and the memory references of requests in flight. Its owner watches the descriptors that
+//! [`PoolDriver::watch_changes`] names, passes readiness in, and calls [`PoolDriver::upkeep`] once at the end of each
+//! wake-up, which sends everything that was queued, one system call for each leg.
+
+mod pool;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use vmm_sys_util::epoll::EventSet;
+
+pub use pool::{BlockingPool, Buffers, Pool, PoolError};
+
+use crate::buffer::{Segment, gather};
+use crate::client::{
+    Client, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason, Payload,
+    PoolSelector, PoolStatus, Token,
+};
+use crate::clock::monotonic_now;
+use crate::pool::{Address, PoolSpec};
+use crate::reactor::WatchChange;
+use crate::time::Time;
+use crate::transport::connect::Connector;
+use crate::transport::tcp::TcpConnection;
+use crate::transport::{Connection, Place, Receiver};
+use crate::wire::MessageHeader;
+
+struct Wire {
+    connection: TcpConnection,
+    descriptor: RawFd,
+    watches_write: bool,
+}
+
+struct Request {
+    /// The owner's name for it; `None` when the entry is free.
+    token: Option<Token>,
+    segments: Vec<Segment>,
+}
+
+/// One pool, driven by its owner's event loop.
+pub struct PoolDriver {
+    client: Client,
+    connector: Connector,
+    wires: [Option<Wire>; MAX_LINKS],
+    /// Tells an attempt to connect from an earlier one on the same link.
+    attempts: [u64; MAX_LINKS],
+    requests: Vec<Request>,
+    free_requests: Vec<u32>,
+    done: Vec<(Token, Result<(), IoError>)>,
+    notices: Vec<Notice>,
+    changes: Vec<WatchChange>,
+    /// Connections that are over, kept until the loop does not watch them any more.
+    closing: Vec<TcpConnection>,
+    leg_timeout: Duration,
+    now: Time,
+}
+
+impl PoolDriver {
+    /// Starts to look for a pool at the nodes `seeds`.
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
+        let now = monotonic_now();
+        let leg_timeout = config.leg_timeout;
+        let connector = Connector::new(leg_timeout)?;
+        let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
+        let mut driver = Self {
+            client: Client::new(config, selector, seeds, now),
+            connector,
+            wires: std::array::from_fn(|_| None),
+            attempts: [0; MAX_LINKS],
+            requests: Vec::new(),
+            free_requests: Vec::new(),
+            done: Vec::new(),
+            notices: Vec::new(),
+            changes,
+            closing: Vec::new(),
+            leg_timeout,
+            now,
+        };
+        driver.carry_out();
+        Ok(driver)
+    }
+
+    /// Takes in a request. `segments` have the length of the range for a read or a write, and their memory must stay
+    /// until [`PoolDriver::completions`] returns the token; they are empty for other operations.
+    pub fn submit(
+        &mut self,
+        token: Token,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+        segments: &[Segment],
+    ) {
+        let index = self.free_requests.pop().unwrap_or_else(|| {
+            self.requests.push(Request { token: None, segments: Vec::new() });
+            u32::try_from(self.requests.len() - 1).unwrap_or(u32::MAX)
+        });
+        let request = &mut self.requests[index as usize];
+        request.token = Some(token);
+        request.segments.extend_from_slice(segments);
+        self.client.submit(Token(index.into()), operation, offset, length, self.now);
+        self.carry_out();
+    }
+
+    /// Moves finished requests to `done`.
+    pub fn completions(&mut self, done: &mut Vec<(Token, Result<(), IoError>)>) {
+        done.append(&mut self.done);
+    }
+
+    /// Moves what operators want to know to `notices`.
+    pub fn take_notices(&mut self, notices: &mut Vec<Notice>) {
+        notices.append(&mut self.notices);
+    }
+
+    /// Moves changes of what is to be watched to `changes`. They are to be applied before the next wait.
+    pub fn watch_changes(&mut self, changes: &mut Vec<WatchChange>) {
+        changes.append(&mut self.changes);
+    }
+
+    /// Whether a descriptor is one of the driver's.
+    #[must_use]
+    pub fn owns(&self, descriptor: RawFd) -> bool {
+        descriptor == self.connector.descriptor()
+            || self.wires.iter().flatten().any(|w| w.descriptor == descriptor)
+    }
+
+    /// A watched descriptor is ready.
+    pub fn ready(&mut self, descriptor: RawFd, _set: EventSet) {
+        self.now = monotonic_now();
+        if descriptor == self.connector.descriptor() {
+            while let Some((mark, result)) = self.connector.next() {
+                self.connected(mark, result);
+            }
+        } else if let Some(index) =
+            self.wires.iter().position(|w| w.as_ref().is_some_and(|w| w.descriptor == descriptor))
+        {
+            self.receive(index);
+        }
+        self.carry_out();
+    }
+
+    /// Time has passed, and work was queued: sends it. Called once at the end of each wake-up.
+    pub fn upkeep(&mut self) {
+        self.now = monotonic_now();
+        if self.changes.is_empty() {
+            self.closing.clear();
+        }
+        if self.client.deadline() <= self.now {
+            self.client.apply(Event::Tick, self.now);
+            self.carry_out();
+        }
+        for index in 0..MAX_LINKS {
+            let Some(wire) = &mut self.wires[index] else { continue };
+            if let Err(error) = wire.connection.flush() {
+                self.lost(index, &error.to_string());
+                self.carry_out();
+                continue;
+            }
+            let wants = wire.connection.wants_to_send();
+            if wants != wire.watches_write {
+                wire.watches_write = wants;
+                let set = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+                self.changes.push(WatchChange::Modify(wire.descriptor, set));
+            }
+        }
+    }
+
+    /// How long the loop may wait before it calls [`PoolDriver::upkeep`] again.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        self.client.deadline() - monotonic_now()
+    }
+
+    /// Leaves the pool in good order; [`PoolDriver::over`] tells when that is done.
+    pub fn detach(&mut self) {
+        self.client.apply(Event::Detach, self.now);
+        self.carry_out();
+    }
+
+    /// The pool's specification, once a node has answered.
+    #[must_use]
+    pub const fn spec(&self) -> Option<&PoolSpec> {
+        self.client.spec()
+    }
+
+    /// Whether requests flow.
+    #[must_use]
+    pub const fn is_active(&self) -> bool {
+        self.client.is_active()
+    }
+
+    /// Why the client is over, once it is.
+    #[must_use]
+    pub const fn over(&self) -> Option<&OverReason> {
+        self.client.over()
+    }
+
+    /// How many requests are not finished.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.client.in_flight()
+    }
+
+    /// What the client is doing.
+    #[must_use]
+    pub fn status(&self) -> PoolStatus {
+        self.client.status()
+    }
+
+    fn connected(&mut self, mark: u64, result: Result<std::net::TcpStream, String>) {
+        let index = usize::try_from(mark % MAX_LINKS as u64).unwrap_or(0);
+        if self.attempts[index] != mark {
+            return; // The link was given up meanwhile; the stream closes itself.
+        }
+        let id = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
+        let connection =
+            result.and_then(|stream| TcpConnection::new(stream, self.leg_timeout).map_err(|e| e.to_string()));
+        match connection {
+            Ok(connection) => {
+                let Some(descriptor) = connection.descriptor() else { return };
+                self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
+                self.wires[index] = Some(Wire { connection, descriptor, watches_write: false });
+                self.client.apply(Event::LinkUp(id), self.now);
+            }
+            Err(error) => self.client.apply(Event::LinkDown(id, &error), self.now),
+        }
+    }
+
+    fn receive(&mut self, index: usize) {
+        let Some(wire) = &mut self.wires[index] else { return };
+        let link = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
+        let mut sink = Sink { client: &mut self.client, requests: &self.requests, link, now: self.now };
+        if let Err(error) = wire.connection.receive(&mut sink) {
+            self.lost(index, &error.to_string());
+        }
+    }
+
+    fn lost(&mut self, index: usize, reason: &str) {
+        self.close(index);
+        self.client.apply(Event::LinkDown(LinkId(u8::try_from(index).unwrap_or(u8::MAX)), reason), self.now);
+    }
+
+    fn close(&mut self, index: usize) {
+        self.attempts[index] += MAX_LINKS as u64;
+        if let Some(mut wire) = self.wires[index].take() {
+            wire.connection.shut_down();
+            self.changes.push(WatchChange::Remove(wire.descriptor));
+            self.closing.push(wire.connection);
+        }
+    }
+
+    /// Does what the client wants done.
+    fn carry_out(&mut self) {
+        while let Some(output) = self.client.take_output() {
+            match output {
+                Output::Send(link, header, payload) => {
+                    let Some(wire) = &mut self.wires[usize::from(link.0)] else { continue };
+                    match payload {
+                        Payload::None => wire.connection.queue(&header, None),
+                        Payload::Body(body) => wire.connection.queue(&header, Some(body)),
+                        Payload::Request { token, offset } => {
+                            let segments = segments_of(&self.requests, token);
+                            let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+                            wire.connection.queue_data(&header, None, &mut |parts| {
+                                gather(segments, offset, header.payload as usize, parts);
+                            });
+                        }
+                    }
+                }
+                Output::Complete(token, result) => self.complete(token, result),
+                Output::Connect(link, address) => {
+                    let index = usize::from(link.0);
+                    let attempt = &mut self.attempts[index];
+                    *attempt += MAX_LINKS as u64;
+                    *attempt = *attempt / MAX_LINKS as u64 * MAX_LINKS as u64 + u64::from(link.0);
+                    self.connector.connect(*attempt, &address);
+                }
+                Output::Disconnect(link) => {
+                    let index = usize::from(link.0);
+                    if let Some(wire) = &mut self.wires[index] {
+                        // What is queued, a last word perhaps, may go out; the connection ends either way.
+                        let _ = wire.connection.flush();
+                    }
+                    self.close(index);
+                }
+                Output::Notice(notice) => self.notices.push(notice),
+            }
+        }
+    }
+
+    fn complete(&mut self, token: Token, result: Result<(), IoError>) {
+        let Ok(index) = u32::try_from(token.0) else { return };
+        let request = &mut self.requests[index as usize];
+        request.segments.clear();
+        if let Some(token) = request.token.take() {
+            self.done.push((token, result));
+            self.free_requests.push(index);
+        }
+    }
+}
+
+fn segments_of(requests: &[Request], token: Token) -> &[Segment] {
+    let index = usize::try_from(token.0).unwrap_or(usize::MAX);
+    requests.get(index).map_or(&[], |r| &r.segments)
+}
+
+/// Hands arriving messages to the client, and their data to the memory of the requests.
+struct Sink<'a> {
+    client: &'a mut Client,
+    requests: &'a [Request],
+    link: LinkId,
+    now: Time,
+}
+
+impl Receiver for Sink<'_> {
+    fn place(&mut self, header: &MessageHeader, segments: &mut Vec<Segment>) -> Place {
+        let Some((token, offset)) = self.client.payload_target(self.link, header) else {
+            return Place::Discard;
+        };
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        gather(segments_of(self.requests, token), offset, header.payload as usize, segments);
+        Place::Data
+    }
+
+    fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
+        self.client.apply(Event::Message(self.link, header, body), self.now);
+    }
+}

@@ -1,0 +1,134 @@
+//! One bit per chunk, in pages of the size that the on-disk format gives to a map page's payload.
+
+use crate::pool::Chunk;
+
+/// Payload of a map page on disk in bytes: 4 KiB less its 64-byte header.
+pub const MAP_PAGE_BYTES: usize = 4032;
+/// Chunks that one map page covers.
+pub const MAP_PAGE_BITS: u64 = MAP_PAGE_BYTES as u64 * 8;
+
+/// A set of chunks, stored as the pages that go to disk; bit 0 of byte 0 of page 0 is chunk 0.
+#[derive(Clone)]
+pub struct ChunkMap {
+    pages: Vec<[u8; MAP_PAGE_BYTES]>,
+    chunks: u64,
+    count: u64,
+}
+
+impl ChunkMap {
+    /// The empty set for a pool of `chunks` chunks.
+    #[must_use]
+    pub fn new(chunks: u64) -> Self {
+        let pages = (0..chunks.div_ceil(MAP_PAGE_BITS)).map(|_| [0; MAP_PAGE_BYTES]).collect();
+        Self { pages, chunks, count: 0 }
+    }
+
+    /// How many pages the map has.
+    #[must_use]
+    pub fn page_count(&self) -> u32 {
+        u32::try_from(self.pages.len()).unwrap_or(u32::MAX)
+    }
+
+    /// The bytes of one page.
+    #[must_use]
+    pub fn page(&self, page: u32) -> Option<&[u8; MAP_PAGE_BYTES]> {
+        self.pages.get(page as usize)
+    }
+
+    /// Replaces one page with what was read from disk; bits beyond the last chunk are dropped.
+    pub fn load_page(&mut self, page: u32, bytes: &[u8; MAP_PAGE_BYTES]) {
+        let Some(place) = self.pages.get_mut(page as usize) else { return };
+        *place = *bytes;
+        let first = u64::from(page) * MAP_PAGE_BITS;
+        for (byte, i) in place.iter_mut().zip(0u64..) {
+            let valid = self.chunks.saturating_sub(first + i * 8);
+            if valid < 8 {
+                *byte &= (1u16.wrapping_shl(u32::try_from(valid).unwrap_or(0)) - 1).to_le_bytes()[0];
+            }
+        }
+        self.count = self.pages.iter().flat_map(|p| p.iter()).map(|b| u64::from(b.count_ones())).sum();
+    }
+
+    fn place(chunk: Chunk) -> (usize, usize, u8) {
+        let page = usize::try_from(chunk.0 / MAP_PAGE_BITS).unwrap_or(usize::MAX);
+        let bit = chunk.0 % MAP_PAGE_BITS;
+        (page, usize::try_from(bit / 8).unwrap_or(0), 1 << (bit % 8))
+    }
+
+    /// The page that holds the bit of `chunk`.
+    #[must_use]
+    pub fn page_of(chunk: Chunk) -> u32 {
+        u32::try_from(chunk.0 / MAP_PAGE_BITS).unwrap_or(u32::MAX)
+    }
+
+    /// How many chunks are in the set.
+    #[must_use]
+    pub const fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Whether `chunk` is in the set.
+    #[must_use]
+    pub fn contains(&self, chunk: Chunk) -> bool {
+        let (page, byte, mask) = Self::place(chunk);
+        self.pages.get(page).is_some_and(|p| p[byte] & mask != 0)
+    }
+
+    /// Adds `chunk`; true if it was not there. Chunks beyond the pool are not added.
+    pub fn insert(&mut self, chunk: Chunk) -> bool {
+        if chunk.0 >= self.chunks || self.contains(chunk) {
+            return false;
+        }
+        let (page, byte, mask) = Self::place(chunk);
+        self.pages[page][byte] |= mask;
+        self.count += 1;
+        true
+    }
+
+    /// Takes `chunk` out; true if it was there. Only [`super::MemberMaps`] clears.
+    pub(super) fn remove(&mut self, chunk: Chunk) -> bool {
+        let was = self.contains(chunk);
+        if was {
+            let (page, byte, mask) = Self::place(chunk);
+            self.pages[page][byte] &= !mask;
+            self.count -= 1;
+        }
+        was
+    }
+
+    /// The chunks in ascending order.
+    pub fn iter(&self) -> impl Iterator<Item = Chunk> + '_ {
+        self.pages.iter().zip(0u64..).flat_map(|(page, p)| {
+            page.iter().zip(0u64..).filter(|(byte, _)| **byte != 0).flat_map(move |(&byte, b)| {
+                let base = p * MAP_PAGE_BITS + b * 8;
+                (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| Chunk(base + bit))
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_stand_where_the_format_says() {
+        let mut map = ChunkMap::new(MAP_PAGE_BITS + 5);
+        assert!(map.insert(Chunk(9)) && !map.insert(Chunk(9)));
+        assert!(map.insert(Chunk(MAP_PAGE_BITS)));
+        assert_eq!(map.page(0).unwrap()[1], 0b10);
+        assert_eq!(map.page(1).unwrap()[0], 1);
+        assert_eq!(map.iter().collect::<Vec<_>>(), vec![Chunk(9), Chunk(MAP_PAGE_BITS)]);
+        assert!(map.remove(Chunk(9)) && !map.remove(Chunk(9)));
+        assert_eq!(map.count(), 1);
+    }
+
+    #[test]
+    fn chunks_beyond_the_pool_never_enter() {
+        let mut map = ChunkMap::new(11);
+        assert!(!map.insert(Chunk(11)));
+        map.load_page(0, &[0xff; MAP_PAGE_BYTES]);
+        assert_eq!(map.count(), 11);
+        assert!(map.contains(Chunk(10)) && !map.contains(Chunk(11)));
+    }
+}

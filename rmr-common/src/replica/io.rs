@@ -1,0 +1,285 @@
+//! Requests of the attached client: checks, the order of durability, and the clearing of intents.
+
+use super::{
+    Activity, BufferToken, ConnectionId, DiskOperation, DiskResult, IoId, Output, Replica, ReplyPayload,
+    Waiter,
+};
+use crate::map::{ChunkMap, ClearReason, MapId, MapPage};
+use crate::pool::{Chunk, Epoch, Sequence};
+use crate::wire::{Kind, MessageHeader, SlotEntry, Status};
+
+/// A disk request, and the message that asked for it.
+pub(super) struct Io {
+    /// `None` for a flush of the replica's own.
+    request: Option<(ConnectionId, MessageHeader)>,
+    epoch: Epoch,
+    operation: DiskOperation,
+    /// Metadata pages that must be durable before the disk request starts.
+    awaited: usize,
+}
+
+impl Replica {
+    /// An I/O request of the attached client.
+    pub(super) fn request(
+        &mut self,
+        connection: ConnectionId,
+        header: &MessageHeader,
+        buffer: Option<BufferToken>,
+    ) {
+        let status = self.check_request(connection, header);
+        if status != Status::Ok {
+            return self.refuse(connection, header, status, buffer);
+        }
+        self.note_watermark(header.watermark);
+        let operation = match (header.kind, buffer) {
+            (Kind::Read, _) => DiskOperation::Read,
+            (Kind::Write, Some(buffer)) => DiskOperation::Write(buffer),
+            (Kind::Discard, _) => DiskOperation::Discard,
+            (Kind::WriteZeroes, _) => DiskOperation::WriteZeroes,
+            (Kind::Flush, _) => DiskOperation::Flush,
+            _ => return self.refuse(connection, header, Status::BadRequest, buffer),
+        };
+        let io = self.insert_io(Io {
+            request: Some((connection, *header)),
+            epoch: self.epoch,
+            operation,
+            awaited: 0,
+        });
+        if matches!(operation, DiskOperation::Read | DiskOperation::Flush) {
+            self.start_io(io);
+        } else {
+            self.start_write(io, header);
+        }
+    }
+
+    fn refuse(
+        &mut self,
+        connection: ConnectionId,
+        header: &MessageHeader,
+        status: Status,
+        buffer: Option<BufferToken>,
+    ) {
+        self.counters.refused += 1;
+        if let Some(buffer) = buffer {
+            self.outputs.push_back(Output::Release(buffer));
+        }
+        let mut reply = header.reply(reply_kind(header.kind), status);
+        if status == Status::StaleEpoch {
+            reply.epoch = self.epoch;
+        }
+        self.outputs.push_back(Output::Send(connection, reply, ReplyPayload::None));
+    }
+
+    fn check_request(&self, connection: ConnectionId, header: &MessageHeader) -> Status {
+        if header.epoch < self.epoch {
+            return Status::StaleEpoch;
+        }
+        if self.holder_connection() != Some(connection) || header.epoch != self.epoch || self.attach.is_some()
+        {
+            return Status::NotAttached;
+        }
+        if header.view != self.view.number {
+            return Status::StaleView;
+        }
+        if self.broken {
+            return Status::IoError;
+        }
+        if header.kind == Kind::Flush {
+            return Status::Ok;
+        }
+        let unit = self.spec.logical_block_size;
+        let within = header.offset.checked_add(header.length.into()).is_some_and(|end| end <= self.spec.size);
+        let aligned = header.offset.is_multiple_of(unit.into()) && header.length.is_multiple_of(unit);
+        let fits =
+            !matches!(header.kind, Kind::Read | Kind::Write) || header.length <= self.config.limits.max_io;
+        let known_missing = header.kind == Kind::Read || header.missing == self.view.out();
+        if within && aligned && fits && known_missing && header.length > 0 {
+            Status::Ok
+        } else {
+            Status::BadRequest
+        }
+    }
+
+    pub(super) fn note_watermark(&mut self, watermark: Sequence) {
+        self.watermark = self.watermark.max(watermark);
+    }
+
+    fn insert_io(&mut self, io: Io) -> IoId {
+        if let Some(index) = self.free_ios.pop() {
+            self.ios[index as usize] = Some(io);
+            return IoId(index);
+        }
+        self.ios.push(Some(io));
+        IoId(u32::try_from(self.ios.len() - 1).unwrap_or(u32::MAX))
+    }
+
+    /// Steps 1 and 2 of a write: intent and dirty bits, which must be durable before the data goes to disk.
+    fn start_write(&mut self, id: IoId, header: &MessageHeader) {
+        let (offset, length) = (header.offset, u64::from(header.length));
+        self.maps.set_intent(offset, length, &mut self.changed);
+        if !header.missing.is_empty() {
+            self.maps.set_dirty(header.missing, offset, length, &mut self.changed);
+        }
+        let size = self.spec.chunk_size;
+        for chunk in size.chunk_of(offset).0..=size.chunk_of(offset + length - 1).0 {
+            let new = Activity { sequence: header.sequence, last_write: self.now };
+            let activity = self.activity.entry(Chunk(chunk)).or_insert(new);
+            // A write that waited for an overlapping one comes after writes with higher numbers.
+            activity.sequence = activity.sequence.max(header.sequence);
+            activity.last_write = self.now;
+        }
+        // A bit that is set already may still be on its way to disk for an earlier write.
+        let awaited = if self.changed.is_empty() && self.pending_pages.is_empty() {
+            0
+        } else if self.changed.is_empty() {
+            self.await_pages(id, header)
+        } else {
+            self.persist_changed(Waiter::Io(id))
+        };
+        if awaited == 0 {
+            self.start_io(id);
+        } else if let Some(Some(io)) = self.ios.get_mut(id.0 as usize) {
+            io.awaited = awaited;
+        }
+    }
+
+    /// Waits for those pages on their way to disk that hold bits of this write.
+    fn await_pages(&mut self, id: IoId, header: &MessageHeader) -> usize {
+        let size = self.spec.chunk_size;
+        let first = ChunkMap::page_of(size.chunk_of(header.offset));
+        let last = ChunkMap::page_of(size.chunk_of(header.offset + u64::from(header.length) - 1));
+        let mut awaited = 0;
+        let maps = std::iter::once(MapId::Intent).chain(header.missing.iter().map(MapId::Dirty));
+        for (map, page) in maps.flat_map(|map| (first..=last).map(move |page| (map, page))) {
+            let ticket = self.pending_pages.get(&MapPage { map, page });
+            if let Some((_, waiters)) = ticket.and_then(|ticket| self.tickets.get_mut(ticket)) {
+                waiters.push(Waiter::Io(id));
+                awaited += 1;
+            }
+        }
+        awaited
+    }
+
+    pub(super) fn io_metadata_durable(&mut self, id: IoId) {
+        let Some(Some(io)) = self.ios.get_mut(id.0 as usize) else { return };
+        io.awaited -= 1;
+        if io.awaited == 0 {
+            self.start_io(id);
+        }
+    }
+
+    fn start_io(&mut self, id: IoId) {
+        let Some(Some(io)) = self.ios.get(id.0 as usize) else { return };
+        if self.broken || io.epoch != self.epoch {
+            // The client that asked is fenced by now, or the metadata the write needs is not durable.
+            return self.disk_done(id, DiskResult::Failed);
+        }
+        let (offset, length) = io.request.as_ref().map_or((0, 0), |(_, h)| (h.offset, h.length));
+        self.outputs.push_back(Output::Disk { io: id, operation: io.operation, offset, length });
+    }
+
+    pub(super) fn disk_done(&mut self, id: IoId, result: DiskResult) {
+        let Some(io) = self.ios.get_mut(id.0 as usize).and_then(Option::take) else { return };
+        self.free_ios.push(id.0);
+        let status = match result {
+            DiskResult::Done => Status::Ok,
+            DiskResult::NoSpace => Status::NoSpace,
+            DiskResult::Failed => Status::IoError,
+        };
+        if let DiskOperation::Write(buffer) = io.operation {
+            self.outputs.push_back(Output::Release(buffer));
+        }
+        match io.request {
+            None => self.own_flush_done(id, status),
+            Some((connection, header)) => self.request_done(id, connection, &header, status),
+        }
+        self.check_drained();
+    }
+
+    fn request_done(&mut self, id: IoId, connection: ConnectionId, header: &MessageHeader, status: Status) {
+        self.counters.count(header, status);
+        let is_write = matches!(header.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
+        if is_write && status == Status::Ok {
+            self.slots[usize::from(header.slot.0)] = SlotEntry {
+                slot: header.slot,
+                sequence: header.sequence,
+                offset: header.offset,
+                length: header.length,
+            };
+        }
+        let mut reply = header.reply(reply_kind(header.kind), status);
+        let payload = if header.kind == Kind::Read && status == Status::Ok {
+            reply.payload = header.length;
+            ReplyPayload::Data(id)
+        } else {
+            ReplyPayload::None
+        };
+        self.outputs.push_back(Output::Send(connection, reply, payload));
+    }
+
+    /// How many disk requests of epochs before the present one are under way.
+    pub(super) fn older_ios(&self) -> usize {
+        self.ios.iter().flatten().filter(|io| io.epoch < self.epoch).count()
+    }
+
+    /// Starts a flush of the replica's own.
+    pub(super) fn own_flush(&mut self) -> IoId {
+        let id = self.insert_io(Io {
+            request: None,
+            epoch: self.epoch,
+            operation: DiskOperation::Flush,
+            awaited: 0,
+        });
+        self.outputs.push_back(Output::Disk {
+            io: id,
+            operation: DiskOperation::Flush,
+            offset: 0,
+            length: 0,
+        });
+        id
+    }
+
+    /// Once a second: chunks that were idle for long and are complete everywhere lose their intent bit, after a flush
+    /// that began when both were known. While no client is attached the watermark stands still, so that nothing
+    /// that was in flight when it died is forgotten.
+    pub(super) fn clear_intents(&mut self) {
+        if self.clearing.is_some() || self.broken || self.holder_connection().is_none() {
+            return;
+        }
+        let (now, watermark, idle) = (self.now, self.watermark, self.config.intent_idle);
+        let is_done = |c: &Chunk, a: &Activity| {
+            a.sequence <= watermark && now - a.last_write >= idle && !self.frozen.contains(c)
+        };
+        let chunks: Vec<_> =
+            self.activity.iter().filter(|(c, a)| is_done(c, a)).map(|(c, a)| (*c, a.sequence)).collect();
+        if !chunks.is_empty() {
+            let io = self.own_flush();
+            self.clearing = Some((io, chunks));
+        }
+    }
+
+    fn own_flush_done(&mut self, id: IoId, status: Status) {
+        if self.detach.as_ref().is_some_and(|d| d.flush == Some(id)) {
+            return self.detach_flushed(status);
+        }
+        let Some((_, chunks)) = self.clearing.take_if(|(io, _)| *io == id) else { return };
+        if status != Status::Ok {
+            return;
+        }
+        for (chunk, sequence) in chunks {
+            if self.activity.get(&chunk).is_some_and(|a| a.sequence == sequence) {
+                self.activity.remove(&chunk);
+                self.maps.clear_intent(chunk, ClearReason::CompleteEverywhere, &mut self.changed);
+            }
+        }
+        let mut changed = std::mem::take(&mut self.changed);
+        for page in changed.drain(..) {
+            self.persist(super::Metadata::Page(page), Vec::new());
+        }
+        self.changed = changed;
+    }
+}
+
+const fn reply_kind(request: Kind) -> Kind {
+    if matches!(request, Kind::Flush) { Kind::FlushReply } else { Kind::IoReply }
+}

@@ -1,0 +1,449 @@
+//! One member's protocol behaviour, as a state machine without I/O.
+//!
+//! A node gives it what happened (messages, disk completions, durable metadata, time) and carries out what it asks
+//! for. What a write needs for recovery is durable before the write is answered: first the intent bit of its chunk and
+//! the dirty bits of the members that miss it, then the data, then the answer.
+
+mod io;
+mod session;
+mod status;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::Duration;
+
+pub use status::{HolderStatus, MissedStatus, ReplicaCounters, ReplicaStatus};
+
+use crate::map::{MapPage, MemberMaps};
+use crate::pool::{BootId, Chunk, ClientId, Epoch, MemberId, PoolSpec, Sequence, View, ViewNumber};
+use crate::time::Time;
+use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, SlotEntry};
+use io::Io;
+use session::{PendingAttach, PendingDetach, PendingView};
+
+/// Names a connection to its node.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
+pub struct ConnectionId(pub u32);
+
+/// Names a buffer that the node filled with the data of a write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct BufferToken(pub u32);
+
+/// Names a disk request to the replica.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct IoId(pub u32);
+
+/// Names a piece of metadata on its way to disk. Tickets grow; each is answered once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// Which client has, or last had, the pool, as it stands in the superblock.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LastClient {
+    /// Its identity.
+    pub client: ClientId,
+    /// Who it is, in words.
+    pub description: String,
+    /// Whether it is attached, or was when it was last heard of. False after it detached in good order.
+    pub attached: bool,
+}
+
+/// The part of a superblock that the protocol changes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DurableState {
+    /// The member's view.
+    pub view: View,
+    /// The highest epoch accepted.
+    pub epoch: Epoch,
+    /// The client of that epoch.
+    pub last_client: Option<LastClient>,
+}
+
+/// A piece of metadata to make durable.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Metadata {
+    /// A map page, as [`Replica::page`] returns it when the write starts. Written pages may be newer than asked for.
+    Page(MapPage),
+    /// The superblock.
+    State(Box<DurableState>),
+}
+
+/// What a disk request does. Offsets are bytes of the pool.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DiskOperation {
+    /// Read into a buffer that the node finds.
+    Read,
+    /// Write from the buffer.
+    Write(BufferToken),
+    /// Make everything completed so far durable.
+    Flush,
+    /// Forget the range; it must read as zeroes.
+    Discard,
+    /// Make the range read as zeroes.
+    WriteZeroes,
+}
+
+/// How a disk request ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DiskResult {
+    /// Well.
+    Done,
+    /// The disk is full.
+    NoSpace,
+    /// With any other error; the node has logged it.
+    Failed,
+}
+
+/// Payload of an answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ReplyPayload {
+    /// None.
+    None,
+    /// The buffer that this disk read filled. It is the node's to free once it is sent.
+    Data(IoId),
+    /// A body.
+    Body(Vec<u8>),
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A message of a client that was greeted (see [`Replica::greet`]). A write's data is in the buffer.
+    Message {
+        /// Where it came from.
+        connection: ConnectionId,
+        /// Its header.
+        header: &'a MessageHeader,
+        /// Its body, if it is a control message.
+        body: &'a [u8],
+        /// Its data, if it is a write.
+        buffer: Option<BufferToken>,
+    },
+    /// A connection is gone.
+    Closed(ConnectionId),
+    /// A disk request ended.
+    Disk(IoId, DiskResult),
+    /// Metadata is durable, or cannot be made durable.
+    Durable(Ticket, Result<(), ()>),
+    /// Time has passed; due once a second.
+    Tick,
+}
+
+/// What the node has to do, in this order.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Output {
+    /// Send a message; its header's `payload` is the length of the payload.
+    Send(ConnectionId, MessageHeader, ReplyPayload),
+    /// Carry out a disk request.
+    Disk {
+        /// Its name.
+        io: IoId,
+        /// What to do.
+        operation: DiskOperation,
+        /// First byte of the pool.
+        offset: u64,
+        /// Bytes.
+        length: u32,
+    },
+    /// Make metadata durable.
+    Persist(Ticket, Metadata),
+    /// The buffer of a write is not needed any more.
+    Release(BufferToken),
+    /// Close a connection; [`Event::Closed`] is not needed.
+    Close(ConnectionId, &'static str),
+    /// Something that operators want to know.
+    Notice(Notice),
+}
+
+/// What is worth a line in a log.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Notice {
+    /// A client attached.
+    Attached(Epoch, String),
+    /// A client was refused, because this one holds the pool.
+    Refused(String, String),
+    /// The client is gone without a goodbye; what it had in flight is not known to be complete.
+    ClientLost(Epoch, String),
+    /// The client detached.
+    Detached(Epoch, String),
+    /// The member has a new view.
+    View(View),
+    /// Metadata cannot be made durable: the member stops to answer writes.
+    MetadataFailed,
+}
+
+/// How a replica behaves.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What one client session may have outstanding.
+    pub limits: Limits,
+    /// An intent bit is cleared when its chunk was not written for so long.
+    pub intent_idle: Duration,
+    /// The run of the node's kernel.
+    pub host_boot: BootId,
+    /// The run of the node's process.
+    pub process_boot: BootId,
+    /// Whether the store needs no flush for durability.
+    pub write_through: bool,
+}
+
+struct Holder {
+    client: ClientId,
+    description: String,
+    /// `None` once the connection is gone.
+    connection: Option<ConnectionId>,
+    since: Time,
+}
+
+#[derive(Clone, Copy)]
+struct Activity {
+    sequence: Sequence,
+    last_write: Time,
+}
+
+/// Who waits for metadata to be durable. The numbers tell a step that was given up from the one that replaced it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Waiter {
+    Io(IoId),
+    Attach(Epoch),
+    ViewPages(ViewNumber),
+    View(ViewNumber),
+    DetachPages(Epoch),
+    Detach(Epoch),
+}
+
+/// One member of a pool.
+pub struct Replica {
+    config: Config,
+    spec: PoolSpec,
+    member: MemberId,
+    view: View,
+    epoch: Epoch,
+    last_client: Option<LastClient>,
+    /// The client before the one that is attached, whose writes the slot table may hold.
+    previous_client: Option<ClientId>,
+    holder: Option<Holder>,
+    /// Whether the last client left in good order, so that the slot table needs no look.
+    clean_detach: bool,
+    maps: MemberMaps,
+    slots: Vec<SlotEntry>,
+    watermark: Sequence,
+    activity: HashMap<Chunk, Activity>,
+    /// Chunks that may hold writes of a client that died: their intent bits stay.
+    frozen: HashSet<Chunk>,
+    /// Chunks whose intent bit goes when the flush that is under way is answered.
+    clearing: Option<(IoId, Vec<(Chunk, Sequence)>)>,
+    ios: Vec<Option<Io>>,
+    free_ios: Vec<u32>,
+    next_ticket: Ticket,
+    /// Pages on their way to disk, with the ticket of the newest request.
+    pending_pages: HashMap<MapPage, Ticket>,
+    tickets: HashMap<Ticket, (Option<MapPage>, Vec<Waiter>)>,
+    attach: Option<PendingAttach>,
+    set_view: Option<PendingView>,
+    detach: Option<PendingDetach>,
+    /// Set when metadata could not be written: nothing that depends on it is answered any more.
+    broken: bool,
+    changed: Vec<MapPage>,
+    now: Time,
+    counters: ReplicaCounters,
+    outputs: VecDeque<Output>,
+}
+
+impl Replica {
+    /// A member as its store has it. `maps` hold the bits read from disk.
+    #[must_use]
+    pub fn new(
+        config: Config,
+        spec: PoolSpec,
+        member: MemberId,
+        state: DurableState,
+        maps: MemberMaps,
+    ) -> Self {
+        let clean_detach = state.last_client.as_ref().is_none_or(|c| !c.attached);
+        let none =
+            |slot| SlotEntry { slot: crate::pool::Slot(slot), sequence: Sequence(0), offset: 0, length: 0 };
+        Self {
+            config,
+            spec,
+            member,
+            view: state.view,
+            epoch: state.epoch,
+            last_client: state.last_client,
+            previous_client: None,
+            holder: None,
+            clean_detach,
+            maps,
+            slots: (0..MAX_SLOTS).map(none).collect(),
+            watermark: Sequence(0),
+            activity: HashMap::new(),
+            frozen: HashSet::new(),
+            clearing: None,
+            ios: Vec::new(),
+            free_ios: Vec::new(),
+            next_ticket: Ticket(1),
+            pending_pages: HashMap::new(),
+            tickets: HashMap::new(),
+            attach: None,
+            set_view: None,
+            detach: None,
+            broken: false,
+            changed: Vec::new(),
+            now: Time(0),
+            counters: ReplicaCounters::default(),
+            outputs: VecDeque::with_capacity(256),
+        }
+    }
+
+    /// Answers a hello: what a client has to know before it attaches.
+    ///
+    /// # Errors
+    /// The words of a refusal, when no version of the client's is spoken here.
+    pub fn greet(&self, hello: &Hello) -> Result<HelloReply, String> {
+        let (low, high) = hello.versions;
+        if !(low..=high).contains(&PROTOCOL_VERSION) {
+            return Err(format!(
+                "this node speaks protocol version {PROTOCOL_VERSION}, the client {low} to {high}"
+            ));
+        }
+        Ok(HelloReply {
+            version: PROTOCOL_VERSION,
+            capabilities: 0,
+            limits: self.config.limits,
+            member: self.member,
+            write_through: self.config.write_through,
+            host_boot: self.config.host_boot,
+            process_boot: self.config.process_boot,
+            spec: self.spec.clone(),
+            view: self.view.clone(),
+            epoch: self.epoch,
+        })
+    }
+
+    /// Takes in one event.
+    pub fn apply(&mut self, event: Event<'_>, now: Time) {
+        self.now = now;
+        match event {
+            Event::Message { connection, header, body, buffer } => {
+                self.message(connection, header, body, buffer)
+            }
+            Event::Closed(connection) => self.closed(connection),
+            Event::Disk(io, result) => self.disk_done(io, result),
+            Event::Durable(ticket, result) => self.durable(ticket, result),
+            Event::Tick => self.clear_intents(),
+        }
+    }
+
+    /// The next thing to do, if any.
+    pub fn take_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// The bytes of a map page as they are now.
+    #[must_use]
+    pub fn page(&self, page: MapPage) -> Option<&[u8; crate::map::MAP_PAGE_BYTES]> {
+        self.maps.page(page)
+    }
+
+    /// The pool's specification.
+    #[must_use]
+    pub const fn spec(&self) -> &PoolSpec {
+        &self.spec
+    }
+
+    /// Which member this is.
+    #[must_use]
+    pub const fn member(&self) -> MemberId {
+        self.member
+    }
+
+    /// The member's view.
+    #[must_use]
+    pub const fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// The connection of the client that is attached.
+    #[must_use]
+    pub fn holder_connection(&self) -> Option<ConnectionId> {
+        self.holder.as_ref()?.connection
+    }
+
+    /// Whether disk or metadata requests are under way.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.ios.len() > self.free_ios.len() || !self.tickets.is_empty()
+    }
+
+    fn durable_state(&self) -> DurableState {
+        DurableState { view: self.view.clone(), epoch: self.epoch, last_client: self.last_client.clone() }
+    }
+
+    fn persist(&mut self, metadata: Metadata, waiters: Vec<Waiter>) -> Ticket {
+        let ticket = self.next_ticket;
+        self.next_ticket = Ticket(ticket.0 + 1);
+        let page = if let Metadata::Page(page) = &metadata { Some(*page) } else { None };
+        if let Some(page) = page {
+            self.pending_pages.insert(page, ticket);
+        }
+        self.tickets.insert(ticket, (page, waiters));
+        self.outputs.push_back(Output::Persist(ticket, metadata));
+        ticket
+    }
+
+    fn persist_state(&mut self, waiter: Waiter) {
+        let state = self.durable_state();
+        self.persist(Metadata::State(Box::new(state)), vec![waiter]);
+    }
+
+    /// Starts the writes of all changed pages, and lets `waiter` wait for them and for every page that is on its way.
+    /// Returns how many tickets it waits for.
+    fn persist_changed(&mut self, waiter: Waiter) -> usize {
+        let mut changed = std::mem::take(&mut self.changed);
+        for page in changed.drain(..) {
+            self.persist(Metadata::Page(page), Vec::new());
+        }
+        self.changed = changed;
+        let pending: Vec<Ticket> = self.pending_pages.values().copied().collect();
+        for ticket in &pending {
+            if let Some((_, waiters)) = self.tickets.get_mut(ticket) {
+                waiters.push(waiter);
+            }
+        }
+        pending.len()
+    }
+
+    fn durable(&mut self, ticket: Ticket, result: Result<(), ()>) {
+        let Some((page, waiters)) = self.tickets.remove(&ticket) else { return };
+        if let Some(page) = page
+            && self.pending_pages.get(&page) == Some(&ticket)
+        {
+            self.pending_pages.remove(&page);
+        }
+        if result.is_err() && !self.broken {
+            self.broken = true;
+            self.notice(Notice::MetadataFailed);
+            if let Some(connection) = self.holder_connection() {
+                // The client goes on without this member; the others record what it misses.
+                self.outputs.push_back(Output::Close(connection, "metadata cannot be written"));
+                self.closed(connection);
+            }
+        }
+        for waiter in waiters {
+            match waiter {
+                Waiter::Io(io) => self.io_metadata_durable(io),
+                Waiter::Attach(epoch) => self.attach_durable(epoch),
+                Waiter::ViewPages(view) => self.view_page_durable(view),
+                Waiter::View(view) => self.view_durable(view),
+                Waiter::DetachPages(epoch) => self.detach_page_durable(epoch),
+                Waiter::Detach(epoch) => self.detach_durable(epoch),
+            }
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        self.outputs.push_back(Output::Notice(notice));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,292 @@
+//! Attach, views and detach: who may write, and under which view.
+
+use super::{
+    BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
+};
+use crate::map::ClearReason;
+use crate::pool::{Epoch, MemberState, Sequence, View, ViewNumber};
+use crate::wire::{Attach, AttachReply, Kind, MessageHeader, SetView, Status};
+
+/// An attach whose epoch is being made durable, or that waits for older disk requests to end.
+pub(super) struct PendingAttach {
+    connection: ConnectionId,
+    header: MessageHeader,
+    durable: bool,
+}
+
+/// A view on its way to disk: first the map pages with what was missed, then the superblock.
+pub(super) struct PendingView {
+    connection: ConnectionId,
+    header: MessageHeader,
+    view: View,
+    pages: usize,
+    adopted: bool,
+}
+
+/// A detach: flush, clear the intents, then say in the superblock that all is well.
+pub(super) struct PendingDetach {
+    connection: ConnectionId,
+    header: MessageHeader,
+    pub(super) flush: Option<IoId>,
+    pages: usize,
+}
+
+impl Replica {
+    pub(super) fn message(
+        &mut self,
+        connection: ConnectionId,
+        header: &MessageHeader,
+        body: &[u8],
+        buffer: Option<BufferToken>,
+    ) {
+        match header.kind {
+            Kind::Write | Kind::Read | Kind::Flush | Kind::Discard | Kind::WriteZeroes => {
+                self.request(connection, header, buffer);
+            }
+            Kind::Attach => self.attach(connection, header, body),
+            Kind::SetView => self.set_view(connection, header, body),
+            Kind::Detach => self.detach(connection, header),
+            Kind::Ping => {
+                if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
+                    self.note_watermark(header.watermark);
+                }
+                self.outputs.push_back(Output::Send(
+                    connection,
+                    header.reply(Kind::Pong, Status::Ok),
+                    ReplyPayload::None,
+                ));
+            }
+            _ => self.outputs.push_back(Output::Close(connection, "a message that only a node sends")),
+        }
+    }
+
+    fn answer(
+        &mut self,
+        connection: ConnectionId,
+        header: &MessageHeader,
+        kind: Kind,
+        status: Status,
+        body: Vec<u8>,
+    ) {
+        let mut reply = header.reply(kind, status);
+        reply.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        if status != Status::Ok {
+            reply.epoch = self.epoch;
+        }
+        let payload = if body.is_empty() { ReplyPayload::None } else { ReplyPayload::Body(body) };
+        self.outputs.push_back(Output::Send(connection, reply, payload));
+    }
+
+    fn attach(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
+        let attach = match Attach::decode(body) {
+            Ok(attach) => attach,
+            Err(error) => {
+                let text = error.to_string().into_bytes();
+                return self.answer(connection, header, Kind::AttachReply, Status::BadRequest, text);
+            }
+        };
+        if let Some(holder) = &self.holder
+            && holder.connection.is_some_and(|c| c != connection)
+            && holder.client != attach.client
+            && !attach.takeover
+        {
+            let text = holder.description.clone();
+            self.notice(Notice::Refused(attach.description, text.clone()));
+            return self.answer(connection, header, Kind::AttachReply, Status::Held, text.into_bytes());
+        }
+        if header.epoch <= self.epoch {
+            return self.answer(connection, header, Kind::AttachReply, Status::StaleEpoch, Vec::new());
+        }
+        if self.broken {
+            let text = b"its metadata cannot be written".to_vec();
+            return self.answer(connection, header, Kind::AttachReply, Status::IoError, text);
+        }
+        if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection) {
+            self.outputs.push_back(Output::Close(old, "another client attached"));
+        }
+        self.epoch = header.epoch;
+        self.set_view = None;
+        self.detach = None;
+        self.holder = Some(Holder {
+            client: attach.client,
+            description: attach.description.clone(),
+            connection: Some(connection),
+            since: self.now,
+        });
+        let previous = self.last_client.replace(LastClient {
+            client: attach.client,
+            description: attach.description,
+            attached: true,
+        });
+        self.previous_client = previous.map(|c| c.client);
+        self.attach = Some(PendingAttach { connection, header: *header, durable: false });
+        self.persist_state(Waiter::Attach(self.epoch));
+    }
+
+    pub(super) fn attach_durable(&mut self, epoch: Epoch) {
+        if let Some(attach) = self.attach.as_mut().filter(|a| a.header.epoch == epoch) {
+            attach.durable = true;
+        }
+        self.check_drained();
+    }
+
+    /// Answers an attach when its epoch is durable and no disk request of an older epoch can change anything any more.
+    pub(super) fn check_drained(&mut self) {
+        if !self.attach.as_ref().is_some_and(|a| a.durable) || self.older_ios() > 0 {
+            return;
+        }
+        let Some(PendingAttach { connection, header, .. }) = self.attach.take() else { return };
+        if header.epoch != self.epoch {
+            return;
+        }
+        if self.broken {
+            let text = b"its metadata cannot be written".to_vec();
+            return self.answer(connection, &header, Kind::AttachReply, Status::IoError, text);
+        }
+        let slots = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
+        let reply = AttachReply {
+            view: self.view.clone(),
+            last_client: self.previous_client,
+            clean_detach: self.clean_detach,
+            slots,
+        };
+        if !self.clean_detach {
+            self.frozen.extend(self.maps.intent().iter());
+        }
+        self.activity.clear();
+        self.clearing = None;
+        self.watermark = Sequence(0);
+        self.clean_detach = false;
+        let who = self.holder.as_ref().map(|h| h.description.clone()).unwrap_or_default();
+        self.notice(Notice::Attached(self.epoch, who));
+        self.answer(connection, &header, Kind::AttachReply, Status::Ok, reply.encode());
+    }
+
+    fn set_view(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
+        let refuse = |this: &mut Self, status, text: String| {
+            this.answer(connection, header, Kind::SetViewReply, status, text.into_bytes());
+        };
+        if header.epoch < self.epoch {
+            return refuse(self, Status::StaleEpoch, String::new());
+        }
+        if self.holder_connection() != Some(connection) || header.epoch != self.epoch || self.attach.is_some()
+        {
+            return refuse(self, Status::NotAttached, String::new());
+        }
+        let set = match SetView::decode(body) {
+            Ok(set) => set,
+            Err(error) => return refuse(self, Status::BadRequest, error.to_string()),
+        };
+        let own = self.view.member(self.member).map(|m| m.store);
+        let stays =
+            set.view.member(self.member).is_some_and(|m| Some(m.store) == own && m.state != MemberState::Out);
+        if set.view.epoch != self.epoch || !self.view.may_precede(&set.view) || !stays {
+            let text = format!("{} does not follow {} on member {}", set.view, self.view, self.member);
+            return refuse(self, Status::IllegalView, text);
+        }
+        for addition in &set.additions {
+            let end = addition.offset.saturating_add(addition.length).min(self.spec.size);
+            let length = end.saturating_sub(addition.offset);
+            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
+        }
+        if set.more {
+            return;
+        }
+        let pages = self.persist_changed(Waiter::ViewPages(set.view.number));
+        self.set_view =
+            Some(PendingView { connection, header: *header, view: set.view, pages, adopted: false });
+        if pages == 0 {
+            self.adopt_view();
+        }
+    }
+
+    pub(super) fn view_page_durable(&mut self, view: ViewNumber) {
+        let pending = self.set_view.as_mut().filter(|p| p.view.number == view && p.pages > 0);
+        let Some(pending) = pending else { return };
+        pending.pages -= 1;
+        if pending.pages == 0 {
+            self.adopt_view();
+        }
+    }
+
+    /// The dirty bits are durable: now the view may say that members are absent.
+    fn adopt_view(&mut self) {
+        let Some(pending) = &mut self.set_view else { return };
+        pending.adopted = true;
+        self.view = pending.view.clone();
+        self.persist_state(Waiter::View(self.view.number));
+    }
+
+    pub(super) fn view_durable(&mut self, view: ViewNumber) {
+        let Some(pending) = self.set_view.take_if(|p| p.adopted && p.view.number == view) else { return };
+        let status = if self.broken { Status::IoError } else { Status::Ok };
+        self.notice(Notice::View(pending.view));
+        self.answer(pending.connection, &pending.header, Kind::SetViewReply, status, Vec::new());
+    }
+
+    fn detach(&mut self, connection: ConnectionId, header: &MessageHeader) {
+        if self.holder_connection() != Some(connection) || header.epoch != self.epoch {
+            return self.answer(connection, header, Kind::DetachReply, Status::NotAttached, Vec::new());
+        }
+        self.note_watermark(header.watermark);
+        let flush = Some(self.own_flush());
+        self.detach = Some(PendingDetach { connection, header: *header, flush, pages: 0 });
+    }
+
+    pub(super) fn detach_flushed(&mut self, status: Status) {
+        let Some(detach) = &mut self.detach else { return };
+        detach.flush = None;
+        if status != Status::Ok {
+            let Some(detach) = self.detach.take() else { return };
+            return self.answer(detach.connection, &detach.header, Kind::DetachReply, status, Vec::new());
+        }
+        let chunks: Vec<_> = self.activity.drain().map(|(chunk, _)| chunk).collect();
+        for chunk in chunks.into_iter().filter(|c| !self.frozen.contains(c)) {
+            self.maps.clear_intent(chunk, ClearReason::CleanDetach, &mut self.changed);
+        }
+        let pages = self.persist_changed(Waiter::DetachPages(self.epoch));
+        if let Some(detach) = &mut self.detach {
+            detach.pages = pages;
+        }
+        if pages == 0 {
+            self.detach_pages_done();
+        }
+    }
+
+    pub(super) fn detach_page_durable(&mut self, epoch: Epoch) {
+        let Some(detach) = self.detach.as_mut().filter(|d| d.header.epoch == epoch && d.pages > 0) else {
+            return;
+        };
+        detach.pages -= 1;
+        if detach.pages == 0 {
+            self.detach_pages_done();
+        }
+    }
+
+    fn detach_pages_done(&mut self) {
+        if let Some(last) = &mut self.last_client {
+            last.attached = false;
+        }
+        self.persist_state(Waiter::Detach(self.epoch));
+    }
+
+    pub(super) fn detach_durable(&mut self, epoch: Epoch) {
+        let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
+        let who = self.holder.take().map(|h| h.description).unwrap_or_default();
+        self.clean_detach = true;
+        self.notice(Notice::Detached(self.epoch, who));
+        self.answer(detach.connection, &detach.header, Kind::DetachReply, Status::Ok, Vec::new());
+    }
+
+    /// A connection is gone. If it was the client's, nothing is cleared until the next attach: what it had in flight is
+    /// not known to be complete everywhere.
+    pub(super) fn closed(&mut self, connection: ConnectionId) {
+        let Some(holder) = self.holder.as_mut().filter(|h| h.connection == Some(connection)) else { return };
+        holder.connection = None;
+        let who = holder.description.clone();
+        self.attach = None;
+        self.set_view = None;
+        self.detach = None;
+        self.notice(Notice::ClientLost(self.epoch, who));
+    }
+}

@@ -1,0 +1,121 @@
+//! What a replica tells operators about itself.
+
+use serde::Serialize;
+
+use super::Replica;
+use crate::pool::{MemberId, View};
+use crate::time::Time;
+use crate::wire::{Kind, MessageHeader, Status};
+
+/// Requests so far.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq, Serialize)]
+pub struct ReplicaCounters {
+    /// Reads answered well.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes answered well, discards and zeroes included.
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Flushes answered well.
+    pub flushes: u64,
+    /// Requests that the disk failed.
+    pub errors: u64,
+    /// Requests refused: another epoch or view, or a broken rule.
+    pub refused: u64,
+}
+
+impl ReplicaCounters {
+    pub(super) fn count(&mut self, header: &MessageHeader, status: Status) {
+        let length = u64::from(header.length);
+        match (status, header.kind) {
+            (Status::Ok, Kind::Read) => {
+                self.reads += 1;
+                self.read_bytes += length;
+            }
+            (Status::Ok, Kind::Flush) => self.flushes += 1,
+            (Status::Ok, _) => {
+                self.writes += 1;
+                self.written_bytes += length;
+            }
+            _ => self.errors += 1,
+        }
+    }
+}
+
+/// The client that has the pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HolderStatus {
+    /// Who it is, in words.
+    pub description: String,
+    /// Whether its connection stands.
+    pub connected: bool,
+    /// When it attached.
+    #[serde(skip)]
+    pub since: Time,
+}
+
+/// What another member has missed, as far as this one knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MissedStatus {
+    /// The other member.
+    pub member: MemberId,
+    /// Blocks of 4 KiB.
+    pub blocks: u64,
+    /// Chunks.
+    pub chunks: u64,
+}
+
+/// One member as it sees itself and its pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ReplicaStatus {
+    /// The member.
+    pub member: MemberId,
+    /// Its view.
+    pub view: View,
+    /// The highest epoch it accepted.
+    pub epoch: u64,
+    /// The client that has the pool, if any.
+    pub holder: Option<HolderStatus>,
+    /// The client that had it last, when none has it: who, and whether it left in good order.
+    pub last_client: Option<(String, bool)>,
+    /// What the others have missed; those with nothing missed are not listed.
+    pub missed: Vec<MissedStatus>,
+    /// Chunks that may hold writes not known complete everywhere.
+    pub intent_chunks: u64,
+    /// Disk requests under way.
+    pub in_flight: usize,
+    /// Requests so far.
+    pub counters: ReplicaCounters,
+    /// Whether the member has stopped to serve because its metadata cannot be written.
+    pub broken: bool,
+}
+
+impl Replica {
+    /// What the member knows of itself and its pool.
+    #[must_use]
+    pub fn status(&self) -> ReplicaStatus {
+        let missed = MemberId::all().filter_map(|member| {
+            let (blocks, chunks) = self.maps.missed(member);
+            (blocks > 0).then_some(MissedStatus { member, blocks, chunks })
+        });
+        let holder = self.holder.as_ref().map(|h| HolderStatus {
+            description: h.description.clone(),
+            connected: h.connection.is_some(),
+            since: h.since,
+        });
+        ReplicaStatus {
+            member: self.member,
+            view: self.view.clone(),
+            epoch: self.epoch.0,
+            last_client: self.last_client.as_ref().map(|c| (c.description.clone(), !c.attached)),
+            holder,
+            missed: missed.collect(),
+            intent_chunks: self.maps.intent().count(),
+            in_flight: self.ios.len() - self.free_ios.len(),
+            counters: self.counters,
+            broken: self.broken,
+        }
+    }
+}

@@ -1,0 +1,438 @@
+//! TCP: all messages of a wake-up in one frame, data straight from and to the memory of whoever asked for it.
+//!
+//! The one copy of data on each side is the kernel's. A frame's table tells the receiver where every payload byte
+//! belongs before it arrives, so one `recvmsg` fills the memory of many requests and the head of the next frame.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::time::Duration;
+
+use super::socket::{self, MAX_SEGMENTS};
+use super::{Connection, ConnectionError, Place, Receiver};
+use crate::buffer::Segment;
+use crate::wire::{
+    FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, MAX_FRAME_MESSAGES, MessageHeader, WireError, frame_crc,
+};
+
+/// A frame's header and first message: what every frame has at least.
+const HEAD: usize = FRAME_HEADER_SIZE + HEADER_SIZE;
+/// Most bytes taken in one call of `receive`, so that other connections get their turn.
+const RECEIVE_BUDGET: usize = 8 << 20;
+/// Most bytes of payload in a frame; a frame that reaches it is closed, and the next message starts another.
+const FRAME_PAYLOAD: u32 = 8 << 20;
+/// Where payload goes that nobody waits for any more.
+const DISCARD: usize = 64 << 10;
+
+/// A TCP connection with its queues.
+pub struct TcpConnection {
+    stream: TcpStream,
+    sender: Sender,
+    receiver: ReceiveState,
+}
+
+impl TcpConnection {
+    /// Takes over a connected stream. `dead_after` is how long sent data may stay unacknowledged.
+    ///
+    /// # Errors
+    /// When the stream's options cannot be set.
+    pub fn new(stream: TcpStream, dead_after: Duration) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        let timeout = i32::try_from(dead_after.as_millis()).unwrap_or(i32::MAX);
+        socket::set_option(stream.as_fd(), libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, timeout)?;
+        Ok(Self { stream, sender: Sender::default(), receiver: ReceiveState::new() })
+    }
+
+    /// Ends the connection at once for the peer, and touches no memory of requests any more, while the descriptor stays
+    /// open until the value is dropped.
+    pub fn shut_down(&mut self) {
+        // A connection that is broken already cannot be shut down, and need not be.
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        self.sender = Sender::default();
+        self.receiver = ReceiveState::new();
+    }
+}
+
+impl Connection for TcpConnection {
+    fn queue(&mut self, header: &MessageHeader, body: Option<Vec<u8>>) {
+        self.sender.queue(header, None, |frame| {
+            if let Some(body) = body {
+                // SAFETY: the bytes live in the frame until it is sent, and moving a `Vec` does not move its bytes.
+                frame.segments.push(unsafe { Segment::new(body.as_ptr().cast_mut(), body.len()) });
+                frame.bodies.push(body);
+            }
+        });
+    }
+
+    fn queue_data(
+        &mut self,
+        header: &MessageHeader,
+        tag: Option<u32>,
+        gather: &mut dyn FnMut(&mut Vec<Segment>),
+    ) {
+        self.sender.queue(header, tag, |frame| gather(&mut frame.segments));
+    }
+
+    fn flush(&mut self) -> Result<(), ConnectionError> {
+        self.sender.flush(&self.stream)
+    }
+
+    fn receive(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+        self.receiver.run(&self.stream, receiver)
+    }
+
+    fn take_sent(&mut self, tags: &mut Vec<u32>) {
+        tags.append(&mut self.sender.sent);
+    }
+
+    fn wants_to_send(&self) -> bool {
+        !self.sender.frames.is_empty()
+    }
+
+    fn descriptor(&self) -> Option<RawFd> {
+        Some(self.stream.as_raw_fd())
+    }
+}
+
+/// A frame to send. The first segment is `head`; the others are payloads.
+#[derive(Default)]
+struct Frame {
+    head: Vec<u8>,
+    count: u16,
+    payload: u32,
+    segments: Vec<Segment>,
+    bodies: Vec<Vec<u8>>,
+    tags: Vec<u32>,
+}
+
+impl Frame {
+    fn reset(&mut self) {
+        self.head.clear();
+        self.head.resize(FRAME_HEADER_SIZE, 0);
+        self.count = 0;
+        self.payload = 0;
+        self.segments.clear();
+        // Filled in when the frame is closed; the head may still grow and move until then.
+        // SAFETY: a segment of no bytes is never read.
+        self.segments.push(unsafe { Segment::new(std::ptr::null_mut(), 0) });
+        self.bodies.clear();
+    }
+
+    fn close(&mut self) {
+        let checksum = frame_crc(&self.head[FRAME_HEADER_SIZE..]);
+        let header = FrameHeader { count: self.count, payload: self.payload, checksum };
+        self.head[..FRAME_HEADER_SIZE].copy_from_slice(&header.encode());
+        // SAFETY: the head is not changed from now until the frame is sent and reset.
+        self.segments[0] = unsafe { Segment::new(self.head.as_mut_ptr(), self.head.len()) };
+    }
+}
+
+#[derive(Default)]
+struct Sender {
+    /// Closed frames, the first one partly sent.
+    frames: VecDeque<Frame>,
+    /// How much of the first frame is sent: whole segments, and bytes of the next.
+    position: (usize, usize),
+    open: Option<Frame>,
+    spare: Vec<Frame>,
+    scratch: Vec<Segment>,
+    sent: Vec<u32>,
+}
+
+impl Sender {
+    fn queue(&mut self, header: &MessageHeader, tag: Option<u32>, payload: impl FnOnce(&mut Frame)) {
+        let full = |f: &Frame| usize::from(f.count) == MAX_FRAME_MESSAGES || f.payload >= FRAME_PAYLOAD;
+        if self.open.as_ref().is_some_and(full) {
+            self.close_open();
+        }
+        let frame = self.open.get_or_insert_with(|| {
+            let mut frame = self.spare.pop().unwrap_or_default();
+            frame.reset();
+            frame
+        });
+        frame.head.extend_from_slice(&header.encode());
+        frame.count += 1;
+        frame.payload += header.payload;
+        frame.tags.extend(tag);
+        payload(frame);
+    }
+
+    fn close_open(&mut self) {
+        if let Some(mut frame) = self.open.take() {
+            frame.close();
+            self.frames.push_back(frame);
+        }
+    }
+
+    fn flush(&mut self, stream: &TcpStream) -> Result<(), ConnectionError> {
+        self.close_open();
+        while !self.frames.is_empty() {
+            let wanted = self.collect();
+            match socket::send(stream.as_fd(), &self.scratch) {
+                Ok(sent) => {
+                    self.advance(sent);
+                    if sent < wanted {
+                        return Ok(());
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Collects the segments of one system call from as many frames as fit; returns their bytes.
+    fn collect(&mut self) -> usize {
+        self.scratch.clear();
+        let (mut skip, mut offset) = self.position;
+        for frame in &self.frames {
+            for segment in &frame.segments[skip..] {
+                if self.scratch.len() == MAX_SEGMENTS {
+                    break;
+                }
+                self.scratch.push(segment.part(offset, usize::MAX));
+                offset = 0;
+            }
+            skip = 0;
+        }
+        self.scratch.iter().map(Segment::length).sum()
+    }
+
+    fn advance(&mut self, mut sent: usize) {
+        while let Some(frame) = self.frames.front() {
+            let (mut index, mut offset) = self.position;
+            while let Some(segment) = frame.segments.get(index) {
+                let left = segment.length() - offset;
+                if sent < left {
+                    self.position = (index, offset + sent);
+                    return;
+                }
+                sent -= left;
+                index += 1;
+                offset = 0;
+            }
+            self.position = (0, 0);
+            if let Some(mut frame) = self.frames.pop_front() {
+                self.sent.append(&mut frame.tags);
+                frame.bodies.clear();
+                self.spare.push(frame);
+            }
+        }
+    }
+}
+
+/// One message of the frame that is being received.
+struct Incoming {
+    header: MessageHeader,
+    body: Vec<u8>,
+}
+
+/// What is received: head, rest of the table, then payloads.
+struct ReceiveState {
+    head: Box<[u8; HEAD]>,
+    /// Bytes of the head that are there.
+    head_filled: usize,
+    /// The frame whose head is complete.
+    frame: Option<FrameHeader>,
+    table: Vec<u8>,
+    table_filled: usize,
+    messages: VecDeque<Incoming>,
+    /// How many of `messages` have a place for their payload.
+    placed: usize,
+    /// Where the payload of placed messages goes, less what has arrived.
+    segments: VecDeque<Segment>,
+    /// Bytes of the first message's payload that have not arrived.
+    first_left: usize,
+    scratch: Vec<Segment>,
+    discard: Box<[u8]>,
+}
+
+impl ReceiveState {
+    fn new() -> Self {
+        Self {
+            head: Box::new([0; HEAD]),
+            head_filled: 0,
+            frame: None,
+            table: Vec::with_capacity(HEADER_SIZE * MAX_FRAME_MESSAGES),
+            table_filled: 0,
+            messages: VecDeque::with_capacity(MAX_FRAME_MESSAGES),
+            placed: 0,
+            segments: VecDeque::new(),
+            first_left: 0,
+            scratch: Vec::new(),
+            discard: Box::new([]),
+        }
+    }
+
+    fn run(&mut self, stream: &TcpStream, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+        let mut budget = RECEIVE_BUDGET;
+        loop {
+            self.place(receiver);
+            if !self.messages.is_empty() && self.placed == 0 {
+                return Ok(()); // No memory for the next payload; the owner calls again when there is.
+            }
+            let wanted = self.collect();
+            let received = match socket::receive(stream.as_fd(), &self.scratch) {
+                Ok(0) => return Err(ConnectionError::Closed),
+                Ok(received) => received,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error.into()),
+            };
+            self.take(received, receiver)?;
+            budget = budget.saturating_sub(received);
+            if received < wanted || budget == 0 {
+                return Ok(()); // Drained, or others' turn; the loop calls again while there is more.
+            }
+        }
+    }
+
+    /// The destinations of the next system call.
+    fn collect(&mut self) -> usize {
+        self.scratch.clear();
+        if self.messages.is_empty() && self.frame.is_some() {
+            let rest = &mut self.table[self.table_filled..];
+            // SAFETY: the table is not moved or read while the system call fills it.
+            self.scratch.push(unsafe { Segment::new(rest.as_mut_ptr(), rest.len()) });
+        } else {
+            self.scratch.extend(self.segments.iter().take(MAX_SEGMENTS - 1));
+            if self.placed == self.messages.len() && self.scratch.len() == self.segments.len() {
+                let rest = &mut self.head[self.head_filled..];
+                // SAFETY: the head is not moved or read while the system call fills it.
+                self.scratch.push(unsafe { Segment::new(rest.as_mut_ptr(), rest.len()) });
+            }
+        }
+        self.scratch.iter().map(Segment::length).sum()
+    }
+
+    /// Accounts for received bytes in the order in which `collect` asked for them.
+    fn take(&mut self, mut received: usize, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+        if self.messages.is_empty() && self.frame.is_some() {
+            self.table_filled += received;
+            if self.table_filled == self.table.len() {
+                self.begin_messages(receiver)?;
+            }
+            return Ok(());
+        }
+        while received > 0 {
+            let Some(first) = self.segments.front_mut() else { break };
+            let arrived = received.min(first.length());
+            *first = first.part(arrived, usize::MAX);
+            if first.length() == 0 {
+                self.segments.pop_front();
+            }
+            received -= arrived;
+            self.arrived(arrived, receiver);
+        }
+        self.head_filled += received;
+        if self.head_filled == HEAD {
+            self.begin_frame(receiver)?;
+        }
+        Ok(())
+    }
+
+    /// Counts payload bytes of the first messages, and delivers those that are complete.
+    fn arrived(&mut self, mut bytes: usize, receiver: &mut dyn Receiver) {
+        while bytes > 0 {
+            let part = bytes.min(self.first_left);
+            bytes -= part;
+            self.first_left -= part;
+            self.deliver_complete(receiver);
+        }
+    }
+
+    fn deliver_complete(&mut self, receiver: &mut dyn Receiver) {
+        while self.placed > 0 && self.first_left == 0 {
+            let Some(message) = self.messages.pop_front() else { break };
+            self.placed -= 1;
+            self.first_left = self.messages.front().map_or(0, |m| m.header.payload as usize);
+            if self.messages.is_empty() {
+                self.frame = None;
+            }
+            receiver.deliver(&message.header, &message.body);
+        }
+    }
+
+    fn begin_frame(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+        self.head_filled = 0;
+        let (start, first) = self.head.split_at(FRAME_HEADER_SIZE);
+        let frame = FrameHeader::decode(start.first_chunk().unwrap_or(&[0; FRAME_HEADER_SIZE]))?;
+        self.table.clear();
+        self.table.extend_from_slice(first);
+        self.table_filled = HEADER_SIZE;
+        self.table.resize(HEADER_SIZE * usize::from(frame.count), 0);
+        self.frame = Some(frame);
+        if frame.count == 1 { self.begin_messages(receiver) } else { Ok(()) }
+    }
+
+    fn begin_messages(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+        let Some(frame) = self.frame else { return Ok(()) };
+        let checksum = frame_crc(&self.table);
+        if checksum != frame.checksum {
+            return Err(WireError::Checksum { expected: checksum, found: frame.checksum }.into());
+        }
+        let mut total = 0u64;
+        for bytes in self.table.as_chunks::<HEADER_SIZE>().0 {
+            let header = MessageHeader::decode(bytes)?;
+            total += u64::from(header.payload);
+            self.messages.push_back(Incoming { header, body: Vec::new() });
+        }
+        if total != u64::from(frame.payload) {
+            return Err(WireError::Limit {
+                what: "sum of payloads",
+                found: total,
+                expected: "the payload of the frame",
+            }
+            .into());
+        }
+        self.placed = 0;
+        self.first_left = self.messages.front().map_or(0, |m| m.header.payload as usize);
+        self.place(receiver);
+        Ok(())
+    }
+
+    /// Finds places for payloads, as far as there is memory, and delivers leading messages without payload.
+    fn place(&mut self, receiver: &mut dyn Receiver) {
+        while let Some(message) = self.messages.get_mut(self.placed) {
+            let length = message.header.payload as usize;
+            if length == 0 {
+                // Nothing to place.
+            } else if message.header.kind.carries_data() {
+                self.scratch.clear();
+                match receiver.place(&message.header, &mut self.scratch) {
+                    Place::Wait => return,
+                    Place::Data if self.scratch.iter().map(Segment::length).sum::<usize>() == length => {
+                        self.segments.extend(self.scratch.drain(..));
+                    }
+                    Place::Data | Place::Discard => self.discard(length),
+                }
+            } else {
+                message.body = vec![0; length];
+                // SAFETY: the body lives in `messages` until it is delivered; moving a `Vec` does not move its bytes.
+                self.segments.push_back(unsafe { Segment::new(message.body.as_mut_ptr(), length) });
+            }
+            self.placed += 1;
+            self.deliver_complete(receiver);
+        }
+    }
+
+    fn discard(&mut self, mut length: usize) {
+        if self.discard.is_empty() {
+            self.discard = vec![0; DISCARD].into_boxed_slice();
+        }
+        while length > 0 {
+            let part = length.min(DISCARD);
+            // SAFETY: the buffer lives as long as the connection and is never read.
+            self.segments.push_back(unsafe { Segment::new(self.discard.as_mut_ptr(), part) });
+            length -= part;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

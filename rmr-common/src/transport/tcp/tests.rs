@@ -1,0 +1,189 @@
+//! Messages over a loopback socket: every size, every cut, and bytes that are no messages.
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::pool::{PoolId, Slot};
+use crate::wire::Kind;
+
+/// Takes messages; data goes to one buffer per message. Waits as often as it is told to.
+#[derive(Default)]
+struct Sink {
+    waits: usize,
+    discard: bool,
+    buffers: Vec<Vec<u8>>,
+    messages: Vec<(MessageHeader, Vec<u8>)>,
+}
+
+impl Receiver for Sink {
+    fn place(&mut self, header: &MessageHeader, segments: &mut Vec<Segment>) -> Place {
+        if self.waits > 0 {
+            self.waits -= 1;
+            return Place::Wait;
+        }
+        if self.discard {
+            return Place::Discard;
+        }
+        let mut buffer = vec![0; header.payload as usize];
+        let half = buffer.len() / 2;
+        // SAFETY: the bytes stay where they are when the `Vec` moves into `buffers`.
+        let whole = unsafe { Segment::new(buffer.as_mut_ptr(), buffer.len()) };
+        segments.push(whole.part(0, half));
+        segments.push(whole.part(half, usize::MAX));
+        self.buffers.push(buffer);
+        Place::Data
+    }
+
+    fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
+        self.messages.push((*header, body.to_vec()));
+    }
+}
+
+fn pair() -> (TcpConnection, TcpConnection) {
+    let (a, b) = raw_pair();
+    let new = |s| TcpConnection::new(s, Duration::from_secs(5)).unwrap();
+    (new(a), new(b))
+}
+
+fn raw_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (a, listener.accept().unwrap().0)
+}
+
+fn write_header(slot: u16, length: u32) -> MessageHeader {
+    MessageHeader {
+        slot: Slot(slot),
+        length,
+        payload: length,
+        ..MessageHeader::new(Kind::Write, PoolId::from_bytes([7; 16]))
+    }
+}
+
+/// Runs both ends until `sink` has `count` messages.
+fn pump(from: &mut TcpConnection, to: &mut TcpConnection, sink: &mut Sink, count: usize) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while sink.messages.len() < count {
+        assert!(Instant::now() < deadline, "only {} of {count} messages arrived", sink.messages.len());
+        from.flush().unwrap();
+        to.receive(sink).unwrap();
+    }
+}
+
+fn pattern(seed: usize, length: usize) -> Vec<u8> {
+    (0..length).map(|i| u8::try_from((i * 31 + seed * 7) % 251).unwrap()).collect()
+}
+
+#[test]
+fn data_and_bodies_of_every_size_arrive_in_order_where_they_belong() {
+    let (mut a, mut b) = pair();
+    let sizes: Vec<usize> = (0..200).map(|i| [0, 512, 4096, 1, 70_000, 1 << 20][i % 6]).collect();
+    let data: Vec<Vec<u8>> = sizes.iter().enumerate().map(|(i, &s)| pattern(i, s)).collect();
+    for (i, bytes) in data.iter().enumerate() {
+        let header = write_header(u16::try_from(i).unwrap(), u32::try_from(bytes.len()).unwrap());
+        if i % 6 == 3 {
+            let hello = MessageHeader { kind: Kind::Hello, length: 0, ..header };
+            a.queue(&hello, Some(bytes.clone()));
+        } else {
+            // SAFETY: `data` outlives both connections' use of it.
+            let segment = unsafe { Segment::new(bytes.as_ptr().cast_mut(), bytes.len()) };
+            a.queue_data(&header, Some(u32::try_from(i).unwrap()), &mut |s| {
+                s.push(segment.part(0, 100));
+                s.push(segment.part(100, usize::MAX));
+            });
+        }
+    }
+    let mut sink = Sink { waits: 3, ..Sink::default() };
+    pump(&mut a, &mut b, &mut sink, data.len());
+    let mut buffers = sink.buffers.iter();
+    for (i, (header, body)) in sink.messages.iter().enumerate() {
+        assert_eq!(usize::from(header.slot.0), i);
+        let got =
+            if header.kind == Kind::Hello || data[i].is_empty() { body } else { buffers.next().unwrap() };
+        assert!(*got == data[i], "message {i} of {} bytes", data[i].len());
+    }
+    let mut tags = Vec::new();
+    a.take_sent(&mut tags);
+    let expected: Vec<u32> = (0..200).filter(|i| i % 6 != 3).collect();
+    assert_eq!(tags, expected, "every tag comes back once, in order");
+    assert!(!a.wants_to_send());
+}
+
+#[test]
+fn data_that_nobody_waits_for_is_dropped_and_the_next_message_is_whole() {
+    let (mut a, mut b) = pair();
+    let bytes = pattern(1, 300_000);
+    // SAFETY: `bytes` outlives the connections' use of it.
+    let segment = unsafe { Segment::new(bytes.as_ptr().cast_mut(), bytes.len()) };
+    a.queue_data(&write_header(1, 300_000), None, &mut |s| s.push(segment));
+    let mut sink = Sink { discard: true, ..Sink::default() };
+    pump(&mut a, &mut b, &mut sink, 1);
+    a.queue_data(&write_header(2, 300_000), None, &mut |s| s.push(segment));
+    sink.discard = false;
+    pump(&mut a, &mut b, &mut sink, 2);
+    assert!(sink.buffers[0] == bytes);
+}
+
+#[test]
+fn frames_cut_at_every_byte_are_put_together_again() {
+    let (mut raw, b) = raw_pair();
+    raw.set_nodelay(true).unwrap();
+    let mut b = TcpConnection::new(b, Duration::from_secs(5)).unwrap();
+    let mut table = Vec::new();
+    for slot in 0..3 {
+        table.extend_from_slice(&write_header(slot, 5).encode());
+    }
+    let frame = FrameHeader { count: 3, payload: 15, checksum: frame_crc(&table) };
+    let bytes = [frame.encode().as_slice(), &table, b"aaaaabbbbbccccc"].concat();
+    let mut sink = Sink::default();
+    for byte in bytes {
+        raw.write_all(&[byte]).unwrap();
+        b.receive(&mut sink).unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while sink.messages.len() < 3 && Instant::now() < deadline {
+        b.receive(&mut sink).unwrap();
+    }
+    assert_eq!(sink.buffers, vec![b"aaaaa".to_vec(), b"bbbbb".to_vec(), b"ccccc".to_vec()]);
+}
+
+#[test]
+fn bytes_that_are_no_frame_close_the_connection_with_a_reason() {
+    let good = write_header(0, 4).encode();
+    let frame = |checksum, payload| FrameHeader { count: 1, payload, checksum }.encode().to_vec();
+    let cases = [
+        (b"GET / HTTP/1.1\r\n".repeat(8), "does not speak RMR"),
+        ([frame(1, 4), good.to_vec()].concat(), "checksum"),
+        ([frame(frame_crc(&good), 5), good.to_vec()].concat(), "sum of payloads"),
+        ([frame(frame_crc(&[0; 80]), 0), vec![0; 80]].concat(), "message kind"),
+    ];
+    for (bytes, reason) in cases {
+        let (mut raw, b) = raw_pair();
+        let mut b = TcpConnection::new(b, Duration::from_secs(5)).unwrap();
+        raw.write_all(&bytes).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let error = loop {
+            assert!(Instant::now() < deadline);
+            if let Err(error) = b.receive(&mut Sink::default()) {
+                break error;
+            }
+        };
+        assert!(error.to_string().contains(reason), "{error}");
+    }
+}
+
+#[test]
+fn a_closed_peer_is_noticed() {
+    let (a, mut b) = pair();
+    drop(a);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        match b.receive(&mut Sink::default()) {
+            Err(ConnectionError::Closed) => break,
+            Ok(()) => assert!(Instant::now() < deadline),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}

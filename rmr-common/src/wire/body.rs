@@ -1,0 +1,639 @@
+//! Bodies of control messages: explicit encoders and bounds-checked decoders, one pair for each.
+
+use super::{Kind, MAX_BODY, MAX_IO, MAX_SLOTS, MAX_TEXT, WireError};
+use crate::pool::{
+    Address, BootId, ChunkSize, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, MemberSpec, MemberState,
+    MemberView, PoolId, PoolSpec, Sequence, Slot, StoreId, View, ViewNumber,
+};
+
+/// Appends little-endian fields to a body.
+#[derive(Default, Debug)]
+pub struct Encoder(Vec<u8>);
+
+impl Encoder {
+    /// The bytes so far.
+    #[must_use]
+    pub fn finish(self) -> Vec<u8> {
+        self.0
+    }
+
+    /// Appends one byte.
+    pub fn u8(&mut self, value: u8) -> &mut Self {
+        self.0.push(value);
+        self
+    }
+
+    /// Appends two bytes.
+    pub fn u16(&mut self, value: u16) -> &mut Self {
+        self.0.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    /// Appends four bytes.
+    pub fn u32(&mut self, value: u32) -> &mut Self {
+        self.0.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    /// Appends eight bytes.
+    pub fn u64(&mut self, value: u64) -> &mut Self {
+        self.0.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    /// Appends 16 bytes as they are.
+    pub fn uuid(&mut self, value: &[u8; 16]) -> &mut Self {
+        self.0.extend_from_slice(value);
+        self
+    }
+
+    /// Appends a two-byte length and UTF-8 text, cut at [`MAX_TEXT`] bytes.
+    pub fn text(&mut self, value: &str) -> &mut Self {
+        let mut end = value.len().min(MAX_TEXT);
+        while !value.is_char_boundary(end) {
+            end -= 1;
+        }
+        self.u16(u16::try_from(end).unwrap_or(0));
+        self.0.extend_from_slice(&value.as_bytes()[..end]);
+        self
+    }
+
+    /// Appends a pool specification.
+    pub fn spec(&mut self, spec: &PoolSpec) -> &mut Self {
+        self.uuid(spec.id.as_bytes()).u64(spec.size);
+        self.u8(u8::try_from(spec.chunk_size.shift()).unwrap_or(0))
+            .u32(spec.logical_block_size)
+            .text(&spec.name);
+        self.u8(u8::try_from(spec.members.len()).unwrap_or(u8::MAX));
+        for member in &spec.members {
+            self.u8(member.id.as_u8()).uuid(member.store.as_bytes()).text(&member.address.to_string());
+        }
+        self
+    }
+
+    /// Appends a view.
+    pub fn view(&mut self, view: &View) -> &mut Self {
+        self.u64(view.number.0).u64(view.epoch.0);
+        self.u8(u8::try_from(view.members.len()).unwrap_or(u8::MAX));
+        for member in &view.members {
+            self.u8(member.id.as_u8()).u8(member.state as u8).uuid(member.store.as_bytes());
+        }
+        self
+    }
+}
+
+/// Takes little-endian fields from a body; every method fails rather than read past the end.
+#[derive(Debug)]
+pub struct Decoder<'a> {
+    kind: Kind,
+    whole: usize,
+    rest: &'a [u8],
+}
+
+impl<'a> Decoder<'a> {
+    /// Reads the body of a message of `kind`, which errors name.
+    #[must_use]
+    pub const fn new(kind: Kind, body: &'a [u8]) -> Self {
+        Self { kind, whole: body.len(), rest: body }
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let (head, rest) = self.rest.split_first_chunk::<N>().ok_or_else(|| self.length_error())?;
+        self.rest = rest;
+        Ok(*head)
+    }
+
+    fn length_error(&self) -> WireError {
+        WireError::BodyLength { kind: self.kind, found: self.whole }
+    }
+
+    fn value_error(&self, reason: impl ToString) -> WireError {
+        WireError::BodyValue { kind: self.kind, reason: reason.to_string() }
+    }
+
+    /// Takes one byte.
+    ///
+    /// # Errors
+    /// [`WireError::BodyLength`] at the end of the body; so for all methods.
+    pub fn u8(&mut self) -> Result<u8, WireError> {
+        Ok(self.take::<1>()?[0])
+    }
+
+    /// Takes two bytes.
+    ///
+    /// # Errors
+    /// At the end of the body.
+    pub fn u16(&mut self) -> Result<u16, WireError> {
+        Ok(u16::from_le_bytes(self.take()?))
+    }
+
+    /// Takes four bytes.
+    ///
+    /// # Errors
+    /// At the end of the body.
+    pub fn u32(&mut self) -> Result<u32, WireError> {
+        Ok(u32::from_le_bytes(self.take()?))
+    }
+
+    /// Takes eight bytes.
+    ///
+    /// # Errors
+    /// At the end of the body.
+    pub fn u64(&mut self) -> Result<u64, WireError> {
+        Ok(u64::from_le_bytes(self.take()?))
+    }
+
+    /// Takes 16 bytes.
+    ///
+    /// # Errors
+    /// At the end of the body.
+    pub fn uuid(&mut self) -> Result<[u8; 16], WireError> {
+        self.take()
+    }
+
+    /// Takes a text.
+    ///
+    /// # Errors
+    /// At the end of the body, or when the text is too long or not UTF-8.
+    pub fn text(&mut self) -> Result<String, WireError> {
+        let length = usize::from(self.u16()?);
+        if length > MAX_TEXT {
+            return Err(self.value_error(format!("a text of {length} bytes, expected at most {MAX_TEXT}")));
+        }
+        let (head, rest) = self.rest.split_at_checked(length).ok_or_else(|| self.length_error())?;
+        self.rest = rest;
+        String::from_utf8(head.to_vec()).map_err(|_| self.value_error("a text that is not UTF-8"))
+    }
+
+    /// Takes a member id.
+    ///
+    /// # Errors
+    /// At the end of the body, or when it is not below 8.
+    pub fn member(&mut self) -> Result<MemberId, WireError> {
+        let index = self.u8()?;
+        MemberId::try_from(index).map_err(|reason| self.value_error(reason))
+    }
+
+    /// Takes a pool specification and validates it.
+    ///
+    /// # Errors
+    /// At the end of the body, or when the specification breaks a rule.
+    pub fn spec(&mut self) -> Result<PoolSpec, WireError> {
+        let id = PoolId::from_bytes(self.uuid()?);
+        let size = self.u64()?;
+        let shift = self.u8()?;
+        let bytes = 1u64.checked_shl(shift.into()).unwrap_or(0);
+        let chunk_size = ChunkSize::from_bytes(bytes).map_err(|e| self.value_error(e))?;
+        let logical_block_size = self.u32()?;
+        let name = self.text()?;
+        let count = self.u8()?;
+        let mut members = Vec::with_capacity(usize::from(count).min(MAX_MEMBERS));
+        for _ in 0..count {
+            let id = self.member()?;
+            let store = StoreId::from_bytes(self.uuid()?);
+            let address: Address = self.text()?.parse().map_err(|e| self.value_error(e))?;
+            members.push(MemberSpec { id, store, address });
+        }
+        let spec = PoolSpec { id, name, size, chunk_size, logical_block_size, members };
+        spec.validate().map_err(|e| self.value_error(e))?;
+        Ok(spec)
+    }
+
+    /// Takes a view and validates it.
+    ///
+    /// # Errors
+    /// At the end of the body, or when the view breaks a rule.
+    pub fn view(&mut self) -> Result<View, WireError> {
+        let number = ViewNumber(self.u64()?);
+        let epoch = Epoch(self.u64()?);
+        let count = self.u8()?;
+        let mut members = Vec::with_capacity(usize::from(count).min(MAX_MEMBERS));
+        for _ in 0..count {
+            let id = self.member()?;
+            let code = self.u8()?;
+            let state = MemberState::from_code(code)
+                .ok_or_else(|| WireError::UnknownCode { what: "member state", found: code.into() })?;
+            members.push(MemberView { id, store: StoreId::from_bytes(self.uuid()?), state });
+        }
+        let view = View { number, epoch, members };
+        view.validate().map_err(|e| self.value_error(e))?;
+        Ok(view)
+    }
+
+    /// Ends the body.
+    ///
+    /// # Errors
+    /// When bytes are left over.
+    pub fn finish(self) -> Result<(), WireError> {
+        if self.rest.is_empty() { Ok(()) } else { Err(self.length_error()) }
+    }
+}
+
+/// Who opened a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Role {
+    /// A client of the pool.
+    Client = 1,
+    /// Another node, for resync.
+    Peer = 2,
+}
+
+/// Body of [`Kind::Hello`]. The header's pool id is nil when the pool is asked for by name.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Hello {
+    /// Lowest and highest protocol version that the sender speaks.
+    pub versions: (u16, u16),
+    /// Optional abilities of the sender, one bit each; none are defined in version 1.
+    pub capabilities: u64,
+    /// Who opened the connection.
+    pub role: Role,
+    /// Identity of the sender.
+    pub client: ClientId,
+    /// Name of the pool, for a nil pool id; else empty.
+    pub pool_name: String,
+    /// Who the sender is, in words for operators: host, process, purpose.
+    pub description: String,
+}
+
+impl Hello {
+    /// The body's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut e = Encoder::default();
+        e.u16(self.versions.0).u16(self.versions.1).u64(self.capabilities).u8(self.role as u8);
+        e.uuid(self.client.as_bytes()).text(&self.pool_name).text(&self.description);
+        e.finish()
+    }
+
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// When the bytes are no such body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut d = Decoder::new(Kind::Hello, body);
+        let versions = (d.u16()?, d.u16()?);
+        let capabilities = d.u64()?;
+        let role = match d.u8()? {
+            1 => Role::Client,
+            2 => Role::Peer,
+            found => return Err(WireError::UnknownCode { what: "role", found: found.into() }),
+        };
+        let client = ClientId::from_bytes(d.uuid()?);
+        let hello =
+            Self { versions, capabilities, role, client, pool_name: d.text()?, description: d.text()? };
+        d.finish()?;
+        Ok(hello)
+    }
+}
+
+/// What a node lets one client session have outstanding.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Largest data payload of one message in bytes, at most [`MAX_IO`].
+    pub max_io: u32,
+    /// Request slots, at most [`MAX_SLOTS`].
+    pub slots: u16,
+    /// Bytes of data in flight, reads and writes together.
+    pub max_bytes: u32,
+}
+
+/// Body of a good [`Kind::HelloReply`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HelloReply {
+    /// The version that both sides speak from now on.
+    pub version: u16,
+    /// Abilities that both sides have.
+    pub capabilities: u64,
+    /// What the client may have outstanding.
+    pub limits: Limits,
+    /// Which member this node holds.
+    pub member: MemberId,
+    /// Whether answered writes survive a power cut without a flush.
+    pub write_through: bool,
+    /// The run of the node's kernel: another one means that unflushed writes may be lost.
+    pub host_boot: BootId,
+    /// The run of the node's process: another one means that slot table and block-exact dirty map were lost.
+    pub process_boot: BootId,
+    /// The member's idea of the pool.
+    pub spec: PoolSpec,
+    /// The member's view.
+    pub view: View,
+    /// The highest epoch that the member has accepted.
+    pub epoch: Epoch,
+}
+
+impl HelloReply {
+    /// The body's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut e = Encoder::default();
+        e.u16(self.version).u64(self.capabilities);
+        e.u32(self.limits.max_io).u16(self.limits.slots).u32(self.limits.max_bytes);
+        e.u8(self.member.as_u8()).u8(self.write_through.into());
+        e.uuid(self.host_boot.as_bytes()).uuid(self.process_boot.as_bytes());
+        e.spec(&self.spec).view(&self.view).u64(self.epoch.0);
+        e.finish()
+    }
+
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// When the bytes are no such body, or a limit is zero or too large.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut d = Decoder::new(Kind::HelloReply, body);
+        let version = d.u16()?;
+        let capabilities = d.u64()?;
+        let limits = Limits { max_io: d.u32()?, slots: d.u16()?, max_bytes: d.u32()? };
+        if !(4096..=MAX_IO).contains(&limits.max_io)
+            || !(1..=MAX_SLOTS).contains(&limits.slots)
+            || limits.max_bytes < limits.max_io
+        {
+            return Err(d.value_error(format!("limits {limits:?}")));
+        }
+        let reply = Self {
+            version,
+            capabilities,
+            limits,
+            member: d.member()?,
+            write_through: d.u8()? != 0,
+            host_boot: BootId::from_bytes(d.uuid()?),
+            process_boot: BootId::from_bytes(d.uuid()?),
+            spec: d.spec()?,
+            view: d.view()?,
+            epoch: Epoch(d.u64()?),
+        };
+        d.finish()?;
+        Ok(reply)
+    }
+}
+
+/// Body of [`Kind::Attach`]; the header carries the proposed epoch.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Attach {
+    /// Identity of the client. The same identity may displace its own older session.
+    pub client: ClientId,
+    /// Displace a live client of another identity.
+    pub takeover: bool,
+    /// Who the client is, in words for operators; named to whoever is refused because of it.
+    pub description: String,
+}
+
+impl Attach {
+    /// The body's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut e = Encoder::default();
+        e.uuid(self.client.as_bytes()).u8(self.takeover.into()).text(&self.description);
+        e.finish()
+    }
+
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// When the bytes are no such body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut d = Decoder::new(Kind::Attach, body);
+        let client = ClientId::from_bytes(d.uuid()?);
+        let attach = Self { client, takeover: d.u8()? != 0, description: d.text()? };
+        d.finish()?;
+        Ok(attach)
+    }
+}
+
+/// The last write that a member finished in one slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SlotEntry {
+    /// The slot.
+    pub slot: Slot,
+    /// Order of the write.
+    pub sequence: Sequence,
+    /// First byte written.
+    pub offset: u64,
+    /// Bytes written.
+    pub length: u32,
+}
+
+/// Body of a good [`Kind::AttachReply`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AttachReply {
+    /// The member's view.
+    pub view: View,
+    /// Whose writes the slot table records.
+    pub last_client: Option<ClientId>,
+    /// Whether the last client detached with everything complete and flushed.
+    pub clean_detach: bool,
+    /// The used entries of the slot table.
+    pub slots: Vec<SlotEntry>,
+}
+
+impl AttachReply {
+    /// The body's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut e = Encoder::default();
+        e.view(&self.view);
+        e.uuid(&self.last_client.map_or([0; 16], |c| *c.as_bytes()));
+        e.u8(self.clean_detach.into()).u16(u16::try_from(self.slots.len()).unwrap_or(0));
+        for entry in &self.slots {
+            e.u16(entry.slot.0).u64(entry.sequence.0).u64(entry.offset).u32(entry.length);
+        }
+        e.finish()
+    }
+
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// When the bytes are no such body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut d = Decoder::new(Kind::AttachReply, body);
+        let view = d.view()?;
+        let client = d.uuid()?;
+        let last_client = (client != [0; 16]).then(|| ClientId::from_bytes(client));
+        let clean_detach = d.u8()? != 0;
+        let count = d.u16()?;
+        if count > MAX_SLOTS {
+            return Err(d.value_error(format!("{count} slots, expected at most {MAX_SLOTS}")));
+        }
+        let mut slots = Vec::with_capacity(count.into());
+        for _ in 0..count {
+            let slot = Slot(d.u16()?);
+            slots.push(SlotEntry { slot, sequence: Sequence(d.u64()?), offset: d.u64()?, length: d.u32()? });
+        }
+        d.finish()?;
+        Ok(Self { view, last_client, clean_detach, slots })
+    }
+}
+
+/// A range of the pool that absent members have missed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DirtyAddition {
+    /// The members that missed it.
+    pub members: MemberSet,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes, not zero.
+    pub length: u64,
+}
+
+/// Body of [`Kind::SetView`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SetView {
+    /// The next view.
+    pub view: View,
+    /// What its absent members have missed beyond what the member knows.
+    pub additions: Vec<DirtyAddition>,
+    /// More additions follow in another message of the same view, which alone is answered.
+    pub more: bool,
+}
+
+impl SetView {
+    /// Most additions in one message; a longer list is sent in several.
+    pub const MAX_ADDITIONS: usize = 32 * 1024;
+
+    /// The body's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut e = Encoder::default();
+        e.view(&self.view).u8(self.more.into()).u32(u32::try_from(self.additions.len()).unwrap_or(0));
+        for addition in &self.additions {
+            e.u8(addition.members.0).u64(addition.offset).u64(addition.length);
+        }
+        debug_assert!(e.0.len() <= MAX_BODY as usize);
+        e.finish()
+    }
+
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// When the bytes are no such body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut d = Decoder::new(Kind::SetView, body);
+        let view = d.view()?;
+        let more = d.u8()? != 0;
+        let count = d.u32()? as usize;
+        if count > Self::MAX_ADDITIONS {
+            return Err(d.value_error(format!("{count} additions, expected at most {}", Self::MAX_ADDITIONS)));
+        }
+        let mut additions = Vec::with_capacity(count);
+        for _ in 0..count {
+            let members = MemberSet(d.u8()?);
+            let (offset, length) = (d.u64()?, d.u64()?);
+            if length == 0 || offset.checked_add(length).is_none() {
+                return Err(d.value_error(format!("an addition of {length} bytes at {offset}")));
+            }
+            additions.push(DirtyAddition { members, offset, length });
+        }
+        d.finish()?;
+        Ok(Self { view, additions, more })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn spec() -> PoolSpec {
+        let member = |id, port| MemberSpec {
+            id: MemberId::new(id).unwrap(),
+            store: StoreId::random(),
+            address: Address::tcp("127.0.0.1", port),
+        };
+        PoolSpec {
+            id: PoolId::random(),
+            name: "vm-1".into(),
+            size: 64 << 20,
+            chunk_size: ChunkSize::default(),
+            logical_block_size: 512,
+            members: vec![member(0, 1), member(3, 2)],
+        }
+    }
+
+    fn view() -> View {
+        View::initial(spec().members.iter().map(|m| (m.id, m.store)))
+    }
+
+    #[test]
+    fn every_body_survives_the_wire_and_is_refused_when_cut_or_padded() {
+        fn check<T: PartialEq + std::fmt::Debug>(
+            value: &T,
+            bytes: Vec<u8>,
+            decode: fn(&[u8]) -> Result<T, WireError>,
+        ) {
+            assert_eq!(decode(&bytes).as_ref(), Ok(value));
+            for end in 0..bytes.len() {
+                assert!(decode(&bytes[..end]).is_err(), "cut at {end} of {}", bytes.len());
+            }
+            let padded = [bytes, vec![0]].concat();
+            assert!(decode(&padded).is_err());
+        }
+        let hello = Hello {
+            versions: (1, 1),
+            capabilities: 0,
+            role: Role::Client,
+            client: ClientId::random(),
+            pool_name: "vm-1".into(),
+            description: "vhost-brmr on hv-1".into(),
+        };
+        check(&hello, hello.encode(), Hello::decode);
+        let reply = HelloReply {
+            version: 1,
+            capabilities: 0,
+            limits: Limits { max_io: MAX_IO, slots: 256, max_bytes: 16 << 20 },
+            member: MemberId::new(3).unwrap(),
+            write_through: true,
+            host_boot: BootId::random(),
+            process_boot: BootId::random(),
+            spec: spec(),
+            view: view(),
+            epoch: Epoch(4),
+        };
+        check(&reply, reply.encode(), HelloReply::decode);
+        let attach = Attach { client: ClientId::random(), takeover: true, description: "x".into() };
+        check(&attach, attach.encode(), Attach::decode);
+        let entry = SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512 };
+        let attached = AttachReply {
+            view: view(),
+            last_client: Some(ClientId::random()),
+            clean_detach: false,
+            slots: vec![entry, entry],
+        };
+        check(&attached, attached.encode(), AttachReply::decode);
+        let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
+        let set = SetView { view: view(), additions: vec![addition], more: true };
+        check(&set, set.encode(), SetView::decode);
+    }
+
+    #[test]
+    fn the_longest_set_view_fits_a_body() {
+        let members: Vec<_> = MemberId::all().map(|id| (id, StoreId::random())).collect();
+        let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
+        let set = SetView {
+            view: View::initial(members),
+            additions: vec![addition; SetView::MAX_ADDITIONS],
+            more: false,
+        };
+        assert!(set.encode().len() <= MAX_BODY as usize);
+    }
+
+    #[test]
+    fn a_text_is_cut_at_a_character_boundary() {
+        let mut e = Encoder::default();
+        e.text(&"ä".repeat(MAX_TEXT));
+        let bytes = e.finish();
+        let text = Decoder::new(Kind::Hello, &bytes).text().unwrap();
+        assert_eq!(text, "ä".repeat(MAX_TEXT / 2));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_a_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Hello::decode(&bytes);
+            let _ = HelloReply::decode(&bytes);
+            let _ = Attach::decode(&bytes);
+            let _ = AttachReply::decode(&bytes);
+            let _ = SetView::decode(&bytes);
+        }
+    }
+}
