@@ -128,17 +128,4 @@ mod tests {
         assert!(other.requested());
         assert!(readable(&other) && readable(&other) && readable(&shutdown));
     }
-
-    #[test]
-    fn sigterm_asks_to_stop() {
-        let shutdown = Shutdown::new().unwrap();
-        shutdown.on_signals().unwrap();
-        let own = std::process::id().to_string();
-        assert!(std::process::Command::new("kill").args(["-TERM", &own]).status().unwrap().success());
-        let epoll = Epoll::new().unwrap();
-        let event = EpollEvent::new(EventSet::IN, 1);
-        epoll.ctl(ControlOperation::Add, shutdown.as_raw_fd(), event).unwrap();
-        assert_eq!(epoll.wait(5_000, &mut [EpollEvent::default()]).unwrap(), 1);
-        assert!(shutdown.requested());
-    }
 }

@@ -27,11 +27,12 @@ Examples:
   rmr-node --config /etc/rmr/node.toml --log-level debug --check-config
   rmr-node store inspect /dev/vdb
 
-Flags win over the file. Exit codes: 0 stopped as asked, 1 failed while running, 2 wrong usage or configuration";
+Flags win over the file; docs/configuration.md explains each setting.
+Exit codes: 0 stopped as asked, 1 failed while running, 2 wrong usage or configuration";
 
 /// Storage service of a replicated disk.
 #[derive(Debug, Parser)]
-#[command(name = "rmr-node", version, about, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+#[command(name = "rmr-node", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 struct Cli {
     /// Work on stores without the service
     #[command(subcommand)]

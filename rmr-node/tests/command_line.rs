@@ -1,8 +1,11 @@
 //! The two programs as an operator starts them: what they print where, and their exit codes.
 
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
 
 fn rmr_node(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_rmr-node"))
@@ -63,18 +66,89 @@ fn bad_configuration_ends_with_two_and_one_clear_error() {
 
 #[test]
 fn rmrctl_keeps_errors_out_of_its_output() {
-    let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    // A privileged port that has no service.
+    let gone = "127.0.0.1:1";
     for (args, exit, out) in [
-        (vec!["--node", &gone, "pool", "list"], 1, ""),
-        (vec!["--node", &gone, "pool", "list", "--json"], 1, ""),
-        (vec!["--node", &gone, "status"], 4, "UNKNOWN: no node answered\n"),
+        (vec!["--node", gone, "pool", "list"], 1, ""),
+        (vec!["--node", gone, "pool", "list", "--json"], 1, ""),
+        (vec!["--node", gone, "status"], 4, "UNKNOWN: no node answered\n"),
     ] {
         let output = rmrctl(&args);
         assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(exit), out), "{args:?}");
         assert!(text(&output.stderr).starts_with("rmrctl: "), "{}", text(&output.stderr));
     }
     assert_eq!(rmrctl(&["pool", "burn"]).status.code(), Some(2));
-    let json = rmrctl(&["--node", &gone, "status", "--json"]);
+    let json = rmrctl(&["--node", gone, "status", "--json"]);
     let parsed: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!(parsed["nodes"][0]["answered"], false);
+}
+
+/// Reads one request: its first line.
+fn request_line(stream: &mut TcpStream) -> String {
+    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout is set");
+    let mut bytes = Vec::new();
+    let mut part = [0; 4096];
+    while !bytes.windows(4).any(|w| w == b"\r\n\r\n") {
+        let count = stream.read(&mut part).expect("the request arrives");
+        assert!(count > 0, "the request is cut off");
+        bytes.extend_from_slice(&part[..count]);
+    }
+    text(&bytes).lines().next().expect("there is a first line").to_owned()
+}
+
+fn answer(mut stream: TcpStream, body: &str) {
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+    stream.write_all(format!("{head}{body}").as_bytes()).expect("the answer is taken");
+}
+
+/// A node that never finishes a creation. It reports each request line, and ends after a DELETE.
+fn node_that_hangs(requests: mpsc::Sender<String>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let address = listener.local_addr().expect("it has an address");
+    std::thread::spawn(move || {
+        let mut hanging = Vec::new();
+        for stream in listener.incoming().take(10) {
+            let mut stream = stream.expect("a connection comes");
+            let line = request_line(&mut stream);
+            let info = r#"{"name":"n","version":"1","started_unix_ms":0,"now_unix_ms":0,
+                "data_addresses":["tcp://n:7700"],"admin_address":"127.0.0.1:1","engine":"uring","shards":1,
+                "stores":0,"connections":0,"max_connections":1,"buffer_bytes":0,"buffer_used_bytes":0}"#;
+            let deleted = line.strip_prefix("DELETE /v1/stores/").map(|rest| rest[..36].to_owned());
+            match &line {
+                l if l.starts_with("GET /v1/node") => answer(stream, info),
+                l if l.starts_with("GET /v1/pools") => answer(stream, r#"{"pools":[]}"#),
+                _ => match deleted {
+                    Some(store) => answer(stream, &format!(r#"{{"store":"{store}"}}"#)),
+                    None => hanging.push(stream),
+                },
+            }
+            if requests.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    address
+}
+
+#[test]
+fn an_interrupted_creation_is_rolled_back() {
+    let (sender, requests) = mpsc::channel();
+    let node = node_that_hangs(sender).to_string();
+    let child = Command::new(env!("CARGO_BIN_EXE_rmrctl"))
+        .args(["pool", "create", "vm-1", "--size", "64M", "--member", &node])
+        .env_remove("RMR_NODES")
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let next = || requests.recv_timeout(Duration::from_secs(20)).expect("a request comes");
+    while !next().starts_with("POST /v1/stores") {}
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().expect("kill runs").success());
+    assert!(next().starts_with("DELETE /v1/stores/"));
+    let output = child.wait_with_output().expect("it ends");
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("interrupted while") && error.contains("removed again: store "), "{error}");
+    assert!(output.stdout.is_empty());
 }

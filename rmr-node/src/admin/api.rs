@@ -4,6 +4,7 @@
 //! are bytes, and every name ends in its unit.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,6 +12,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rmr_common::pool::{Address, ClientId, MemberId, PoolId, PoolSpec, StoreId, View};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::store::StoreError;
 
 /// A moment in milliseconds since 1970-01-01 00:00 UTC.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
@@ -61,11 +64,11 @@ pub struct NodeInfo {
 /// Answer of `GET /v1/health`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Health {
-    /// Whether the service answers and every open store serves.
+    /// Whether the service answers and no store has failed.
     pub healthy: bool,
     /// How many stores are open.
     pub stores: u32,
-    /// Stores that do not serve, with the reason.
+    /// Stores that failed or wait, with the reason.
     pub problems: Vec<String>,
 }
 
@@ -281,6 +284,12 @@ pub struct CreateStore {
     /// Overwrite what a device or file holds already.
     #[serde(default)]
     pub overwrite: bool,
+    /// The device is known to read as zeroes; do not write them.
+    #[serde(default)]
+    pub assume_zero: bool,
+    /// The pool size up to which the store can grow; absent: eight times the pool's size.
+    #[serde(default)]
+    pub max_size_bytes: Option<u64>,
 }
 
 /// Answer of `POST /v1/stores`.
@@ -374,6 +383,30 @@ impl ControlError {
     /// An error with this text.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
+    }
+}
+
+impl From<StoreError> for ControlError {
+    fn from(error: StoreError) -> Self {
+        let code = match &error {
+            StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
+            StoreError::Busy { .. } => ErrorCode::InUse,
+            StoreError::TooSmall { .. } => ErrorCode::NoSpace,
+            StoreError::Io { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorCode::NoSpace,
+                io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => ErrorCode::Invalid,
+                _ => ErrorCode::Internal,
+            },
+            StoreError::NotADisk(_)
+            | StoreError::NotZero { .. }
+            | StoreError::SectorSize { .. }
+            | StoreError::Invalid { .. }
+            | StoreError::NoSuperblock { .. }
+            | StoreError::NewerFormat { .. }
+            | StoreError::TwoStores(_)
+            | StoreError::WrongPool { .. } => ErrorCode::Invalid,
+        };
+        Self::new(code, error.to_string())
     }
 }
 

@@ -63,7 +63,15 @@ pub(crate) fn pool_status(name: &str, members: u8, of: u8) -> PoolStatus {
     };
     let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
     status_of(
-        &CreateStore { spec, member: member(of), view, path: None, overwrite: false },
+        &CreateStore {
+            spec,
+            member: member(of),
+            view,
+            path: None,
+            overwrite: false,
+            assume_zero: false,
+            max_size_bytes: None,
+        },
         &format!("n{of}"),
     )
 }
@@ -119,10 +127,12 @@ pub(crate) struct FakeState {
     pub(crate) refuse_create: Option<ControlError>,
     /// Refuse deletions with this.
     pub(crate) refuse_delete: Option<ControlError>,
-    /// Create, but answer only after the request timeout.
-    pub(crate) create_hangs: bool,
-    /// Whether each creation so far asked to overwrite.
-    pub(crate) overwrites: Vec<bool>,
+    /// Create, and answer only after this.
+    pub(crate) create_takes: Duration,
+    /// Never answer when asked for pools.
+    pub(crate) pools_hang: bool,
+    /// What was asked to be created so far.
+    pub(crate) requests: Vec<CreateStore>,
 }
 
 /// The [`NodeControl`] of a fake node.
@@ -140,7 +150,11 @@ impl NodeControl for FakeControl {
     }
 
     fn pools(&self) -> Reply<Vec<PoolStatus>> {
-        let pools = self.state.lock().unwrap().stores.values().cloned().collect();
+        let state = self.state.lock().unwrap();
+        if state.pools_hang {
+            return Box::pin(std::future::pending());
+        }
+        let pools = state.stores.values().cloned().collect();
         Box::pin(async move { Ok(pools) })
     }
 
@@ -151,13 +165,11 @@ impl NodeControl for FakeControl {
         }
         let status = status_of(&request, &self.info.name);
         let created = StoreCreated { store: status.store, path: status.path.clone() };
-        state.overwrites.push(request.overwrite);
+        state.requests.push(request);
         state.stores.insert(status.store, status);
-        let hangs = state.create_hangs;
+        let takes = state.create_takes;
         Box::pin(async move {
-            if hangs {
-                std::future::pending::<()>().await;
-            }
+            tokio::time::sleep(takes).await;
             Ok(created)
         })
     }

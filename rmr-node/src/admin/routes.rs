@@ -3,9 +3,12 @@
 //! Every answer is JSON (but for the metrics page); every refusal has the same shape, an [`ErrorBody`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
+use axum::extract::{
+    DefaultBodyLimit, Extension, FromRef, FromRequest, FromRequestParts, Path, Query, Request, State,
+};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -25,31 +28,71 @@ use super::{AdminLimits, NodeControl, metrics};
 type Control = State<Arc<dyn NodeControl>>;
 type Answer<T> = Result<Json<T>, Refusal>;
 
-/// The router with its limits.
+/// What handlers share.
+#[derive(Clone)]
+struct App {
+    control: Arc<dyn NodeControl>,
+    limits: AdminLimits,
+}
+
+impl FromRef<App> for Arc<dyn NodeControl> {
+    fn from_ref(app: &App) -> Self {
+        Arc::clone(&app.control)
+    }
+}
+
+/// How many requests that may take long are going on over one connection. It lets the server tell a caller who waits
+/// for a disk to be zeroed from one who keeps a connection for nothing.
+#[derive(Clone, Debug, Default)]
+pub(super) struct LongWork(Arc<AtomicU32>);
+
+impl LongWork {
+    pub(super) fn is_going_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+
+    fn begin(&self) -> LongWorkGuard {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        LongWorkGuard(self.clone())
+    }
+}
+
+/// Long work that ends when this is dropped.
+struct LongWorkGuard(LongWork);
+
+impl Drop for LongWorkGuard {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The router with its limits. Each connection adds its own [`LongWork`].
 pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits) -> Router {
-    let timeout = limits.request_timeout;
-    Router::new()
+    let quick = Router::new()
         .route("/v1/node", get(node))
         .route("/v1/health", get(health))
         .route("/v1/pools", get(pools))
         .route("/v1/pools/{key}", get(pool))
-        .route("/v1/stores", post(create_store))
         .route("/v1/stores/{uuid}", delete(delete_store))
         .route("/metrics", get(metrics_page))
+        .layer(middleware::from_fn(move |request: Request, next: Next| async move {
+            within(limits, next.run(request)).await.unwrap_or_else(IntoResponse::into_response)
+        }));
+    quick
+        .route("/v1/stores", post(create_store))
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(limits.max_body))
-        .layer(middleware::from_fn(move |request: Request, next: Next| async move {
-            match tokio::time::timeout(timeout, next.run(request)).await {
-                Ok(response) => response,
-                Err(_) => Refusal::new(
-                    ErrorCode::Timeout,
-                    format!("the node did not finish within {timeout:?}; it may still carry the request out"),
-                )
-                .into_response(),
-            }
-        }))
-        .with_state(control)
+        .with_state(App { control, limits })
+}
+
+/// Waits as long as a request may take.
+async fn within<T>(limits: AdminLimits, work: impl Future<Output = T>) -> Result<T, Refusal> {
+    let limit = limits.request_timeout;
+    tokio::time::timeout(limit, work).await.map_err(|_| {
+        let message = format!("the node did not finish within {limit:?}; it may still carry the request out");
+        Refusal::new(ErrorCode::Timeout, message)
+    })
 }
 
 async fn node(State(control): Control) -> Answer<NodeInfo> {
@@ -68,7 +111,9 @@ async fn health(State(control): Control) -> Result<Response, Refusal> {
         })
         .collect();
     let stores = u32::try_from(pools.len()).unwrap_or(u32::MAX);
-    let health = Health { healthy: problems.is_empty(), stores, problems };
+    // A store that waits needs its peers, not a restart of this node.
+    let healthy = !pools.iter().any(|p| matches!(p.store_state, StoreState::Failed { .. }));
+    let health = Health { healthy, stores, problems };
     let status = if health.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     Ok((status, Json(health)).into_response())
 }
@@ -92,10 +137,18 @@ async fn pool(State(control): Control, PathOf(key): PathOf<String>) -> Answer<Po
     }
 }
 
-async fn create_store(State(control): Control, JsonOf(request): JsonOf<CreateStore>) -> Answer<StoreCreated> {
+/// Without a limit of time once the request was read: a disk that must be zeroed takes as long as it takes. The
+/// caller may hang up, and the node carries on.
+async fn create_store(
+    State(app): State<App>,
+    Extension(long_work): Extension<LongWork>,
+    request: Request,
+) -> Answer<StoreCreated> {
+    let JsonOf(request) = within(app.limits, JsonOf::<CreateStore>::from_request(request, &app)).await??;
     check_create(&request).map_err(|message| Refusal::new(ErrorCode::Invalid, message))?;
     let (pool, name, member) = (request.spec.id, request.spec.name.clone(), request.member);
-    let created = control.create_store(request).await?;
+    let _guard = long_work.begin();
+    let created = app.control.create_store(request).await?;
     info!(%pool, name, %member, store = %created.store, path = %created.path.display(), "store created");
     Ok(Json(created))
 }

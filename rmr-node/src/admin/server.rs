@@ -32,7 +32,7 @@ pub struct AdminLimits {
     pub max_connections: usize,
     /// Largest body of a request in bytes.
     pub max_body: usize,
-    /// How long a request may take before it is answered with a timeout.
+    /// How long a request may take before it is answered with a timeout; creating a store may take longer.
     pub request_timeout: Duration,
 }
 
@@ -142,14 +142,19 @@ async fn serve(
 }
 
 async fn serve_connection(stream: TcpStream, peer: SocketAddr, router: axum::Router, lifetime: Duration) {
-    let service = TowerToHyperService::new(router);
+    let long_work = routes::LongWork::default();
+    let service = TowerToHyperService::new(router.layer(axum::Extension(long_work.clone())));
     let connection = hyper::server::conn::http1::Builder::new()
         .keep_alive(false)
         .header_read_timeout(None)
         .serve_connection(TokioIo::new(stream), service);
-    match tokio::time::timeout(lifetime, connection).await {
-        Ok(Ok(())) => (),
-        Ok(Err(error)) => debug!(%peer, %error, "admin connection ended early"),
-        Err(_) => debug!(%peer, "admin connection took too long"),
+    tokio::pin!(connection);
+    loop {
+        match tokio::time::timeout(lifetime, &mut connection).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => return debug!(%peer, %error, "admin connection ended early"),
+            Err(_) if long_work.is_going_on() => (),
+            Err(_) => return debug!(%peer, "admin connection took too long"),
+        }
     }
 }

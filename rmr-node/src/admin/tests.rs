@@ -45,7 +45,15 @@ fn delete(node: &FakeNode, path: &str) -> (u16, Value) {
 
 fn create_request() -> CreateStore {
     let status = pool_status("vm-1", 2, 0);
-    CreateStore { spec: status.spec, member: member(0), view: status.view, path: None, overwrite: false }
+    CreateStore {
+        spec: status.spec,
+        member: member(0),
+        view: status.view,
+        path: None,
+        overwrite: false,
+        assume_zero: false,
+        max_size_bytes: None,
+    }
 }
 
 fn code(answer: &Value) -> &str {
@@ -155,10 +163,45 @@ fn a_refusal_of_the_service_reaches_the_caller_with_its_status() {
 #[test]
 fn a_service_that_does_not_answer_costs_a_timeout_and_not_the_server() {
     let node = FakeNode::start("n0");
-    node.state.lock().unwrap().create_hangs = true;
-    let (status, answer) = post(&node, &serde_json::to_string(&create_request()).unwrap());
+    node.state.lock().unwrap().pools_hang = true;
+    let (status, answer) = get(&node, "/v1/pools");
     assert_eq!((status, code(&answer)), (504, "timeout"));
     assert_eq!(get(&node, "/v1/node").0, 200);
+}
+
+#[test]
+fn a_creation_may_take_longer_than_a_request_but_its_body_may_not() {
+    let node = FakeNode::start("n0");
+    node.state.lock().unwrap().create_takes = fake::limits().request_timeout * 2;
+    assert_eq!(post(&node, &serde_json::to_string(&create_request()).unwrap()).0, 200);
+    let begun = Instant::now();
+    let head =
+        "POST /v1/stores HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+    assert_eq!(exchange(&node, head.as_bytes()).0, 504);
+    assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn the_errors_of_stores_keep_their_words_and_get_a_code() {
+    use crate::store::StoreError;
+    let path = std::path::PathBuf::from("/dev/vdb");
+    let io = |kind: std::io::ErrorKind| StoreError::Io {
+        path: path.clone(),
+        what: "write",
+        source: std::io::Error::from(kind),
+    };
+    for (error, code) in [
+        (StoreError::FileHasData(path.clone()), ErrorCode::HoldsData),
+        (StoreError::Busy { path: path.clone(), holder: "a mount" }, ErrorCode::InUse),
+        (StoreError::TooSmall { path: path.clone(), found: 1, needed: 2 }, ErrorCode::NoSpace),
+        (StoreError::NotADisk(path.clone()), ErrorCode::Invalid),
+        (io(std::io::ErrorKind::StorageFull), ErrorCode::NoSpace),
+        (io(std::io::ErrorKind::NotFound), ErrorCode::Invalid),
+        (io(std::io::ErrorKind::Other), ErrorCode::Internal),
+    ] {
+        let words = error.to_string();
+        assert_eq!(ControlError::from(error), ControlError::new(code, words));
+    }
 }
 
 #[test]
@@ -177,6 +220,12 @@ fn health_follows_the_stores() {
     let node = FakeNode::start("n0");
     assert_eq!(get(&node, "/v1/health"), (200, json!({"healthy": true, "stores": 0, "problems": []})));
     let mut status = pool_status("vm-1", 2, 0);
+    status.store_state = StoreState::Waiting { reason: "member 1 must come first".into() };
+    node.hold(status.clone());
+    let waiting = json!({
+        "healthy": true, "stores": 1, "problems": ["pool 'vm-1' member 0: member 1 must come first"],
+    });
+    assert_eq!(get(&node, "/v1/health"), (200, waiting));
     status.store_state = StoreState::Failed { reason: "I/O error on /dev/vdb".into() };
     node.hold(status);
     let (status, health) = get(&node, "/v1/health");

@@ -26,6 +26,9 @@ use http::{CallError, Client, NodeAddress};
 /// Exit code of a command that failed.
 pub const EXIT_FAILED: u8 = 1;
 
+/// Heading of the options that every command has.
+const GLOBAL: &str = "Options of every command";
+
 const EXAMPLES: &str = "\
 Examples:
   rmrctl pool create vm-1 --size 20G --member node-a --member node-b:7701=/dev/vdb
@@ -39,30 +42,31 @@ Exit codes: 0 done (status: every copy current), 1 failed, 2 wrong usage,
 const CREATE_EXAMPLES: &str = "\
 Examples:
   rmrctl pool create vm-1 --size 20G --member node-a --member node-b
-  rmrctl pool create db --size 1T --block-size 4096 --member node-a=/dev/nvme0n1 --member node-b=/dev/nvme1n1
+  rmrctl pool create db --size 1T --member node-a=/dev/vdb --member node-b=/dev/vdc
 
-Either every member's store is made, or none: after a failure, what was made is removed again.";
+Either every member's store is made, or none: after a failure or an interrupt,
+what was made is removed again.";
 
 const STATUS_EXAMPLES: &str = "\
 Examples:
   rmrctl --node node-a --node node-b status
   rmrctl --node node-a --node node-b status vm-1 --watch 5
 
-Name every node that holds a member: a pool is called SAFE only when all its copies were seen.
+Name every node that holds a member: a pool is SAFE only when all its copies were seen.
 Exit codes: 0 every copy current, 3 degraded, 4 suspended or unknown (the worst pool counts)";
 
 /// Creates, shows and deletes replicated disks on storage nodes.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "rmrctl", version, about, after_help = EXAMPLES, propagate_version = true)]
+#[command(name = "rmrctl", version, after_help = EXAMPLES, propagate_version = true)]
 pub struct Cli {
     /// Admin address of a node, HOST or HOST:PORT; repeat it for each node [default: 127.0.0.1:7701]
-    #[arg(long = "node", value_name = "HOST:PORT", global = true, env = "RMR_NODES", value_delimiter = ',')]
+    #[arg(long = "node", value_name = "HOST:PORT", global = true, env = "RMR_NODES", value_delimiter = ',', help_heading = GLOBAL)]
     pub nodes: Vec<NodeAddress>,
     /// Print JSON for programs
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     pub json: bool,
     /// Longest wait for an answer of a node, in seconds
-    #[arg(long, value_name = "SECONDS", global = true, default_value = "10", value_parser = parse_timeout)]
+    #[arg(long, value_name = "SECONDS", global = true, default_value = "10", value_parser = parse_timeout, help_heading = GLOBAL)]
     pub timeout: Duration,
     /// What to do.
     #[command(subcommand)]
@@ -121,9 +125,18 @@ pub struct CreateArgs {
     /// Which of the nodes' addresses members are reached by
     #[arg(long, value_enum, default_value_t = TransportArg::Tcp)]
     pub transport: TransportArg,
+    /// Largest size that the pool may grow to later [default: 8 times its size]
+    #[arg(long, value_name = "SIZE")]
+    pub max_size: Option<ByteSize>,
     /// Overwrite what the devices or files hold
     #[arg(long)]
     pub overwrite: bool,
+    /// The devices are known to read as zeroes: do not write them
+    #[arg(long)]
+    pub assume_zero: bool,
+    /// Longest time that one store may take, in seconds: a device that cannot zero itself is written in full
+    #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = parse_create_timeout)]
+    pub create_timeout: Duration,
 }
 
 /// A transport on the command line.
@@ -201,9 +214,17 @@ pub enum NodeCommand {
 }
 
 fn parse_timeout(text: &str) -> Result<Duration, String> {
-    let fail = || format!("'{text}': expected seconds from 0.1 to 3600");
+    parse_seconds(text, 3600.0)
+}
+
+fn parse_create_timeout(text: &str) -> Result<Duration, String> {
+    parse_seconds(text, 604_800.0)
+}
+
+fn parse_seconds(text: &str, most: f64) -> Result<Duration, String> {
+    let fail = || format!("'{text}': expected seconds from 0.1 to {most}");
     let seconds: f64 = text.parse().map_err(|_| fail())?;
-    if !(0.1..=3600.0).contains(&seconds) {
+    if !(0.1..=most).contains(&seconds) {
         return Err(fail());
     }
     Duration::try_from_secs_f64(seconds).map_err(|_| fail())

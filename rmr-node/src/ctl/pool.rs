@@ -4,8 +4,9 @@ use rmr_common::pool::{
     Address, ChunkSize, MAX_MEMBERS, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, TransportKind, View,
 };
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 
-use super::http::{CallError, NodeAddress};
+use super::http::{CallError, Client, NodeAddress};
 use super::status::{client_words, members_table};
 use super::{
     Context, CreateArgs, CtlError, DeleteArgs, EXIT_FAILED, MemberArg, Outcome, Survey, assess, format,
@@ -22,6 +23,9 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outco
     warnings.extend(loopback_warning(&spec, &infos));
     let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
 
+    // From here on an interrupt is a reason to clean up, and it is not lost between two members.
+    let mut interrupt = signal(SignalKind::interrupt())
+        .map_err(|e| CtlError::failed(format!("nothing was created: interrupts cannot be watched: {e}")))?;
     let mut created: Vec<(NodeAddress, StoreCreated)> = Vec::new();
     for (arg, member) in args.members.iter().zip(&spec.members) {
         let request = CreateStore {
@@ -30,17 +34,23 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outco
             view: view.clone(),
             path: arg.path.clone(),
             overwrite: args.overwrite,
+            assume_zero: args.assume_zero,
+            max_size_bytes: args.max_size.map(|size| size.0),
         };
-        match context.client.post::<StoreCreated>(&arg.node, "/v1/stores", &request).await {
-            Ok(store) => created.push((arg.node.clone(), store)),
-            Err(error) => {
-                let mut undo: Vec<_> = created.iter().map(|(n, s)| (n.clone(), s.store)).collect();
-                if may_exist(&error) {
-                    undo.push((arg.node.clone(), member.store));
+        let client = Client { timeout: args.create_timeout };
+        let (error, doubtful) = tokio::select! {
+            result = client.post::<StoreCreated>(&arg.node, "/v1/stores", &request) => match result {
+                Ok(store) => {
+                    created.push((arg.node.clone(), store));
+                    continue;
                 }
-                return Err(roll_back(context, &spec, &error, undo).await);
-            }
-        }
+                Err(error) => (error.to_string(), may_exist(&error)),
+            },
+            _ = interrupt.recv() => (format!("interrupted while node {} made its store", arg.node), true),
+        };
+        let made: Vec<_> = created.iter().map(|(n, s)| (n.clone(), s.store)).collect();
+        let doubtful = doubtful.then(|| (arg.node.clone(), member.store));
+        return Err(roll_back(context, &spec, &error, made, doubtful).await);
     }
     Ok(created_outcome(&spec, &view, &created, &infos, warnings))
 }
@@ -159,37 +169,33 @@ fn may_exist(error: &CallError) -> bool {
     }
 }
 
-/// Removes what this call made, and says what became of it.
+/// Removes what this call made, and says what became of it. `doubtful` is the store of which it is not known whether it
+/// was made.
 async fn roll_back(
     context: &Context,
     spec: &PoolSpec,
-    error: &CallError,
-    undo: Vec<(NodeAddress, StoreId)>,
+    error: &str,
+    made: Vec<(NodeAddress, StoreId)>,
+    doubtful: Option<(NodeAddress, StoreId)>,
 ) -> CtlError {
     let mut message = format!("pool '{}' was not created: {error}", spec.name);
-    let mut removed = Vec::new();
-    let mut left = Vec::new();
-    for (node, store) in undo.iter().rev() {
-        match context.client.delete::<StoreDeleted>(node, &format!("/v1/stores/{store}")).await {
-            Ok(_) => removed.push(format!("store {store} on {node}")),
-            Err(e) if e.refusal().is_some_and(|r| r.code == ErrorCode::NotFound) => {
-                removed.push(format!("store {store} on {node} (it was not there)"));
-            }
-            Err(e) => left.push((node, store, e)),
-        }
-    }
-    if undo.is_empty() {
+    if made.is_empty() && doubtful.is_none() {
         message += "\nnothing had been made yet";
     }
-    if !removed.is_empty() {
-        message += &format!("\nremoved again: {}", removed.join(", "));
-    }
-    for (node, store, e) in left {
-        message += &format!(
-            "\nNOT removed: store {store} on {node}: {e}\n  remove it with: rmrctl --node {node} pool delete {} \
-             --force --yes-destroy-all-data",
-            spec.id
-        );
+    for (node, store) in doubtful.iter().chain(made.iter().rev()) {
+        let name = format!("store {store} on {node}");
+        let way = format!("rmrctl --node {node} pool delete {} --force --yes-destroy-all-data", spec.id);
+        match context.client.delete::<StoreDeleted>(node, &format!("/v1/stores/{store}")).await {
+            Ok(_) => message += &format!("\nremoved again: {name}"),
+            Err(e) if e.refusal().is_some_and(|r| r.code == ErrorCode::NotFound) => {
+                message += &format!("\nnot there: {name}");
+                if doubtful.as_ref().is_some_and(|(_, s)| s == store) {
+                    message +=
+                        &format!(", but it may still be in the making; if it appears, remove it with: {way}");
+                }
+            }
+            Err(e) => message += &format!("\nNOT removed: {name}: {e}\n  remove it with: {way}"),
+        }
     }
     CtlError::failed(message)
 }
