@@ -1,7 +1,7 @@
 //! `rmr-node`: the storage service of a replicated disk. Without a subcommand it serves; `store` works on stores
 //! offline.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -101,7 +101,8 @@ fn serve(config: Config) -> anyhow::Result<()> {
 
 fn start_log(format: LogFormat, level: &LogLevel) -> anyhow::Result<()> {
     let targets: Targets = level.as_str().parse()?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let colours = std::io::stderr().is_terminal();
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
     let layer = match format {
         LogFormat::Text => lines.with_target(false).boxed(),
         LogFormat::Json => lines.json().flatten_event(true).boxed(),

@@ -156,9 +156,6 @@ impl FromStr for Address {
             Some(("rdma", rest)) => (TransportKind::Rdma, rest),
             Some(_) => return Err(fail("the scheme is neither tcp nor rdma")),
         };
-        if text.len() > MAX_ADDRESS_LENGTH {
-            return Err(fail("it is longer than 128 bytes"));
-        }
         let (host, port) = rest.rsplit_once(':').ok_or_else(|| fail("the port is missing"))?;
         let host = match host.strip_prefix('[') {
             Some(inner) => inner.strip_suffix(']').ok_or_else(|| fail("the bracket is not closed"))?,
@@ -169,7 +166,12 @@ impl FromStr for Address {
             return Err(fail("the host is empty or has white space or a slash"));
         }
         let port = port.parse().map_err(|_| fail("the port is not a number from 0 to 65535"))?;
-        Ok(Self { transport, host: host.to_owned(), port })
+        let address = Self { transport, host: host.to_owned(), port };
+        // With its scheme, as it stands in messages and on disk.
+        if address.to_string().len() > MAX_ADDRESS_LENGTH {
+            return Err(fail("with its scheme it is longer than 128 bytes"));
+        }
+        Ok(address)
     }
 }
 
@@ -412,6 +414,9 @@ mod tests {
             assert_eq!(address.to_string(), printed);
             assert_eq!(printed.parse::<Address>().unwrap(), address);
         }
+        let longest = format!("{}:7700", "h".repeat(128 - "tcp://:7700".len()));
+        assert_eq!(longest.parse::<Address>().unwrap().to_string().len(), 128);
+        assert!(format!("h{longest}").parse::<Address>().is_err());
         for bad in ["", "host", "host:", "host:70000", "http://h:1", "::1:7700", "[::1:7700", ":1", "a b:1"] {
             assert!(bad.parse::<Address>().is_err(), "{bad}");
         }

@@ -105,7 +105,7 @@ impl DiskEngine {
     }
 
     /// Registers the memory of `pool` with the ring, which saves pinning pages on each request. That it cannot be done,
-    /// for the limit on locked memory as a rule, is a warning and costs about half a microsecond per request.
+    /// for the limit on locked memory as a rule, is a warning: each request then pins its pages.
     pub fn register_buffers(&mut self, pool: &BufferPool) {
         let Some(ring) = &mut self.ring else { return };
         if let Err(error) = ring.register_buffers(pool) {

@@ -1,5 +1,5 @@
 //! Executes a request at once, on the calling thread. For disks in memory this is the fast way: tmpfs has no non-blocking
-//! path, so io_uring hands each request to a worker thread (4.7 µs per 4 KiB against 0.8 µs, measured).
+//! path, so io_uring hands each request to a worker thread (on Linux 6.18, 4.7 µs per 4 KiB against 0.8 µs).
 
 use std::fs::File;
 use std::io;

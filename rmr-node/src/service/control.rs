@@ -12,7 +12,7 @@ use crate::admin::api::{
 };
 use crate::admin::{NodeControl, Reply, Responder, reply};
 use crate::config::EngineChoice;
-use crate::store::{CreateOptions, Store, StoreError, ZeroPolicy};
+use crate::store::{CreateOptions, Store, ZeroPolicy};
 
 /// See the module's comment.
 pub(super) struct Control {
@@ -131,20 +131,9 @@ fn create(shared: &Shared, request: &CreateStore) -> Result<Store, ControlError>
         store: member.store,
         view: request.view.clone(),
         overwrite: request.overwrite,
-        zero: ZeroPolicy::Zero,
-        max_size: None,
+        zero: if request.assume_zero { ZeroPolicy::AssumeZero } else { ZeroPolicy::Zero },
+        max_size: request.max_size_bytes,
     };
-    Store::create(&path, &options, &mut |_, _| {}).map_err(|e| refusal(&e))?;
-    Store::open(&path, Some(spec.id)).map_err(|e| refusal(&e))
-}
-
-fn refusal(error: &StoreError) -> ControlError {
-    let code = match error {
-        StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
-        StoreError::Busy { .. } => ErrorCode::InUse,
-        StoreError::TooSmall { .. } => ErrorCode::NoSpace,
-        StoreError::Io { .. } => ErrorCode::Internal,
-        _ => ErrorCode::Invalid,
-    };
-    ControlError::new(code, error.to_string())
+    Store::create(&path, &options, &mut |_, _| {}).map_err(ControlError::from)?;
+    Store::open(&path, Some(spec.id)).map_err(ControlError::from)
 }
