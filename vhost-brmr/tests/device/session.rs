@@ -895,3 +895,37 @@ fn a_stop_is_bounded_and_a_second_signal_ends_it_at_once() {
         assert!(start.elapsed() < Duration::from_secs(5));
     }
 }
+
+/// CPU time that a thread has used.
+fn cpu_time<T>(thread: &JoinHandle<T>) -> Duration {
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: the thread was not joined, and both results are valid for writing.
+    let failed = unsafe {
+        libc::pthread_getcpuclockid(std::os::unix::thread::JoinHandleExt::as_pthread_t(thread), &mut clock)
+            + libc::clock_gettime(clock, &mut time)
+    };
+    assert_eq!(failed, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+#[test]
+fn an_idle_device_uses_no_cpu_also_with_requests_in_flight_and_after_polling() {
+    for poll in [0, 500] {
+        let setup = Setup { poll: Duration::from_micros(poll), ..Setup::default() };
+        let (daemon, mut guest) = setup.boot();
+        assert_eq!(guest.flush(), OK);
+        daemon.disk.hold(true);
+        guest.submit(0, 0, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+        guest.kick(0);
+        eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
+        let frontend = guest.frontend.clone();
+        let stopper = std::thread::spawn(move || frontend.get_vring_base(0).is_ok());
+        std::thread::sleep(Duration::from_millis(50));
+        let before = cpu_time(daemon.thread.as_ref().unwrap());
+        std::thread::sleep(Duration::from_millis(400));
+        let used = cpu_time(daemon.thread.as_ref().unwrap()) - before;
+        assert!(used < Duration::from_millis(4), "{used:?} of CPU in 400 ms of waiting");
+        daemon.disk.hold(false);
+        assert!(stopper.join().unwrap());
+    }
+}
