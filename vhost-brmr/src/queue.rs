@@ -19,7 +19,7 @@ use virtio_queue::QueueT;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryAtomic};
 
 use crate::inflight::Inflight;
-use crate::memory::GuestMemory;
+use crate::memory::{self, GuestMemory};
 use crate::request::{Broken, Chain};
 
 /// How often a ring is looked at again within one turn, before the other descriptors of the loop get theirs.
@@ -535,7 +535,8 @@ impl fmt::Debug for Ring {
 fn head_at(queue: &virtio_queue::Queue, memory: &GuestMemory, index: u16) -> Result<u16, Fault> {
     let at = 4 + 2 * u64::from(index % queue.size());
     let at = GuestAddress(queue.avail_ring()).checked_add(at).ok_or(Fault::Memory)?;
-    memory.load(at, Ordering::Relaxed).map(u16::from_le).map_err(|_| Fault::Memory)
+    // The avail index was read with acquire order before.
+    memory::read(memory, at).map(u16::from_le_bytes).ok_or(Fault::Memory)
 }
 
 /// Without event indices the guest turns interrupts off by a flag (virtio 1.3 §2.7.7), which `virtio-queue` ignores.

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress};
+use vm_memory::{Address, GuestAddress};
 
 use crate::disk::{Operation, RangeLimits, SECTOR_SIZE};
 use crate::memory::{self, GuestMemory};
@@ -191,7 +191,9 @@ impl<'m> Chain<'m> {
             return Err(Broken::Chain);
         }
         let at = self.table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_LENGTH));
-        at.and_then(|at| self.memory.read_obj(at).ok()).ok_or(Broken::Chain)
+        let bytes: [u8; 16] = at.and_then(|at| memory::read(self.memory, at)).ok_or(Broken::Chain)?;
+        let (length, flags, next) = (u32_at(&bytes, 8), u16_at(&bytes, 12), u16_at(&bytes, 14));
+        Ok(Descriptor::new(u64_at(&bytes, 0), length, flags, next))
     }
 }
 
@@ -401,6 +403,10 @@ fn in_disk(sector: u64, length: u64, limits: &Limits) -> Result<u64, (Status, Re
         .checked_mul(SECTOR_SIZE)
         .filter(|offset| offset.checked_add(length).is_some_and(|end| end <= limits.size))
         .ok_or((Status::IoError, Refusal::OutOfRange))
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
