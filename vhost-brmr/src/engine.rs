@@ -147,19 +147,20 @@ impl Engine {
 
     /// Takes what is on one ring; whether there was something.
     fn serve(&mut self, session: &mut Session, disk: &mut impl Disk, queue: usize, rearm: bool) -> bool {
-        let Session { rings, memory, device, kicked, identification, .. } = session;
+        let Session { rings, memory, device, kicked, identification, inflight, .. } = session;
         let Self { parser, flight, refusals, starved, .. } = self;
         kicked[queue] = false;
         let (memory, limits, write_through) = (memory.snapshot(), device.limits(), device.is_write_through());
         let ring = &mut rings[queue];
         let incarnation = ring.incarnation();
         let number = u16::try_from(queue).unwrap_or(u16::MAX);
-        let served = ring.serve(memory, rearm, |head, chain| {
+        let inflight = inflight.as_ref().map(|inflight| (inflight, queue));
+        let served = ring.serve(memory, rearm, inflight, |head, chain| {
             if flight.is_full() {
                 *starved = true;
                 return Ok(Taken::NoRoom);
             }
-            let parsed = parser.parse(chain, memory, &limits)?;
+            let parsed = parser.parse(chain, &limits)?;
             let origin = Origin { queue: number, head, incarnation };
             let answer = |status: Status, length| {
                 memory::copy_to(&[status as u8], &[parsed.status]);
@@ -223,8 +224,10 @@ impl Engine {
 
     fn publish(&mut self, session: &mut Session) {
         for queue in 0..session.rings.len() {
-            if session.rings[queue].has_finished()
-                && let Err(fault) = session.rings[queue].publish(session.memory.snapshot())
+            let Session { rings, memory, inflight, .. } = session;
+            let inflight = inflight.as_ref().map(|inflight| (inflight, queue));
+            if rings[queue].has_finished()
+                && let Err(fault) = rings[queue].publish(memory.snapshot(), inflight)
             {
                 fail(session, queue, fault);
             }

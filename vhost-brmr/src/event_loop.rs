@@ -20,7 +20,7 @@ use vmm_sys_util::epoll::EventSet;
 use crate::device::{Device, DeviceOptions};
 use crate::disk::{Attachment, Disk, GeometryError};
 use crate::engine::Engine;
-use crate::frontend::{Drain, KickChange, Session};
+use crate::frontend::{self, Drain, KickChange, Session};
 use crate::queue::RingError;
 use crate::sys::{self, Peeked, StopSignals};
 
@@ -405,6 +405,10 @@ impl<D: Disk> Worker<D> {
                 }
                 None if !connection.readable => return false,
                 None => match sys::peek(&connection.handler) {
+                    Ok(Peeked::Nothing) if connection.hung_up => {
+                        self.disconnect("the front end went away in the middle of a message");
+                        return false;
+                    }
                     Ok(Peeked::Nothing) => {
                         connection.readable = false;
                         return false;
@@ -418,6 +422,7 @@ impl<D: Disk> Worker<D> {
                         return false;
                     }
                     Ok(Peeked::Message { code, need_reply, index, value }) => {
+                        let need_reply = need_reply && frontend::is_acknowledged(code);
                         let scope = Drain::needed(code, index, value);
                         if scope != Drain::Nothing && self.session().in_flight(scope) > 0 {
                             self.drain(scope, need_reply);

@@ -20,6 +20,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::device::Device;
+use crate::inflight::Inflight;
 use crate::memory::{MAX_REGIONS, MemoryTable};
 use crate::queue::{Fault, Phase, Ring, RingError};
 use crate::request::ID_LENGTH;
@@ -59,6 +60,14 @@ impl Drain {
     }
 }
 
+/// Whether a refusal of this message is acknowledged to a front end that asks for acknowledgements. Messages with an
+/// answer of their own get none when they fail, and the front end would wait for ever.
+#[must_use]
+pub fn is_acknowledged(code: u32) -> bool {
+    let answers = [FrontendReq::GET_VRING_BASE, FrontendReq::GET_INFLIGHT_FD, FrontendReq::SET_LOG_BASE];
+    !FrontendReq::try_from(code).is_ok_and(|code| answers.contains(&code))
+}
+
 /// A change of the kick descriptors that the loop watches.
 #[derive(Debug)]
 pub enum KickChange {
@@ -81,6 +90,8 @@ pub struct Session {
     pub kicked: Vec<bool>,
     /// What GET_ID returns.
     pub identification: [u8; ID_LENGTH],
+    /// Where requests in flight are noted for the next daemon, if the front end wants that.
+    pub inflight: Option<Inflight>,
     kick_changes: Vec<KickChange>,
     incarnations: u32,
     protocol_features: u64,
@@ -103,6 +114,7 @@ impl Session {
             identification: device.identification(),
             device,
             memory,
+            inflight: None,
             kick_changes: Vec::new(),
             incarnations: 0,
             protocol_features: 0,
@@ -116,6 +128,7 @@ impl Session {
         self.reset_rings();
         self.device.reset();
         self.memory.clear();
+        self.inflight = None;
         self.protocol_features = 0;
         self.announced = false;
     }
@@ -182,7 +195,12 @@ impl Session {
         if !self.device.has_protocol_features() {
             ring.set_enabled(true);
         }
-        let started = ring.try_start(self.memory.snapshot(), event_idx, incarnation);
+        let started = ring.try_start(
+            self.memory.snapshot(),
+            event_idx,
+            incarnation,
+            self.inflight.as_ref().map(|inflight| (inflight, queue)),
+        );
         let started = started.map_err(|error| refused(format!("ring {queue}: {error}")))?;
         if started && was_stopped {
             self.incarnations = incarnation;
@@ -218,6 +236,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn reset_device(&mut self) -> Result<()> {
         self.reset_rings();
         self.device.reset();
+        self.inflight = None;
         self.announced = false;
         Ok(())
     }
@@ -292,7 +311,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         let new = ring.kick();
         self.kick_changes.extend(old.map(KickChange::Remove));
         self.kick_changes.extend(new.map(|fd| KickChange::Add(fd, queue)));
-        self.start_ring(queue)
+        let started = self.start_ring(queue);
+        if started.is_err() {
+            // The kick is refused with its message, or the next message about this ring would try to start it again.
+            let kick = self.rings[queue].set_kick(None);
+            self.kick_changes.extend(kick.map(KickChange::Remove));
+        }
+        started
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -345,12 +370,24 @@ impl VhostUserBackendReqHandlerMut for Session {
         Err(Error::InvalidOperation("a disk shares no objects"))
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidOperation("inflight tracking was not offered"))
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let VhostUserInflight { num_queues: queues, queue_size: size, .. } = *inflight;
+        let options = self.device.options();
+        let (most, largest) = (options.queues, options.queue_size);
+        if queues > most || size > largest {
+            return Err(refused(format!(
+                "inflight region for {queues} queues of {size}, expected at most {most} of {largest}"
+            )));
+        }
+        Inflight::create(queues, size).map_err(refused)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("inflight tracking was not offered"))
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        if self.rings.iter().any(|ring| ring.phase() == Phase::Started) {
+            return Err(refused(RingError::Running));
+        }
+        self.inflight = Some(Inflight::map(inflight, &file).map_err(refused)?);
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

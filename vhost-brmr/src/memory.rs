@@ -17,7 +17,7 @@ use thiserror::Error;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::bitmap::BS;
 use vm_memory::{
-    Address, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
+    Address, Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
     GuestMemoryRegionBytes, GuestRegionCollection, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
@@ -361,6 +361,23 @@ pub fn translate(memory: &GuestMemory, address: u64, length: u32, segments: &mut
         }
     }
     true
+}
+
+/// Reads `N` bytes at a guest address, each once. For descriptors and heads: `vm_memory`'s own way costs 40 ns more each,
+/// half of what a request costs in all.
+#[must_use]
+pub fn read<const N: usize>(memory: &GuestMemory, address: GuestAddress) -> Option<[u8; N]> {
+    let region = memory.find_region(address)?;
+    let offset = address.0 - region.guest.0;
+    if region.length - offset < N as u64 {
+        // Across two regions: rare, and allowed.
+        let mut bytes = [0; N];
+        return memory.read_slice(&mut bytes, address).ok().map(|()| bytes);
+    }
+    let start = usize::try_from(offset).ok()?;
+    // SAFETY: the range lies within the region, which stays mapped as long as `memory`; bytes need no alignment, every
+    // pattern of them is valid, and a volatile read tolerates that the guest writes meanwhile.
+    Some(unsafe { region.host.wrapping_add(start).cast::<[u8; N]>().read_volatile() })
 }
 
 /// Copies bytes out of guest memory, as far as the segments go; the number copied.

@@ -12,13 +12,15 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 
 use thiserror::Error;
+use tracing::warn;
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
+use virtio_queue::QueueT;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryAtomic};
 
-use crate::memory::GuestMemory;
-use crate::request::Broken;
+use crate::inflight::Inflight;
+use crate::memory::{self, GuestMemory};
+use crate::request::{Broken, Chain};
 
 /// How often a ring is looked at again within one turn, before the other descriptors of the loop get theirs.
 const MAX_ROUNDS: usize = 8;
@@ -93,6 +95,9 @@ pub enum RingError {
     /// An index of more than 16 bits.
     #[error("ring index is {0}, expected 16 bits")]
     Base(u32),
+    /// The inflight region is too small for the ring, of another layout, or names heads beyond the ring.
+    #[error("the inflight region does not fit the ring")]
+    Inflight,
     /// No kick descriptor.
     #[error("no kick descriptor, expected one: this device does not poll for a guest that never kicks")]
     NoKick,
@@ -151,6 +156,10 @@ pub struct Ring {
     in_flight: u16,
     busy: Vec<bool>,
     finished: Vec<(u16, u32)>,
+    /// Heads that an earlier daemon took and did not finish, the next one last; served before the avail ring.
+    again: Vec<u16>,
+    /// Order of the chains in the inflight region.
+    counter: u64,
 }
 
 impl Ring {
@@ -173,6 +182,8 @@ impl Ring {
             in_flight: 0,
             busy: vec![false; max_size.into()],
             finished: Vec::with_capacity(max_size.into()),
+            again: Vec::new(),
+            counter: 0,
         })
     }
 
@@ -287,6 +298,7 @@ impl Ring {
         memory: &GuestMemory,
         event_idx: bool,
         incarnation: u32,
+        inflight: Option<(&Inflight, usize)>,
     ) -> Result<bool, RingError> {
         if self.phase != Phase::Stopped || self.kick.is_none() || !self.has_addresses {
             return Ok(self.phase == Phase::Started);
@@ -300,6 +312,21 @@ impl Ring {
             queue.set_ready(false);
             return Err(outside);
         };
+        if let Some((inflight, number)) = inflight {
+            let recovered = inflight.recover(number, queue.size(), used.0);
+            let recovered = recovered.inspect_err(|error| warn!("{error}")).ok();
+            let Some(recovered) = recovered else {
+                queue.set_ready(false);
+                return Err(RingError::Inflight);
+            };
+            // What was taken and not finished is served from the region; the avail ring goes on behind it, whatever
+            // index the front end believes in.
+            let taken = u16::try_from(recovered.heads.len()).unwrap_or(0);
+            queue.set_next_avail(used.0.wrapping_add(taken));
+            self.counter = recovered.counter;
+            self.again = recovered.heads;
+            self.again.reverse();
+        }
         queue.set_event_idx(event_idx);
         queue.set_next_used(used.0);
         drop(state);
@@ -318,6 +345,7 @@ impl Ring {
         // No request of before may find itself in the ring that is started next.
         self.incarnation = 0;
         self.finished.clear();
+        self.again.clear();
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
         queue.set_ready(false);
@@ -344,7 +372,8 @@ impl Ring {
         &mut self,
         memory: &GuestMemory,
         rearm: bool,
-        mut take: impl FnMut(u16, DescriptorChain<&GuestMemory>) -> Result<Taken, Broken>,
+        inflight: Option<(&Inflight, usize)>,
+        mut take: impl FnMut(u16, Chain<'_>) -> Result<Taken, Broken>,
     ) -> Result<Served, Fault> {
         let mut served = Served::default();
         if !self.is_running() || self.paused {
@@ -352,16 +381,27 @@ impl Ring {
         }
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
-        let size = queue.size();
+        let (size, table) = (queue.size(), GuestAddress(queue.desc_table()));
         for _ in 0..MAX_ROUNDS {
             queue.disable_notification(memory).map_err(|_| Fault::Memory)?;
-            let (avail, before) = (queue.avail_idx(memory, Ordering::Acquire), queue.next_avail());
-            let pending = avail.map_err(|_| Fault::Memory)?.0.wrapping_sub(before);
-            let mut chains = queue.iter(memory).map_err(|_| Fault::AvailIndex)?;
-            let (mut taken, mut room) = (0, true);
-            while taken < pending {
-                let chain = chains.next().ok_or(Fault::Memory)?;
-                let head = chain.head_index();
+            let next = queue.next_avail();
+            let avail = queue.avail_idx(memory, Ordering::Acquire).map_err(|_| Fault::Memory)?;
+            let pending = avail.0.wrapping_sub(next);
+            if pending > size {
+                return Err(Fault::AvailIndex);
+            }
+            let mut taken = 0;
+            while taken < pending || !self.again.is_empty() {
+                let head = match self.again.last() {
+                    Some(head) => *head,
+                    None => {
+                        let head = head_at(queue, memory, next.wrapping_add(taken))?;
+                        // Also what stops the ring counts as taken: it would stop it again.
+                        queue.set_next_avail(next.wrapping_add(taken + 1));
+                        head
+                    }
+                };
+                let is_new = self.again.is_empty();
                 if head >= size {
                     return Err(Fault::Head(head));
                 }
@@ -369,7 +409,20 @@ impl Ring {
                 if *busy {
                     return Err(Fault::HeadInFlight(head));
                 }
-                match take(head, chain).map_err(Fault::Chain)? {
+                // Noted before anything happens with it, so that no crash can lose it.
+                if let Some((inflight, number)) = inflight
+                    && is_new
+                {
+                    inflight.taken(number, head, self.counter);
+                    self.counter = self.counter.wrapping_add(1);
+                }
+                let fate = take(head, Chain::new(memory, table, size, head));
+                if let (Some((inflight, number)), Err(_) | Ok(Taken::NoRoom)) = (inflight, fate)
+                    && (is_new || fate.is_err())
+                {
+                    inflight.put_back(number, head);
+                }
+                match fate.map_err(Fault::Chain)? {
                     Taken::InFlight => {
                         *busy = true;
                         self.in_flight += 1;
@@ -380,26 +433,21 @@ impl Ring {
                         self.finished.push((head, length));
                     }
                     Taken::NoRoom => {
-                        chains.go_to_previous_position();
-                        room = false;
-                        break;
+                        // A completion makes room, and looks again.
+                        queue.set_next_avail(next.wrapping_add(taken));
+                        return Ok(served);
                     }
                 }
-                taken += 1;
-            }
-            served.taken += usize::from(taken);
-            if !room {
-                // A completion makes room, and looks again.
-                return Ok(served);
+                served.taken += 1;
+                if self.again.pop().is_none() {
+                    taken += 1;
+                }
             }
             if rearm {
                 served.more = queue.enable_notification(memory).map_err(|_| Fault::Memory)?;
             }
-            if !served.more {
-                return Ok(served);
-            }
             // The guest may reuse a head that is answered only once it is published.
-            if !self.finished.is_empty() {
+            if !served.more || !self.finished.is_empty() {
                 return Ok(served);
             }
         }
@@ -427,7 +475,11 @@ impl Ring {
     ///
     /// # Errors
     /// When the ring cannot be written any more.
-    pub fn publish(&mut self, memory: &GuestMemory) -> Result<(), Fault> {
+    pub fn publish(
+        &mut self,
+        memory: &GuestMemory,
+        inflight: Option<(&Inflight, usize)>,
+    ) -> Result<(), Fault> {
         if self.phase != Phase::Started {
             self.finished.clear();
             return Ok(());
@@ -436,7 +488,13 @@ impl Ring {
         let queue = state.get_queue_mut();
         for (head, length) in self.finished.drain(..) {
             self.busy[usize::from(head)] = false;
+            if let Some((inflight, number)) = inflight {
+                inflight.finishing(number, head);
+            }
             queue.add_used(memory, head, length).map_err(|_| Fault::Memory)?;
+            if let Some((inflight, number)) = inflight {
+                inflight.finished(number, head, queue.next_used());
+            }
         }
         // Also orders the used index before the read of the flags or the event index.
         let wanted = queue.needs_notification(memory).map_err(|_| Fault::Memory)?;
@@ -471,6 +529,14 @@ impl fmt::Debug for Ring {
             .field("in_flight", &self.in_flight)
             .finish_non_exhaustive()
     }
+}
+
+/// The head at this index of the avail ring (virtio 1.3 §2.7.6).
+fn head_at(queue: &virtio_queue::Queue, memory: &GuestMemory, index: u16) -> Result<u16, Fault> {
+    let at = 4 + 2 * u64::from(index % queue.size());
+    let at = GuestAddress(queue.avail_ring()).checked_add(at).ok_or(Fault::Memory)?;
+    // The avail index was read with acquire order before.
+    memory::read(memory, at).map(u16::from_le_bytes).ok_or(Fault::Memory)
 }
 
 /// Without event indices the guest turns interrupts off by a flag (virtio 1.3 §2.7.7), which `virtio-queue` ignores.

@@ -5,14 +5,14 @@
 //! device-writable byte, however the driver cut them into descriptors.
 
 use std::fmt;
-use std::ops::Deref;
 
 use rmr_common::buffer::Segment;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, GuestAddress};
 
 use crate::disk::{Operation, RangeLimits, SECTOR_SIZE};
 use crate::memory::{self, GuestMemory};
@@ -29,6 +29,9 @@ pub const ID_LENGTH: usize = 20;
 const HEADER_LENGTH: usize = 16;
 /// Length of one range of a discard or write-zeroes request: sector, count, flags.
 const RANGE_LENGTH: usize = 16;
+
+/// Length of a descriptor in its table.
+const DESCRIPTOR_LENGTH: u32 = 16;
 
 /// What the status byte of a request says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +137,66 @@ impl fmt::Display for Broken {
     }
 }
 
+/// Walks one chain, through an indirect table if there is one (virtio 1.3 §2.7.5). Own code rather than
+/// `virtio_queue::DescriptorChain`, which cannot begin at a head that is not on the avail ring, as recovery after a crash
+/// must, and ends silently where a chain is damaged.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain<'m> {
+    memory: &'m GuestMemory,
+    table: GuestAddress,
+    size: u32,
+    next: Option<u16>,
+    /// How many descriptors may still come: a chain is never longer than its table, or it loops.
+    left: u32,
+    bytes: u32,
+    indirect: bool,
+}
+
+impl<'m> Chain<'m> {
+    /// The chain from `head` in a table of `size` descriptors.
+    #[must_use]
+    pub fn new(memory: &'m GuestMemory, table: GuestAddress, size: u16, head: u16) -> Self {
+        let size = u32::from(size);
+        Self { memory, table, size, next: Some(head), left: size, bytes: 0, indirect: false }
+    }
+
+    /// The next descriptor; `None` after the last one.
+    ///
+    /// # Errors
+    /// When the chain is damaged.
+    fn next(&mut self) -> Result<Option<Descriptor>, Broken> {
+        let Some(index) = self.next else { return Ok(None) };
+        let mut descriptor = self.descriptor(index)?;
+        if descriptor.refers_to_indirect_table() {
+            let length = descriptor.len();
+            let size = length / DESCRIPTOR_LENGTH;
+            // A table within a table, or one that is no array of descriptors.
+            if self.indirect || !length.is_multiple_of(DESCRIPTOR_LENGTH) || size > u32::from(u16::MAX) {
+                return Err(Broken::Chain);
+            }
+            (self.table, self.size, self.left, self.indirect) = (descriptor.addr(), size, size, true);
+            descriptor = self.descriptor(0)?;
+            if descriptor.refers_to_indirect_table() {
+                return Err(Broken::Chain);
+            }
+        }
+        self.left -= 1;
+        self.bytes = self.bytes.checked_add(descriptor.len()).ok_or(Broken::Chain)?;
+        self.next = descriptor.has_next().then(|| descriptor.next());
+        Ok(Some(descriptor))
+    }
+
+    fn descriptor(&self, index: u16) -> Result<Descriptor, Broken> {
+        if u32::from(index) >= self.size || self.left == 0 {
+            return Err(Broken::Chain);
+        }
+        let at = self.table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_LENGTH));
+        let bytes: [u8; 16] = at.and_then(|at| memory::read(self.memory, at)).ok_or(Broken::Chain)?;
+        let (length, flags, next) = (u32_at(&bytes, 8), u16_at(&bytes, 12), u16_at(&bytes, 14));
+        Ok(Descriptor::new(u64_at(&bytes, 0), length, flags, next))
+    }
+}
+
 /// Parses chains into lists that it keeps, so that no request allocates.
 #[derive(Debug)]
 pub struct Parser {
@@ -168,15 +231,8 @@ impl Parser {
     ///
     /// # Errors
     /// When no status byte can be reached.
-    pub fn parse<M>(
-        &mut self,
-        chain: DescriptorChain<M>,
-        memory: &GuestMemory,
-        limits: &Limits,
-    ) -> Result<Parsed, Broken>
-    where
-        M: Deref<Target = GuestMemory> + Clone,
-    {
+    pub fn parse(&mut self, chain: Chain<'_>, limits: &Limits) -> Result<Parsed, Broken> {
+        let memory = chain.memory;
         let refusal = self.collect(chain, memory)?;
         let status = self.split_status()?;
         let action = match refusal {
@@ -203,20 +259,12 @@ impl Parser {
 
     /// Collects the segments of both directions. A refusal is reported only after the whole chain was walked, because
     /// the status byte is at its end.
-    fn collect<M>(
-        &mut self,
-        chain: DescriptorChain<M>,
-        memory: &GuestMemory,
-    ) -> Result<Option<Refusal>, Broken>
-    where
-        M: Deref<Target = GuestMemory> + Clone,
-    {
+    fn collect(&mut self, mut chain: Chain<'_>, memory: &GuestMemory) -> Result<Option<Refusal>, Broken> {
         self.readable.clear();
         self.writable.clear();
-        let (mut refusal, mut complete) = (None, false);
-        for descriptor in chain {
-            // The iterator ends silently on any damage; only a last descriptor without a successor ends a sound chain.
-            complete = !descriptor.has_next();
+        let mut refusal = None;
+        while let Some(descriptor) = chain.next()? {
+            let complete = !descriptor.has_next();
             let list = if descriptor.is_write_only() {
                 &mut self.writable
             } else if self.writable.is_empty() {
@@ -242,7 +290,7 @@ impl Parser {
                 }
             }
         }
-        if complete { Ok(refusal) } else { Err(Broken::Chain) }
+        Ok(refusal)
     }
 
     /// Takes the last writable byte off the list.
@@ -355,6 +403,10 @@ fn in_disk(sector: u64, length: u64, limits: &Limits) -> Result<u64, (Status, Re
         .checked_mul(SECTOR_SIZE)
         .filter(|offset| offset.checked_add(length).is_some_and(|end| end <= limits.size))
         .ok_or((Status::IoError, Refusal::OutOfRange))
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

@@ -153,6 +153,12 @@ impl Handle {
         lock(&self.state).waiting.len()
     }
 
+    /// The disk was told to detach, and waits for its requests.
+    #[must_use]
+    pub fn is_detaching(&self) -> bool {
+        lock(&self.state).detaching
+    }
+
     /// The bytes on the disk.
     #[must_use]
     pub fn data(&self) -> Vec<u8> {

@@ -7,10 +7,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vhost_brmr::disk::Operation;
 use vhost_brmr::event_loop::{EventLoop, FrontEnds, LoopError};
+use vhost_brmr::inflight::Inflight;
 use vhost_brmr::sys::StopSignals;
 use vhost_brmr::testing::{Event, Handle, MemoryDisk};
 use virtio_bindings::virtio_blk::*;
@@ -40,7 +41,8 @@ fn the_offer_holds_every_feature_that_the_disk_can_serve_and_no_other() {
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::RESET_DEVICE;
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
     assert_eq!(protocol, expected);
     assert_eq!(guest.frontend.get_queue_num().unwrap(), 2);
     assert_eq!(guest.frontend.get_max_mem_slots().unwrap(), 509);
@@ -433,8 +435,9 @@ fn a_front_end_that_goes_while_it_waits_for_a_drain_ends_the_session() {
     std::io::Write::write_all(&mut &stream, &message).unwrap();
     std::mem::forget(stream);
     std::thread::sleep(Duration::from_millis(20));
+    assert!(!daemon.disk.is_detaching());
     drop(guest);
-    std::thread::sleep(Duration::from_millis(20));
+    eventually("the session ends", || daemon.disk.is_detaching());
     daemon.disk.hold(false);
     daemon.join().unwrap();
 }
@@ -717,6 +720,122 @@ fn a_kick_for_nothing_does_not_make_a_polling_device_deaf() {
     }
 }
 
+/// A region for the guest's rings, as a front end keeps it.
+fn inflight_region(guest: &mut Guest) -> (VhostUserInflight, File) {
+    let queues = u16::try_from(guest.rings.len()).unwrap();
+    let wanted = VhostUserInflight::new(0, 0, queues, guest.rings[0].size);
+    guest.frontend.get_inflight_fd(&wanted).unwrap()
+}
+
+#[test]
+fn a_daemon_that_was_killed_is_followed_by_one_that_serves_what_was_in_flight_in_order() {
+    let setup = Setup::default();
+    let (first, stream) = setup.device();
+    let mut guest = Guest::connect(stream, &setup);
+    let (region, file) = inflight_region(&mut guest);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    guest.start_ring(0, 0);
+    assert_eq!(guest.flush(), OK);
+    first.disk.hold(true);
+    for slot in [3, 1, 0, 2] {
+        guest.submit(0, slot, VIRTIO_BLK_T_OUT, u64::from(slot), &pattern(512, slot as u8), 0);
+    }
+    guest.kick(0);
+    eventually("all requests reach the disk", || first.disk.waiting() == 4);
+    // The last of them completes first.
+    first.disk.reverse(true);
+    first.disk.step();
+    assert_eq!(guest.used(0, 1), [(8, 1)]);
+    let mut noted = [0; 4];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut noted, 12).unwrap();
+    assert_eq!(noted, [8, 0, 2, 0], "last head and used index in the region");
+    // For the guest and its hypervisor, a daemon whose socket closes is dead; what this one holds stays held.
+    guest.disconnect();
+    let (second, stream) = setup.device();
+    guest.reconnect(stream, &setup);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    // Made available while no daemon was there; and the front end names the avail index as cloud-hypervisor does.
+    guest.submit(0, 4, VIRTIO_BLK_T_OUT, 4, &pattern(512, 4), 0);
+    let avail = guest.rings[0].avail;
+    guest.start_ring(0, avail);
+    let heads: Vec<_> = guest.used(0, 4).into_iter().map(|(head, _)| head).collect();
+    assert_eq!(heads, [12, 4, 0, 16]);
+    assert_eq!(guest.used_index(0), 6);
+    let data = second.disk.data();
+    for slot in [0, 1, 3, 4usize] {
+        assert!(data[slot * 512..][..512] == pattern(512, slot as u8)[..], "slot {slot}");
+    }
+    // Nothing is left in flight, so nothing is served twice.
+    guest.disconnect();
+    let (third, stream) = setup.device();
+    guest.reconnect(stream, &setup);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    guest.start_ring(0, 0);
+    assert_eq!(guest.flush(), OK);
+    assert_eq!(third.disk.log().iter().filter(|event| matches!(event, Event::Submitted(..))).count(), 1);
+}
+
+#[test]
+fn a_crash_between_the_used_element_and_its_note_does_not_serve_a_request_twice() {
+    let setup = Setup::default();
+    let (_daemon, mut guest) = setup.boot();
+    let (region, file) = inflight_region(&mut guest);
+    let write = |at: u64, bytes: &[u8]| std::os::unix::fs::FileExt::write_all_at(&file, bytes, at).unwrap();
+    // As a daemon leaves it: version 1, 64 descriptors, last head 8, used index 6; heads 8 and 20 are noted.
+    write(8, &[1, 0, 64, 0, 8, 0, 6, 0]);
+    write(16 + 8 * 16, &[1]);
+    write(16 + 20 * 16, &[1]);
+    let inflight = Inflight::map(&region, &file).unwrap();
+    let same = inflight.recover(0, 64, 6).unwrap();
+    assert_eq!(same.heads, [8, 20]);
+    let later = inflight.recover(0, 64, 7).unwrap();
+    assert_eq!(later.heads, [20]);
+    assert_eq!(inflight.recover(0, 64, 7).unwrap().heads, [20]);
+    // Counters decide on the order.
+    write(16 + 3 * 16, &[1, 0, 0, 0, 0, 0, 0, 0, 5]);
+    write(16 + 20 * 16, &[1, 0, 0, 0, 0, 0, 0, 0, 9]);
+    let ordered = inflight.recover(0, 64, 7).unwrap();
+    assert_eq!((ordered.heads, ordered.counter), (vec![3, 20], 10));
+}
+
+#[test]
+fn an_inflight_region_that_makes_no_sense_is_refused_and_a_fresh_one_is_empty() {
+    let setup = Setup::default();
+    let (_daemon, mut guest) = setup.boot();
+    assert!(
+        guest
+            .frontend
+            .set_inflight_fd(&VhostUserInflight::new(64, 0, 1, 64), guest.file.as_raw_fd())
+            .is_err()
+    );
+    guest.frontend.get_vring_base(0).unwrap();
+    let (region, file) = inflight_region(&mut guest);
+    let size = region.mmap_size;
+    for bad in [
+        VhostUserInflight::new(size - 64, 0, 1, 64),
+        VhostUserInflight::new(size + 4096, 0, 1, 64),
+        VhostUserInflight::new(size, u64::MAX - 4095, 1, 64),
+        VhostUserInflight::new(size, 0, 1, 65535),
+    ] {
+        assert!(guest.frontend.set_inflight_fd(&bad, file.as_raw_fd()).is_err());
+    }
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    for bad in [[2, 0, 64, 0], [1, 0, 32, 0]] {
+        std::os::unix::fs::FileExt::write_all_at(&file, &bad, 8).unwrap();
+        guest.configure_ring(0, 0);
+        let kick = guest.rings[0].kick.try_clone().unwrap();
+        assert!(guest.frontend.set_vring_kick(0, &kick).is_err());
+    }
+    // In a region never used, slot 0 means nothing.
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0; 16], 0).unwrap();
+    guest.start_ring(0, 0);
+    assert_eq!(guest.flush(), OK);
+    assert_eq!(guest.used_index(0), 1);
+}
+
 /// Runs the loop in a thread that takes SIGTERM, and gives the means to send it.
 fn with_signals(setup: &Setup, stream: UnixStream) -> (Handle, impl Fn(), JoinHandle<Result<(), LoopError>>) {
     let (disk, handle) = MemoryDisk::new(setup.geometry).unwrap();
@@ -778,5 +897,39 @@ fn a_stop_is_bounded_and_a_second_signal_ends_it_at_once() {
         let start = Instant::now();
         thread.join().unwrap().unwrap();
         assert!(start.elapsed() < Duration::from_secs(5));
+    }
+}
+
+/// CPU time that a thread has used.
+fn cpu_time<T>(thread: &JoinHandle<T>) -> Duration {
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: the thread was not joined, and both results are valid for writing.
+    let failed = unsafe {
+        libc::pthread_getcpuclockid(std::os::unix::thread::JoinHandleExt::as_pthread_t(thread), &mut clock)
+            + libc::clock_gettime(clock, &mut time)
+    };
+    assert_eq!(failed, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+#[test]
+fn an_idle_device_uses_no_cpu_also_with_requests_in_flight_and_after_polling() {
+    for poll in [0, 500] {
+        let setup = Setup { poll: Duration::from_micros(poll), ..Setup::default() };
+        let (daemon, mut guest) = setup.boot();
+        assert_eq!(guest.flush(), OK);
+        daemon.disk.hold(true);
+        guest.submit(0, 0, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+        guest.kick(0);
+        eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
+        let frontend = guest.frontend.clone();
+        let stopper = std::thread::spawn(move || frontend.get_vring_base(0).is_ok());
+        std::thread::sleep(Duration::from_millis(50));
+        let before = cpu_time(daemon.thread.as_ref().unwrap());
+        std::thread::sleep(Duration::from_millis(400));
+        let used = cpu_time(daemon.thread.as_ref().unwrap()) - before;
+        assert!(used < Duration::from_millis(4), "{used:?} of CPU in 400 ms of waiting");
+        daemon.disk.hold(false);
+        assert!(stopper.join().unwrap());
     }
 }

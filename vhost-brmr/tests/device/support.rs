@@ -158,8 +158,7 @@ impl Guest {
         guest
     }
 
-    /// Negotiates features.
-    pub(crate) fn connect(stream: UnixStream, setup: &Setup) -> Self {
+    fn negotiate(stream: UnixStream, setup: &Setup) -> (Frontend, u64) {
         let mut frontend = Frontend::from_stream(stream, setup.queues.into());
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
@@ -169,6 +168,23 @@ impl Guest {
         assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(features).unwrap();
+        (frontend, features)
+    }
+
+    /// Closes the socket; memory and rings stay as they are.
+    pub(crate) fn disconnect(&mut self) {
+        let (ours, _) = UnixStream::pair().unwrap();
+        self.frontend = Frontend::from_stream(ours, 1);
+    }
+
+    /// Negotiates again with another daemon.
+    pub(crate) fn reconnect(&mut self, stream: UnixStream, setup: &Setup) {
+        self.frontend = Self::negotiate(stream, setup).0;
+    }
+
+    /// Negotiates features.
+    pub(crate) fn connect(stream: UnixStream, setup: &Setup) -> Self {
+        let (frontend, features) = Self::negotiate(stream, setup);
         let file = tempfile::tempfile().unwrap();
         file.set_len(MEMORY_SIZE + 2 * GUARD).unwrap();
         let length = usize::try_from(MEMORY_SIZE + 2 * GUARD).unwrap();
