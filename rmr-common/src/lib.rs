@@ -17,5 +17,6 @@ pub mod map;
 pub mod pool;
 pub mod reactor;
 pub mod replica;
+pub mod sim;
 pub mod time;
 pub mod wire;

@@ -344,6 +344,12 @@ impl Replica {
         self.maps.page(page)
     }
 
+    /// The intent map and the dirty maps as they are now.
+    #[must_use]
+    pub const fn maps(&self) -> &MemberMaps {
+        &self.maps
+    }
+
     /// The pool's specification.
     #[must_use]
     pub const fn spec(&self) -> &PoolSpec {
