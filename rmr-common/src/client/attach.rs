@@ -247,6 +247,9 @@ impl Client {
             return;
         };
         let view = best.view.clone();
+        if self.is_displaced_in(&view) {
+            return self.end(OverReason::Fenced(view.epoch));
+        }
         if !view.clean().is_subset(ready) {
             return self.tell_waiting(&view, ready);
         }
@@ -263,7 +266,8 @@ impl Client {
         self.view = Some(view);
         let body = Attach {
             client: self.config.client,
-            takeover: self.config.takeover,
+            // A client that was displaced must not displace in turn.
+            takeover: self.config.takeover && self.own_epochs.is_empty(),
             description: self.config.description.clone(),
         }
         .encode();
@@ -272,6 +276,13 @@ impl Client {
             let header = self.header(Kind::Attach);
             self.send_body(member, header, body.clone());
         }
+    }
+
+    /// Whether another client made the view, after this one was attached: what this one has in flight may be older than
+    /// what that one wrote, so it may never be sent again.
+    fn is_displaced_in(&self, view: &View) -> bool {
+        self.own_epochs.first().is_some_and(|&last| view.epoch > last)
+            && !self.own_epochs.contains(&view.epoch)
     }
 
     fn tell_waiting(&mut self, view: &View, ready: MemberSet) {
@@ -360,6 +371,9 @@ impl Client {
         for (member, reply) in &replies {
             self.note_view(*member, &reply.view);
         }
+        if self.is_displaced_in(&best) {
+            return self.end(OverReason::Fenced(best.epoch));
+        }
         if !best.clean().is_subset(attached) {
             // The view moved on between hello and attach; gather again with what is known now.
             return self.gather();
@@ -377,6 +391,9 @@ impl Client {
             .collect();
         match best.step(ViewStep::Attach(lost), self.epoch) {
             Ok(next) => {
+                if !self.own_epochs.is_empty() {
+                    self.own_epochs.push(self.epoch);
+                }
                 self.view = Some(best);
                 self.change_view(next, additions, true);
             }
@@ -433,6 +450,8 @@ impl Client {
             return;
         };
         self.counters.views += 1;
+        self.own_epochs.clear();
+        self.own_epochs.push(self.epoch);
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
         let limits: Vec<_> = next.active().iter().filter_map(|m| self.ready(m)).map(|r| r.limits).collect();
         self.max_io = limits.iter().map(|l| l.max_io).min().unwrap_or(self.max_io);

@@ -354,6 +354,8 @@ pub struct Client {
     /// The committed view, or before that the highest one seen.
     view: Option<View>,
     epoch: Epoch,
+    /// The attachment of the last commit, and those under which views were proposed since. Empty before the first.
+    own_epochs: Vec<Epoch>,
     sequence: Sequence,
     parts: Parts,
     ops: Vec<Option<Op>>,
@@ -409,6 +411,7 @@ impl Client {
             spec: None,
             view: None,
             epoch: Epoch(0),
+            own_epochs: Vec::new(),
             sequence: Sequence(0),
             parts: Parts::new(MAX_SLOTS),
             ops: Vec::new(),

@@ -144,9 +144,9 @@ impl World<'_> {
             let value = node.disk.sectors[sector];
             for member in active.iter().filter(|&m| m != node.member) {
                 let other = self.nodes[self.node_index(member)].disk.sectors[sector];
-                if other != value
-                    && (!self.oracle.is_acknowledged(value) || self.oracle.is_acknowledged(other))
-                {
+                let is_excused =
+                    self.oracle.is_complete(value) && self.oracle.may_be_unfinished(sector, other);
+                if other != value && !is_excused {
                     return Err(format!(
                         "node {index} clears the intent of chunk {chunk}, whose sector {sector} is {} here and {} on \
                          member {member}",
@@ -359,11 +359,16 @@ impl World<'_> {
                     ));
                 }
             }
-            for chunk in self.chunks(request.first, request.count) {
-                for absent in view.out().iter() {
+            for absent in view.out().iter() {
+                let disk = &self.nodes[self.node_index(absent)].disk;
+                let misses = |&sector: &usize| {
+                    disk.unflushed_since[sector] > 0 || !self.oracle.is_current(sector, disk.sectors[sector])
+                };
+                for sector in (request.first..request.first + request.count).filter(misses) {
+                    let chunk = self.spec.chunk_size.chunk_of(sector as u64 * SECTOR);
                     if !node.has_bit(MapId::Dirty(absent), chunk) {
                         return Err(format!(
-                            "member {member} has no durable record that {absent} misses chunk {chunk}"
+                            "member {member} has no durable record that {absent} misses sector {sector}, chunk {chunk}"
                         ));
                     }
                 }
@@ -452,9 +457,9 @@ impl World<'_> {
         let view = self.committed.as_ref().ok_or("no client ever attached")?;
         for member in view.active().iter().filter(|_| !self.unclean) {
             let node = &self.nodes[self.node_index(member)];
-            let left = node.durable.last_client.as_ref().is_some_and(|c| c.attached);
+            let is_detached = node.durable.last_client.as_ref().is_some_and(|c| !c.attached);
             let intents = node.replica.as_ref().map_or(0, |r| r.maps().intent().count());
-            if left || intents > 0 {
+            if is_detached && intents > 0 {
                 return Err(format!("after a detach in good order member {member} keeps {intents} intents"));
             }
         }

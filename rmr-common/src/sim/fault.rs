@@ -189,7 +189,6 @@ impl World<'_> {
 
     fn crash_host(&mut self, host: usize) {
         trace!(self, "client {host} crashes");
-        self.unclean = true;
         self.hosts[host].is_crashed = true;
         let requests = std::mem::take(&mut self.hosts[host].requests);
         if requests.values().any(|r| r.write.is_some()) {

@@ -137,10 +137,20 @@ impl Oracle {
         self.sectors[sector].iter().any(|c| c.removed == NEVER && self.writes[c.write as usize].failed)
     }
 
-    /// Whether the value is of a write that was acknowledged. Zeroes are, because they can not be told apart.
-    pub(super) fn is_acknowledged(&self, value: u64) -> bool {
+    /// Whether the value of a sector is of a write that is complete everywhere. Zeroes are taken for such, because
+    /// they can not be told apart.
+    pub(super) fn is_complete(&self, value: u64) -> bool {
         let write = usize::try_from(value >> 24).unwrap_or(0);
         self.writes.get(write).is_some_and(|w| w.end != NEVER && !w.failed)
+    }
+
+    /// Whether the value may be of a write that is in flight or has failed.
+    pub(super) fn may_be_unfinished(&self, sector: usize, value: u64) -> bool {
+        let unfinished = |c: &Candidate| {
+            let write = &self.writes[c.write as usize];
+            c.value == value && (write.end == NEVER || write.failed)
+        };
+        self.sectors[sector].iter().any(unfinished)
     }
 
     /// The state of a sector in words.

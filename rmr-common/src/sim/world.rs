@@ -17,7 +17,7 @@ use crate::replica::{
     self, BufferToken, ConnectionId, DiskOperation, DiskResult, DurableState, IoId, Metadata, ReplyPayload,
 };
 use crate::time::Time;
-use crate::wire::{Hello, Kind, Limits, MessageHeader, Status};
+use crate::wire::{AttachReply, Hello, Kind, Limits, MessageHeader, Status};
 
 pub(super) const MILLISECOND: u64 = 1_000_000;
 
@@ -64,10 +64,6 @@ pub(super) enum Event {
     },
     HostTick(usize, u64),
     NodeStart(usize),
-    HostStart {
-        id: u8,
-        takeover: bool,
-    },
     Heal {
         host: usize,
         node: usize,
@@ -192,7 +188,7 @@ pub(super) struct World<'a> {
     pub(super) committed: Option<View>,
     /// Every view that was ever durable anywhere.
     pub(super) views: BTreeMap<(u64, u64), View>,
-    /// Whether some client session ended in another way than by a detach.
+    /// Whether some member was attached that no client had left in good order.
     pub(super) unclean: bool,
     trace: Option<&'a mut dyn Write>,
 }
@@ -366,7 +362,6 @@ impl<'a> World<'a> {
                     self.restart(node);
                 }
             }
-            Event::HostStart { id, takeover } => self.start_host(id, takeover),
             Event::Heal { host, node } => self.hosts[host].partitioned[node] = false,
             Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
             Event::Work => self.work()?,
@@ -452,6 +447,9 @@ impl<'a> World<'a> {
         if length != u64::from(header.payload) {
             return Err(format!("node {node} sends {length} bytes with a header that says {header:?}"));
         }
+        if header.kind == Kind::AttachReply && header.status == Status::Ok {
+            self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
+        }
         self.check_answer(node, &header)?;
         self.send(connection.0 as usize, false, message)
     }
@@ -483,7 +481,7 @@ impl<'a> World<'a> {
             .submit(io, operation, (offset, length), data, result)
             .map_err(|e| format!("node {index}: {e}"))?;
         let life = node.life;
-        let most = self.profile.disk_delay * if self.rng.percent(2) { 20 } else { 1 };
+        let most = self.profile.disk_delay * if self.rng.percent(2) && !self.is_calm { 20 } else { 1 };
         let effect = self.rng.range(1, most);
         let done = effect + self.rng.range(1, most / 2);
         trace!(self, "node {index}: disk request {} {operation:?} at {offset}+{length} begins", io.0);
