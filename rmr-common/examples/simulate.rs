@@ -2,6 +2,7 @@
 //!
 //! `cargo run -p rmr-common --example simulate -- --seed N [--trace]`, or `--start N --seeds COUNT`.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use rmr_common::sim;
@@ -45,7 +46,12 @@ fn main() -> ExitCode {
     for seed in arguments.start..arguments.start.saturating_add(arguments.seeds) {
         let mut out = std::io::stdout();
         let trace: Option<&mut dyn std::io::Write> = if arguments.trace { Some(&mut out) } else { None };
-        match sim::run(seed, sim::Options::default(), trace) {
+        let run = AssertUnwindSafe(|| sim::run(seed, sim::Options::default(), trace));
+        let Ok(result) = catch_unwind(run) else {
+            eprintln!("seed {seed}: the code panicked, see above");
+            return ExitCode::FAILURE;
+        };
+        match result {
             Ok(report) => {
                 coverage.add(&report.coverage);
                 steps += report.steps;

@@ -50,6 +50,8 @@ pub(super) struct Part {
     pub(super) sent_at: Time,
     previous: u16,
     next: u16,
+    /// The write that a blocked part waits for.
+    blocker: u16,
     first_waiter: u16,
     next_waiter: u16,
 }
@@ -69,6 +71,7 @@ impl Part {
         sent_at: Time(0),
         previous: NONE,
         next: NONE,
+        blocker: NONE,
         first_waiter: NONE,
         next_waiter: NONE,
     };
@@ -168,6 +171,7 @@ impl Parts {
     /// Frees a slot and calls `ready` for each part that waited for it and may be sent now.
     pub(super) fn release(&mut self, slot: Slot, mut ready: impl FnMut(Slot)) {
         let index = slot.0;
+        self.stop_waiting(index);
         let part = self.parts[usize::from(index)];
         if part.operation.is_write() {
             self.unlink(index);
@@ -216,8 +220,32 @@ impl Parts {
         }
     }
 
+    /// Takes a part out of the list of those that wait for its blocker.
+    fn stop_waiting(&mut self, index: u16) {
+        let part = &mut self.parts[usize::from(index)];
+        let blocker = std::mem::replace(&mut part.blocker, NONE);
+        let next = std::mem::replace(&mut part.next_waiter, NONE);
+        if blocker == NONE {
+            return;
+        }
+        if self.parts[usize::from(blocker)].first_waiter == index {
+            self.parts[usize::from(blocker)].first_waiter = next;
+            return;
+        }
+        let mut at = self.parts[usize::from(blocker)].first_waiter;
+        while at != NONE {
+            let waiter = &mut self.parts[usize::from(at)];
+            if waiter.next_waiter == index {
+                waiter.next_waiter = next;
+                return;
+            }
+            at = waiter.next_waiter;
+        }
+    }
+
     fn block_on(&mut self, index: u16, blocker: Option<u16>) {
         let part = &mut self.parts[usize::from(index)];
+        part.blocker = blocker.unwrap_or(NONE);
         let Some(blocker) = blocker else {
             part.state = PartState::Unsent;
             return;
@@ -380,6 +408,23 @@ mod tests {
         admit(&mut parts, 1, 0, 512);
         assert!(!parts.has_free());
         assert_eq!(parts.admit(Operation::Read, 0, 0, (0, 512), Sequence(2)), None);
+    }
+
+    #[test]
+    fn a_part_that_is_given_up_while_it_waits_is_forgotten_by_the_one_it_waits_for() {
+        let mut parts = Parts::new(8);
+        let a = admit(&mut parts, 1, 0, 4096);
+        let waiting: Vec<_> =
+            (2..5).map(|i| parts.admit(Operation::Write, 0, 0, (0, 512), Sequence(i))).collect();
+        let waiting: Vec<_> = waiting.into_iter().flatten().collect();
+        parts.release(waiting[1], |_| {});
+        let mut ready = Vec::new();
+        parts.release(a, |s| ready.push(s));
+        assert_eq!(ready, vec![waiting[0]]);
+        parts.release(waiting[0], |s| ready.push(s));
+        assert_eq!(ready, vec![waiting[0], waiting[2]]);
+        parts.release(waiting[2], |_| {});
+        assert_eq!((parts.in_flight(), parts.slots().count()), (0, 0));
     }
 
     proptest! {
