@@ -18,6 +18,8 @@ struct Write {
     start: Step,
     end: Step,
     failed: bool,
+    first: usize,
+    count: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -28,6 +30,9 @@ struct Candidate {
     observed: Step,
     /// When the value stopped to be possible.
     removed: Step,
+    /// The write in flight whose value a read found in its place. If that write fails, the value may be back on another
+    /// member. Zero for none.
+    doubt: WriteId,
 }
 
 /// The values that the sectors of a pool may have.
@@ -41,9 +46,9 @@ pub(super) struct Oracle {
 
 impl Oracle {
     pub(super) fn new(sectors: usize, reconcile_expected: bool) -> Self {
-        let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER };
+        let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER, doubt: 0 };
         Self {
-            writes: vec![Write { start: 0, end: 0, failed: false }],
+            writes: vec![Write { start: 0, end: 0, failed: false, first: 0, count: 0 }],
             sectors: vec![vec![genesis]; sectors],
             reconcile_expected,
         }
@@ -57,16 +62,24 @@ impl Oracle {
     /// A write whose values may be seen from now on. `zero` for one that makes its range read as zeroes.
     pub(super) fn begin(&mut self, first: usize, count: usize, zero: bool, now: Step) -> WriteId {
         let id = self.reserve(now);
+        self.writes[id as usize].first = first;
+        self.writes[id as usize].count = count;
         for i in 0..count {
             let value = if zero { 0 } else { Self::stamp(id, i) };
-            self.sectors[first + i].push(Candidate { write: id, value, observed: NEVER, removed: NEVER });
+            self.sectors[first + i].push(Candidate {
+                write: id,
+                value,
+                observed: NEVER,
+                removed: NEVER,
+                doubt: 0,
+            });
         }
         id
     }
 
     /// A write whose values must never be seen: its client is fenced.
     pub(super) fn reserve(&mut self, now: Step) -> WriteId {
-        self.writes.push(Write { start: now, end: NEVER, failed: false });
+        self.writes.push(Write { start: now, end: NEVER, failed: false, first: 0, count: 0 });
         u32::try_from(self.writes.len() - 1).unwrap_or(u32::MAX)
     }
 
@@ -80,9 +93,11 @@ impl Oracle {
             for candidate in sector.iter_mut() {
                 if candidate.write != id && self.writes[candidate.write as usize].end < start {
                     candidate.removed = candidate.removed.min(now);
+                    candidate.doubt = 0;
                 }
             }
-            sector.retain(|c| c.removed > oldest);
+            let writes = &self.writes;
+            sector.retain(|c| c.removed > oldest || (c.doubt != 0 && writes[c.doubt as usize].end == NEVER));
         }
     }
 
@@ -92,6 +107,13 @@ impl Oracle {
         if write.end == NEVER {
             write.end = now;
             write.failed = true;
+            let range = write.first..write.first + write.count;
+            for sector in self.sectors[range].iter_mut().filter(|_| !self.reconcile_expected) {
+                for candidate in sector.iter_mut().filter(|c| c.doubt == id) {
+                    candidate.removed = NEVER;
+                    candidate.doubt = 0;
+                }
+            }
         }
     }
 
@@ -113,6 +135,8 @@ impl Oracle {
         if undecided && !self.reconcile_expected {
             return Ok(());
         }
+        let in_flight = |c: &&Candidate| matching(c) && writes[c.write as usize].end == NEVER;
+        let doubt = candidates.iter().find(in_flight).map_or(0, |c| c.write);
         for candidate in candidates.iter_mut() {
             if candidate.value == value {
                 if matches == 1 && matching(candidate) {
@@ -121,6 +145,9 @@ impl Oracle {
             } else if candidate.observed < start
                 || oldest.is_some_and(|oldest| writes[candidate.write as usize].end < oldest)
             {
+                if candidate.removed == NEVER {
+                    candidate.doubt = doubt;
+                }
                 candidate.removed = candidate.removed.min(now);
             }
         }
