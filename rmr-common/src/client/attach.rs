@@ -462,6 +462,7 @@ impl Client {
             self.note_epoch(member, self.epoch);
         }
         self.view = Some(next);
+        self.suspended_since = None;
         self.notice(notice);
         self.parts.raise_barriers();
         self.resume_requests();
@@ -527,6 +528,9 @@ impl Client {
     /// Starts over: collect views, then attach with a new epoch. Requests wait meanwhile.
     fn gather(&mut self) {
         self.parts.unsend_all();
+        if matches!(self.state, State::Active | State::Changing { attach: false, .. }) {
+            self.suspended_since = Some(self.now);
+        }
         self.state = State::Gathering { possible_since: None, told: String::new() };
         self.next_tick = self.now + self.config.reconnect_interval / 4;
     }

@@ -465,8 +465,10 @@ impl Client {
         }
         if matches!(self.state, State::Gathering { .. } | State::Attaching { .. }) {
             let limit = self.config.suspend_timeout;
+            // What counts is how long a request has waited for the pool, not how long the pool took before.
+            let since = self.suspended_since.unwrap_or(Time(0));
             for index in 0..self.ops.len() {
-                if self.ops[index].as_ref().is_some_and(|op| now - op.submitted > limit) {
+                if self.ops[index].as_ref().is_some_and(|op| now - op.submitted.max(since) > limit) {
                     self.abandon(u32::try_from(index).unwrap_or(u32::MAX), IoError::Suspended);
                 }
             }

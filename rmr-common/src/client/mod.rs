@@ -377,6 +377,8 @@ pub struct Client {
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
     detach_requested: bool,
+    /// Since when requests wait for the pool, after it was active.
+    suspended_since: Option<Time>,
     next_tick: Time,
     now: Time,
     counters: Counters,
@@ -429,6 +431,7 @@ impl Client {
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
             detach_requested: false,
+            suspended_since: None,
             next_tick: now,
             now,
             counters: Counters::default(),
