@@ -7,11 +7,20 @@ use crate::map::ClearReason;
 use crate::pool::{Epoch, MemberState, Sequence, View, ViewNumber};
 use crate::wire::{Attach, AttachReply, Kind, MessageHeader, SetView, Status};
 
-/// An attach whose epoch is being made durable, or that waits for older disk requests to end.
+/// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
 pub(super) struct PendingAttach {
     connection: ConnectionId,
     header: MessageHeader,
     durable: bool,
+    flush: AttachFlush,
+}
+
+/// The flush that comes before the answer to an attach. The new client does not know what the one before had not
+/// flushed, and could not count it as missed when this member is lost.
+enum AttachFlush {
+    Due,
+    Running(IoId),
+    Done,
 }
 
 /// A view on its way to disk: first the map pages with what was missed, then the superblock.
@@ -119,7 +128,8 @@ impl Replica {
             attached: true,
         });
         self.previous_client = previous.map(|c| c.client);
-        self.attach = Some(PendingAttach { connection, header: *header, durable: false });
+        self.attach =
+            Some(PendingAttach { connection, header: *header, durable: false, flush: AttachFlush::Due });
         self.persist_state(Waiter::Attach(self.epoch));
     }
 
@@ -134,6 +144,17 @@ impl Replica {
     pub(super) fn check_drained(&mut self) {
         if !self.attach.as_ref().is_some_and(|a| a.durable) || self.older_ios() > 0 {
             return;
+        }
+        match self.attach.as_ref().map(|a| &a.flush) {
+            Some(AttachFlush::Due) if !self.config.write_through && !self.broken => {
+                let io = self.own_flush();
+                if let Some(attach) = &mut self.attach {
+                    attach.flush = AttachFlush::Running(io);
+                }
+                return;
+            }
+            Some(AttachFlush::Running(_)) => return,
+            Some(AttachFlush::Due | AttachFlush::Done) | None => {}
         }
         let Some(PendingAttach { connection, header, .. }) = self.attach.take() else { return };
         if header.epoch != self.epoch {
@@ -160,6 +181,19 @@ impl Replica {
         let who = self.holder.as_ref().map(|h| h.description.clone()).unwrap_or_default();
         self.notice(Notice::Attached(self.epoch, who));
         self.answer(connection, &header, Kind::AttachReply, Status::Ok, reply.encode());
+    }
+
+    /// True if the flush was that of the pending attach.
+    pub(super) fn attach_flushed(&mut self, io: IoId, status: Status) -> bool {
+        let is_its = |a: &PendingAttach| matches!(a.flush, AttachFlush::Running(flush) if flush == io);
+        let Some(attach) = self.attach.as_mut().filter(|a| is_its(a)) else { return false };
+        if status == Status::Ok {
+            attach.flush = AttachFlush::Done;
+        } else if let Some(attach) = self.attach.take() {
+            let text = b"its disk cannot be flushed".to_vec();
+            self.answer(attach.connection, &attach.header, Kind::AttachReply, status, text);
+        }
+        true
     }
 
     fn set_view(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
