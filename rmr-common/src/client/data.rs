@@ -123,14 +123,14 @@ impl Client {
     /// The home leg of a chunk: the one Clean member that serves its reads, so that caches stay warm and a read never
     /// goes back in time between two legs while a write is in flight.
     fn home(&self, chunk: Chunk, but: MemberSet) -> Option<MemberId> {
-        let candidates = self.view_clean().without(but);
-        let count = u64::from(candidates.len());
-        if count == 0 {
-            return None;
-        }
-        // Neighbouring chunks go to different legs; the multiplier spreads strides that are multiples of the count.
-        let pick = (chunk.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % count;
-        candidates.iter().nth(usize::try_from(pick).unwrap_or(0))
+        // The highest score wins: when a member is lost, only its own chunks move, and no read that is in flight to
+        // another leg comes to be at the wrong one.
+        let score = |m: &MemberId| {
+            let key = (chunk.0 * crate::pool::MAX_MEMBERS as u64 + u64::from(m.as_u8()) + 1)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            (key ^ (key >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32
+        };
+        self.view_clean().without(but).iter().max_by_key(score)
     }
 
     /// The first bytes of a range that have one home leg, at most `length`.
@@ -227,11 +227,12 @@ impl Client {
                 self.counters.reads_repeated += 1;
                 self.notice(Notice::ReadError(member, offset, length));
                 if let Some(part) = self.parts.get_mut(header.slot) {
-                    part.pending = MemberSet::EMPTY;
                     part.failed.insert(member);
-                    part.state = PartState::Unsent;
                 }
-                self.send_if_active(header.slot);
+                self.requeue_read(header.slot);
+                if self.parts.get(header.slot).is_some_and(|p| p.state == PartState::Unsent) {
+                    self.send_if_active(header.slot);
+                }
             }
             Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
                 // The only current copy cannot write: the guest has to know; losing the leg would help nobody.
@@ -241,6 +242,11 @@ impl Client {
                 self.drop_member(member, &format!("{operation:?} at {offset}+{length} answered {status:?}"))
             }
         }
+    }
+
+    fn requeue_read(&mut self, slot: Slot) {
+        let sequence = self.next_sequence();
+        self.parts.requeue(slot, sequence);
     }
 
     fn send_if_active(&mut self, slot: Slot) {
@@ -311,16 +317,16 @@ impl Client {
         slots.extend(self.parts.slots().map(|(slot, p)| (p.sequence, slot)));
         slots.sort_unstable();
         for (_, slot) in slots.drain(..) {
-            let Some(part) = self.parts.get_mut(slot) else { continue };
-            let lost_read =
-                part.state == PartState::Sent && part.operation == Operation::Read && part.pending.is_empty();
-            if lost_read {
-                part.state = PartState::Unsent;
+            let Some(part) = self.parts.get(slot).copied() else { continue };
+            let is_lost =
+                part.state == PartState::Unsent || (part.state == PartState::Sent && part.pending.is_empty());
+            if part.operation == Operation::Read && is_lost {
+                self.requeue_read(slot);
             }
-            match part.state {
-                PartState::Unsent => self.send_part(slot),
-                PartState::Sent => self.part_progress(slot),
-                PartState::Blocked | PartState::Free => {}
+            match self.parts.get(slot).map(|p| p.state) {
+                Some(PartState::Unsent) => self.send_part(slot),
+                Some(PartState::Sent) => self.part_progress(slot),
+                Some(PartState::Blocked | PartState::Free) | None => {}
             }
         }
         self.slot_scratch = slots;

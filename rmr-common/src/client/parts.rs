@@ -44,9 +44,13 @@ pub(super) struct Part {
     pub(super) pending: MemberSet,
     /// Legs that did not carry it out; the part completes when the committed view has them Out.
     pub(super) failed: MemberSet,
-    /// Set when a view change found the write in flight: reads of its range wait for it, lest a read from a new home
-    /// leg go back in time.
+    /// Set when a view change or a new attachment found the write in flight: reads of its range wait for it, lest a
+    /// read from a new home leg go back in time.
     pub(super) barrier: bool,
+    /// Whether the part stands in line: it waits for overlapping parts before it in the line, and those after it wait
+    /// for it. Writes do, and reads that are sent again: the leg they go to may be another one, so nothing that
+    /// overlaps may be in flight meanwhile.
+    pub(super) in_line: bool,
     pub(super) sent_at: Time,
     previous: u16,
     next: u16,
@@ -68,6 +72,7 @@ impl Part {
         pending: MemberSet::EMPTY,
         failed: MemberSet::EMPTY,
         barrier: false,
+        in_line: false,
         sent_at: Time(0),
         previous: NONE,
         next: NONE,
@@ -89,7 +94,7 @@ impl Part {
 pub(super) struct Parts {
     parts: Vec<Part>,
     free: Vec<u16>,
-    /// Writes in order of their sequence.
+    /// The line: writes, and reads that are sent again, in order of their sequence.
     first: u16,
     last: u16,
     filter: Box<[u16; FILTER_BUCKETS]>,
@@ -157,6 +162,7 @@ impl Parts {
             offset,
             length,
             sequence,
+            in_line: operation.is_write(),
             ..Part::FREE
         };
         self.parts[usize::from(index)] = part;
@@ -168,12 +174,28 @@ impl Parts {
         Some(Slot(index))
     }
 
+    /// Puts a read that is to be sent again at the end of the line, where it is then `Unsent` or `Blocked`.
+    pub(super) fn requeue(&mut self, slot: Slot, sequence: Sequence) {
+        let index = slot.0;
+        let part = &mut self.parts[usize::from(index)];
+        part.pending = MemberSet::EMPTY;
+        if part.in_line {
+            part.state = PartState::Unsent;
+            return;
+        }
+        part.sequence = sequence;
+        part.in_line = true;
+        let blocker = self.blocker(index);
+        self.link(index);
+        self.block_on(index, blocker);
+    }
+
     /// Frees a slot and calls `ready` for each part that waited for it and may be sent now.
     pub(super) fn release(&mut self, slot: Slot, mut ready: impl FnMut(Slot)) {
         let index = slot.0;
         self.stop_waiting(index);
         let part = self.parts[usize::from(index)];
-        if part.operation.is_write() {
+        if part.in_line {
             self.unlink(index);
             self.barriers -= u32::from(part.barrier);
         }
@@ -213,6 +235,7 @@ impl Parts {
 
     /// Makes every part that was sent `Unsent` again, for an attachment that starts anew.
     pub(super) fn unsend_all(&mut self) {
+        self.raise_barriers();
         for part in self.parts.iter_mut().filter(|p| p.state == PartState::Sent) {
             part.state = PartState::Unsent;
             part.pending = MemberSet::EMPTY;
@@ -259,7 +282,7 @@ impl Parts {
     /// The latest earlier write that this part must wait for.
     fn blocker(&self, index: u16) -> Option<u16> {
         let part = &self.parts[usize::from(index)];
-        if part.operation.is_write() {
+        if part.in_line {
             if !self.may_overlap(part) {
                 return None;
             }
@@ -408,6 +431,34 @@ mod tests {
         admit(&mut parts, 1, 0, 512);
         assert!(!parts.has_free());
         assert_eq!(parts.admit(Operation::Read, 0, 0, (0, 512), Sequence(2)), None);
+    }
+
+    #[test]
+    fn a_read_that_is_sent_again_stands_in_line_like_a_write() {
+        let mut parts = Parts::new(8);
+        let write = admit(&mut parts, 1, 0, 4096);
+        let read = parts.admit(Operation::Read, 0, 0, (0, 8192), Sequence(2)).unwrap();
+        let state = |parts: &Parts, slot| parts.get(slot).unwrap().state;
+        assert_eq!(state(&parts, read), PartState::Unsent);
+        parts.requeue(read, Sequence(3));
+        assert_eq!(state(&parts, read), PartState::Blocked);
+        let later = admit(&mut parts, 4, 4096, 4096);
+        let mut ready = Vec::new();
+        parts.release(write, |s| ready.push(s));
+        assert_eq!((ready, state(&parts, later)), (vec![read], PartState::Blocked));
+        let mut ready = Vec::new();
+        parts.release(read, |s| ready.push(s));
+        assert_eq!(ready, vec![later]);
+    }
+
+    #[test]
+    fn a_write_of_an_attachment_that_ended_is_a_barrier_for_reads() {
+        let mut parts = Parts::new(8);
+        let write = admit(&mut parts, 1, 0, 4096);
+        parts.get_mut(write).unwrap().state = PartState::Sent;
+        parts.unsend_all();
+        let read = parts.admit(Operation::Read, 0, 0, (0, 512), Sequence(2)).unwrap();
+        assert_eq!(parts.get(read).unwrap().state, PartState::Blocked);
     }
 
     #[test]
