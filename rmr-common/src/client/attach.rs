@@ -383,12 +383,17 @@ impl Client {
             replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
         let lost = best.active().without(attached);
-        let additions = replies
+        let mut additions: Vec<_> = replies
             .iter()
             .flat_map(|(_, r)| &r.slots)
             .filter(|_| !lost.is_empty())
             .map(|s| DirtyAddition { members: lost, offset: s.offset, length: s.length.into() })
             .collect();
+        // A view that was given up half-way told what its absent members miss to some members only.
+        let newly_out = best.out().union(lost).without(self.committed_out);
+        if !self.own_epochs.is_empty() && !newly_out.is_empty() {
+            additions.extend(self.missed_by(newly_out));
+        }
         match best.step(ViewStep::Attach(lost), self.epoch) {
             Ok(next) => {
                 if !self.own_epochs.is_empty() {
@@ -452,6 +457,7 @@ impl Client {
         self.counters.views += 1;
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
+        self.committed_out = next.out();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
         let limits: Vec<_> = next.active().iter().filter_map(|m| self.ready(m)).map(|r| r.limits).collect();
         self.max_io = limits.iter().map(|l| l.max_io).min().unwrap_or(self.max_io);

@@ -333,15 +333,16 @@ impl Client {
         self.resume_flush();
     }
 
+    /// By what each member's last hello said: a leg that is down may come back with what it had not flushed.
     fn any_write_back(&self) -> bool {
-        self.view_active().iter().filter_map(|m| self.ready(m)).any(|r| !r.write_through)
+        !self.view_active().is_subset(self.write_through)
     }
 
-    /// What members miss that are lost now: every write in flight, and for a write-back store all that it had answered
+    /// What members miss that are lost now: every write that is or was in flight and is not finished, and for a write-back store all that it had answered
     /// but not flushed.
     pub(super) fn missed_by(&self, members: MemberSet) -> Vec<DirtyAddition> {
-        let in_flight =
-            self.parts.slots().filter(|(_, p)| p.operation.is_write() && p.state == PartState::Sent);
+        let was_sent = |p: &Part| p.operation.is_write() && (p.state == PartState::Sent || p.barrier);
+        let in_flight = self.parts.slots().filter(|(_, p)| was_sent(p));
         let mut additions: Vec<_> = in_flight
             .map(|(_, p)| DirtyAddition { members, offset: p.offset, length: p.length.into() })
             .collect();
@@ -492,7 +493,7 @@ impl Client {
         for slot in slots {
             let credit = self.parts.get(slot).filter(|p| p.operation.has_data()).map_or(0, |p| p.length);
             self.bytes_in_flight -= u64::from(credit);
-            self.parts.release(slot, |_| {});
+            self.parts.give_up(slot);
         }
         if let Some(op) = self.op_mut(index) {
             op.error = Some(error);

@@ -356,6 +356,8 @@ pub struct Client {
     epoch: Epoch,
     /// The attachment of the last commit, and those under which views were proposed since. Empty before the first.
     own_epochs: Vec<Epoch>,
+    /// The members that are Out in the view committed last.
+    committed_out: MemberSet,
     sequence: Sequence,
     parts: Parts,
     ops: Vec<Option<Op>>,
@@ -414,6 +416,7 @@ impl Client {
             view: None,
             epoch: Epoch(0),
             own_epochs: Vec::new(),
+            committed_out: MemberSet::EMPTY,
             sequence: Sequence(0),
             parts: Parts::new(MAX_SLOTS),
             ops: Vec::new(),

@@ -100,6 +100,8 @@ pub(super) struct Parts {
     filter: Box<[u16; FILTER_BUCKETS]>,
     large: u32,
     barriers: u32,
+    /// The lowest sequence of a write that was given up after it was sent: some members may have it and others not.
+    unsettled: Option<Sequence>,
 }
 
 impl Parts {
@@ -112,6 +114,7 @@ impl Parts {
             filter: Box::new([0; FILTER_BUCKETS]),
             large: 0,
             barriers: 0,
+            unsettled: None,
         }
     }
 
@@ -138,10 +141,19 @@ impl Parts {
 
     /// The sequence up to which every write is complete, given the last one that was assigned.
     pub(super) fn watermark(&self, last_assigned: Sequence) -> Sequence {
-        match self.parts.get(usize::from(self.first)) {
-            Some(oldest) => Sequence(oldest.sequence.0 - 1),
-            None => last_assigned,
+        let oldest = self.parts.get(usize::from(self.first)).map(|part| part.sequence);
+        let unfinished = oldest.into_iter().chain(self.unsettled).min();
+        unfinished.map_or(last_assigned, |sequence| Sequence(sequence.0 - 1))
+    }
+
+    /// Frees the slot of a part that is given up. The watermark never passes a write that members may have.
+    pub(super) fn give_up(&mut self, slot: Slot) {
+        let part = self.parts[usize::from(slot.0)];
+        if part.barrier {
+            let lowest = self.unsettled.map_or(part.sequence, |s| s.min(part.sequence));
+            self.unsettled = Some(lowest);
         }
+        self.release(slot, |_| {});
     }
 
     /// Takes a free slot for a new part, which is then `Unsent`, or `Blocked` by an overlapping earlier write.
@@ -459,6 +471,19 @@ mod tests {
         parts.unsend_all();
         let read = parts.admit(Operation::Read, 0, 0, (0, 512), Sequence(2)).unwrap();
         assert_eq!(parts.get(read).unwrap().state, PartState::Blocked);
+    }
+
+    #[test]
+    fn the_watermark_never_passes_a_write_that_was_given_up_after_it_was_sent() {
+        let mut parts = Parts::new(8);
+        let a = admit(&mut parts, 1, 0, 4096);
+        let b = admit(&mut parts, 2, 4096, 4096);
+        parts.get_mut(b).unwrap().state = PartState::Sent;
+        parts.unsend_all();
+        parts.give_up(a);
+        assert_eq!(parts.watermark(Sequence(2)), Sequence(1), "nobody has it");
+        parts.give_up(b);
+        assert_eq!(parts.watermark(Sequence(9)), Sequence(1));
     }
 
     #[test]

@@ -226,7 +226,7 @@ impl Replica {
         if set.more {
             return;
         }
-        let pages = self.persist_changed(Waiter::ViewPages(set.view.number));
+        let pages = self.persist_changed(Waiter::ViewPages(self.epoch, set.view.number));
         self.set_view =
             Some(PendingView { connection, header: *header, view: set.view, pages, adopted: false });
         if pages == 0 {
@@ -234,8 +234,9 @@ impl Replica {
         }
     }
 
-    pub(super) fn view_page_durable(&mut self, view: ViewNumber) {
-        let pending = self.set_view.as_mut().filter(|p| p.view.number == view && p.pages > 0);
+    pub(super) fn view_page_durable(&mut self, epoch: Epoch, view: ViewNumber) {
+        let is_its = |p: &&mut PendingView| p.view.number == view && p.view.epoch == epoch && p.pages > 0;
+        let pending = self.set_view.as_mut().filter(is_its);
         let Some(pending) = pending else { return };
         pending.pages -= 1;
         if pending.pages == 0 {
@@ -274,7 +275,9 @@ impl Replica {
             let Some(detach) = self.detach.take() else { return };
             return self.answer(detach.connection, &detach.header, Kind::DetachReply, status, Vec::new());
         }
-        let chunks: Vec<_> = self.activity.drain().map(|(chunk, _)| chunk).collect();
+        let watermark = self.watermark;
+        let complete = self.activity.extract_if(|_, activity| activity.sequence <= watermark);
+        let chunks: Vec<_> = complete.map(|(chunk, _)| chunk).collect();
         for chunk in chunks.into_iter().filter(|c| !self.frozen.contains(c)) {
             self.maps.clear_intent(chunk, ClearReason::CleanDetach, &mut self.changed);
         }
@@ -307,7 +310,8 @@ impl Replica {
     pub(super) fn detach_durable(&mut self, epoch: Epoch) {
         let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
-        self.clean_detach = true;
+        // A client that gave a write up does not leave in good order: members may differ in it.
+        self.clean_detach = self.maps.intent().count() == 0;
         self.notice(Notice::Detached(self.epoch, who));
         self.answer(detach.connection, &detach.header, Kind::DetachReply, Status::Ok, Vec::new());
     }
