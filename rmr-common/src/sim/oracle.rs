@@ -164,11 +164,11 @@ impl Oracle {
         self.sectors[sector].iter().any(|c| c.removed == NEVER && self.writes[c.write as usize].failed)
     }
 
-    /// Whether the value of a sector is of a write that is complete everywhere. Zeroes are taken for such, because
-    /// they can not be told apart.
-    pub(super) fn is_complete(&self, value: u64) -> bool {
+    /// Whether the value is of a write that failed or whose client died. Zeroes are not, because they can not be told
+    /// apart.
+    pub(super) fn has_failed(&self, value: u64) -> bool {
         let write = usize::try_from(value >> 24).unwrap_or(0);
-        self.writes.get(write).is_some_and(|w| w.end != NEVER && !w.failed)
+        self.writes.get(write).is_some_and(|w| w.failed)
     }
 
     /// Whether the value may be of a write that is in flight or has failed.
