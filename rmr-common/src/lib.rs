@@ -19,6 +19,7 @@ pub mod map;
 pub mod pool;
 pub mod reactor;
 pub mod replica;
+pub mod sim;
 pub mod time;
 pub mod transport;
 pub mod wire;

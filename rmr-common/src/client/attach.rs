@@ -249,6 +249,9 @@ impl Client {
             return;
         };
         let view = best.view.clone();
+        if self.is_displaced_in(&view) {
+            return self.end(OverReason::Fenced(view.epoch));
+        }
         if !view.clean().is_subset(ready) {
             return self.tell_waiting(&view, ready);
         }
@@ -265,7 +268,8 @@ impl Client {
         self.view = Some(view);
         let body = Attach {
             client: self.config.client,
-            takeover: self.config.takeover,
+            // A client that was displaced must not displace in turn.
+            takeover: self.config.takeover && self.own_epochs.is_empty(),
             description: self.config.description.clone(),
         }
         .encode();
@@ -274,6 +278,13 @@ impl Client {
             let header = self.header(Kind::Attach);
             self.send_body(member, header, body.clone());
         }
+    }
+
+    /// Whether another client made the view, after this one was attached: what this one has in flight may be older than
+    /// what that one wrote, so it may never be sent again.
+    fn is_displaced_in(&self, view: &View) -> bool {
+        self.own_epochs.first().is_some_and(|&last| view.epoch > last)
+            && !self.own_epochs.contains(&view.epoch)
     }
 
     fn tell_waiting(&mut self, view: &View, ready: MemberSet) {
@@ -364,6 +375,9 @@ impl Client {
         for (member, reply) in &replies {
             self.note_view(*member, &reply.view);
         }
+        if self.is_displaced_in(&best) {
+            return self.end(OverReason::Fenced(best.epoch));
+        }
         if !best.clean().is_subset(attached) {
             // The view moved on between hello and attach; gather again with what is known now.
             return self.gather();
@@ -373,14 +387,22 @@ impl Client {
             replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
         let lost = best.active().without(attached);
-        let additions = replies
+        let mut additions: Vec<_> = replies
             .iter()
             .flat_map(|(_, r)| &r.slots)
             .filter(|_| !lost.is_empty())
             .map(|s| DirtyAddition { members: lost, offset: s.offset, length: s.length.into() })
             .collect();
+        // A view that was given up half-way told what its absent members miss to some members only.
+        let newly_out = best.out().union(lost).without(self.committed_out);
+        if !self.own_epochs.is_empty() && !newly_out.is_empty() {
+            additions.extend(self.missed_by(newly_out));
+        }
         match best.step(ViewStep::Attach(lost), self.epoch) {
             Ok(next) => {
+                if !self.own_epochs.is_empty() {
+                    self.own_epochs.push(self.epoch);
+                }
                 self.view = Some(best);
                 self.change_view(next, additions, true);
             }
@@ -437,6 +459,9 @@ impl Client {
             return;
         };
         self.counters.views += 1;
+        self.own_epochs.clear();
+        self.own_epochs.push(self.epoch);
+        self.committed_out = next.out();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
         let limits: Vec<_> = next.active().iter().filter_map(|m| self.ready(m)).map(|r| r.limits).collect();
         self.max_io = limits.iter().map(|l| l.max_io).min().unwrap_or(self.max_io);
@@ -447,6 +472,7 @@ impl Client {
             self.note_epoch(member, self.epoch);
         }
         self.view = Some(next);
+        self.suspended_since = None;
         self.notice(notice);
         self.parts.raise_barriers();
         self.resume_requests();
@@ -525,6 +551,9 @@ impl Client {
                 link.state = LinkState::Down { retry_at };
                 self.outputs.push_back(Output::Disconnect(LinkId(id)));
             }
+        }
+        if matches!(self.state, State::Active | State::Changing { attach: false, .. }) {
+            self.suspended_since = Some(self.now);
         }
         self.state = State::Gathering { possible_since: None, told: String::new() };
         self.next_tick = self.now + self.config.reconnect_interval / 4;

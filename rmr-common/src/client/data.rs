@@ -123,14 +123,14 @@ impl Client {
     /// The home leg of a chunk: the one Clean member that serves its reads, so that caches stay warm and a read never
     /// goes back in time between two legs while a write is in flight.
     fn home(&self, chunk: Chunk, but: MemberSet) -> Option<MemberId> {
-        let candidates = self.view_clean().without(but);
-        let count = u64::from(candidates.len());
-        if count == 0 {
-            return None;
-        }
-        // Neighbouring chunks go to different legs; the multiplier spreads strides that are multiples of the count.
-        let pick = (chunk.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % count;
-        candidates.iter().nth(usize::try_from(pick).unwrap_or(0))
+        // The highest score wins: when a member is lost, only its own chunks move, and no read that is in flight to
+        // another leg comes to be at the wrong one.
+        let score = |m: &MemberId| {
+            let key = (chunk.0 * crate::pool::MAX_MEMBERS as u64 + u64::from(m.as_u8()) + 1)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            (key ^ (key >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32
+        };
+        self.view_clean().without(but).iter().max_by_key(score)
     }
 
     /// The first bytes of a range that have one home leg, at most `length`.
@@ -227,11 +227,12 @@ impl Client {
                 self.counters.reads_repeated += 1;
                 self.notice(Notice::ReadError(member, offset, length));
                 if let Some(part) = self.parts.get_mut(header.slot) {
-                    part.pending = MemberSet::EMPTY;
                     part.failed.insert(member);
-                    part.state = PartState::Unsent;
                 }
-                self.send_if_active(header.slot);
+                self.requeue_read(header.slot);
+                if self.parts.get(header.slot).is_some_and(|p| p.state == PartState::Unsent) {
+                    self.send_if_active(header.slot);
+                }
             }
             Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
                 // The only current copy cannot write: the guest has to know; losing the leg would help nobody.
@@ -241,6 +242,11 @@ impl Client {
                 self.drop_member(member, &format!("{operation:?} at {offset}+{length} answered {status:?}"))
             }
         }
+    }
+
+    fn requeue_read(&mut self, slot: Slot) {
+        let sequence = self.next_sequence();
+        self.parts.requeue(slot, sequence);
     }
 
     fn send_if_active(&mut self, slot: Slot) {
@@ -311,31 +317,32 @@ impl Client {
         slots.extend(self.parts.slots().map(|(slot, p)| (p.sequence, slot)));
         slots.sort_unstable();
         for (_, slot) in slots.drain(..) {
-            let Some(part) = self.parts.get_mut(slot) else { continue };
-            let lost_read =
-                part.state == PartState::Sent && part.operation == Operation::Read && part.pending.is_empty();
-            if lost_read {
-                part.state = PartState::Unsent;
+            let Some(part) = self.parts.get(slot).copied() else { continue };
+            let is_lost =
+                part.state == PartState::Unsent || (part.state == PartState::Sent && part.pending.is_empty());
+            if part.operation == Operation::Read && is_lost {
+                self.requeue_read(slot);
             }
-            match part.state {
-                PartState::Unsent => self.send_part(slot),
-                PartState::Sent => self.part_progress(slot),
-                PartState::Blocked | PartState::Free => {}
+            match self.parts.get(slot).map(|p| p.state) {
+                Some(PartState::Unsent) => self.send_part(slot),
+                Some(PartState::Sent) => self.part_progress(slot),
+                Some(PartState::Blocked | PartState::Free) | None => {}
             }
         }
         self.slot_scratch = slots;
         self.resume_flush();
     }
 
+    /// By what each member's last hello said: a leg that is down may come back with what it had not flushed.
     fn any_write_back(&self) -> bool {
-        self.view_active().iter().filter_map(|m| self.ready(m)).any(|r| !r.write_through)
+        !self.view_active().is_subset(self.write_through)
     }
 
-    /// What members miss that are lost now: every write in flight, and for a write-back store all that it had answered
+    /// What members miss that are lost now: every write that is or was in flight and is not finished, and for a write-back store all that it had answered
     /// but not flushed.
     pub(super) fn missed_by(&self, members: MemberSet) -> Vec<DirtyAddition> {
-        let in_flight =
-            self.parts.slots().filter(|(_, p)| p.operation.is_write() && p.state == PartState::Sent);
+        let was_sent = |p: &Part| p.operation.is_write() && (p.state == PartState::Sent || p.barrier);
+        let in_flight = self.parts.slots().filter(|(_, p)| was_sent(p));
         let mut additions: Vec<_> = in_flight
             .map(|(_, p)| DirtyAddition { members, offset: p.offset, length: p.length.into() })
             .collect();
@@ -465,8 +472,10 @@ impl Client {
         }
         if matches!(self.state, State::Gathering { .. } | State::Attaching { .. }) {
             let limit = self.config.suspend_timeout;
+            // What counts is how long a request has waited for the pool, not how long the pool took before.
+            let since = self.suspended_since.unwrap_or(Time(0));
             for index in 0..self.ops.len() {
-                if self.ops[index].as_ref().is_some_and(|op| now - op.submitted > limit) {
+                if self.ops[index].as_ref().is_some_and(|op| now - op.submitted.max(since) > limit) {
                     self.abandon(u32::try_from(index).unwrap_or(u32::MAX), IoError::Suspended);
                 }
             }
@@ -493,7 +502,7 @@ impl Client {
         for slot in slots {
             let credit = self.parts.get(slot).filter(|p| p.operation.has_data()).map_or(0, |p| p.length);
             self.bytes_in_flight -= u64::from(credit);
-            self.parts.release(slot, |_| {});
+            self.parts.give_up(slot);
         }
         if let Some(op) = self.op_mut(index) {
             op.error = Some(error);

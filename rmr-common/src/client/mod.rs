@@ -363,6 +363,10 @@ pub struct Client {
     /// The committed view, or before that the highest one seen.
     view: Option<View>,
     epoch: Epoch,
+    /// The attachment of the last commit, and those under which views were proposed since. Empty before the first.
+    own_epochs: Vec<Epoch>,
+    /// The members that are Out in the view committed last.
+    committed_out: MemberSet,
     sequence: Sequence,
     parts: Parts,
     ops: Vec<Option<Op>>,
@@ -384,6 +388,8 @@ pub struct Client {
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
     detach_requested: bool,
+    /// Since when requests wait for the pool, after it was active.
+    suspended_since: Option<Time>,
     next_tick: Time,
     now: Time,
     counters: Counters,
@@ -418,6 +424,8 @@ impl Client {
             spec: None,
             view: None,
             epoch: Epoch(0),
+            own_epochs: Vec::new(),
+            committed_out: MemberSet::EMPTY,
             sequence: Sequence(0),
             parts: Parts::new(MAX_SLOTS),
             ops: Vec::new(),
@@ -435,6 +443,7 @@ impl Client {
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
             detach_requested: false,
+            suspended_since: None,
             next_tick: now,
             now,
             counters: Counters::default(),

@@ -44,12 +44,18 @@ pub(super) struct Part {
     pub(super) pending: MemberSet,
     /// Legs that did not carry it out; the part completes when the committed view has them Out.
     pub(super) failed: MemberSet,
-    /// Set when a view change found the write in flight: reads of its range wait for it, lest a read from a new home
-    /// leg go back in time.
+    /// Set when a view change or a new attachment found the write in flight: reads of its range wait for it, lest a
+    /// read from a new home leg go back in time.
     pub(super) barrier: bool,
+    /// Whether the part stands in line: it waits for overlapping parts before it in the line, and those after it wait
+    /// for it. Writes do, and reads that are sent again: the leg they go to may be another one, so nothing that
+    /// overlaps may be in flight meanwhile.
+    pub(super) in_line: bool,
     pub(super) sent_at: Time,
     previous: u16,
     next: u16,
+    /// The write that a blocked part waits for.
+    blocker: u16,
     first_waiter: u16,
     next_waiter: u16,
 }
@@ -66,9 +72,11 @@ impl Part {
         pending: MemberSet::EMPTY,
         failed: MemberSet::EMPTY,
         barrier: false,
+        in_line: false,
         sent_at: Time(0),
         previous: NONE,
         next: NONE,
+        blocker: NONE,
         first_waiter: NONE,
         next_waiter: NONE,
     };
@@ -86,12 +94,14 @@ impl Part {
 pub(super) struct Parts {
     parts: Vec<Part>,
     free: Vec<u16>,
-    /// Writes in order of their sequence.
+    /// The line: writes, and reads that are sent again, in order of their sequence.
     first: u16,
     last: u16,
     filter: Box<[u16; FILTER_BUCKETS]>,
     large: u32,
     barriers: u32,
+    /// The lowest sequence of a write that was given up after it was sent: some members may have it and others not.
+    unsettled: Option<Sequence>,
 }
 
 impl Parts {
@@ -104,6 +114,7 @@ impl Parts {
             filter: Box::new([0; FILTER_BUCKETS]),
             large: 0,
             barriers: 0,
+            unsettled: None,
         }
     }
 
@@ -130,10 +141,19 @@ impl Parts {
 
     /// The sequence up to which every write is complete, given the last one that was assigned.
     pub(super) fn watermark(&self, last_assigned: Sequence) -> Sequence {
-        match self.parts.get(usize::from(self.first)) {
-            Some(oldest) => Sequence(oldest.sequence.0 - 1),
-            None => last_assigned,
+        let oldest = self.parts.get(usize::from(self.first)).map(|part| part.sequence);
+        let unfinished = oldest.into_iter().chain(self.unsettled).min();
+        unfinished.map_or(last_assigned, |sequence| Sequence(sequence.0 - 1))
+    }
+
+    /// Frees the slot of a part that is given up. The watermark never passes a write that members may have.
+    pub(super) fn give_up(&mut self, slot: Slot) {
+        let part = self.parts[usize::from(slot.0)];
+        if part.barrier {
+            let lowest = self.unsettled.map_or(part.sequence, |s| s.min(part.sequence));
+            self.unsettled = Some(lowest);
         }
+        self.release(slot, |_| {});
     }
 
     /// Takes a free slot for a new part, which is then `Unsent`, or `Blocked` by an overlapping earlier write.
@@ -154,6 +174,7 @@ impl Parts {
             offset,
             length,
             sequence,
+            in_line: operation.is_write(),
             ..Part::FREE
         };
         self.parts[usize::from(index)] = part;
@@ -165,11 +186,28 @@ impl Parts {
         Some(Slot(index))
     }
 
+    /// Puts a read that is to be sent again at the end of the line, where it is then `Unsent` or `Blocked`.
+    pub(super) fn requeue(&mut self, slot: Slot, sequence: Sequence) {
+        let index = slot.0;
+        let part = &mut self.parts[usize::from(index)];
+        part.pending = MemberSet::EMPTY;
+        if part.in_line {
+            part.state = PartState::Unsent;
+            return;
+        }
+        part.sequence = sequence;
+        part.in_line = true;
+        let blocker = self.blocker(index);
+        self.link(index);
+        self.block_on(index, blocker);
+    }
+
     /// Frees a slot and calls `ready` for each part that waited for it and may be sent now.
     pub(super) fn release(&mut self, slot: Slot, mut ready: impl FnMut(Slot)) {
         let index = slot.0;
+        self.stop_waiting(index);
         let part = self.parts[usize::from(index)];
-        if part.operation.is_write() {
+        if part.in_line {
             self.unlink(index);
             self.barriers -= u32::from(part.barrier);
         }
@@ -209,6 +247,7 @@ impl Parts {
 
     /// Makes every part that was sent `Unsent` again, for an attachment that starts anew.
     pub(super) fn unsend_all(&mut self) {
+        self.raise_barriers();
         for part in self.parts.iter_mut().filter(|p| p.state == PartState::Sent) {
             part.state = PartState::Unsent;
             part.pending = MemberSet::EMPTY;
@@ -216,8 +255,32 @@ impl Parts {
         }
     }
 
+    /// Takes a part out of the list of those that wait for its blocker.
+    fn stop_waiting(&mut self, index: u16) {
+        let part = &mut self.parts[usize::from(index)];
+        let blocker = std::mem::replace(&mut part.blocker, NONE);
+        let next = std::mem::replace(&mut part.next_waiter, NONE);
+        if blocker == NONE {
+            return;
+        }
+        if self.parts[usize::from(blocker)].first_waiter == index {
+            self.parts[usize::from(blocker)].first_waiter = next;
+            return;
+        }
+        let mut at = self.parts[usize::from(blocker)].first_waiter;
+        while at != NONE {
+            let waiter = &mut self.parts[usize::from(at)];
+            if waiter.next_waiter == index {
+                waiter.next_waiter = next;
+                return;
+            }
+            at = waiter.next_waiter;
+        }
+    }
+
     fn block_on(&mut self, index: u16, blocker: Option<u16>) {
         let part = &mut self.parts[usize::from(index)];
+        part.blocker = blocker.unwrap_or(NONE);
         let Some(blocker) = blocker else {
             part.state = PartState::Unsent;
             return;
@@ -231,7 +294,7 @@ impl Parts {
     /// The latest earlier write that this part must wait for.
     fn blocker(&self, index: u16) -> Option<u16> {
         let part = &self.parts[usize::from(index)];
-        if part.operation.is_write() {
+        if part.in_line {
             if !self.may_overlap(part) {
                 return None;
             }
@@ -380,6 +443,64 @@ mod tests {
         admit(&mut parts, 1, 0, 512);
         assert!(!parts.has_free());
         assert_eq!(parts.admit(Operation::Read, 0, 0, (0, 512), Sequence(2)), None);
+    }
+
+    #[test]
+    fn a_read_that_is_sent_again_stands_in_line_like_a_write() {
+        let mut parts = Parts::new(8);
+        let write = admit(&mut parts, 1, 0, 4096);
+        let read = parts.admit(Operation::Read, 0, 0, (0, 8192), Sequence(2)).unwrap();
+        let state = |parts: &Parts, slot| parts.get(slot).unwrap().state;
+        assert_eq!(state(&parts, read), PartState::Unsent);
+        parts.requeue(read, Sequence(3));
+        assert_eq!(state(&parts, read), PartState::Blocked);
+        let later = admit(&mut parts, 4, 4096, 4096);
+        let mut ready = Vec::new();
+        parts.release(write, |s| ready.push(s));
+        assert_eq!((ready, state(&parts, later)), (vec![read], PartState::Blocked));
+        let mut ready = Vec::new();
+        parts.release(read, |s| ready.push(s));
+        assert_eq!(ready, vec![later]);
+    }
+
+    #[test]
+    fn a_write_of_an_attachment_that_ended_is_a_barrier_for_reads() {
+        let mut parts = Parts::new(8);
+        let write = admit(&mut parts, 1, 0, 4096);
+        parts.get_mut(write).unwrap().state = PartState::Sent;
+        parts.unsend_all();
+        let read = parts.admit(Operation::Read, 0, 0, (0, 512), Sequence(2)).unwrap();
+        assert_eq!(parts.get(read).unwrap().state, PartState::Blocked);
+    }
+
+    #[test]
+    fn the_watermark_never_passes_a_write_that_was_given_up_after_it_was_sent() {
+        let mut parts = Parts::new(8);
+        let a = admit(&mut parts, 1, 0, 4096);
+        let b = admit(&mut parts, 2, 4096, 4096);
+        parts.get_mut(b).unwrap().state = PartState::Sent;
+        parts.unsend_all();
+        parts.give_up(a);
+        assert_eq!(parts.watermark(Sequence(2)), Sequence(1), "nobody has it");
+        parts.give_up(b);
+        assert_eq!(parts.watermark(Sequence(9)), Sequence(1));
+    }
+
+    #[test]
+    fn a_part_that_is_given_up_while_it_waits_is_forgotten_by_the_one_it_waits_for() {
+        let mut parts = Parts::new(8);
+        let a = admit(&mut parts, 1, 0, 4096);
+        let waiting: Vec<_> =
+            (2..5).map(|i| parts.admit(Operation::Write, 0, 0, (0, 512), Sequence(i))).collect();
+        let waiting: Vec<_> = waiting.into_iter().flatten().collect();
+        parts.release(waiting[1], |_| {});
+        let mut ready = Vec::new();
+        parts.release(a, |s| ready.push(s));
+        assert_eq!(ready, vec![waiting[0]]);
+        parts.release(waiting[0], |s| ready.push(s));
+        assert_eq!(ready, vec![waiting[0], waiting[2]]);
+        parts.release(waiting[2], |_| {});
+        assert_eq!((parts.in_flight(), parts.slots().count()), (0, 0));
     }
 
     proptest! {

@@ -262,6 +262,9 @@ impl Replica {
         if self.detach.as_ref().is_some_and(|d| d.flush == Some(id)) {
             return self.detach_flushed(status);
         }
+        if self.attach_flushed(id, status) {
+            return;
+        }
         let Some((_, chunks)) = self.clearing.take_if(|(io, _)| *io == id) else { return };
         if status != Status::Ok {
             return;

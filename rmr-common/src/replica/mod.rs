@@ -205,7 +205,7 @@ struct Activity {
 enum Waiter {
     Io(IoId),
     Attach(Epoch),
-    ViewPages(ViewNumber),
+    ViewPages(Epoch, ViewNumber),
     View(ViewNumber),
     DetachPages(Epoch),
     Detach(Epoch),
@@ -259,7 +259,8 @@ impl Replica {
         state: DurableState,
         maps: MemberMaps,
     ) -> Self {
-        let clean_detach = state.last_client.as_ref().is_none_or(|c| !c.attached);
+        let is_detached = state.last_client.as_ref().is_none_or(|c| !c.attached);
+        let clean_detach = is_detached && maps.intent().count() == 0;
         let none =
             |slot| SlotEntry { slot: crate::pool::Slot(slot), sequence: Sequence(0), offset: 0, length: 0 };
         Self {
@@ -342,6 +343,12 @@ impl Replica {
     #[must_use]
     pub fn page(&self, page: MapPage) -> Option<&[u8; crate::map::MAP_PAGE_BYTES]> {
         self.maps.page(page)
+    }
+
+    /// The intent map and the dirty maps as they are now.
+    #[must_use]
+    pub const fn maps(&self) -> &MemberMaps {
+        &self.maps
     }
 
     /// The pool's specification.
@@ -432,7 +439,7 @@ impl Replica {
             match waiter {
                 Waiter::Io(io) => self.io_metadata_durable(io),
                 Waiter::Attach(epoch) => self.attach_durable(epoch),
-                Waiter::ViewPages(view) => self.view_page_durable(view),
+                Waiter::ViewPages(epoch, view) => self.view_page_durable(epoch, view),
                 Waiter::View(view) => self.view_durable(view),
                 Waiter::DetachPages(epoch) => self.detach_page_durable(epoch),
                 Waiter::Detach(epoch) => self.detach_durable(epoch),

@@ -7,11 +7,20 @@ use crate::map::ClearReason;
 use crate::pool::{Epoch, MemberState, Sequence, View, ViewNumber};
 use crate::wire::{Attach, AttachReply, Kind, MessageHeader, SetView, Status};
 
-/// An attach whose epoch is being made durable, or that waits for older disk requests to end.
+/// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
 pub(super) struct PendingAttach {
     connection: ConnectionId,
     header: MessageHeader,
     durable: bool,
+    flush: AttachFlush,
+}
+
+/// The flush that comes before the answer to an attach. The new client does not know what the one before had not
+/// flushed, and could not count it as missed when this member is lost.
+enum AttachFlush {
+    Due,
+    Running(IoId),
+    Done,
 }
 
 /// A view on its way to disk: first the map pages with what was missed, then the superblock.
@@ -119,7 +128,8 @@ impl Replica {
             attached: true,
         });
         self.previous_client = previous.map(|c| c.client);
-        self.attach = Some(PendingAttach { connection, header: *header, durable: false });
+        self.attach =
+            Some(PendingAttach { connection, header: *header, durable: false, flush: AttachFlush::Due });
         self.persist_state(Waiter::Attach(self.epoch));
     }
 
@@ -134,6 +144,17 @@ impl Replica {
     pub(super) fn check_drained(&mut self) {
         if !self.attach.as_ref().is_some_and(|a| a.durable) || self.older_ios() > 0 {
             return;
+        }
+        match self.attach.as_ref().map(|a| &a.flush) {
+            Some(AttachFlush::Due) if !self.config.write_through && !self.broken => {
+                let io = self.own_flush();
+                if let Some(attach) = &mut self.attach {
+                    attach.flush = AttachFlush::Running(io);
+                }
+                return;
+            }
+            Some(AttachFlush::Running(_)) => return,
+            Some(AttachFlush::Due | AttachFlush::Done) | None => {}
         }
         let Some(PendingAttach { connection, header, .. }) = self.attach.take() else { return };
         if header.epoch != self.epoch {
@@ -160,6 +181,19 @@ impl Replica {
         let who = self.holder.as_ref().map(|h| h.description.clone()).unwrap_or_default();
         self.notice(Notice::Attached(self.epoch, who));
         self.answer(connection, &header, Kind::AttachReply, Status::Ok, reply.encode());
+    }
+
+    /// True if the flush was that of the pending attach.
+    pub(super) fn attach_flushed(&mut self, io: IoId, status: Status) -> bool {
+        let is_its = |a: &PendingAttach| matches!(a.flush, AttachFlush::Running(flush) if flush == io);
+        let Some(attach) = self.attach.as_mut().filter(|a| is_its(a)) else { return false };
+        if status == Status::Ok {
+            attach.flush = AttachFlush::Done;
+        } else if let Some(attach) = self.attach.take() {
+            let text = b"its disk cannot be flushed".to_vec();
+            self.answer(attach.connection, &attach.header, Kind::AttachReply, status, text);
+        }
+        true
     }
 
     fn set_view(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
@@ -192,7 +226,7 @@ impl Replica {
         if set.more {
             return;
         }
-        let pages = self.persist_changed(Waiter::ViewPages(set.view.number));
+        let pages = self.persist_changed(Waiter::ViewPages(self.epoch, set.view.number));
         self.set_view =
             Some(PendingView { connection, header: *header, view: set.view, pages, adopted: false });
         if pages == 0 {
@@ -200,8 +234,9 @@ impl Replica {
         }
     }
 
-    pub(super) fn view_page_durable(&mut self, view: ViewNumber) {
-        let pending = self.set_view.as_mut().filter(|p| p.view.number == view && p.pages > 0);
+    pub(super) fn view_page_durable(&mut self, epoch: Epoch, view: ViewNumber) {
+        let is_its = |p: &&mut PendingView| p.view.number == view && p.view.epoch == epoch && p.pages > 0;
+        let pending = self.set_view.as_mut().filter(is_its);
         let Some(pending) = pending else { return };
         pending.pages -= 1;
         if pending.pages == 0 {
@@ -240,7 +275,9 @@ impl Replica {
             let Some(detach) = self.detach.take() else { return };
             return self.answer(detach.connection, &detach.header, Kind::DetachReply, status, Vec::new());
         }
-        let chunks: Vec<_> = self.activity.drain().map(|(chunk, _)| chunk).collect();
+        let watermark = self.watermark;
+        let complete = self.activity.extract_if(|_, activity| activity.sequence <= watermark);
+        let chunks: Vec<_> = complete.map(|(chunk, _)| chunk).collect();
         for chunk in chunks.into_iter().filter(|c| !self.frozen.contains(c)) {
             self.maps.clear_intent(chunk, ClearReason::CleanDetach, &mut self.changed);
         }
@@ -273,7 +310,8 @@ impl Replica {
     pub(super) fn detach_durable(&mut self, epoch: Epoch) {
         let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
-        self.clean_detach = true;
+        // A client that gave a write up does not leave in good order: members may differ in it.
+        self.clean_detach = self.maps.intent().count() == 0;
         self.notice(Notice::Detached(self.epoch, who));
         self.answer(detach.connection, &detach.header, Kind::DetachReply, Status::Ok, Vec::new());
     }

@@ -1,0 +1,71 @@
+//! Runs seeds of the simulator: one with a trace to look into a failure, or many.
+//!
+//! `cargo run -p rmr-common --example simulate -- --seed N [--trace]`, or `--start N --seeds COUNT`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use rmr_common::sim;
+
+struct Arguments {
+    start: u64,
+    seeds: u64,
+    trace: bool,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let mut parsed = Arguments { start: 1, seeds: 1, trace: false };
+    let mut list = std::env::args().skip(1);
+    while let Some(argument) = list.next() {
+        let mut number = || {
+            let text = list.next().ok_or_else(|| format!("{argument} needs a number"))?;
+            text.parse::<u64>().map_err(|_| format!("{argument} needs a number, found '{text}'"))
+        };
+        match argument.as_str() {
+            "--seed" | "--start" => parsed.start = number()?,
+            "--seeds" => parsed.seeds = number()?,
+            "--trace" => parsed.trace = true,
+            other => {
+                return Err(format!("'{other}' is unknown; expected --seed, --start, --seeds or --trace"));
+            }
+        }
+    }
+    Ok(parsed)
+}
+
+fn main() -> ExitCode {
+    let arguments = match arguments() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("simulate: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let mut coverage = sim::Coverage::default();
+    let (mut steps, mut requests) = (0, 0);
+    for seed in arguments.start..arguments.start.saturating_add(arguments.seeds) {
+        let mut out = std::io::stdout();
+        let trace: Option<&mut dyn std::io::Write> = if arguments.trace { Some(&mut out) } else { None };
+        let run = AssertUnwindSafe(|| sim::run(seed, sim::Options::default(), trace));
+        let Ok(result) = catch_unwind(run) else {
+            eprintln!("seed {seed}: the code panicked, see above");
+            return ExitCode::FAILURE;
+        };
+        match result {
+            Ok(report) => {
+                coverage.add(&report.coverage);
+                steps += report.steps;
+                requests += report.requests;
+            }
+            Err(violation) => {
+                eprintln!("{violation}");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    println!("{} seeds, {requests} requests, {steps} events: no rule was broken", arguments.seeds);
+    for situation in sim::SITUATIONS {
+        println!("{:>10} {situation}", coverage.count(situation));
+    }
+    ExitCode::SUCCESS
+}

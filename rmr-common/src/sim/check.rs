@@ -1,0 +1,500 @@
+//! The rules, checked at the moment at which each could be broken.
+
+use super::node::{PageBytes, bit};
+use super::oracle::{Oracle, SECTOR};
+use super::world::{Check, Request, World};
+use crate::client::{self, IoError, Notice, Operation, OverReason};
+use crate::map::{MapId, MapPage};
+use crate::pool::{Chunk, MemberSet, View};
+use crate::replica::{self, DiskOperation, DurableState};
+use crate::wire::{Kind, MessageHeader, Status};
+
+impl World<'_> {
+    fn chunks(&self, first: usize, count: usize) -> impl Iterator<Item = Chunk> + use<> {
+        let size = self.spec.chunk_size;
+        let (first, end) = (first as u64 * SECTOR, (first + count) as u64 * SECTOR);
+        (size.chunk_of(first).0..=size.chunk_of(end - 1).0).map(Chunk)
+    }
+
+    fn node_index(&self, member: crate::pool::MemberId) -> usize {
+        self.nodes.iter().position(|n| n.member == member).unwrap_or(0)
+    }
+
+    // Nodes ------------------------------------------------------------------------------------------------------
+
+    pub(super) fn cover_message(&mut self, index: usize, header: &MessageHeader) {
+        let node = &mut self.nodes[index];
+        match header.kind {
+            Kind::Attach if node.disk.running.values().any(super::disk::Running::is_write) => {
+                self.coverage.hit("attach waits for disk requests of the one before");
+            }
+            Kind::SetView if std::mem::replace(&mut node.has_pending_view, true) => {
+                self.coverage.hit("second view while the first is pending");
+            }
+            _ => {} // Not a situation that is counted.
+        }
+    }
+
+    /// What must be true when a node answers.
+    pub(super) fn check_answer(&mut self, index: usize, header: &MessageHeader) -> Check {
+        let node = &mut self.nodes[index];
+        match (header.kind, header.status) {
+            (Kind::AttachReply, Status::Ok) => {
+                if node.disk.running.values().any(super::disk::Running::is_write) {
+                    return Err(format!("node {index} answers an attach with writes under way"));
+                }
+                if node.durable.epoch < header.epoch {
+                    return Err(format!("node {index} answers epoch {} before it is durable", header.epoch));
+                }
+                node.answered = node.answered.max(header.epoch);
+            }
+            (Kind::AttachReply, Status::StaleEpoch) => self.coverage.hit("attach refused: stale epoch"),
+            (Kind::SetViewReply, Status::Ok) => {
+                node.has_pending_view = false;
+                if node.durable.view.number < header.view {
+                    return Err(format!("node {index} answers view {} before it is durable", header.view));
+                }
+            }
+            (Kind::DetachReply, Status::Ok) => {
+                if node.durable.last_client.as_ref().is_none_or(|c| c.attached) {
+                    return Err(format!("node {index} answers a detach before it is durable"));
+                }
+            }
+            (Kind::IoReply | Kind::FlushReply, Status::BadRequest) => {
+                return Err(format!("node {index} refuses as a bad request: {header:?}"));
+            }
+            _ => {} // Nothing is promised by it.
+        }
+        Ok(())
+    }
+
+    /// Intents and dirty bits are durable before the data, and no client that is fenced writes.
+    pub(super) fn check_disk(
+        &mut self,
+        index: usize,
+        operation: DiskOperation,
+        offset: u64,
+        length: u32,
+    ) -> Check {
+        if matches!(operation, DiskOperation::Read | DiskOperation::Flush) {
+            return Ok(());
+        }
+        let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
+        let count = usize::try_from(u64::from(length) / SECTOR).unwrap_or(usize::MAX);
+        let chunks: Vec<_> = self.chunks(first, count).collect();
+        let node = &self.nodes[index];
+        let mut missing = MemberSet::EMPTY;
+        if let DiskOperation::Write(token) = operation {
+            let (data, header) = node
+                .buffers
+                .get(&token.0)
+                .ok_or_else(|| format!("{token:?} was released before its write"))?;
+            if data.len() != count || header.offset != offset {
+                return Err(format!("node {index} writes {offset}+{length} for {header:?}"));
+            }
+            if header.epoch < node.answered {
+                return Err(format!(
+                    "node {index} writes for epoch {} after epoch {} attached",
+                    header.epoch, node.answered
+                ));
+            }
+            missing = header.missing;
+        }
+        for chunk in chunks {
+            if !node.has_bit(MapId::Intent, chunk) {
+                return Err(format!("node {index} writes to chunk {chunk} before its intent is durable"));
+            }
+            if let Some(m) = missing.iter().find(|&m| !node.has_bit(MapId::Dirty(m), chunk)) {
+                return Err(format!("node {index} writes to chunk {chunk}, missed by {m}, not on record"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A bit may be cleared only for what is the same on all members and survives a power cut here.
+    pub(super) fn check_page(&mut self, index: usize, page: MapPage, bytes: &PageBytes) -> Check {
+        let Some(old) = self.nodes[index].pages.get(&page) else { return Ok(()) };
+        let first = u64::from(page.page) * crate::map::MAP_PAGE_BITS;
+        let last = (first + crate::map::MAP_PAGE_BITS).min(self.spec.chunk_count());
+        let cleared: Vec<_> = (first..last).map(Chunk).filter(|&c| bit(old, c) && !bit(bytes, c)).collect();
+        for chunk in cleared {
+            if page.map != MapId::Intent {
+                return Err(format!("node {index} clears chunk {chunk} of {:?}", page.map));
+            }
+            self.coverage.hit("intent cleared");
+            self.check_cleared(index, chunk)?;
+        }
+        Ok(())
+    }
+
+    fn check_cleared(&self, index: usize, chunk: Chunk) -> Check {
+        let active = self.committed.as_ref().map_or(MemberSet::EMPTY, View::active);
+        let node = &self.nodes[index];
+        if !active.contains(node.member) {
+            return Ok(());
+        }
+        let per_chunk = usize::try_from(self.spec.chunk_size.bytes() / SECTOR).unwrap_or(0);
+        let start = usize::try_from(chunk.0).unwrap_or(0) * per_chunk;
+        for sector in start..(start + per_chunk).min(node.disk.sectors.len()) {
+            if node.disk.unflushed_since[sector] != 0 {
+                return Err(format!(
+                    "node {index} clears the intent of chunk {chunk} with sector {sector} unflushed"
+                ));
+            }
+            let value = node.disk.sectors[sector];
+            for member in active.iter().filter(|&m| m != node.member) {
+                let other = self.nodes[self.node_index(member)].disk.sectors[sector];
+                // The other one may be a step ahead: its next write to the sector is in flight.
+                let is_excused =
+                    !self.oracle.has_failed(value) && self.oracle.may_be_unfinished(sector, other);
+                if other != value && !is_excused {
+                    return Err(format!(
+                        "node {index} clears the intent of chunk {chunk}, whose sector {sector} is {} here and {} on \
+                         member {member}",
+                        Oracle::name(value),
+                        Oracle::name(other)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Views and epochs of a member only grow, and a number means one view.
+    pub(super) fn check_state(&mut self, index: usize, state: &DurableState) -> Check {
+        let old = &self.nodes[index].durable;
+        if state.view.number < old.view.number || state.epoch < old.epoch {
+            return Err(format!("node {index} goes back from {} to {}", old.view, state.view));
+        }
+        state.view.validate().map_err(|e| format!("node {index}: {}: {e}", state.view))?;
+        let key = (state.view.number.0, state.view.epoch.0);
+        let known = self.views.entry(key).or_insert_with(|| state.view.clone());
+        if *known != state.view {
+            return Err(format!("two views of one number: {known} and {}", state.view));
+        }
+        Ok(())
+    }
+
+    pub(super) fn node_notice(&mut self, _node: usize, notice: &replica::Notice) {
+        if *notice == replica::Notice::MetadataFailed {
+            self.coverage.hit("metadata failed");
+        }
+    }
+
+    // Clients ----------------------------------------------------------------------------------------------------
+
+    pub(super) fn cover_client_event(&mut self, host: usize, event: &client::Event<'_>) {
+        if !matches!(event, client::Event::LinkDown(..)) {
+            return;
+        }
+        match self.hosts[host].client.status().state {
+            "connecting" => self.coverage.hit("a link lost while connecting"),
+            "suspended" => self.coverage.hit("a link lost while suspended"),
+            "attaching" => self.coverage.hit("a link lost while attaching"),
+            "changing view" => self.coverage.hit("a link lost while changing the view"),
+            "active" => self.coverage.hit("a link lost while active"),
+            "detaching" => self.coverage.hit("a link lost while detaching"),
+            _ => {} // Nothing happens any more.
+        }
+    }
+
+    pub(super) fn client_notice(&mut self, host: usize, notice: Notice) -> Check {
+        match notice {
+            Notice::Attached(view) => self.attached(host, view),
+            Notice::Committed(view) => self.view_committed(host, view),
+            Notice::Lost(members, reason) => {
+                if reason.contains("leg timeout") {
+                    self.coverage.hit("leg lost by its timeout");
+                }
+                if std::mem::replace(&mut self.hosts[host].is_changing, true) {
+                    self.coverage.hit("view change superseded by a further loss");
+                }
+                for member in members.iter() {
+                    let disk = &self.nodes[self.node_index(member)].disk;
+                    if disk.unflushed_since.iter().any(|&step| step > 0) {
+                        self.coverage.hit("unflushed blocks counted as missed");
+                    }
+                }
+                Ok(())
+            }
+            Notice::Suspended(_) => {
+                self.hosts[host].is_changing = false;
+                self.coverage.hit("suspended");
+                Ok(())
+            }
+            Notice::Waiting(_) => {
+                self.coverage.hit("attach waits for a Clean member");
+                Ok(())
+            }
+            Notice::ReadError(..) => {
+                self.coverage.hit("read repeated on another leg");
+                Ok(())
+            }
+            Notice::Over(reason) => self.ended(host, &reason),
+            Notice::LegUp(..) | Notice::LinkLost(..) => Ok(()), // Of interest to people only.
+        }
+    }
+
+    fn attached(&mut self, host: usize, view: View) -> Check {
+        if self.hosts[host].is_fenced {
+            return Err(format!("client {host} attached again after another one had attached"));
+        }
+        if self.hosts[host].committed.is_some() {
+            self.coverage.hit("resumed");
+        }
+        let step = self.step;
+        for other in (0..self.hosts.len()).filter(|&o| o != host) {
+            if self.hosts[other].committed.is_some() && !self.hosts[other].is_fenced {
+                if self.hosts[other].is_live() {
+                    self.coverage.hit("takeover");
+                }
+                self.hosts[other].is_fenced = true;
+                let writes: Vec<_> = self.hosts[other].requests.values().filter_map(|r| r.write).collect();
+                writes.into_iter().for_each(|write| self.oracle.fail(write, step));
+            }
+        }
+        self.view_committed(host, view)
+    }
+
+    fn view_committed(&mut self, host: usize, view: View) -> Check {
+        self.hosts[host].is_changing = false;
+        self.hosts[host].committed = Some(view.clone());
+        if self.hosts[host].is_fenced {
+            return Ok(()); // The news is late; the one who attached since knows of the view.
+        }
+        if let Some(last) = &self.committed {
+            if view.number <= last.number {
+                return Err(format!("client {host} committed {view} after {last}"));
+            }
+            if !view.clean().is_subset(last.clean()) {
+                return Err(format!("client {host} committed {view} after {last}: a stale member is Clean"));
+            }
+        }
+        for member in view.active().iter() {
+            let durable = &self.nodes[self.node_index(member)].durable.view;
+            if durable.number < view.number
+                || (durable.epoch == view.epoch && durable.number == view.number && *durable != view)
+            {
+                return Err(format!("client {host} committed {view}; durable on member {member}: {durable}"));
+            }
+        }
+        self.committed = Some(view);
+        Ok(())
+    }
+
+    /// Why a client ended is part of what it promised.
+    fn ended(&mut self, host: usize, reason: &OverReason) -> Check {
+        match reason {
+            OverReason::Held(text) => {
+                self.coverage.hit("attach refused: held");
+                let own = format!("client {}", self.hosts[host].id);
+                if !text.starts_with("client ") || *text == own {
+                    return Err(format!("client {host} was refused because of '{text}'"));
+                }
+            }
+            OverReason::Fenced(_) => self.coverage.hit("client fenced"),
+            OverReason::Detached => self.coverage.hit("client detached"),
+            OverReason::NoSuchPool { .. } | OverReason::Conflict(_) | OverReason::Refused { .. } => {
+                return Err(format!("client {host} is over: {reason}"));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_error(&mut self, host: usize, error: IoError) -> Check {
+        if self.is_verifying {
+            return Err(format!("failed when nothing was wrong: {error}"));
+        }
+        match error {
+            IoError::Media if self.had_errors => self.coverage.hit("disk error shown to the guest"),
+            IoError::Suspended => self.coverage.hit("request failed after the suspend timeout"),
+            IoError::Fenced | IoError::Detached if self.hosts[host].client.over().is_some() => {
+                if self.hosts[host].is_fenced {
+                    self.coverage.hit("write of a fenced client failed");
+                }
+            }
+            IoError::Detached if self.hosts[host].client.status().state == "detaching" => {}
+            IoError::Media | IoError::BadRange | IoError::Fenced | IoError::Detached | IoError::TooMany => {
+                return Err(format!("failed for no reason: {error}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// G1: a completed flush covers all that was completed before it.
+    pub(super) fn check_flushed(&mut self, host: usize, request: &Request) -> Check {
+        if self.hosts[host].last_flush == self.now {
+            self.coverage.hit("flush round shared");
+        }
+        self.hosts[host].last_flush = self.now;
+        if self.hosts[host].is_fenced {
+            return Ok(());
+        }
+        let active = self.hosts[host].committed.as_ref().map_or(MemberSet::EMPTY, View::active);
+        for member in active.iter() {
+            let since = &self.nodes[self.node_index(member)].disk.unflushed_since;
+            if let Some(sector) = since.iter().position(|&step| step > 0 && step < request.start) {
+                return Err(format!("sector {sector} of member {member} is not flushed"));
+            }
+        }
+        Ok(())
+    }
+
+    /// G1 and G3: a completed write is on every active member, and on record for every absent one.
+    pub(super) fn check_written(&mut self, host: usize, request: &Request) -> Check {
+        if self.hosts[host].is_fenced {
+            return Ok(());
+        }
+        let Some(view) = self.hosts[host].committed.clone() else {
+            return Err("completed before an attach".into());
+        };
+        for member in view.active().iter() {
+            let node = &self.nodes[self.node_index(member)];
+            for sector in request.first..request.first + request.count {
+                let value = node.disk.sectors[sector];
+                if !self.oracle.is_current(sector, value) {
+                    return Err(format!(
+                        "member {member} has {} in sector {sector}; possible: {}",
+                        Oracle::name(value),
+                        self.oracle.describe(sector)
+                    ));
+                }
+            }
+            for absent in view.out().iter() {
+                let disk = &self.nodes[self.node_index(absent)].disk;
+                let misses = |&sector: &usize| {
+                    disk.unflushed_since[sector] > 0 || !self.oracle.is_current(sector, disk.sectors[sector])
+                };
+                for sector in (request.first..request.first + request.count).filter(misses) {
+                    let chunk = self.spec.chunk_size.chunk_of(sector as u64 * SECTOR);
+                    if !node.has_bit(MapId::Dirty(absent), chunk) {
+                        return Err(format!(
+                            "member {member} has no durable record that {absent} misses sector {sector}, chunk {chunk}"
+                        ));
+                    }
+                }
+            }
+        }
+        if !view.out().is_empty() {
+            self.coverage.hit("dirty bit set for an absent member");
+        }
+        Ok(())
+    }
+
+    // The end ----------------------------------------------------------------------------------------------------
+
+    /// At quiet: Clean members are identical, and whatever an absent one differs in is on record.
+    pub(super) fn check_data(&self) -> Check {
+        let view = self.committed.as_ref().ok_or("no client ever attached")?;
+        let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
+        let reference = &self.nodes[clean[0]].disk.sectors;
+        for sector in 0..reference.len() {
+            let is_undecided = self.oracle.is_undecided(sector);
+            for &index in &clean {
+                let value = self.nodes[index].disk.sectors[sector];
+                if !self.oracle.is_current(sector, value) {
+                    return Err(format!(
+                        "at the end, node {index} has {} in sector {sector}; possible: {}",
+                        Oracle::name(value),
+                        self.oracle.describe(sector)
+                    ));
+                }
+                if value != reference[sector] && !is_undecided {
+                    return Err(format!(
+                        "at the end, sector {sector} is {} on node {} and {} on node {index}",
+                        Oracle::name(reference[sector]),
+                        clean[0],
+                        Oracle::name(value)
+                    ));
+                }
+            }
+            for out in view.out().iter().filter(|_| !is_undecided) {
+                let value = self.nodes[self.node_index(out)].disk.sectors[sector];
+                if value == reference[sector] {
+                    continue;
+                }
+                let mut records =
+                    view.active().iter().map(|k| self.check_on_record(self.node_index(k), out, sector));
+                // A client that dies in the middle of a view change has told some members and not others. To hand the
+                // maps over is for the version that reconciles.
+                if self.profile.client_crashes {
+                    records.find(Result::is_ok).ok_or_else(|| {
+                        format!(
+                            "at the end, absent member {out} differs in sector {sector}, on record nowhere"
+                        )
+                    })??;
+                } else {
+                    records.collect::<Check>()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_on_record(&self, keeper: usize, out: crate::pool::MemberId, sector: usize) -> Check {
+        let block = crate::pool::Block(sector as u64 * SECTOR / crate::pool::BLOCK_SIZE);
+        let chunk = self.spec.chunk_size.chunk_of_block(block);
+        let node = &self.nodes[keeper];
+        let blocks = node.replica.as_ref().and_then(|r| r.maps().dirty_blocks(out));
+        if node.has_bit(MapId::Dirty(out), chunk) && blocks.is_some_and(|b| b.contains(block)) {
+            return Ok(());
+        }
+        Err(format!(
+            "at the end, absent member {out} differs in sector {sector} ({}), which node {keeper} has not on record; \
+             possible: {}",
+            Oracle::name(self.nodes[self.node_index(out)].disk.sectors[sector]),
+            self.oracle.describe(sector)
+        ))
+    }
+
+    /// After the last client has left: nothing is under way, nothing is left over.
+    pub(super) fn check_idle(&self) -> Check {
+        for (index, node) in self.nodes.iter().enumerate() {
+            if !node.buffers.is_empty() {
+                return Err(format!("node {index} never released {} buffers", node.buffers.len()));
+            }
+            if !node.reads.is_empty() {
+                return Err(format!("node {index} never sent {} reads", node.reads.len()));
+            }
+            if node.replica.as_ref().is_some_and(replica::Replica::is_busy) {
+                return Err(format!("node {index} is busy for ever"));
+            }
+        }
+        for (index, host) in self.hosts.iter().enumerate().filter(|(_, h)| !h.is_crashed) {
+            if host.client.in_flight() > 0 || !host.requests.is_empty() {
+                return Err(format!("client {index} never finished {:?}", host.requests.keys()));
+            }
+        }
+        let view = self.committed.as_ref().ok_or("no client ever attached")?;
+        for member in view.active().iter().filter(|_| !self.unclean) {
+            let node = &self.nodes[self.node_index(member)];
+            let is_detached = node.durable.last_client.as_ref().is_some_and(|c| !c.attached);
+            let intents = node.replica.as_ref().map_or(0, |r| r.maps().intent().count());
+            if is_detached && intents > 0 {
+                return Err(format!("after a detach in good order member {member} keeps {intents} intents"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is only known at the end of a run.
+    pub(super) fn cover_end(&mut self) {
+        match self.nodes.len() {
+            1 => self.coverage.hit("pool of one"),
+            8 => self.coverage.hit("pool of eight"),
+            _ => {} // The usual sizes.
+        }
+        for host in 0..self.hosts.len() {
+            if self.hosts[host].client.status().counters.overlapping > 0 {
+                self.coverage.hit("overlapping write waited");
+            }
+        }
+    }
+
+    pub(super) fn cover_submit(&mut self, operation: Operation, count: usize) {
+        let max = u64::from(self.profile.limits.max_io);
+        if operation.has_data() && count as u64 * SECTOR > max {
+            self.coverage.hit("request split");
+        }
+    }
+}

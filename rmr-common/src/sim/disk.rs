@@ -1,0 +1,185 @@
+//! A disk that carries out requests in any order, with a volatile cache if it is a write-back one.
+//!
+//! A write is atomic for each 4 KiB block. It takes effect some time before it is answered, so that a crash may fall
+//! between the two.
+
+use std::collections::BTreeMap;
+
+use super::oracle::{SECTOR, Step};
+use super::rng::Rng;
+use crate::pool::BLOCK_SIZE;
+use crate::replica::{BufferToken, DiskOperation, DiskResult, IoId};
+
+const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
+
+/// A request that was submitted and not answered.
+pub(super) struct Running {
+    pub(super) operation: DiskOperation,
+    pub(super) first: usize,
+    pub(super) count: usize,
+    pub(super) result: DiskResult,
+    /// What a write writes.
+    data: Vec<u64>,
+    /// What a flush makes durable.
+    snapshot: Vec<(usize, u64)>,
+    is_applied: bool,
+}
+
+impl Running {
+    pub(super) const fn is_write(&self) -> bool {
+        matches!(
+            self.operation,
+            DiskOperation::Write(_) | DiskOperation::Discard | DiskOperation::WriteZeroes
+        )
+    }
+}
+
+/// One disk, sector by sector.
+pub(super) struct Disk {
+    /// What reads return.
+    pub(super) sectors: Vec<u64>,
+    /// What a power cut leaves.
+    durable: Vec<u64>,
+    /// The first write to the sector that no flush covers yet; zero for none.
+    pub(super) unflushed_since: Vec<Step>,
+    pub(super) write_back: bool,
+    pub(super) running: BTreeMap<u32, Running>,
+}
+
+impl Disk {
+    pub(super) fn new(sectors: usize, write_back: bool) -> Self {
+        Self {
+            sectors: vec![0; sectors],
+            durable: vec![0; sectors],
+            unflushed_since: vec![0; sectors],
+            write_back,
+            running: BTreeMap::new(),
+        }
+    }
+
+    /// Starts a request. Fails when that breaks a rule of the replica.
+    pub(super) fn submit(
+        &mut self,
+        io: IoId,
+        operation: DiskOperation,
+        (offset, length): (u64, u32),
+        data: Vec<u64>,
+        result: DiskResult,
+    ) -> Result<(), String> {
+        let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
+        let count = usize::try_from(u64::from(length) / SECTOR).unwrap_or(usize::MAX);
+        let snapshot = if operation == DiskOperation::Flush {
+            let unflushed = self.unflushed_since.iter().enumerate().filter(|(_, step)| **step > 0);
+            unflushed.map(|(i, _)| (i, self.sectors[i])).collect()
+        } else {
+            Vec::new()
+        };
+        let running = Running { operation, first, count, result, data, snapshot, is_applied: false };
+        if running.is_write() {
+            let clash = |other: &&Running| {
+                other.is_write() && other.first < first + count && first < other.first + other.count
+            };
+            if let Some(other) = self.running.values().find(clash) {
+                return Err(format!(
+                    "a write to sectors {first}+{count} was submitted while one to {}+{} is under way",
+                    other.first, other.count
+                ));
+            }
+        }
+        if self.running.insert(io.0, running).is_some() {
+            return Err(format!("disk request {} was submitted twice", io.0));
+        }
+        Ok(())
+    }
+
+    /// A request takes effect. Returns what a read found.
+    pub(super) fn apply(&mut self, io: u32, now: Step, rng: &mut Rng) -> Vec<u64> {
+        let Some(running) = self.running.get_mut(&io).filter(|r| !r.is_applied) else { return Vec::new() };
+        running.is_applied = true;
+        let (first, count, failed) = (running.first, running.count, running.result != DiskResult::Done);
+        match running.operation {
+            DiskOperation::Read => self.sectors[first..first + count].to_vec(),
+            DiskOperation::Flush => {
+                for (sector, value) in if failed { Vec::new() } else { std::mem::take(&mut running.snapshot) }
+                {
+                    self.durable[sector] = value;
+                    if self.sectors[sector] == value {
+                        self.unflushed_since[sector] = 0;
+                    } else {
+                        self.unflushed_since[sector] = now;
+                    }
+                }
+                Vec::new()
+            }
+            DiskOperation::Write(_) | DiskOperation::Discard | DiskOperation::WriteZeroes => {
+                let data = std::mem::take(&mut running.data);
+                self.change(first, count, &data, now, |_| failed && rng.percent(50));
+                Vec::new()
+            }
+        }
+    }
+
+    fn change(
+        &mut self,
+        first: usize,
+        count: usize,
+        data: &[u64],
+        now: Step,
+        mut skip: impl FnMut(usize) -> bool,
+    ) {
+        let mut skipped = (usize::MAX, false);
+        for i in 0..count {
+            let sector = first + i;
+            let block = sector / SECTORS_PER_BLOCK;
+            if skipped.0 != block {
+                skipped = (block, skip(block));
+            }
+            if skipped.1 {
+                continue;
+            }
+            self.sectors[sector] = data.get(i).copied().unwrap_or(0);
+            if self.write_back {
+                let since = &mut self.unflushed_since[sector];
+                *since = if *since == 0 { now } else { *since };
+            } else {
+                self.durable[sector] = self.sectors[sector];
+            }
+        }
+    }
+
+    /// The process that submitted the requests is gone: what is under way happens or not, block by block.
+    pub(super) fn abandon(&mut self, now: Step, rng: &mut Rng) {
+        for running in std::mem::take(&mut self.running).into_values() {
+            if running.is_write() && !running.is_applied {
+                self.change(running.first, running.count, &running.data, now, |_| rng.percent(50));
+            }
+        }
+    }
+
+    /// The power was cut: unflushed blocks are lost, or not. True if something was.
+    pub(super) fn lose_cache(&mut self, rng: &mut Rng) -> bool {
+        let mut lost = false;
+        for block in 0..self.sectors.len() / SECTORS_PER_BLOCK {
+            let range = block * SECTORS_PER_BLOCK..(block + 1) * SECTORS_PER_BLOCK;
+            if self.unflushed_since[range.clone()].iter().all(|&step| step == 0) {
+                continue;
+            }
+            let drop = rng.percent(70);
+            for sector in range {
+                if drop {
+                    lost |= self.sectors[sector] != self.durable[sector];
+                    self.sectors[sector] = self.durable[sector];
+                } else {
+                    self.durable[sector] = self.sectors[sector];
+                }
+                self.unflushed_since[sector] = 0;
+            }
+        }
+        lost
+    }
+
+    /// The buffer of a write that is under way.
+    pub(super) fn uses(&self, buffer: BufferToken) -> bool {
+        self.running.values().any(|r| r.operation == DiskOperation::Write(buffer))
+    }
+}

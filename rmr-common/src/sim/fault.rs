@@ -1,0 +1,230 @@
+//! What a run does to its pool: requests of a restless guest, and faults of every kind.
+
+use super::oracle::SECTOR;
+use super::world::{Check, Event, MILLISECOND, World, trace};
+use crate::client::{self, Operation};
+use crate::pool::View;
+
+impl World<'_> {
+    /// Submits a few requests, and comes back later.
+    pub(super) fn work(&mut self) -> Check {
+        if self.is_calm {
+            return Ok(());
+        }
+        let pause = self.rng.range(1, self.profile.pause);
+        self.after(pause, Event::Work);
+        let live: Vec<_> = (0..self.hosts.len()).filter(|&h| self.hosts[h].is_live()).collect();
+        let Some(&newest) = live.last() else {
+            self.start_some_host();
+            return Ok(());
+        };
+        for _ in 0..self.rng.range(1, self.profile.burst) {
+            let host = if self.rng.percent(80) { newest } else { self.rng.pick(&live) };
+            let is_ready = self.hosts[host].client.spec().is_some();
+            if self.submitted >= self.profile.requests || self.hosts[host].requests.len() > 64 || !is_ready {
+                break;
+            }
+            self.submitted += 1;
+            self.submit_any(host)?;
+        }
+        Ok(())
+    }
+
+    fn start_some_host(&mut self) {
+        let id = u8::try_from(self.rng.range(1, 3)).unwrap_or(1);
+        let takeover = self.rng.percent(50);
+        self.start_host(id, takeover);
+    }
+
+    fn submit_any(&mut self, host: usize) -> Check {
+        let operation = match self.rng.range(0, 99) {
+            0..=44 => Operation::Write,
+            45..=79 => Operation::Read,
+            80..=89 => Operation::Flush,
+            90..=94 => Operation::Discard,
+            _ => Operation::WriteZeroes,
+        };
+        if operation == Operation::Flush {
+            return self.submit(host, operation, 0, 0);
+        }
+        let sectors = usize::try_from(self.spec.size / SECTOR).unwrap_or(0);
+        let length = match self.rng.range(0, 99) {
+            0..=39 => self.rng.range(1, 16),
+            40..=79 => self.rng.range(1, 8) * 8,
+            80..=97 => self.rng.range(1, 256),
+            _ => self.rng.range(1, sectors as u64),
+        };
+        let length = usize::try_from(length).unwrap_or(1);
+        // Most requests go to few places, so that they meet.
+        let first = match self.rng.range(0, 9) {
+            0..=5 => self.rng.index(48),
+            6..=7 => self.rng.pick(&[100, 120, 250, 380]) + self.rng.index(16),
+            _ => self.rng.index(sectors),
+        };
+        let first = first.min(sectors - length);
+        self.cover_submit(operation, length);
+        self.submit(host, operation, first, length)
+    }
+
+    /// One fault, and the time of the next.
+    pub(super) fn fault(&mut self) -> Check {
+        if self.is_calm || self.faults >= self.profile.faults {
+            return Ok(());
+        }
+        self.faults += 1;
+        let pause = self.rng.range(1, self.profile.fault_pause);
+        // Faults like company: the second often strikes while the first is dealt with.
+        let pause = if self.rng.percent(30) { self.rng.range(1, self.profile.network_delay) } else { pause };
+        self.after(pause, Event::Fault);
+        let node = self.rng.index(self.nodes.len());
+        let live: Vec<_> = (0..self.hosts.len()).filter(|&h| self.hosts[h].is_live()).collect();
+        let Some(&host) = live.last() else { return Ok(()) };
+        let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
+        match self.rng.range(0, 15) {
+            0..=1 => self.cut_some(host, Some(node)),
+            2 => self.cut_some(host, None),
+            3 => {
+                trace!(self, "client {host} and node {node} are parted");
+                self.hosts[host].partitioned[node] = true;
+                self.cut_some(host, Some(node));
+                let delay = self.rng.range(1, timeout * 4);
+                self.after(delay, Event::Heal { host, node });
+            }
+            4..=5 => {
+                trace!(self, "messages between client {host} and node {node} stand still");
+                self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 2, timeout * 2);
+            }
+            6..=7 => self.crash_node(node, false)?,
+            8 => self.crash_node(node, true)?,
+            9 => {
+                let power = self.rng.percent(30);
+                for node in 0..self.nodes.len() {
+                    self.crash_node(node, power)?;
+                }
+            }
+            10 if self.profile.client_crashes => self.crash_host(host),
+            11 => self.client(host, client::Event::Detach)?,
+            12 => {
+                let takeover = self.profile.client_crashes && self.rng.percent(60);
+                let id = self.hosts[host].id % 3 + 1;
+                self.start_host(id, takeover);
+            }
+            13 => {
+                trace!(self, "the disk of node {node} has errors");
+                self.had_errors = true;
+                self.nodes[node].disk_errors = self.rng.pick(&[5, 20, 60]);
+                let delay = self.rng.range(1, 50 * MILLISECOND);
+                self.after(delay, Event::ErrorsEnd(node));
+            }
+            14 => self.nodes[node].metadata_fails = true,
+            _ => {
+                // A new client, as a daemon that is started again.
+                if self.profile.client_crashes {
+                    let id = self.hosts[host].id;
+                    self.crash_host(host);
+                    self.start_host(id, false);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn cut_some(&mut self, host: usize, node: Option<usize>) {
+        let open = |c: &super::world::Connection| {
+            c.host == host && !c.is_cut && !c.client_closed && node.is_none_or(|n| n == c.node)
+        };
+        let found: Vec<_> = (0..self.connections.len()).filter(|&i| open(&self.connections[i])).collect();
+        found.into_iter().for_each(|index| self.cut(index));
+    }
+
+    /// Ends a node's process, or cuts its machine's power, and starts it again some time later.
+    pub(super) fn crash_node(&mut self, index: usize, power: bool) -> Check {
+        if self.nodes[index].replica.take().is_none() {
+            return Ok(());
+        }
+        trace!(self, "node {index} crashes, with its machine: {power}");
+        let node = &mut self.nodes[index];
+        if !node.disk.running.is_empty() {
+            self.coverage.hit("node crashed with disk requests under way");
+        }
+        node.life += 1;
+        node.lost_power |= power;
+        node.buffers.clear();
+        node.reads.clear();
+        let step = self.step;
+        let metadata = std::mem::take(&mut node.metadata);
+        node.disk.abandon(step, &mut self.rng);
+        for (target, queue) in metadata {
+            if let Some((_, content)) = queue.writing {
+                self.coverage.hit("node crashed with metadata under way");
+                if self.rng.percent(50) {
+                    self.make_durable(index, target, content)?;
+                }
+            }
+        }
+        for connection in 0..self.connections.len() {
+            if self.connections[connection].node == index {
+                self.cut(connection);
+            }
+        }
+        let most = self.profile.fault_pause * 8 + 10 * MILLISECOND;
+        let delay = self.rng.range(1, most);
+        self.after(delay, Event::NodeStart(index));
+        Ok(())
+    }
+
+    /// Starts a node again. After a power cut its cache is gone.
+    pub(super) fn restart(&mut self, index: usize) {
+        let member = self.nodes[index].member;
+        // A member that is not known to be absent would come back Clean and stale. To find that out is for the version
+        // that reconciles; until then the cache of such a member survives by luck.
+        let is_out = self.committed.as_ref().map(View::out).is_some_and(|out| out.contains(member));
+        if self.nodes[index].lost_power && is_out && self.nodes[index].disk.lose_cache(&mut self.rng) {
+            trace!(self, "node {index} has lost its cache");
+            self.coverage.hit("cache lost in a power cut");
+        }
+        self.coverage.hit("node restarted");
+        self.start_node(index);
+    }
+
+    fn crash_host(&mut self, host: usize) {
+        trace!(self, "client {host} crashes");
+        self.hosts[host].is_crashed = true;
+        let requests = std::mem::take(&mut self.hosts[host].requests);
+        if requests.values().any(|r| r.write.is_some()) {
+            self.coverage.hit("client crashed with writes in flight");
+        }
+        let step = self.step;
+        requests.values().filter_map(|r| r.write).for_each(|write| self.oracle.fail(write, step));
+        for connection in 0..self.connections.len() {
+            if self.connections[connection].host == host && !self.connections[connection].client_closed {
+                if self.rng.percent(50) {
+                    self.cut(connection);
+                } else {
+                    self.client_closes(connection);
+                }
+            }
+        }
+    }
+
+    /// No more faults: what is down comes up, what is parted meets.
+    pub(super) fn calm(&mut self) -> Check {
+        trace!(self, "no more faults");
+        self.is_calm = true;
+        for host in &mut self.hosts {
+            host.partitioned.iter_mut().for_each(|p| *p = false);
+            host.stalled_until.iter_mut().for_each(|s| *s = 0);
+        }
+        for index in 0..self.nodes.len() {
+            self.nodes[index].disk_errors = 0;
+            self.nodes[index].metadata_fails = false;
+            if self.nodes[index].replica.as_ref().is_some_and(|r| r.status().broken) {
+                self.crash_node(index, false)?;
+            }
+            if self.nodes[index].replica.is_none() {
+                self.restart(index);
+            }
+        }
+        Ok(())
+    }
+}

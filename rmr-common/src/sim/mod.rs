@@ -1,0 +1,148 @@
+//! A deterministic simulator: the real client and replica machines in one thread, with virtual time.
+//!
+//! One seed is one run: pool, requests, delays, faults and crashes all come from it. Every rule of `docs/simulator.md`
+//! is checked when it could be broken, and a run that breaks one ends with words that say which.
+
+mod check;
+mod coverage;
+mod disk;
+mod fault;
+mod node;
+mod oracle;
+mod rng;
+mod world;
+
+use std::io::Write;
+
+pub use coverage::{Coverage, SITUATIONS};
+
+use crate::client;
+use world::{Check, World};
+
+/// How a run is judged.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Options {
+    /// Whether all members must agree after a client died with writes in flight.
+    pub reconcile_expected: bool,
+}
+
+/// What a good run did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The situations that it came to.
+    pub coverage: Coverage,
+    /// How many things happened.
+    pub steps: u64,
+    /// Requests of the guest.
+    pub requests: u64,
+}
+
+/// A rule that a run broke.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error(
+    "seed {seed}, step {step}: {rule}\nreplay: cargo run -p rmr-common --example simulate -- --seed {seed} --trace"
+)]
+pub struct Violation {
+    /// The run.
+    pub seed: u64,
+    /// Where in it.
+    pub step: u64,
+    /// What was expected and found.
+    pub rule: String,
+}
+
+/// More events than any good run has.
+const MAX_STEPS: u64 = 2_000_000;
+/// Virtual time in which a pool must come to rest after the last fault, in nanoseconds.
+const MAX_REST: u64 = 300_000 * world::MILLISECOND;
+
+/// Runs one seed. Each event becomes a line of `trace`.
+///
+/// # Errors
+/// The first rule that is broken.
+pub fn run(seed: u64, options: Options, trace: Option<&mut dyn Write>) -> Result<Report, Violation> {
+    let mut world = World::new(seed, options.reconcile_expected, trace);
+    match play(&mut world) {
+        Ok(()) => {
+            let requests = world.next_token - 1;
+            Ok(Report { coverage: world.coverage, steps: world.step, requests })
+        }
+        Err(rule) => Err(Violation { seed, step: world.step, rule }),
+    }
+}
+
+fn play(world: &mut World<'_>) -> Check {
+    while world.submitted < world.profile.requests || world.faults < world.profile.faults {
+        step(world)?;
+    }
+    world.calm()?;
+    let deadline = world.now + MAX_REST;
+    let host = rest(world, deadline)?;
+    verify(world, host, deadline)?;
+    world.check_data()?;
+    world.client(host, client::Event::Detach)?;
+    let is_busy = |world: &World<'_>| {
+        world.hosts[host].is_live()
+            || world.nodes.iter().any(|n| n.replica.as_ref().is_some_and(crate::replica::Replica::is_busy))
+    };
+    while is_busy(world) {
+        step(world)?;
+        check_deadline(world, deadline)?;
+    }
+    world.check_idle()?;
+    world.check_data()?;
+    world.cover_end();
+    Ok(())
+}
+
+fn step(world: &mut World<'_>) -> Check {
+    if !world.advance()? {
+        return Err("nothing is left to happen".into());
+    }
+    if world.step > MAX_STEPS {
+        return Err(format!("more than {MAX_STEPS} events"));
+    }
+    Ok(())
+}
+
+/// Lets the pool come to rest with one client. Returns that client.
+fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
+    loop {
+        let live: Vec<_> = (0..world.hosts.len()).filter(|&h| world.hosts[h].is_live()).collect();
+        match live[..] {
+            [] => world.start_host(9, true),
+            [host] if world.hosts[host].client.is_active() && world.hosts[host].requests.is_empty() => {
+                return Ok(host);
+            }
+            _ => {} // Not yet.
+        }
+        step(world)?;
+        check_deadline(world, deadline)?;
+    }
+}
+
+/// Reads the whole pool and flushes it.
+fn verify(world: &mut World<'_>, host: usize, deadline: u64) -> Check {
+    world.is_verifying = true;
+    let sectors = world.nodes[0].disk.sectors.len();
+    world.submit(host, client::Operation::Read, 0, sectors)?;
+    world.submit(host, client::Operation::Flush, 0, 0)?;
+    while !world.hosts[host].requests.is_empty() {
+        step(world)?;
+        check_deadline(world, deadline)?;
+    }
+    world.is_verifying = false;
+    Ok(())
+}
+
+fn check_deadline(world: &World<'_>, deadline: u64) -> Check {
+    if world.now <= deadline {
+        return Ok(());
+    }
+    let states: Vec<_> = world
+        .hosts
+        .iter()
+        .map(|h| format!("{} {} with {}", h.client.status().state, h.id, h.requests.len()))
+        .collect();
+    Err(format!("the pool does not come to rest; clients: {}", states.join(", ")))
+}

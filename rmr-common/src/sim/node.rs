@@ -1,0 +1,129 @@
+//! A storage node: the replica's state machine, its disk, and what of its metadata is durable.
+
+use std::collections::BTreeMap;
+
+use super::disk::Disk;
+use crate::map::{ChunkMap, MAP_PAGE_BYTES, MapId, MapPage, MemberMaps};
+use crate::pool::{BootId, Chunk, Epoch, MemberId, PoolSpec};
+use crate::replica::{Config, DurableState, Replica, Ticket};
+use crate::wire::{Limits, MessageHeader};
+
+pub(super) type PageBytes = Box<[u8; MAP_PAGE_BYTES]>;
+
+/// Something of the metadata that is written as a whole.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Target {
+    Page(MapPage),
+    State,
+}
+
+/// What is written to a target.
+pub(super) enum Content {
+    Page(PageBytes),
+    State(Box<DurableState>),
+}
+
+/// The writes to one target: one at a time, and the next covers all that was asked for meanwhile.
+#[derive(Default)]
+pub(super) struct MetadataQueue {
+    pub(super) writing: Option<(Vec<Ticket>, Content)>,
+    pub(super) waiting: Vec<Ticket>,
+    /// The newest superblock that waits.
+    pub(super) state: Option<Box<DurableState>>,
+}
+
+/// One node of the pool.
+pub(super) struct Node {
+    pub(super) member: MemberId,
+    /// Grows with every start, so that events of an earlier life are told apart.
+    pub(super) life: u32,
+    /// `None` while the process is down.
+    pub(super) replica: Option<Replica>,
+    pub(super) disk: Disk,
+    pub(super) durable: DurableState,
+    pub(super) pages: BTreeMap<MapPage, PageBytes>,
+    pub(super) metadata: BTreeMap<Target, MetadataQueue>,
+    /// Buffers that hold the data of writes, with the header each came with.
+    pub(super) buffers: BTreeMap<u32, (Vec<u64>, MessageHeader)>,
+    pub(super) next_buffer: u32,
+    /// What reads found, until it is sent.
+    pub(super) reads: BTreeMap<u32, Vec<u64>>,
+    /// The last epoch whose attach was answered well.
+    pub(super) answered: Epoch,
+    /// A view was received and not answered.
+    pub(super) has_pending_view: bool,
+    /// The power was cut, and the machine was not started since.
+    pub(super) lost_power: bool,
+    host_boot: u8,
+    /// Per cent of the disk requests that fail.
+    pub(super) disk_errors: u64,
+    /// The next metadata write fails.
+    pub(super) metadata_fails: bool,
+}
+
+impl Node {
+    pub(super) fn new(spec: &PoolSpec, member: MemberId, durable: DurableState, write_back: bool) -> Self {
+        let sectors = usize::try_from(spec.size / super::oracle::SECTOR).unwrap_or(0);
+        Self {
+            member,
+            life: 0,
+            replica: None,
+            disk: Disk::new(sectors, write_back),
+            durable,
+            pages: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+            buffers: BTreeMap::new(),
+            next_buffer: 0,
+            reads: BTreeMap::new(),
+            answered: Epoch(0),
+            has_pending_view: false,
+            lost_power: false,
+            host_boot: 1,
+            disk_errors: 0,
+            metadata_fails: false,
+        }
+    }
+
+    /// Starts the process from what is durable.
+    pub(super) fn start(&mut self, spec: &PoolSpec, limits: Limits, intent_idle: std::time::Duration) {
+        self.life += 1;
+        self.has_pending_view = false;
+        if self.lost_power {
+            self.host_boot += 1;
+            self.lost_power = false;
+        }
+        let mut maps = MemberMaps::new(spec);
+        for id in std::iter::once(MapId::Intent).chain(MemberId::all().map(MapId::Dirty)) {
+            let mut map = ChunkMap::new(spec.chunk_count());
+            for (page, bytes) in self.pages.iter().filter(|(page, _)| page.map == id) {
+                map.load_page(page.page, bytes);
+            }
+            maps.load(id, map);
+        }
+        let member = self.member.as_u8();
+        let life = self.life.to_le_bytes();
+        let config = Config {
+            limits,
+            intent_idle,
+            host_boot: BootId::from_bytes([member, self.host_boot, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+            process_boot: BootId::from_bytes([
+                member, life[0], life[1], 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
+            ]),
+            write_through: !self.disk.write_back,
+        };
+        let state = self.durable.clone();
+        self.replica = Some(Replica::new(config, spec.clone(), self.member, state, maps));
+    }
+
+    /// Whether the bit of a chunk is durable.
+    pub(super) fn has_bit(&self, map: MapId, chunk: Chunk) -> bool {
+        let page = MapPage { map, page: ChunkMap::page_of(chunk) };
+        self.pages.get(&page).is_some_and(|bytes| bit(bytes, chunk))
+    }
+}
+
+/// The bit of a chunk in its page.
+pub(super) fn bit(page: &[u8; MAP_PAGE_BYTES], chunk: Chunk) -> bool {
+    let bit = usize::try_from(chunk.0 % crate::map::MAP_PAGE_BITS).unwrap_or(0);
+    page[bit / 8] & (1 << (bit % 8)) != 0
+}

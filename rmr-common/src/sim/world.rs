@@ -1,0 +1,893 @@
+//! The world of one run: nodes, clients, the network between them, and the queue of what happens next.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::io::Write;
+use std::time::Duration;
+
+use super::coverage::Coverage;
+use super::node::{Content, Node, Target};
+use super::oracle::{Oracle, SECTOR, Step, WriteId};
+use super::rng::Rng;
+use crate::client::{self, Client, LinkId, Operation, Payload, PoolSelector, Token};
+use crate::pool::{
+    Address, ChunkSize, ClientId, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, View,
+};
+use crate::replica::{
+    self, BufferToken, ConnectionId, DiskOperation, DiskResult, DurableState, IoId, Metadata, ReplyPayload,
+};
+use crate::time::Time;
+use crate::wire::{AttachReply, Hello, Kind, Limits, MessageHeader, Status};
+
+pub(super) const MILLISECOND: u64 = 1_000_000;
+
+/// A rule that was broken, in words.
+pub(super) type Check<T = ()> = Result<T, String>;
+
+/// A message on its way.
+pub(super) struct Message {
+    header: MessageHeader,
+    body: Vec<u8>,
+    data: Vec<u64>,
+}
+
+/// What happens next.
+pub(super) enum Event {
+    ToNode(usize, Message),
+    ToClient(usize, Message),
+    /// The node, or the client, learns that a connection is gone.
+    NodeLoses(usize),
+    ClientLoses(usize),
+    Connected {
+        host: usize,
+        link: LinkId,
+        node: usize,
+    },
+    DiskEffect {
+        node: usize,
+        life: u32,
+        io: u32,
+    },
+    DiskDone {
+        node: usize,
+        life: u32,
+        io: u32,
+    },
+    MetadataDone {
+        node: usize,
+        life: u32,
+        target: Target,
+    },
+    NodeTick {
+        node: usize,
+        life: u32,
+    },
+    HostTick(usize, u64),
+    NodeStart(usize),
+    Heal {
+        host: usize,
+        node: usize,
+    },
+    ErrorsEnd(usize),
+    Work,
+    Fault,
+}
+
+struct Scheduled(u64, u64, Event);
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        (self.0, self.1) == (other.0, other.1)
+    }
+}
+
+impl Eq for Scheduled {}
+
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0, self.1).cmp(&(other.0, other.1))
+    }
+}
+
+/// A connection. Messages keep their order in each direction.
+pub(super) struct Connection {
+    pub(super) host: usize,
+    link: LinkId,
+    pub(super) node: usize,
+    life: u32,
+    is_greeted: bool,
+    /// Nothing that is on its way arrives any more.
+    pub(super) is_cut: bool,
+    pub(super) client_closed: bool,
+    node_closed: bool,
+    last_to_node: u64,
+    last_to_client: u64,
+}
+
+/// A request that a client has not finished.
+pub(super) struct Request {
+    pub(super) operation: Operation,
+    pub(super) first: usize,
+    pub(super) count: usize,
+    pub(super) start: Step,
+    pub(super) write: Option<WriteId>,
+    memory: Vec<u64>,
+}
+
+/// A client and the machine it runs on.
+pub(super) struct Host {
+    pub(super) client: Client,
+    pub(super) id: u8,
+    pub(super) links: Vec<Option<usize>>,
+    pub(super) requests: BTreeMap<u64, Request>,
+    /// The view that the client last said to be committed.
+    pub(super) committed: Option<View>,
+    /// Another client has attached since this one did.
+    pub(super) is_fenced: bool,
+    pub(super) is_crashed: bool,
+    /// A view change is under way.
+    pub(super) is_changing: bool,
+    pub(super) last_flush: u64,
+    tick_at: u64,
+    pub(super) partitioned: Vec<bool>,
+    /// Messages between the client and a node arrive no earlier than this.
+    pub(super) stalled_until: Vec<u64>,
+}
+
+impl Host {
+    pub(super) fn is_live(&self) -> bool {
+        !self.is_crashed && self.client.over().is_none()
+    }
+}
+
+/// What differs from run to run.
+pub(super) struct Profile {
+    pub(super) limits: Limits,
+    pub(super) client: client::Config,
+    intent_idle: Duration,
+    pub(super) network_delay: u64,
+    disk_delay: u64,
+    pub(super) requests: u64,
+    pub(super) burst: u64,
+    pub(super) pause: u64,
+    pub(super) faults: u64,
+    pub(super) fault_pause: u64,
+    /// Whether clients may die with writes in flight.
+    pub(super) client_crashes: bool,
+}
+
+pub(super) struct World<'a> {
+    pub(super) rng: Rng,
+    pub(super) now: u64,
+    pub(super) step: Step,
+    queue: BinaryHeap<Reverse<Scheduled>>,
+    queued: u64,
+    pub(super) profile: Profile,
+    pub(super) spec: PoolSpec,
+    pub(super) nodes: Vec<Node>,
+    pub(super) hosts: Vec<Host>,
+    pub(super) connections: Vec<Connection>,
+    pub(super) oracle: Oracle,
+    pub(super) coverage: Coverage,
+    pub(super) next_token: u64,
+    pub(super) submitted: u64,
+    pub(super) faults: u64,
+    /// No more faults happen.
+    pub(super) is_calm: bool,
+    /// Every request must succeed.
+    pub(super) is_verifying: bool,
+    /// Some disk has answered with an error.
+    pub(super) had_errors: bool,
+    /// The view that was committed last.
+    pub(super) committed: Option<View>,
+    /// Every view that was ever durable anywhere.
+    pub(super) views: BTreeMap<(u64, u64), View>,
+    /// Whether some member was attached that no client had left in good order.
+    pub(super) unclean: bool,
+    trace: Option<&'a mut dyn Write>,
+}
+
+macro_rules! trace {
+    ($world:expr, $($arg:tt)*) => {
+        if $world.is_traced() {
+            $world.trace_line(&format!($($arg)*));
+        }
+    };
+}
+pub(super) use trace;
+
+impl<'a> World<'a> {
+    pub(super) fn new(seed: u64, reconcile_expected: bool, trace: Option<&'a mut dyn Write>) -> Self {
+        let mut rng = Rng::new(seed);
+        let members = match rng.range(0, 19) {
+            0..=1 => 1,
+            2..=9 => 2,
+            10..=17 => 3,
+            18 => 4,
+            _ => 8,
+        };
+        let size = rng.range(1, 4) << 20;
+        let member = |i: u8| MemberSpec {
+            id: MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members")),
+            store: StoreId::from_bytes([i + 1; 16]),
+            address: Address::tcp(format!("node-{i}"), 7700),
+        };
+        let spec = PoolSpec {
+            id: PoolId::from_bytes([0xaa; 16]),
+            name: "pool".into(),
+            size,
+            chunk_size: ChunkSize::from_bytes(64 << 10).unwrap_or_default(),
+            logical_block_size: 512,
+            members: (0..members).map(member).collect(),
+        };
+        let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
+        let all_write_back = rng.percent(40);
+        let state = DurableState { view: view.clone(), epoch: Epoch(0), last_client: None };
+        let nodes: Vec<_> = spec
+            .members
+            .iter()
+            .map(|m| Node::new(&spec, m.id, state.clone(), all_write_back || rng.percent(20)))
+            .collect();
+        let mut client = client::Config::new(ClientId::from_bytes([0; 16]), "");
+        let milliseconds = |rng: &mut Rng, list: &[u64]| Duration::from_millis(rng.pick(list));
+        client.leg_timeout = milliseconds(&mut rng, &[200, 500, 2000]);
+        client.suspend_timeout = milliseconds(&mut rng, &[600, 3000, 60_000]);
+        client.attach_grace = milliseconds(&mut rng, &[0, 50, 500]);
+        client.reconnect_interval = milliseconds(&mut rng, &[10, 50, 300]);
+        client.ping_interval = milliseconds(&mut rng, &[50, 200, 1000]);
+        let max_io = rng.pick(&[4096, 16384, 65536, 262_144, 1 << 20]);
+        let limits =
+            Limits { max_io, slots: rng.pick(&[2, 8, 32, 256]), max_bytes: max_io * rng.pick(&[1, 2, 8]) };
+        let faults = if rng.percent(15) { 0 } else { rng.range(1, 12) };
+        let profile = Profile {
+            limits,
+            client,
+            intent_idle: milliseconds(&mut rng, &[0, 1000, 3000]),
+            network_delay: rng.pick(&[20_000, 500_000, 5 * MILLISECOND]),
+            disk_delay: rng.pick(&[20_000, 500_000, 10 * MILLISECOND]),
+            requests: rng.range(10, 120),
+            burst: rng.pick(&[1, 4, 16]),
+            pause: rng.pick(&[MILLISECOND, 10 * MILLISECOND, 100 * MILLISECOND]),
+            faults,
+            fault_pause: rng.pick(&[2 * MILLISECOND, 30 * MILLISECOND, 400 * MILLISECOND]),
+            client_crashes: rng.percent(40),
+        };
+        let sectors = usize::try_from(size / SECTOR).unwrap_or(0);
+        let mut world = Self {
+            rng,
+            now: 0,
+            step: 1,
+            queue: BinaryHeap::new(),
+            queued: 0,
+            profile,
+            nodes,
+            hosts: Vec::new(),
+            connections: Vec::new(),
+            oracle: Oracle::new(sectors, reconcile_expected),
+            coverage: Coverage::default(),
+            next_token: 1,
+            submitted: 0,
+            faults: 0,
+            is_calm: false,
+            is_verifying: false,
+            had_errors: false,
+            committed: None,
+            views: BTreeMap::from([((1, 0), view)]),
+            unclean: false,
+            trace,
+            spec,
+        };
+        for node in 0..world.nodes.len() {
+            world.start_node(node);
+        }
+        world.start_host(1, false);
+        world.after(MILLISECOND, Event::Work);
+        let pause = world.profile.fault_pause;
+        world.after(pause, Event::Fault);
+        world
+    }
+
+    pub(super) const fn is_traced(&self) -> bool {
+        self.trace.is_some()
+    }
+
+    pub(super) fn trace_line(&mut self, text: &str) {
+        let (now, step) = (self.now, self.step);
+        if let Some(trace) = &mut self.trace {
+            // A trace that can not be written is no reason to stop a run.
+            let _ = writeln!(trace, "{:>12.6} {step:>7} {text}", Duration::from_nanos(now).as_secs_f64());
+        }
+    }
+
+    pub(super) fn after(&mut self, delay: u64, event: Event) {
+        self.at(self.now + delay, event);
+    }
+
+    fn at(&mut self, time: u64, event: Event) {
+        self.queued += 1;
+        self.queue.push(Reverse(Scheduled(time, self.queued, event)));
+    }
+
+    /// Lets the next thing happen; false when nothing is left.
+    pub(super) fn advance(&mut self) -> Check<bool> {
+        let Some(Reverse(Scheduled(time, _, event))) = self.queue.pop() else { return Ok(false) };
+        self.now = time;
+        self.step += 1;
+        match event {
+            Event::ToNode(connection, message) => self.to_node(connection, message)?,
+            Event::ToClient(connection, message) => self.to_client(connection, message)?,
+            Event::NodeLoses(connection) => self.node_loses(connection)?,
+            Event::ClientLoses(connection) => self.client_loses(connection)?,
+            Event::Connected { host, link, node } => self.connected(host, link, node)?,
+            Event::DiskEffect { node, life, io } if self.nodes[node].life == life => {
+                let (step, rng) = (self.step, &mut self.rng);
+                let found = self.nodes[node].disk.apply(io, step, rng);
+                if !found.is_empty() {
+                    self.nodes[node].reads.insert(io, found);
+                }
+            }
+            Event::DiskDone { node, life, io } if self.nodes[node].life == life => {
+                let Some(running) = self.nodes[node].disk.running.remove(&io) else { return Ok(true) };
+                trace!(self, "node {node}: disk request {io} {:?} {:?}", running.operation, running.result);
+                if running.result != DiskResult::Done {
+                    self.nodes[node].reads.remove(&io);
+                }
+                self.replica(node, replica::Event::Disk(IoId(io), running.result))?;
+            }
+            Event::MetadataDone { node, life, target } if self.nodes[node].life == life => {
+                self.metadata_done(node, target)?;
+            }
+            Event::NodeTick { node, life } if self.nodes[node].life == life => {
+                self.replica(node, replica::Event::Tick)?;
+                self.after(1000 * MILLISECOND, Event::NodeTick { node, life });
+            }
+            Event::DiskEffect { .. }
+            | Event::DiskDone { .. }
+            | Event::MetadataDone { .. }
+            | Event::NodeTick { .. } => {} // Of an earlier life of the node.
+            Event::HostTick(host, at) => {
+                if self.hosts[host].tick_at == at && self.hosts[host].is_live() {
+                    self.hosts[host].tick_at = u64::MAX;
+                    self.client(host, client::Event::Tick)?;
+                }
+            }
+            Event::NodeStart(node) => {
+                if self.nodes[node].replica.is_none() {
+                    self.restart(node);
+                }
+            }
+            Event::Heal { host, node } => self.hosts[host].partitioned[node] = false,
+            Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
+            Event::Work => self.work()?,
+            Event::Fault => self.fault()?,
+        }
+        Ok(true)
+    }
+
+    // Nodes ------------------------------------------------------------------------------------------------------
+
+    pub(super) fn start_node(&mut self, node: usize) {
+        let (limits, idle) = (self.profile.limits, self.profile.intent_idle);
+        self.nodes[node].start(&self.spec, limits, idle);
+        let life = self.nodes[node].life;
+        let delay = self.rng.range(1, 1000) * MILLISECOND;
+        self.after(delay, Event::NodeTick { node, life });
+        trace!(self, "node {node} starts with {}", self.nodes[node].durable.view);
+    }
+
+    /// Gives an event to a replica, and carries out what it asks for.
+    pub(super) fn replica(&mut self, node: usize, event: replica::Event<'_>) -> Check {
+        let now = Time(self.now);
+        let Some(replica) = &mut self.nodes[node].replica else { return Ok(()) };
+        replica.apply(event, now);
+        while let Some(output) = self.nodes[node].replica.as_mut().and_then(replica::Replica::take_output) {
+            match output {
+                replica::Output::Send(connection, header, payload) => {
+                    self.node_sends(node, connection, header, payload)?;
+                }
+                replica::Output::Disk { io, operation, offset, length } => {
+                    self.submit_disk(node, io, operation, offset, length)?;
+                }
+                replica::Output::Persist(ticket, metadata) => {
+                    let target = match &metadata {
+                        Metadata::Page(page) => Target::Page(*page),
+                        Metadata::State(_) => Target::State,
+                    };
+                    let queue = self.nodes[node].metadata.entry(target).or_default();
+                    queue.waiting.push(ticket);
+                    if let Metadata::State(state) = metadata {
+                        queue.state = Some(state);
+                    }
+                    self.start_metadata(node, target)?;
+                }
+                replica::Output::Release(token) => {
+                    if self.nodes[node].disk.uses(token) {
+                        return Err(format!("node {node} released {token:?} while the disk writes from it"));
+                    }
+                    if self.nodes[node].buffers.remove(&token.0).is_none() {
+                        return Err(format!("node {node} released {token:?} twice"));
+                    }
+                }
+                replica::Output::Close(connection, reason) => {
+                    trace!(self, "node {node} closes connection {}: {reason}", connection.0);
+                    self.node_closes(connection.0 as usize);
+                }
+                replica::Output::Notice(notice) => {
+                    trace!(self, "node {node}: {notice:?}");
+                    self.node_notice(node, &notice);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn node_sends(
+        &mut self,
+        node: usize,
+        connection: ConnectionId,
+        header: MessageHeader,
+        payload: ReplyPayload,
+    ) -> Check {
+        let mut message = Message { header, body: Vec::new(), data: Vec::new() };
+        match payload {
+            ReplyPayload::None => {}
+            ReplyPayload::Data(io) => {
+                let found = self.nodes[node].reads.remove(&io.0);
+                message.data = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
+            }
+            ReplyPayload::Body(body) => message.body = body,
+        }
+        let length = message.body.len() as u64 + message.data.len() as u64 * SECTOR;
+        if length != u64::from(header.payload) {
+            return Err(format!("node {node} sends {length} bytes with a header that says {header:?}"));
+        }
+        if header.kind == Kind::AttachReply && header.status == Status::Ok {
+            self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
+        }
+        self.check_answer(node, &header)?;
+        self.send(connection.0 as usize, false, message)
+    }
+
+    fn submit_disk(
+        &mut self,
+        index: usize,
+        io: IoId,
+        operation: DiskOperation,
+        offset: u64,
+        length: u32,
+    ) -> Check {
+        self.check_disk(index, operation, offset, length)?;
+        let is_bad = self.rng.percent(self.nodes[index].disk_errors);
+        let no_space = self.rng.percent(30) && !matches!(operation, DiskOperation::Read);
+        let result = match (is_bad, no_space) {
+            (false, _) => DiskResult::Done,
+            (true, true) => DiskResult::NoSpace,
+            (true, false) => DiskResult::Failed,
+        };
+        let node = &mut self.nodes[index];
+        let data = match operation {
+            DiskOperation::Write(token) => {
+                node.buffers.get(&token.0).map(|b| b.0.clone()).unwrap_or_default()
+            }
+            _ => Vec::new(),
+        };
+        node.disk
+            .submit(io, operation, (offset, length), data, result)
+            .map_err(|e| format!("node {index}: {e}"))?;
+        let life = node.life;
+        let most = self.profile.disk_delay * if self.rng.percent(2) && !self.is_calm { 20 } else { 1 };
+        let effect = self.rng.range(1, most);
+        let done = effect + self.rng.range(1, most / 2);
+        trace!(self, "node {index}: disk request {} {operation:?} at {offset}+{length} begins", io.0);
+        self.after(effect, Event::DiskEffect { node: index, life, io: io.0 });
+        self.after(done, Event::DiskDone { node: index, life, io: io.0 });
+        Ok(())
+    }
+
+    fn start_metadata(&mut self, index: usize, target: Target) -> Check {
+        let node = &mut self.nodes[index];
+        let Some(queue) = node.metadata.get_mut(&target) else { return Ok(()) };
+        if queue.writing.is_some() || queue.waiting.is_empty() {
+            return Ok(());
+        }
+        let content = match target {
+            Target::Page(page) => {
+                let bytes = node.replica.as_ref().and_then(|r| r.page(page)).copied();
+                Content::Page(Box::new(bytes.ok_or_else(|| format!("node {index} has no page {page:?}"))?))
+            }
+            Target::State => {
+                Content::State(queue.state.take().ok_or("a superblock was asked for without its content")?)
+            }
+        };
+        queue.writing = Some((std::mem::take(&mut queue.waiting), content));
+        let life = node.life;
+        let delay = self.rng.range(1, self.profile.disk_delay * 2);
+        self.after(delay, Event::MetadataDone { node: index, life, target });
+        Ok(())
+    }
+
+    fn metadata_done(&mut self, index: usize, target: Target) -> Check {
+        let queue = self.nodes[index].metadata.get_mut(&target);
+        let Some((tickets, content)) = queue.and_then(|q| q.writing.take()) else { return Ok(()) };
+        let failed = std::mem::take(&mut self.nodes[index].metadata_fails);
+        if !failed {
+            self.make_durable(index, target, content)?;
+        }
+        trace!(self, "node {index}: {target:?} durable: {}", !failed);
+        for ticket in tickets {
+            self.replica(index, replica::Event::Durable(ticket, if failed { Err(()) } else { Ok(()) }))?;
+        }
+        self.start_metadata(index, target)
+    }
+
+    pub(super) fn make_durable(&mut self, index: usize, target: Target, content: Content) -> Check {
+        match (target, content) {
+            (Target::Page(page), Content::Page(bytes)) => {
+                self.check_page(index, page, &bytes)?;
+                self.nodes[index].pages.insert(page, bytes);
+            }
+            (_, Content::State(state)) => {
+                self.check_state(index, &state)?;
+                self.nodes[index].durable = *state;
+            }
+            (Target::State, Content::Page(_)) => return Err("a map page for the superblock".into()),
+        }
+        Ok(())
+    }
+
+    // Network ----------------------------------------------------------------------------------------------------
+
+    fn send(&mut self, index: usize, to_node: bool, message: Message) -> Check {
+        let decoded = MessageHeader::decode(&message.header.encode());
+        if decoded != Ok(message.header) {
+            return Err(format!("{:?} does not survive the wire: {decoded:?}", message.header));
+        }
+        let delay = self.rng.range(1, self.profile.network_delay);
+        let connection = &self.connections[index];
+        let closed = if to_node { connection.client_closed } else { connection.node_closed };
+        if closed || connection.is_cut {
+            return Ok(());
+        }
+        trace!(
+            self,
+            "connection {index} {} {:?} slot {} sequence {} epoch {} view {} {}+{} {:?}",
+            if to_node { "→" } else { "←" },
+            message.header.kind,
+            message.header.slot,
+            message.header.sequence,
+            message.header.epoch,
+            message.header.view,
+            message.header.offset,
+            message.header.length,
+            message.header.status
+        );
+        let connection = &mut self.connections[index];
+        let stalled = self.hosts[connection.host].stalled_until[connection.node];
+        let last = if to_node { &mut connection.last_to_node } else { &mut connection.last_to_client };
+        *last = (self.now + delay).max(stalled).max(*last + 1);
+        let (at, event) = if to_node {
+            (*last, Event::ToNode(index, message))
+        } else {
+            (*last, Event::ToClient(index, message))
+        };
+        self.at(at, event);
+        Ok(())
+    }
+
+    fn to_node(&mut self, index: usize, message: Message) -> Check {
+        let connection = &self.connections[index];
+        let (node, is_greeted) = (connection.node, connection.is_greeted);
+        let is_deaf = connection.is_cut || connection.node_closed;
+        if is_deaf || self.nodes[node].life != connection.life || self.nodes[node].replica.is_none() {
+            return Ok(());
+        }
+        let header = message.header;
+        if header.kind == Kind::Hello {
+            return self.greet(index, node, &header, &message.body);
+        }
+        if !is_greeted || header.pool != self.spec.id {
+            return Err(format!("{:?} for pool {} before the hello", header.kind, header.pool));
+        }
+        let buffer = (header.kind == Kind::Write).then(|| {
+            let node = &mut self.nodes[node];
+            node.next_buffer += 1;
+            node.buffers.insert(node.next_buffer, (message.data, header));
+            BufferToken(node.next_buffer)
+        });
+        self.cover_message(node, &header);
+        let connection = ConnectionId(u32::try_from(index).unwrap_or(u32::MAX));
+        let event = replica::Event::Message { connection, header: &header, body: &message.body, buffer };
+        self.replica(node, event)
+    }
+
+    fn greet(&mut self, index: usize, node: usize, header: &MessageHeader, body: &[u8]) -> Check {
+        let hello = Hello::decode(body).map_err(|e| e.to_string())?;
+        let Some(replica) = &self.nodes[node].replica else { return Ok(()) };
+        let is_known = header.pool == self.spec.id || hello.pool_name == self.spec.name;
+        let mut reply = header.reply(Kind::HelloReply, Status::Ok);
+        let body = match replica.greet(&hello) {
+            Ok(reply) if is_known => reply.encode(),
+            Ok(_) => return Err(format!("a hello asks for pool {} '{}'", header.pool, hello.pool_name)),
+            Err(error) => return Err(error),
+        };
+        reply.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        self.connections[index].is_greeted = true;
+        self.send(index, false, Message { header: reply, body, data: Vec::new() })
+    }
+
+    fn to_client(&mut self, index: usize, message: Message) -> Check {
+        let connection = &self.connections[index];
+        let (host, link) = (connection.host, connection.link);
+        if connection.is_cut || connection.client_closed {
+            return Ok(());
+        }
+        if !message.data.is_empty()
+            && let Some((token, offset)) = self.hosts[host].client.payload_target(link, &message.header)
+        {
+            let request = self.hosts[host].requests.get_mut(&token.0);
+            let request = request.ok_or_else(|| format!("data for {token:?}, which is finished"))?;
+            let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
+            let place = request.memory.get_mut(first..first + message.data.len());
+            place.ok_or("data beyond the memory of a request")?.copy_from_slice(&message.data);
+        }
+        self.client(host, client::Event::Message(link, &message.header, &message.body))
+    }
+
+    fn connected(&mut self, host: usize, link: LinkId, node: usize) -> Check {
+        if !self.hosts[host].is_live() {
+            return Ok(());
+        }
+        let is_reachable = self.nodes[node].replica.is_some() && !self.hosts[host].partitioned[node];
+        if !is_reachable || (!self.is_calm && self.rng.percent(3)) {
+            return self.client(host, client::Event::LinkDown(link, "connection refused"));
+        }
+        self.connections.push(Connection {
+            host,
+            link,
+            node,
+            life: self.nodes[node].life,
+            is_greeted: false,
+            is_cut: false,
+            client_closed: false,
+            node_closed: false,
+            last_to_node: 0,
+            last_to_client: 0,
+        });
+        self.hosts[host].links[usize::from(link.0)] = Some(self.connections.len() - 1);
+        self.client(host, client::Event::LinkUp(link))
+    }
+
+    /// A connection breaks: what is on its way is lost, and each side learns of it in its own time.
+    pub(super) fn cut(&mut self, index: usize) {
+        let most = self.profile.network_delay * 4;
+        let (a, b) = (self.rng.range(1, most), self.rng.range(1, most));
+        let connection = &mut self.connections[index];
+        if std::mem::replace(&mut connection.is_cut, true) {
+            return;
+        }
+        self.after(a, Event::NodeLoses(index));
+        self.after(b, Event::ClientLoses(index));
+        trace!(self, "connection {index} is cut");
+    }
+
+    /// A side closed: the other one gets what is on its way, or not, and then the end.
+    fn closed(&mut self, index: usize, by_node: bool) {
+        let delay = self.rng.range(1, self.profile.network_delay);
+        let in_order = self.rng.percent(70);
+        let connection = &mut self.connections[index];
+        if connection.is_cut {
+            return;
+        }
+        let last = if by_node { connection.last_to_client } else { connection.last_to_node };
+        let at = if in_order { (self.now + delay).max(last + 1) } else { self.now + delay };
+        self.at(at, if by_node { Event::ClientLoses(index) } else { Event::NodeLoses(index) });
+    }
+
+    fn node_closes(&mut self, index: usize) {
+        if !std::mem::replace(&mut self.connections[index].node_closed, true) {
+            self.closed(index, true);
+        }
+    }
+
+    pub(super) fn client_closes(&mut self, index: usize) {
+        let (host, link) = (self.connections[index].host, self.connections[index].link);
+        self.hosts[host].links[usize::from(link.0)] = None;
+        if !std::mem::replace(&mut self.connections[index].client_closed, true) {
+            self.closed(index, false);
+        }
+    }
+
+    fn node_loses(&mut self, index: usize) -> Check {
+        let connection = &mut self.connections[index];
+        let (node, life) = (connection.node, connection.life);
+        if std::mem::replace(&mut connection.node_closed, true) || self.nodes[node].life != life {
+            return Ok(());
+        }
+        trace!(self, "node {node} loses connection {index}");
+        let connection = ConnectionId(u32::try_from(index).unwrap_or(u32::MAX));
+        self.replica(node, replica::Event::Closed(connection))
+    }
+
+    fn client_loses(&mut self, index: usize) -> Check {
+        let connection = &mut self.connections[index];
+        let (host, link) = (connection.host, connection.link);
+        if std::mem::replace(&mut connection.client_closed, true) {
+            return Ok(());
+        }
+        self.hosts[host].links[usize::from(link.0)] = None;
+        if !self.hosts[host].is_live() {
+            return Ok(());
+        }
+        trace!(self, "client {host} loses connection {index}");
+        self.client(host, client::Event::LinkDown(link, "connection lost"))
+    }
+
+    // Clients ----------------------------------------------------------------------------------------------------
+
+    pub(super) fn start_host(&mut self, id: u8, takeover: bool) {
+        let mut config = self.profile.client.clone();
+        config.client = ClientId::from_bytes([id; 16]);
+        config.description = format!("client {id}");
+        config.takeover = takeover;
+        let by_name = self.rng.percent(50);
+        let selector =
+            if by_name { PoolSelector::Name("pool".into()) } else { PoolSelector::Id(self.spec.id) };
+        let addresses: Vec<_> = self.spec.members.iter().map(|m| m.address.clone()).collect();
+        let seeds = self.rng.range(1, addresses.len() as u64);
+        // A client that knows one node finds the others; but then that node must be up.
+        let seeds = if self.is_calm || self.rng.percent(50) { addresses.len() as u64 } else { seeds };
+        let seeds = &addresses[..usize::try_from(seeds).unwrap_or(1)];
+        let client = Client::new(config, selector, seeds, Time(self.now));
+        let nodes = self.nodes.len();
+        self.hosts.push(Host {
+            client,
+            id,
+            links: vec![None; client::MAX_LINKS],
+            requests: BTreeMap::new(),
+            committed: None,
+            is_fenced: false,
+            is_crashed: false,
+            is_changing: false,
+            last_flush: u64::MAX,
+            tick_at: u64::MAX,
+            partitioned: vec![false; nodes],
+            stalled_until: vec![0; nodes],
+        });
+        let host = self.hosts.len() - 1;
+        trace!(self, "client {host} starts as {id}, takeover: {takeover}");
+        self.client_outputs(host).unwrap_or_default();
+    }
+
+    /// Gives an event to a client, and carries out what it asks for.
+    pub(super) fn client(&mut self, host: usize, event: client::Event<'_>) -> Check {
+        let now = Time(self.now);
+        self.cover_client_event(host, &event);
+        self.hosts[host].client.apply(event, now);
+        self.client_outputs(host)
+    }
+
+    pub(super) fn client_outputs(&mut self, host: usize) -> Check {
+        while let Some(output) = self.hosts[host].client.take_output() {
+            match output {
+                client::Output::Connect(link, address) => {
+                    let node = self.spec.members.iter().position(|m| m.address == address);
+                    let node = node.ok_or_else(|| format!("a connection to {address}, which is no node"))?;
+                    let delay = self.rng.range(1, self.profile.network_delay * 2);
+                    self.after(delay, Event::Connected { host, link, node });
+                }
+                client::Output::Disconnect(link) => {
+                    if let Some(connection) = self.hosts[host].links[usize::from(link.0)] {
+                        trace!(self, "client {host} closes connection {connection}");
+                        self.client_closes(connection);
+                    }
+                }
+                client::Output::Send(link, header, payload) => {
+                    self.client_sends(host, link, header, payload)?;
+                }
+                client::Output::Complete(token, result) => self.complete(host, token, result)?,
+                client::Output::Notice(notice) => {
+                    trace!(self, "client {host}: {notice:?}");
+                    self.client_notice(host, notice)?;
+                }
+            }
+        }
+        let deadline = self.hosts[host].client.deadline().0.max(self.now + 1);
+        if self.hosts[host].is_live() && deadline < self.hosts[host].tick_at {
+            self.hosts[host].tick_at = deadline;
+            self.at(deadline, Event::HostTick(host, deadline));
+        }
+        Ok(())
+    }
+
+    fn client_sends(&mut self, host: usize, link: LinkId, header: MessageHeader, payload: Payload) -> Check {
+        let connection = self.hosts[host].links[usize::from(link.0)];
+        let mut message = Message { header, body: Vec::new(), data: Vec::new() };
+        match payload {
+            Payload::None => {}
+            Payload::Body(body) => message.body = body,
+            Payload::Request { token, offset } => {
+                let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
+                let count = usize::try_from(u64::from(header.payload) / SECTOR).unwrap_or(usize::MAX);
+                let request = self.hosts[host].requests.get(&token.0);
+                let data = request.and_then(|r| r.memory.get(first..first + count));
+                message.data = data.ok_or_else(|| format!("{token:?} sends data it does not have"))?.to_vec();
+            }
+        }
+        let Some(connection) = connection else {
+            return Err(format!("client {host} sends {:?} on {link:?}, which is not connected", header.kind));
+        };
+        self.send(connection, true, message)
+    }
+
+    /// Gives a request to a client.
+    pub(super) fn submit(&mut self, host: usize, operation: Operation, first: usize, count: usize) -> Check {
+        self.step += 1;
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        let zero = operation != Operation::Write;
+        let write = operation.is_write().then(|| {
+            // What a client that lost its place writes must never be seen.
+            if self.hosts[host].is_fenced {
+                self.oracle.reserve(self.step)
+            } else {
+                self.oracle.begin(first, count, zero, self.step)
+            }
+        });
+        let memory = match (operation, write) {
+            (Operation::Write, Some(id)) => (0..count).map(|i| Oracle::stamp(id, i)).collect(),
+            (Operation::Read, _) => vec![u64::MAX; count],
+            _ => Vec::new(),
+        };
+        let request = Request { operation, first, count, start: self.step, write, memory };
+        trace!(self, "client {host}: {token:?} {operation:?} sectors {first}+{count} as write {write:?}");
+        self.hosts[host].requests.insert(token.0, request);
+        let (offset, length) = (first as u64 * SECTOR, count as u64 * SECTOR);
+        self.hosts[host].client.submit(token, operation, offset, length, Time(self.now));
+        self.client_outputs(host)
+    }
+
+    fn complete(&mut self, host: usize, token: Token, result: Result<(), client::IoError>) -> Check {
+        self.step += 1;
+        trace!(self, "client {host}: {token:?} ends: {result:?}");
+        let request = self.hosts[host].requests.remove(&token.0);
+        let request = request.ok_or_else(|| format!("client {host} completed {token:?} twice"))?;
+        let step = self.step;
+        let described = |e: String| format!("client {host}, {token:?} {:?}: {e}", request.operation);
+        if let Err(error) = result {
+            self.check_error(host, error).map_err(described)?;
+            if let Some(write) = request.write {
+                self.oracle.fail(write, step);
+            }
+            return Ok(());
+        }
+        match request.operation {
+            Operation::Read => {
+                for (i, &value) in request.memory.iter().enumerate() {
+                    self.oracle.read(request.first + i, value, request.start, step).map_err(described)?;
+                }
+                Ok(())
+            }
+            Operation::Flush => self.check_flushed(host, &request).map_err(described),
+            Operation::Write | Operation::Discard | Operation::WriteZeroes => {
+                let reads = self.hosts.iter().flat_map(|h| h.requests.values());
+                let oldest = reads.map(|r| r.start).min().unwrap_or(step).min(step);
+                if let Some(write) = request.write {
+                    self.oracle.acknowledge(
+                        write,
+                        request.first,
+                        request.count,
+                        step,
+                        oldest.saturating_sub(1),
+                    );
+                }
+                self.check_written(host, &request).map_err(described)
+            }
+        }
+    }
+}
