@@ -314,7 +314,12 @@ impl World<'_> {
                 }
             }
             IoError::Detached if self.hosts[host].client.status().state == "detaching" => {}
-            IoError::Media | IoError::BadRange | IoError::Fenced | IoError::Detached | IoError::TooMany => {
+            IoError::Media
+            | IoError::BadRange
+            | IoError::Fenced
+            | IoError::Detached
+            | IoError::Cancelled
+            | IoError::TooMany => {
                 return Err(format!("failed for no reason: {error}"));
             }
         }
