@@ -286,7 +286,9 @@ impl ReceiveState {
             };
             self.take(received, receiver)?;
             budget = budget.saturating_sub(received);
-            if received < wanted || budget == 0 {
+            // A lone message without payload is mostly the only thing there; asking again would only be told so.
+            let lone = received == HEAD && self.messages.is_empty() && self.frame.is_none();
+            if received < wanted || budget == 0 || lone {
                 return Ok(()); // Drained, or others' turn; the loop calls again while there is more.
             }
         }
