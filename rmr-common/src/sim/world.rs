@@ -244,14 +244,14 @@ impl<'a> World<'a> {
         let max_io = rng.pick(&[4096, 16384, 65536, 262_144, 1 << 20]);
         let limits =
             Limits { max_io, slots: rng.pick(&[2, 8, 32, 256]), max_bytes: max_io * rng.pick(&[1, 2, 8]) };
-        let faults = if rng.percent(15) { 0 } else { rng.range(1, 12) };
+        let faults = if rng.percent(15) { 0 } else { rng.range(1, 20) };
         let profile = Profile {
             limits,
             client,
             intent_idle: milliseconds(&mut rng, &[0, 1000, 3000]),
             network_delay: rng.pick(&[20_000, 500_000, 5 * MILLISECOND]),
             disk_delay: rng.pick(&[20_000, 500_000, 10 * MILLISECOND]),
-            requests: rng.range(10, 120),
+            requests: rng.range(10, 250),
             burst: rng.pick(&[1, 4, 16]),
             pause: rng.pick(&[MILLISECOND, 10 * MILLISECOND, 100 * MILLISECOND]),
             faults,
