@@ -320,8 +320,8 @@ impl<'a> World<'a> {
         self.now = time;
         self.step += 1;
         match event {
-            Event::ToNode(connection, message) => self.to_node(connection, message)?,
-            Event::ToClient(connection, message) => self.to_client(connection, message)?,
+            Event::ToNode(connection, message) => self.deliver_to_node(connection, message)?,
+            Event::ToClient(connection, message) => self.deliver_to_client(connection, message)?,
             Event::NodeLoses(connection) => self.node_loses(connection)?,
             Event::ClientLoses(connection) => self.client_loses(connection)?,
             Event::Connected { host, link, node } => self.connected(host, link, node)?,
@@ -580,7 +580,7 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    fn to_node(&mut self, index: usize, message: Message) -> Check {
+    fn deliver_to_node(&mut self, index: usize, message: Message) -> Check {
         let connection = &self.connections[index];
         let (node, is_greeted) = (connection.node, connection.is_greeted);
         let is_deaf = connection.is_cut || connection.node_closed;
@@ -621,7 +621,7 @@ impl<'a> World<'a> {
         self.send(index, false, Message { header: reply, body, data: Vec::new() })
     }
 
-    fn to_client(&mut self, index: usize, message: Message) -> Check {
+    fn deliver_to_client(&mut self, index: usize, message: Message) -> Check {
         let connection = &self.connections[index];
         let (host, link) = (connection.host, connection.link);
         if connection.is_cut || connection.client_closed {
