@@ -9,9 +9,10 @@ use rmr_common::sim::{self, Coverage, Options};
 const SEEDS: u64 = 4000;
 
 fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |text| {
-        text.parse().unwrap_or_else(|_| panic!("{name} is '{text}', expected a number"))
-    })
+    let Ok(text) = std::env::var(name) else { return default };
+    text.parse::<u64>()
+        .map_err(|_| format!("{name} is '{text}', expected a number"))
+        .expect("the environment")
 }
 
 #[test]
