@@ -106,6 +106,8 @@ pub(super) struct Connection {
     pub(super) is_cut: bool,
     pub(super) client_closed: bool,
     node_closed: bool,
+    /// The node was told, so that nothing of the connection may come up any more.
+    is_forgotten: bool,
     last_to_node: u64,
     last_to_client: u64,
 }
@@ -583,7 +585,10 @@ impl<'a> World<'a> {
     fn deliver_to_node(&mut self, index: usize, message: Message) -> Check {
         let connection = &self.connections[index];
         let (node, is_greeted) = (connection.node, connection.is_greeted);
-        let is_deaf = connection.is_cut || connection.node_closed;
+        // A node that closes a connection may have read messages before that it looks at afterwards.
+        let is_late = connection.node_closed && !connection.is_forgotten && self.rng.percent(50);
+        let connection = &self.connections[index];
+        let is_deaf = connection.is_cut || connection.is_forgotten || (connection.node_closed && !is_late);
         if is_deaf || self.nodes[node].life != connection.life || self.nodes[node].replica.is_none() {
             return Ok(());
         }
@@ -656,6 +661,7 @@ impl<'a> World<'a> {
             is_cut: false,
             client_closed: false,
             node_closed: false,
+            is_forgotten: false,
             last_to_node: 0,
             last_to_client: 0,
         });
@@ -706,6 +712,7 @@ impl<'a> World<'a> {
     fn node_loses(&mut self, index: usize) -> Check {
         let connection = &mut self.connections[index];
         let (node, life) = (connection.node, connection.life);
+        connection.is_forgotten = true;
         if std::mem::replace(&mut connection.node_closed, true) || self.nodes[node].life != life {
             return Ok(());
         }
