@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rmr_common::sim::{self, Coverage, Options};
 
-const SEEDS: u64 = 4000;
+const SEEDS: u64 = 3000;
 
 fn number(name: &str, default: u64) -> u64 {
     let Ok(text) = std::env::var(name) else { return default };

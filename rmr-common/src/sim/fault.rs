@@ -42,8 +42,8 @@ impl World<'_> {
 
     fn submit_any(&mut self, host: usize) -> Check {
         let operation = match self.rng.range(0, 99) {
-            0..=44 => Operation::Write,
-            45..=79 => Operation::Read,
+            0..=79 if self.rng.percent(self.profile.reads) => Operation::Read,
+            0..=79 => Operation::Write,
             80..=89 => Operation::Flush,
             90..=94 => Operation::Discard,
             _ => Operation::WriteZeroes,

@@ -156,6 +156,8 @@ pub(super) struct Profile {
     pub(super) network_delay: u64,
     disk_delay: u64,
     pub(super) requests: u64,
+    /// Per cent of the requests that read, of those that are neither flush, discard nor zeroes.
+    pub(super) reads: u64,
     pub(super) burst: u64,
     pub(super) pause: u64,
     pub(super) faults: u64,
@@ -254,6 +256,7 @@ impl<'a> World<'a> {
             network_delay: rng.pick(&[20_000, 500_000, 5 * MILLISECOND]),
             disk_delay: rng.pick(&[20_000, 500_000, 10 * MILLISECOND]),
             requests: rng.range(10, 250),
+            reads: rng.pick(&[40, 80]),
             burst: rng.pick(&[1, 4, 16]),
             pause: rng.pick(&[MILLISECOND, 10 * MILLISECOND, 100 * MILLISECOND]),
             faults,
