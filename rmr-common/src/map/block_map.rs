@@ -86,6 +86,16 @@ impl BlockMap {
         was
     }
 
+    /// Whether any of the `count` blocks from `first` is in the set; both are multiples of 16.
+    #[must_use]
+    pub fn any_in(&self, first: Block, count: u64) -> bool {
+        (first.0..first.0 + count).step_by(16).any(|block| {
+            let (leaf, word, _) = Self::place(Block(block));
+            let sixteen = 0xffff << (block % 64);
+            self.leaves.get(leaf).and_then(Option::as_ref).is_some_and(|l| l.words[word] & sixteen != 0)
+        })
+    }
+
     /// Takes every block out.
     pub fn clear(&mut self) {
         if self.count > 0 {
@@ -172,6 +182,15 @@ mod tests {
         map.insert_bytes(1 << 30, 8192);
         map.insert_bytes(12288, 0);
         assert_eq!(map.ranges().collect::<Vec<_>>(), vec![(0, 8192), (1 << 30, 8192)]);
+    }
+
+    #[test]
+    fn a_range_is_empty_exactly_when_none_of_its_blocks_is_there() {
+        let mut map = BlockMap::new(1 << 20);
+        map.insert(Block(LEAF_BITS + 79));
+        assert!(map.any_in(Block(LEAF_BITS + 64), 16));
+        assert!(map.any_in(Block(0), 2 * LEAF_BITS));
+        assert!(!map.any_in(Block(LEAF_BITS + 80), 1024) && !map.any_in(Block(LEAF_BITS), 64));
     }
 
     #[test]

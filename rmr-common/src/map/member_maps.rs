@@ -1,7 +1,7 @@
 //! The intent map and the dirty maps of one member, with the single place where their bits are cleared.
 
 use super::{BlockMap, ChunkMap};
-use crate::pool::{Chunk, ChunkSize, MAX_MEMBERS, MemberId, MemberSet, PoolSpec};
+use crate::pool::{Block, Chunk, ChunkSize, MAX_MEMBERS, MemberId, MemberSet, PoolSpec};
 
 /// Which map of a store.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -28,6 +28,29 @@ pub enum ClearReason {
     CompleteEverywhere,
     /// The client detached: it said that everything is complete everywhere, and this store was flushed since.
     CleanDetach,
+    /// A block of this member's own: a write that covered it whole was carried out here.
+    Overwritten,
+    /// A block of this member's own: it was pulled from a Clean member and written here.
+    Pulled,
+    /// A block of this member's own: a Clean member, whose record is complete, does not have it as missed.
+    NotMissed,
+    /// A chunk of another member: the coordinator, under the present view, passed on that it is current and durable there.
+    Reported,
+    /// All of a member: it is Clean in the committed view.
+    CleanInView,
+}
+
+/// What is to be cleared.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ClearTarget {
+    /// The intent bit of a chunk.
+    Intent(Chunk),
+    /// A block that this member knows to miss; its chunk's bit goes with the last one.
+    Block(MemberId, Block),
+    /// A chunk of a member, with its blocks.
+    Chunk(MemberId, Chunk),
+    /// Everything of a member.
+    Member(MemberId),
 }
 
 struct DirtyMap {
@@ -102,18 +125,70 @@ impl MemberMaps {
         }
     }
 
-    /// Clears the intent bit of a chunk: the only function that clears a bit of any map.
-    ///
-    /// The caller states why no recovery can need the bit any more. With [`ClearReason::CompleteEverywhere`] it has
-    /// seen a watermark at or above the chunk's last write, and a flush that began after that write was answered. With
-    /// [`ClearReason::CleanDetach`] the client said so of all writes, and a flush has followed.
-    pub fn clear_intent(&mut self, chunk: Chunk, reason: ClearReason, changed: &mut Vec<MapPage>) {
-        match reason {
-            ClearReason::CompleteEverywhere | ClearReason::CleanDetach => {
+    /// Clears bits: the only function that does so in any map. The caller states why no recovery can need them any more;
+    /// [`ClearReason`] says what each reason promises, and a reason that does not fit the target is a bug.
+    pub fn clear(&mut self, target: ClearTarget, reason: ClearReason, changed: &mut Vec<MapPage>) {
+        match (target, reason) {
+            (ClearTarget::Intent(chunk), ClearReason::CompleteEverywhere | ClearReason::CleanDetach) => {
                 if self.intent.remove(chunk) {
                     note(changed, MapPage { map: MapId::Intent, page: ChunkMap::page_of(chunk) });
                 }
             }
+            (
+                ClearTarget::Block(member, block),
+                ClearReason::Overwritten | ClearReason::Pulled | ClearReason::NotMissed,
+            ) => {
+                let chunk = self.chunk_size.chunk_of_block(block);
+                let per_chunk = self.chunk_size.bytes() / crate::pool::BLOCK_SIZE;
+                if let Some(map) = &mut self.dirty[member.index()]
+                    && map.blocks.remove(block)
+                    && !map.blocks.any_in(Block(chunk.0 * per_chunk), per_chunk)
+                {
+                    self.clear_chunk(member, chunk, changed);
+                }
+            }
+            (ClearTarget::Chunk(member, chunk), ClearReason::Reported) => {
+                self.clear_chunk(member, chunk, changed)
+            }
+            (ClearTarget::Member(member), ClearReason::CleanInView) => {
+                let chunks: Vec<_> = self.dirty_chunks(member).into_iter().flat_map(ChunkMap::iter).collect();
+                for chunk in chunks {
+                    self.clear_chunk(member, chunk, changed);
+                }
+            }
+            _ => debug_assert!(false, "{reason:?} is no reason to clear {target:?}"),
+        }
+    }
+
+    fn clear_chunk(&mut self, member: MemberId, chunk: Chunk, changed: &mut Vec<MapPage>) {
+        let Some(map) = &mut self.dirty[member.index()] else { return };
+        for block in blocks_of(self.chunk_size, chunk) {
+            map.blocks.remove(block);
+        }
+        if map.chunks.remove(chunk) {
+            note(changed, MapPage { map: MapId::Dirty(member), page: ChunkMap::page_of(chunk) });
+        }
+    }
+
+    /// The missed blocks of a member in a range of bytes, in ascending order.
+    pub fn missed_in(&self, member: MemberId, offset: u64, length: u64) -> impl Iterator<Item = Block> + '_ {
+        let end = (offset + length).div_ceil(crate::pool::BLOCK_SIZE).min(self.blocks);
+        let map = self.dirty[member.index()].as_ref();
+        let blocks = (offset / crate::pool::BLOCK_SIZE..end).map(Block);
+        blocks.filter(move |b| map.is_some_and(|m| m.blocks.contains(*b)))
+    }
+
+    /// Takes over what a Clean member has on record for `member`, in place of what was known here; every page of the
+    /// map goes to `changed`. Which blocks of a chunk were missed is known to the Clean member only.
+    pub fn replace(&mut self, member: MemberId, chunks: ChunkMap, changed: &mut Vec<MapPage>) {
+        let pages = chunks.page_count();
+        self.load(MapId::Dirty(member), chunks);
+        self.dirty[member.index()].get_or_insert_with(|| DirtyMap {
+            blocks: BlockMap::new(self.blocks),
+            chunks: ChunkMap::new(self.chunks),
+        });
+        for page in 0..pages {
+            note(changed, MapPage { map: MapId::Dirty(member), page });
         }
     }
 
@@ -157,6 +232,12 @@ fn note(changed: &mut Vec<MapPage>, page: MapPage) {
     }
 }
 
+/// The blocks of a chunk; those beyond the end of the pool are never in a map.
+fn blocks_of(size: ChunkSize, chunk: Chunk) -> impl Iterator<Item = Block> {
+    let per_chunk = size.bytes() / crate::pool::BLOCK_SIZE;
+    (chunk.0 * per_chunk..(chunk.0 + 1) * per_chunk).map(Block)
+}
+
 /// The chunks that the `length` bytes from `offset` touch.
 fn chunks_touched(size: ChunkSize, offset: u64, length: u64) -> impl Iterator<Item = Chunk> {
     let end = if length == 0 { offset >> size.shift() } else { ((offset + length - 1) >> size.shift()) + 1 };
@@ -166,7 +247,7 @@ fn chunks_touched(size: ChunkSize, offset: u64, length: u64) -> impl Iterator<It
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pool::{Address, Block, MemberSpec, PoolId, StoreId};
+    use crate::pool::{Address, MemberSpec, PoolId, StoreId};
 
     fn maps() -> MemberMaps {
         let id = MemberId::new(0).unwrap();
@@ -213,11 +294,24 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_is_clean_when_its_last_block_is() {
+        let (mut maps, mut changed) = (maps(), Vec::new());
+        let member = MemberId::new(1).unwrap();
+        maps.set_dirty(MemberSet::only(member), 65536, 8192, &mut changed);
+        maps.clear(ClearTarget::Block(member, Block(16)), ClearReason::Pulled, &mut changed);
+        assert_eq!(maps.missed(member), (1, 1));
+        changed.clear();
+        maps.clear(ClearTarget::Block(member, Block(17)), ClearReason::Overwritten, &mut changed);
+        assert_eq!(maps.missed(member), (0, 0));
+        assert_eq!(changed, vec![MapPage { map: MapId::Dirty(member), page: 0 }]);
+    }
+
+    #[test]
     fn clearing_reports_the_page_to_write() {
         let (mut maps, mut changed) = (maps(), Vec::new());
         maps.set_intent(0, 512, &mut changed);
         changed.clear();
-        maps.clear_intent(Chunk(0), ClearReason::CompleteEverywhere, &mut changed);
+        maps.clear(ClearTarget::Intent(Chunk(0)), ClearReason::CompleteEverywhere, &mut changed);
         assert_eq!(changed, vec![MapPage { map: MapId::Intent, page: 0 }]);
         assert_eq!(maps.intent().count(), 0);
     }

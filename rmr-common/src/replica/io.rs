@@ -4,7 +4,7 @@ use super::{
     Activity, BufferToken, ConnectionId, DiskOperation, DiskResult, IoId, Output, Replica, ReplyPayload,
     Waiter,
 };
-use crate::map::{ChunkMap, ClearReason, MapId, MapPage};
+use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
 use crate::pool::{Chunk, Epoch, Sequence};
 use crate::wire::{Kind, MessageHeader, SlotEntry, Status};
 
@@ -272,7 +272,11 @@ impl Replica {
         for (chunk, sequence) in chunks {
             if self.activity.get(&chunk).is_some_and(|a| a.sequence == sequence) {
                 self.activity.remove(&chunk);
-                self.maps.clear_intent(chunk, ClearReason::CompleteEverywhere, &mut self.changed);
+                self.maps.clear(
+                    ClearTarget::Intent(chunk),
+                    ClearReason::CompleteEverywhere,
+                    &mut self.changed,
+                );
             }
         }
         let mut changed = std::mem::take(&mut self.changed);

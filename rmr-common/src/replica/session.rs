@@ -3,7 +3,7 @@
 use super::{
     BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
 };
-use crate::map::ClearReason;
+use crate::map::{ClearReason, ClearTarget};
 use crate::pool::{Epoch, MemberState, Sequence, View, ViewNumber};
 use crate::wire::{Attach, AttachReply, Kind, MessageHeader, SetView, Status};
 
@@ -279,7 +279,7 @@ impl Replica {
         let complete = self.activity.extract_if(|_, activity| activity.sequence <= watermark);
         let chunks: Vec<_> = complete.map(|(chunk, _)| chunk).collect();
         for chunk in chunks.into_iter().filter(|c| !self.frozen.contains(c)) {
-            self.maps.clear_intent(chunk, ClearReason::CleanDetach, &mut self.changed);
+            self.maps.clear(ClearTarget::Intent(chunk), ClearReason::CleanDetach, &mut self.changed);
         }
         let pages = self.persist_changed(Waiter::DetachPages(self.epoch));
         if let Some(detach) = &mut self.detach {

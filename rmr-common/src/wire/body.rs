@@ -2,8 +2,8 @@
 
 use super::{Kind, MAX_BODY, MAX_IO, MAX_SLOTS, MAX_TEXT, WireError};
 use crate::pool::{
-    Address, BootId, ChunkSize, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, MemberSpec, MemberState,
-    MemberView, PoolId, PoolSpec, Sequence, Slot, StoreId, View, ViewNumber,
+    Address, BootId, Chunk, ChunkSize, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, MemberSpec,
+    MemberState, MemberView, PoolId, PoolSpec, Sequence, Slot, StoreId, View, ViewNumber,
 };
 
 /// Appends little-endian fields to a body.
@@ -529,6 +529,137 @@ impl SetView {
     }
 }
 
+/// Body of [`Kind::Prepare`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Prepare {
+    /// The member that has what the receiver misses.
+    pub source: MemberId,
+    /// Where its node listens.
+    pub address: Address,
+}
+
+impl Prepare {
+    /// The body's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut e = Encoder::default();
+        e.u8(self.source.as_u8()).text(&self.address.to_string());
+        e.finish()
+    }
+
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// When the bytes are no such body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut d = Decoder::new(Kind::Prepare, body);
+        let source = d.member()?;
+        let address = d.text()?.parse().map_err(|e| d.value_error(e))?;
+        d.finish()?;
+        Ok(Self { source, address })
+    }
+}
+
+/// Body of [`Kind::ChunksDone`] and [`Kind::ClearDirty`]: chunks that are current and durable on a member.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ChunkList {
+    /// The member that has them.
+    pub member: MemberId,
+    /// Blocks that are still stale on it.
+    pub blocks_left: u64,
+    /// The chunks.
+    pub chunks: Vec<Chunk>,
+}
+
+impl ChunkList {
+    /// Most chunks in one message.
+    pub const MAX_CHUNKS: usize = 64 * 1024;
+
+    /// The body's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut e = Encoder::default();
+        e.u8(self.member.as_u8()).u64(self.blocks_left).u32(u32::try_from(self.chunks.len()).unwrap_or(0));
+        for chunk in &self.chunks {
+            e.u64(chunk.0);
+        }
+        e.finish()
+    }
+
+    /// Reads the body of a message of `kind`.
+    ///
+    /// # Errors
+    /// When the bytes are no such body.
+    pub fn decode(kind: Kind, body: &[u8]) -> Result<Self, WireError> {
+        let mut d = Decoder::new(kind, body);
+        let (member, blocks_left) = (d.member()?, d.u64()?);
+        let count = d.u32()? as usize;
+        if count > Self::MAX_CHUNKS {
+            return Err(d.value_error(format!("{count} chunks, expected at most {}", Self::MAX_CHUNKS)));
+        }
+        let chunks = (0..count).map(|_| d.u64().map(Chunk)).collect::<Result<_, _>>()?;
+        d.finish()?;
+        Ok(Self { member, blocks_left, chunks })
+    }
+}
+
+/// Body of [`Kind::PullReply`]: which blocks of the range, from the header's offset for its length, the asking member
+/// misses, and their data.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct PullReply {
+    /// The missed blocks, by index from the first block of the range, and whether the block is all zeroes.
+    pub blocks: Vec<(u32, bool)>,
+    /// The data of those that are not all zeroes, one after the other.
+    pub data: Vec<u8>,
+}
+
+impl PullReply {
+    /// Most data bytes in one answer. The source shortens the range that it answers for.
+    pub const MAX_DATA: u32 = 256 << 10;
+    /// Longest range that one request may ask about, in bytes: the largest chunk.
+    pub const MAX_RANGE: u32 = 64 << 20;
+    const ZERO: u32 = 1 << 31;
+
+    /// The body's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut e = Encoder::default();
+        e.u32(u32::try_from(self.blocks.len()).unwrap_or(0));
+        for &(block, zero) in &self.blocks {
+            e.u32(if zero { block | Self::ZERO } else { block });
+        }
+        let mut bytes = e.finish();
+        bytes.extend_from_slice(&self.data);
+        bytes
+    }
+
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// When the bytes are no such body: blocks out of order, or data of another length than they need.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut d = Decoder::new(Kind::PullReply, body);
+        let count = d.u32()?;
+        if count > Self::MAX_RANGE / 4096 {
+            return Err(d.value_error(format!("{count} blocks, expected at most {}", Self::MAX_RANGE / 4096)));
+        }
+        let mut blocks: Vec<(u32, bool)> = Vec::new();
+        for _ in 0..count {
+            let word = d.u32()?;
+            let block = word & !Self::ZERO;
+            if blocks.last().is_some_and(|(last, _)| *last >= block) || block >= Self::MAX_RANGE / 4096 {
+                return Err(d.value_error(format!("block {block} out of order or range")));
+            }
+            blocks.push((block, word & Self::ZERO != 0));
+        }
+        let wanted = blocks.iter().filter(|(_, zero)| !zero).count() * 4096;
+        if d.rest.len() != wanted {
+            return Err(d.value_error(format!("{} bytes of data, expected {wanted}", d.rest.len())));
+        }
+        Ok(Self { blocks, data: d.rest.to_vec() })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -603,6 +734,13 @@ mod tests {
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
         let set = SetView { view: view(), additions: vec![addition], more: true };
         check(&set, set.encode(), SetView::decode);
+        let prepare = Prepare { source: MemberId::new(2).unwrap(), address: Address::tcp("node-c", 7700) };
+        check(&prepare, prepare.encode(), Prepare::decode);
+        let member = MemberId::new(1).unwrap();
+        let list = ChunkList { member, blocks_left: 7, chunks: vec![Chunk(1), Chunk(1 << 40)] };
+        check(&list, list.encode(), |b| ChunkList::decode(Kind::ChunksDone, b));
+        let pulled = PullReply { blocks: vec![(0, false), (3, true), (9, false)], data: vec![7; 8192] };
+        check(&pulled, pulled.encode(), PullReply::decode);
     }
 
     #[test]
@@ -634,6 +772,9 @@ mod tests {
             let _ = Attach::decode(&bytes);
             let _ = AttachReply::decode(&bytes);
             let _ = SetView::decode(&bytes);
+            let _ = Prepare::decode(&bytes);
+            let _ = ChunkList::decode(Kind::ClearDirty, &bytes);
+            let _ = PullReply::decode(&bytes);
         }
     }
 }

@@ -35,6 +35,14 @@ pub enum Kind {
     Pong = 10,
     /// The sender is about to stop on purpose.
     Goodbye = 11,
+    /// The coordinator names the member from which a stale one is to be brought up to date.
+    Prepare = 12,
+    /// Answer to [`Kind::Prepare`]: the link to the source stands.
+    PrepareReply = 13,
+    /// A Syncing member tells the coordinator which chunks are current and durable on it.
+    ChunksDone = 14,
+    /// The coordinator passes that on to the members that have them on record as missed.
+    ClearDirty = 15,
     /// Write `length` bytes of payload at `offset`.
     Write = 16,
     /// Read `length` bytes at `offset`.
@@ -45,6 +53,14 @@ pub enum Kind {
     Discard = 19,
     /// Make `length` bytes at `offset` read as zeroes.
     WriteZeroes = 20,
+    /// A stale member asks its source for a page of a dirty map.
+    PullMap = 24,
+    /// Answer to [`Kind::PullMap`].
+    PullMapReply = 25,
+    /// A stale member asks its source for the blocks of a range that it misses.
+    Pull = 26,
+    /// Answer to [`Kind::Pull`].
+    PullReply = 27,
     /// Answer to a request with a slot; carries the data of a read.
     IoReply = 32,
     /// Answer to [`Kind::Flush`].
@@ -67,11 +83,19 @@ impl Kind {
             9 => Self::Ping,
             10 => Self::Pong,
             11 => Self::Goodbye,
+            12 => Self::Prepare,
+            13 => Self::PrepareReply,
+            14 => Self::ChunksDone,
+            15 => Self::ClearDirty,
             16 => Self::Write,
             17 => Self::Read,
             18 => Self::Flush,
             19 => Self::Discard,
             20 => Self::WriteZeroes,
+            24 => Self::PullMap,
+            25 => Self::PullMapReply,
+            26 => Self::Pull,
+            27 => Self::PullReply,
             32 => Self::IoReply,
             33 => Self::FlushReply,
             _ => return None,

@@ -8,7 +8,8 @@ mod frame;
 mod header;
 
 pub use body::{
-    Attach, AttachReply, Decoder, DirtyAddition, Encoder, Hello, HelloReply, Limits, Role, SetView, SlotEntry,
+    Attach, AttachReply, ChunkList, Decoder, DirtyAddition, Encoder, Hello, HelloReply, Limits, Prepare,
+    PullReply, Role, SetView, SlotEntry,
 };
 pub use frame::{FRAME_HEADER_SIZE, FRAME_MAGIC, FrameHeader, MAX_FRAME_MESSAGES, frame_crc};
 pub use header::{HEADER_SIZE, Kind, MessageHeader, Status};
