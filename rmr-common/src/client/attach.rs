@@ -65,7 +65,7 @@ impl Client {
         }
     }
 
-    fn send_body(&mut self, member: MemberId, mut header: MessageHeader, body: Vec<u8>) {
+    pub(super) fn send_body(&mut self, member: MemberId, mut header: MessageHeader, body: Vec<u8>) {
         header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
         self.send(member, header, Payload::Body(body));
     }
@@ -135,6 +135,8 @@ impl Client {
                     Kind::FlushReply => self.flush_reply(member, header),
                     Kind::AttachReply => self.attach_reply(member, header, body),
                     Kind::SetViewReply => self.set_view_reply(member, header, body),
+                    Kind::PrepareReply => self.prepare_reply(member, header),
+                    Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::DetachReply => self.detach_reply(member),
                     Kind::Pong => {
                         if let Some(link) = self.link_mut(id) {
@@ -318,6 +320,9 @@ impl Client {
         if header.epoch < self.epoch && header.status == Status::Ok {
             return; // The answer to an attempt that was given up.
         }
+        if self.rejoin_attached(member, header.status) {
+            return;
+        }
         let State::Attaching { waiting, .. } = &self.state else { return };
         if !waiting.contains(member) {
             return;
@@ -415,7 +420,7 @@ impl Client {
     }
 
     /// Makes `next` durable on every member that is active in it.
-    fn change_view(&mut self, next: View, additions: Vec<DirtyAddition>, attach: bool) {
+    pub(super) fn change_view(&mut self, next: View, additions: Vec<DirtyAddition>, attach: bool) {
         let waiting = next.active();
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();
@@ -474,13 +479,16 @@ impl Client {
         self.view = Some(next);
         self.suspended_since = None;
         self.notice(notice);
+        self.stale_committed(attach);
         self.parts.raise_barriers();
         self.resume_requests();
+        self.try_promote();
         self.try_detach();
     }
 
     /// Members can not be reached any more. The pool goes on with the others if a Clean one is left.
     pub(super) fn lose(&mut self, members: MemberSet, reason: &str) {
+        self.stale_lost(members);
         for member in members.iter() {
             self.parts.fail_member(member);
             if let Some(flush) = &mut self.flush

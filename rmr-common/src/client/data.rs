@@ -67,7 +67,10 @@ impl Client {
 
     /// Turns waiting operations into parts while there are slots, credits and an active pool.
     pub(super) fn pump(&mut self) {
-        if !self.is_active() {
+        if self.is_quiescing() {
+            self.try_quiesced();
+        }
+        if !self.is_active() || self.is_quiescing() {
             return;
         }
         while let Some(&index) = self.backlog.front() {
@@ -250,7 +253,7 @@ impl Client {
     }
 
     fn send_if_active(&mut self, slot: Slot) {
-        if self.is_active() {
+        if self.is_active() && !self.is_quiescing() {
             self.send_part(slot);
         }
     }

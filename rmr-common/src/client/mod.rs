@@ -19,6 +19,7 @@
 mod attach;
 mod data;
 mod parts;
+mod rejoin;
 mod status;
 
 use std::collections::VecDeque;
@@ -387,6 +388,7 @@ pub struct Client {
     write_through: MemberSet,
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
+    stale: rejoin::Stale,
     detach_requested: bool,
     /// Since when requests wait for the pool, after it was active.
     suspended_since: Option<Time>,
@@ -442,6 +444,7 @@ impl Client {
             write_through: MemberSet::EMPTY,
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
+            stale: rejoin::Stale::default(),
             detach_requested: false,
             suspended_since: None,
             next_tick: now,
@@ -547,6 +550,7 @@ impl Client {
         self.tick_links();
         self.tick_requests();
         self.tick_state();
+        self.tick_stale();
     }
 }
 

@@ -130,6 +130,11 @@ impl Parts {
         !self.free.is_empty()
     }
 
+    /// Whether any write is with the legs, or was answered and waits for a view.
+    pub(super) fn has_sent_write(&self) -> bool {
+        self.parts.iter().any(|p| p.state == PartState::Sent && p.operation.is_write())
+    }
+
     pub(super) fn in_flight(&self) -> usize {
         self.parts.len() - self.free.len()
     }

@@ -98,12 +98,24 @@ impl ChunkMap {
 
     /// The chunks in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = Chunk> + '_ {
-        self.pages.iter().zip(0u64..).flat_map(|(page, p)| {
-            page.iter().zip(0u64..).filter(|(byte, _)| **byte != 0).flat_map(move |(&byte, b)| {
-                let base = p * MAP_PAGE_BITS + b * 8;
-                (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| Chunk(base + bit))
+        self.iter_from(Chunk(0))
+    }
+
+    /// The chunks from `first` on, in ascending order.
+    pub fn iter_from(&self, first: Chunk) -> impl Iterator<Item = Chunk> + '_ {
+        let (page, byte, _) = Self::place(first);
+        let skipped = page.min(self.pages.len());
+        let rest_of_page = self.pages.iter().skip(skipped).zip(first.0 / MAP_PAGE_BITS..);
+        rest_of_page
+            .flat_map(move |(bits, p)| {
+                let from = if p == first.0 / MAP_PAGE_BITS { byte } else { 0 };
+                let bytes = bits.iter().zip(0u64..).skip(from);
+                bytes.filter(|(byte, _)| **byte != 0).flat_map(move |(&byte, b)| {
+                    let base = p * MAP_PAGE_BITS + b * 8;
+                    (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| Chunk(base + bit))
+                })
             })
-        })
+            .filter(move |chunk| *chunk >= first)
     }
 }
 
@@ -119,6 +131,9 @@ mod tests {
         assert_eq!(map.page(0).unwrap()[1], 0b10);
         assert_eq!(map.page(1).unwrap()[0], 1);
         assert_eq!(map.iter().collect::<Vec<_>>(), vec![Chunk(9), Chunk(MAP_PAGE_BITS)]);
+        assert_eq!(map.iter_from(Chunk(10)).collect::<Vec<_>>(), vec![Chunk(MAP_PAGE_BITS)]);
+        assert_eq!(map.iter_from(Chunk(9)).count(), 2);
+        assert_eq!(map.iter_from(Chunk(1 << 40)).count(), 0);
         assert!(map.remove(Chunk(9)) && !map.remove(Chunk(9)));
         assert_eq!(map.count(), 1);
     }

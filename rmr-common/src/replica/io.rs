@@ -5,15 +5,17 @@ use super::{
     Waiter,
 };
 use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
-use crate::pool::{Chunk, Epoch, Sequence};
+use crate::pool::{BLOCK_SIZE, Block, Chunk, Sequence};
 use crate::wire::{Kind, MessageHeader, SlotEntry, Status};
 
 /// A disk request, and the message that asked for it.
 pub(super) struct Io {
     /// `None` for a flush of the replica's own.
     request: Option<(ConnectionId, MessageHeader)>,
-    epoch: Epoch,
+    session: u64,
     operation: DiskOperation,
+    /// Whether the disk has it.
+    started: bool,
     /// Metadata pages that must be durable before the disk request starts.
     awaited: usize,
 }
@@ -41,8 +43,9 @@ impl Replica {
         };
         let io = self.insert_io(Io {
             request: Some((connection, *header)),
-            epoch: self.epoch,
+            session: self.session,
             operation,
+            started: false,
             awaited: 0,
         });
         if matches!(operation, DiskOperation::Read | DiskOperation::Flush) {
@@ -168,19 +171,54 @@ impl Replica {
         }
     }
 
-    fn start_io(&mut self, id: IoId) {
+    pub(super) fn start_io(&mut self, id: IoId) {
         let Some(Some(io)) = self.ios.get(id.0 as usize) else { return };
-        if self.broken || io.epoch != self.epoch {
+        if self.broken || io.session != self.session {
             // The client that asked is fenced by now, or the metadata the write needs is not durable.
             return self.disk_done(id, DiskResult::Failed);
         }
         let (offset, length) = io.request.as_ref().map_or((0, 0), |(_, h)| (h.offset, h.length));
-        self.outputs.push_back(Output::Disk { io: id, operation: io.operation, offset, length });
+        let operation = io.operation;
+        if operation.is_write() && self.holds_write(id, offset, length.into()) {
+            return;
+        }
+        if let Some(Some(io)) = self.ios.get_mut(id.0 as usize) {
+            io.started = true;
+        }
+        self.outputs.push_back(Output::Disk { io: id, operation, offset, length });
+    }
+
+    /// Whether a write of the client to this block is with the disk.
+    pub(super) fn is_being_written(&self, block: Block) -> bool {
+        let (start, end) = (block.0 * BLOCK_SIZE, (block.0 + 1) * BLOCK_SIZE);
+        let covers = |h: &MessageHeader| h.offset < end && start < h.offset + u64::from(h.length);
+        let with_disk = |io: &Io| io.started && io.operation.is_write();
+        self.ios
+            .iter()
+            .flatten()
+            .any(|io| with_disk(io) && io.request.as_ref().is_some_and(|(_, h)| covers(h)))
+    }
+
+    /// Makes a disk request of the replica's own; the caller puts it out.
+    pub(super) fn insert_own(&mut self, operation: DiskOperation) -> IoId {
+        let session = self.session;
+        self.insert_io(Io { request: None, session, operation, started: true, awaited: 0 })
+    }
+
+    /// Makes the names of disk requests free again, which were kept for the sake of the data that they read.
+    pub(super) fn free_ios(&mut self, ios: &[IoId]) {
+        self.free_ios.extend(ios.iter().map(|io| io.0));
     }
 
     pub(super) fn disk_done(&mut self, id: IoId, result: DiskResult) {
         let Some(io) = self.ios.get_mut(id.0 as usize).and_then(Option::take) else { return };
+        if self.pull_read_done(id, result) {
+            return self.check_drained();
+        }
         self.free_ios.push(id.0);
+        if self.pulled_written(id, result) {
+            return self.check_drained();
+        }
         let status = match result {
             DiskResult::Done => Status::Ok,
             DiskResult::NoSpace => Status::NoSpace,
@@ -200,6 +238,7 @@ impl Replica {
         self.counters.count(header, status);
         let is_write = matches!(header.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
         if is_write && status == Status::Ok {
+            self.note_written(header.offset, header.length.into());
             self.slots[usize::from(header.slot.0)] = SlotEntry {
                 slot: header.slot,
                 sequence: header.sequence,
@@ -217,17 +256,18 @@ impl Replica {
         self.outputs.push_back(Output::Send(connection, reply, payload));
     }
 
-    /// How many disk requests of epochs before the present one are under way.
+    /// How many disk requests of sessions before the present one are under way.
     pub(super) fn older_ios(&self) -> usize {
-        self.ios.iter().flatten().filter(|io| io.epoch < self.epoch).count()
+        self.ios.iter().flatten().filter(|io| io.session < self.session).count()
     }
 
     /// Starts a flush of the replica's own.
     pub(super) fn own_flush(&mut self) -> IoId {
         let id = self.insert_io(Io {
             request: None,
-            epoch: self.epoch,
+            session: self.session,
             operation: DiskOperation::Flush,
+            started: true,
             awaited: 0,
         });
         self.outputs.push_back(Output::Disk {
@@ -262,7 +302,7 @@ impl Replica {
         if self.detach.as_ref().is_some_and(|d| d.flush == Some(id)) {
             return self.detach_flushed(status);
         }
-        if self.attach_flushed(id, status) {
+        if self.attach_flushed(id, status) || self.report_flushed(id, status) {
             return;
         }
         let Some((_, chunks)) = self.clearing.take_if(|(io, _)| *io == id) else { return };
@@ -279,11 +319,7 @@ impl Replica {
                 );
             }
         }
-        let mut changed = std::mem::take(&mut self.changed);
-        for page in changed.drain(..) {
-            self.persist(super::Metadata::Page(page), Vec::new());
-        }
-        self.changed = changed;
+        self.persist_cleared();
     }
 }
 

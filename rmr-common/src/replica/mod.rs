@@ -5,12 +5,16 @@
 //! the dirty bits of the members that miss it, then the data, then the answer.
 
 mod io;
+mod resync;
 mod session;
+mod source;
 mod status;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
+pub use resync::{ResyncLimits, ResyncStatus};
+pub use source::PulledData;
 pub use status::{HolderStatus, MissedStatus, ReplicaCounters, ReplicaStatus};
 
 use crate::map::{MapPage, MemberMaps};
@@ -18,6 +22,7 @@ use crate::pool::{BootId, Chunk, ClientId, Epoch, MemberId, PoolSpec, Sequence, 
 use crate::time::Time;
 use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, SlotEntry};
 use io::Io;
+use resync::{Resync, Writing};
 use session::{PendingAttach, PendingDetach, PendingView};
 
 /// Names a connection to its node.
@@ -74,12 +79,21 @@ pub enum DiskOperation {
     Read,
     /// Write from the buffer.
     Write(BufferToken),
+    /// Write bytes that came from another member; see [`Output::DiskWrite`].
+    WriteBytes,
     /// Make everything completed so far durable.
     Flush,
     /// Forget the range; it must read as zeroes.
     Discard,
     /// Make the range read as zeroes.
     WriteZeroes,
+}
+
+impl DiskOperation {
+    /// Whether it changes data for a client.
+    const fn is_write(self) -> bool {
+        matches!(self, Self::Write(_) | Self::Discard | Self::WriteZeroes)
+    }
 }
 
 /// How a disk request ended.
@@ -102,6 +116,9 @@ pub enum ReplyPayload {
     Data(IoId),
     /// A body.
     Body(Vec<u8>),
+    /// The body that [`PulledData::encode`] makes of these reads. The header's length of the payload is the node's to fill
+    /// in.
+    Pulled(PulledData),
 }
 
 /// What happened.
@@ -124,7 +141,13 @@ pub enum Event<'a> {
     Disk(IoId, DiskResult),
     /// Metadata is durable, or cannot be made durable.
     Durable(Ticket, Result<(), ()>),
-    /// Time has passed; due once a second.
+    /// The connection to another node that [`Output::PeerConnect`] asked for stands, and its hello is answered.
+    PeerUp,
+    /// It could not be made, or is gone.
+    PeerDown(&'a str),
+    /// A message arrived on it.
+    PeerMessage(&'a MessageHeader, &'a [u8]),
+    /// Time has passed; due once a second, and at [`Replica::deadline`].
     Tick,
 }
 
@@ -144,6 +167,21 @@ pub enum Output {
         /// Bytes.
         length: u32,
     },
+    /// Write these bytes, which came from another member.
+    DiskWrite {
+        /// Its name.
+        io: IoId,
+        /// First byte of the pool.
+        offset: u64,
+        /// What to write.
+        bytes: Vec<u8>,
+    },
+    /// Connect to another node of the pool as a peer; there is one such connection at a time.
+    PeerConnect(crate::pool::Address),
+    /// Send a message without payload on it.
+    PeerSend(MessageHeader),
+    /// Close it; no event follows.
+    PeerClose,
     /// Make metadata durable.
     Persist(Ticket, Metadata),
     /// The buffer of a write is not needed any more.
@@ -184,6 +222,8 @@ pub struct Config {
     pub process_boot: BootId,
     /// Whether the store needs no flush for durability.
     pub write_through: bool,
+    /// How hard a resync of this member may work.
+    pub resync: ResyncLimits,
 }
 
 struct Holder {
@@ -232,6 +272,14 @@ pub struct Replica {
     frozen: HashSet<Chunk>,
     /// Chunks whose intent bit goes when the flush that is under way is answered.
     clearing: Option<(IoId, Vec<(Chunk, Sequence)>)>,
+    /// Counts attaches: disk requests of an earlier session are of a client that is fenced.
+    session: u64,
+    resync: Option<Resync>,
+    /// Pulled data on its way to disk.
+    pulled_writes: HashMap<IoId, Writing>,
+    /// Guest writes that wait for a block to be pulled, or for pulled data to be written.
+    held: VecDeque<IoId>,
+    source: source::Source,
     ios: Vec<Option<Io>>,
     free_ios: Vec<u32>,
     next_ticket: Ticket,
@@ -279,6 +327,11 @@ impl Replica {
             activity: HashMap::new(),
             frozen: HashSet::new(),
             clearing: None,
+            session: 0,
+            resync: None,
+            pulled_writes: HashMap::new(),
+            held: VecDeque::new(),
+            source: source::Source::default(),
             ios: Vec::new(),
             free_ios: Vec::new(),
             next_ticket: Ticket(1),
@@ -330,8 +383,20 @@ impl Replica {
             Event::Closed(connection) => self.closed(connection),
             Event::Disk(io, result) => self.disk_done(io, result),
             Event::Durable(ticket, result) => self.durable(ticket, result),
-            Event::Tick => self.clear_intents(),
+            Event::PeerUp => self.peer_up(),
+            Event::PeerDown(reason) => self.peer_down(reason),
+            Event::PeerMessage(header, body) => self.peer_message(header, body),
+            Event::Tick => {
+                self.clear_intents();
+                self.pump_resync();
+            }
         }
+    }
+
+    /// When [`Event::Tick`] is due before the next second is over, if it is.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Time> {
+        self.resync_deadline()
     }
 
     /// The next thing to do, if any.

@@ -10,7 +10,7 @@
 //! here, or a Clean member says that it is not missed. Its flag goes only when that is done, never before: a pull that
 //! comes back while such a write is under way leaves the block alone, and the block is pulled again if the write fails.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use super::source::runs;
@@ -73,7 +73,7 @@ struct PullUnderWay {
 }
 
 /// Pulled data on its way to disk.
-struct Writing {
+pub(super) struct Writing {
     chunk: Chunk,
     blocks: Vec<Block>,
     first: u64,
@@ -90,15 +90,12 @@ pub(super) struct Resync {
     handover: Option<Handover>,
     pulls: HashMap<u64, PullUnderWay>,
     next_pull: u64,
-    writing: HashMap<IoId, Writing>,
     /// Where the sweep is, chunk by chunk, round and round while anything is stale.
     cursor: Chunk,
     busy_chunks: BTreeSet<Chunk>,
     finished: Vec<Chunk>,
     finished_since: Time,
     flush: Option<(IoId, Vec<Chunk>)>,
-    /// Guest writes that wait for a block to be pulled, or for pulled data to be written.
-    blocked: VecDeque<IoId>,
     next_pull_at: Time,
     last_guest_write: Time,
     reported_done: bool,
@@ -127,7 +124,8 @@ impl Replica {
 
     /// The coordinator names the source. Links to it at once, so that the barrier later is short.
     pub(super) fn prepare(&mut self, connection: super::ConnectionId, header: &MessageHeader, body: &[u8]) {
-        if self.holder_connection() != Some(connection) || header.epoch != self.epoch || self.attach.is_some() {
+        if self.holder_connection() != Some(connection) || header.epoch != self.epoch || self.attach.is_some()
+        {
             return self.answer(connection, header, Kind::PrepareReply, Status::NotAttached, Vec::new());
         }
         let prepare = match crate::wire::Prepare::decode(body) {
@@ -146,13 +144,11 @@ impl Replica {
             handover: None,
             pulls: HashMap::new(),
             next_pull: 0,
-            writing: HashMap::new(),
             cursor: Chunk(0),
             busy_chunks: BTreeSet::new(),
             finished: Vec::new(),
             finished_since: self.now,
             flush: None,
-            blocked: VecDeque::new(),
             next_pull_at: self.now,
             last_guest_write: Time(0),
             reported_done: false,
@@ -162,14 +158,17 @@ impl Replica {
         self.pump_resync();
     }
 
-    /// Ends the resync: another begins, or the client is gone. Writes that wait for it fail; their client is fenced, or
-    /// counts them as missed.
+    /// Ends the resync: another begins, or the client is gone. Pulled data that is on its way to disk gets there, and
+    /// overlapping writes wait for it all the same.
     pub(super) fn drop_resync(&mut self) {
-        let Some(resync) = self.resync.take() else { return };
-        if resync.link != (Link::Down { retry_at: Time(0) }) {
+        if self.resync.take().is_some() {
             self.outputs.push_back(Output::PeerClose);
         }
-        for io in resync.blocked {
+    }
+
+    /// Fails the guest writes that are held: their client is gone, or fenced.
+    pub(super) fn fail_held_writes(&mut self) {
+        for io in std::mem::take(&mut self.held) {
             self.disk_done(io, DiskResult::Failed);
         }
     }
@@ -182,6 +181,7 @@ impl Replica {
         if let Some((connection, header)) = resync.prepare.take() {
             self.answer(connection, &header, Kind::PrepareReply, Status::Ok, Vec::new());
         }
+        self.unblock_writes();
         self.pump_resync();
     }
 
@@ -192,7 +192,7 @@ impl Replica {
         resync.link = Link::Down { retry_at };
         resync.last_error = Some(reason.to_owned());
         resync.pulls.clear();
-        resync.busy_chunks = resync.writing.values().map(|w| w.chunk).collect();
+        resync.busy_chunks = self.pulled_writes.values().map(|w| w.chunk).collect();
         let in_handover = resync.handover.take().is_some();
         if let Some((connection, header)) = resync.prepare.take() {
             let text = format!("member {} at {}: {reason}", resync.source, resync.address);
@@ -223,7 +223,8 @@ impl Replica {
     pub(super) fn begin_handover(&mut self, view: &View) -> bool {
         let pages = ChunkMap::new(self.spec.chunk_count()).page_count();
         let epoch = self.epoch;
-        let header = MessageHeader { epoch, view: view.number, ..MessageHeader::new(Kind::PullMap, self.spec.id) };
+        let header =
+            MessageHeader { epoch, view: view.number, ..MessageHeader::new(Kind::PullMap, self.spec.id) };
         let chunks = self.spec.chunk_count();
         let Some(resync) = self.resync.as_mut().filter(|r| r.link == Link::Up) else { return false };
         let members: Vec<_> =
@@ -307,7 +308,10 @@ impl Replica {
             let most = if yielding { 1 } else { limits.max_inflight };
             let waiting = resync.pulls.values().filter(|p| !p.urgent).count();
             // Data on its way to disk counts as well: the disk is what may be slow.
-            if resync.link != Link::Up || waiting + resync.writing.len() >= most || now < resync.next_pull_at {
+            if resync.link != Link::Up
+                || waiting + self.pulled_writes.len() >= most
+                || now < resync.next_pull_at
+            {
                 return;
             }
             let Some(map) = self.maps.dirty_chunks(member) else { return };
@@ -344,7 +348,8 @@ impl Replica {
         let now = self.now;
         let Some(resync) = self.resync.as_mut() else { return };
         let Some(pull) = resync.pulls.remove(&header.sequence.0) else { return };
-        let covered = pull.offset.checked_add(header.length.into()).filter(|&end| end <= pull.end && end > pull.offset);
+        let covered =
+            pull.offset.checked_add(header.length.into()).filter(|&end| end <= pull.end && end > pull.offset);
         let reply = PullReply::decode(body);
         let (Status::Ok, Ok(reply), Some(covered)) = (header.status, reply, covered) else {
             resync.last_error = Some(format!("pull of {} answered {:?}", pull.chunk, header.status));
@@ -358,7 +363,11 @@ impl Replica {
         // What the source does not have on record as missed is current here.
         let own: Vec<Block> = self.maps.missed_in(self.member, pull.offset, covered - pull.offset).collect();
         for block in own.into_iter().filter(|b| missed.binary_search(b).is_err()) {
-            self.maps.clear(ClearTarget::Block(self.member, block), ClearReason::NotMissed, &mut self.changed);
+            self.maps.clear(
+                ClearTarget::Block(self.member, block),
+                ClearReason::NotMissed,
+                &mut self.changed,
+            );
         }
         self.write_pulled(&pull, &reply, &missed);
         if covered < pull.end {
@@ -406,9 +415,7 @@ impl Replica {
             first: offset,
             end: offset + u64::from(length),
         };
-        if let Some(resync) = self.resync.as_mut() {
-            resync.writing.insert(io, writing);
-        }
+        self.pulled_writes.insert(io, writing);
         if is_zero {
             self.outputs.push_back(Output::Disk { io, operation, offset, length });
         } else {
@@ -418,15 +425,20 @@ impl Replica {
 
     /// True if the disk request was for pulled data.
     pub(super) fn pulled_written(&mut self, io: IoId, result: DiskResult) -> bool {
-        let Some(resync) = self.resync.as_mut() else { return false };
-        let Some(writing) = resync.writing.remove(&io) else { return false };
+        let Some(writing) = self.pulled_writes.remove(&io) else { return false };
         if result == DiskResult::Done {
-            resync.blocks_pulled += writing.blocks.len() as u64;
+            if let Some(resync) = self.resync.as_mut() {
+                resync.blocks_pulled += writing.blocks.len() as u64;
+            }
             self.counters.pulled_in_blocks += writing.blocks.len() as u64;
             for block in writing.blocks {
-                self.maps.clear(ClearTarget::Block(self.member, block), ClearReason::Pulled, &mut self.changed);
+                self.maps.clear(
+                    ClearTarget::Block(self.member, block),
+                    ClearReason::Pulled,
+                    &mut self.changed,
+                );
             }
-        } else {
+        } else if let Some(resync) = self.resync.as_mut() {
             resync.last_error = Some("the disk failed to write pulled data".into());
             resync.next_pull_at = self.now + RETRY;
         }
@@ -439,8 +451,8 @@ impl Replica {
     /// Ends the work on a chunk when nothing of it is under way: it is finished, or comes again with the next sweep.
     fn finish_chunk(&mut self, chunk: Chunk) {
         let Some(resync) = self.resync.as_mut() else { return };
-        let is_under_way =
-            resync.pulls.values().any(|p| p.chunk == chunk) || resync.writing.values().any(|w| w.chunk == chunk);
+        let is_under_way = resync.pulls.values().any(|p| p.chunk == chunk)
+            || self.pulled_writes.values().any(|w| w.chunk == chunk);
         if is_under_way {
             return;
         }
@@ -459,12 +471,7 @@ impl Replica {
         }
         resync.finished.push(chunk);
         resync.reported_done = false;
-        let mut changed = std::mem::take(&mut self.changed);
-        for page in changed.drain(..) {
-            // Nobody waits: a bit that is still set after a crash only makes the chunk be looked at again.
-            self.persist(super::Metadata::Page(page), Vec::new());
-        }
-        self.changed = changed;
+        self.persist_cleared();
     }
 
     /// Slows down: by the configured rate, and in favour of guest writes.
@@ -486,7 +493,7 @@ impl Replica {
         let now = self.now;
         let Some(resync) = self.resync.as_mut() else { return };
         let is_due = resync.finished.len() >= REPORT_CHUNKS || now - resync.finished_since >= REPORT_AFTER;
-        let is_done = stale == 0 && resync.pulls.is_empty() && resync.writing.is_empty();
+        let is_done = stale == 0 && resync.pulls.is_empty() && self.pulled_writes.is_empty();
         let has_news = !resync.finished.is_empty() && is_due || is_done && !resync.reported_done;
         if resync.flush.is_some() || !has_news {
             return;
@@ -530,29 +537,29 @@ impl Replica {
     /// being written to its range. It is then held, and started when it may go.
     pub(super) fn holds_write(&mut self, io: IoId, offset: u64, length: u64) -> bool {
         let now = self.now;
-        if self.maps.missed(self.member).0 == 0 && self.resync.as_ref().is_none_or(|r| r.writing.is_empty()) {
+        if let Some(resync) = self.resync.as_mut() {
+            resync.last_guest_write = now;
+        }
+        if self.maps.missed(self.member).0 == 0 && self.pulled_writes.is_empty() {
             return false;
         }
         let end = offset + length;
-        let partial = [offset, end].map(|edge| (!edge.is_multiple_of(BLOCK_SIZE)).then_some(Block(edge / BLOCK_SIZE)));
-        let stale = |b: &Block| self.maps.dirty_blocks(self.member).is_some_and(|m| m.contains(*b));
-        let wanted: BTreeSet<Block> = partial.into_iter().flatten().filter(stale).collect();
-        let Some(resync) = self.resync.as_mut() else {
-            // Stale, and no source is named yet: the partial write cannot be right, the others are.
-            return false;
-        };
-        resync.last_guest_write = now;
-        let overlaps = resync.writing.values().any(|w| w.first < end && offset < w.end);
+        let edges = [offset, end].into_iter().filter(|edge| !edge.is_multiple_of(BLOCK_SIZE));
+        let wanted: BTreeSet<Block> = edges
+            .map(|edge| Block(edge / BLOCK_SIZE))
+            .filter(|b| self.maps.dirty_blocks(self.member).is_some_and(|m| m.contains(*b)))
+            .collect();
+        let overlaps = self.pulled_writes.values().any(|w| w.first < end && offset < w.end);
         if wanted.is_empty() && !overlaps {
             return false;
         }
-        resync.blocked.push_back(io);
+        self.held.push_back(io);
         for block in wanted {
             let (from, to) = (block.0 * BLOCK_SIZE, (block.0 + 1) * BLOCK_SIZE);
-            let Some(resync) = self.resync.as_ref() else { break };
-            let asked = resync.pulls.values().any(|p| p.urgent && p.offset == from)
-                || resync.writing.values().any(|w| w.first <= from && to <= w.end);
-            if !asked && resync.link == Link::Up {
+            let Some(resync) = self.resync.as_ref().filter(|r| r.link == Link::Up) else { break };
+            let is_asked = resync.pulls.values().any(|p| p.urgent && p.offset == from)
+                || self.pulled_writes.values().any(|w| w.first <= from && to <= w.end);
+            if !is_asked {
                 self.send_pull(self.spec.chunk_size.chunk_of_block(block), from, to, true);
             }
         }
@@ -560,9 +567,7 @@ impl Replica {
     }
 
     fn unblock_writes(&mut self) {
-        let Some(resync) = self.resync.as_mut() else { return };
-        let blocked = std::mem::take(&mut resync.blocked);
-        for io in blocked {
+        for io in std::mem::take(&mut self.held) {
             self.start_io(io);
         }
     }
@@ -582,7 +587,8 @@ impl Replica {
         for chunk in chunks {
             let is_busy = self.resync.as_ref().is_none_or(|r| r.busy_chunks.contains(&chunk));
             let is_stale = self.maps.dirty_chunks(member).is_some_and(|map| map.contains(chunk));
-            if !is_busy && !is_stale && self.changed.iter().any(|p| p.map == crate::map::MapId::Dirty(member)) {
+            if !is_busy && !is_stale && self.changed.iter().any(|p| p.map == crate::map::MapId::Dirty(member))
+            {
                 self.note_finished(chunk);
             }
         }

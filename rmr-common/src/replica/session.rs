@@ -5,7 +5,7 @@ use super::{
 };
 use crate::map::{ClearReason, ClearTarget};
 use crate::pool::{Epoch, MemberState, Sequence, View, ViewNumber};
-use crate::wire::{Attach, AttachReply, Kind, MessageHeader, SetView, Status};
+use crate::wire::{Attach, AttachReply, ChunkList, Kind, MessageHeader, SetView, Status};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
 pub(super) struct PendingAttach {
@@ -27,7 +27,7 @@ enum AttachFlush {
 pub(super) struct PendingView {
     connection: ConnectionId,
     header: MessageHeader,
-    view: View,
+    pub(super) view: View,
     pages: usize,
     adopted: bool,
 }
@@ -55,6 +55,10 @@ impl Replica {
             Kind::Attach => self.attach(connection, header, body),
             Kind::SetView => self.set_view(connection, header, body),
             Kind::Detach => self.detach(connection, header),
+            Kind::Prepare => self.prepare(connection, header, body),
+            Kind::ClearDirty => self.clear_dirty(connection, header, body),
+            Kind::PullMap => self.pull_map(connection, header),
+            Kind::Pull => self.pull(connection, header),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_watermark(header.watermark);
@@ -69,7 +73,7 @@ impl Replica {
         }
     }
 
-    fn answer(
+    pub(super) fn answer(
         &mut self,
         connection: ConnectionId,
         header: &MessageHeader,
@@ -103,7 +107,9 @@ impl Replica {
             self.notice(Notice::Refused(attach.description, text.clone()));
             return self.answer(connection, header, Kind::AttachReply, Status::Held, text.into_bytes());
         }
-        if header.epoch <= self.epoch {
+        // The client of the present epoch may come back under it, with a new connection, to bring a member back in.
+        let is_its = self.last_client.as_ref().is_some_and(|c| c.attached && c.client == attach.client);
+        if header.epoch < self.epoch || (header.epoch == self.epoch && !is_its) {
             return self.answer(connection, header, Kind::AttachReply, Status::StaleEpoch, Vec::new());
         }
         if self.broken {
@@ -114,8 +120,11 @@ impl Replica {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
         self.epoch = header.epoch;
+        self.session += 1;
         self.set_view = None;
         self.detach = None;
+        self.drop_resync();
+        self.fail_held_writes();
         self.holder = Some(Holder {
             client: attach.client,
             description: attach.description.clone(),
@@ -226,12 +235,78 @@ impl Replica {
         if set.more {
             return;
         }
-        let pages = self.persist_changed(Waiter::ViewPages(self.epoch, set.view.number));
+        let next = set.view.clone();
         self.set_view =
-            Some(PendingView { connection, header: *header, view: set.view, pages, adopted: false });
+            Some(PendingView { connection, header: *header, view: set.view, pages: 0, adopted: false });
+        if !self.needs_handover(&next) {
+            self.persist_view_pages();
+        } else if !self.begin_handover(&next) {
+            self.fail_handover("no link to a source was prepared");
+        }
+    }
+
+    /// Whether this member has to take over maps before it may be Syncing: always but when it was so in the view before.
+    fn needs_handover(&self, next: &View) -> bool {
+        let was_syncing = self.view.state(self.member) == Some(MemberState::Syncing);
+        next.state(self.member) == Some(MemberState::Syncing)
+            && !(was_syncing && next.number == self.view.number.next())
+    }
+
+    /// The maps are taken over.
+    pub(super) fn handover_done(&mut self) {
+        self.persist_view_pages();
+    }
+
+    pub(super) fn fail_handover(&mut self, reason: &str) {
+        let Some(pending) = self.set_view.take() else { return };
+        let text = format!("maps were not taken over: {reason}").into_bytes();
+        self.answer(pending.connection, &pending.header, Kind::SetViewReply, Status::IoError, text);
+    }
+
+    fn persist_view_pages(&mut self) {
+        let Some(view) = self.set_view.as_ref().map(|p| p.view.number) else { return };
+        let pages = self.persist_changed(Waiter::ViewPages(self.epoch, view));
+        if let Some(pending) = &mut self.set_view {
+            pending.pages = pages;
+        }
         if pages == 0 {
             self.adopt_view();
         }
+    }
+
+    /// The coordinator passes on which chunks are current and durable on a Syncing member. It does so in order with its
+    /// views: what a member misses after that comes with a later one.
+    fn clear_dirty(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
+        if self.holder_connection() != Some(connection)
+            || header.epoch != self.epoch
+            || header.view != self.view.number
+            || self.attach.is_some()
+        {
+            return;
+        }
+        let list = match ChunkList::decode(Kind::ClearDirty, body) {
+            Ok(list) => list,
+            Err(_) => {
+                return self.outputs.push_back(Output::Close(connection, "a list that does not decode"));
+            }
+        };
+        if list.member == self.member || self.view.state(list.member) != Some(MemberState::Syncing) {
+            return;
+        }
+        for chunk in list.chunks {
+            let target = ClearTarget::Chunk(list.member, chunk);
+            self.maps.clear(target, ClearReason::Reported, &mut self.changed);
+        }
+        self.persist_cleared();
+    }
+
+    /// Writes pages in which bits were cleared. Nobody waits: a bit that comes back after a crash costs work only.
+    pub(super) fn persist_cleared(&mut self) {
+        let mut changed = std::mem::take(&mut self.changed);
+        for page in changed.drain(..) {
+            self.persist(super::Metadata::Page(page), Vec::new());
+        }
+        self.changed = changed;
     }
 
     pub(super) fn view_page_durable(&mut self, epoch: Epoch, view: ViewNumber) {
@@ -255,6 +330,13 @@ impl Replica {
     pub(super) fn view_durable(&mut self, view: ViewNumber) {
         let Some(pending) = self.set_view.take_if(|p| p.adopted && p.view.number == view) else { return };
         let status = if self.broken { Status::IoError } else { Status::Ok };
+        for member in pending.view.clean().iter() {
+            self.maps.clear(ClearTarget::Member(member), ClearReason::CleanInView, &mut self.changed);
+        }
+        self.persist_cleared();
+        if pending.view.state(self.member) == Some(MemberState::Clean) {
+            self.drop_resync();
+        }
         self.notice(Notice::View(pending.view));
         self.answer(pending.connection, &pending.header, Kind::SetViewReply, status, Vec::new());
     }
@@ -326,5 +408,8 @@ impl Replica {
         self.set_view = None;
         self.detach = None;
         self.notice(Notice::ClientLost(self.epoch, who));
+        self.session += 1;
+        self.drop_resync();
+        self.fail_held_writes();
     }
 }

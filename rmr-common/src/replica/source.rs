@@ -143,6 +143,7 @@ impl Replica {
         let status = if pull.failed { Status::IoError } else { Status::Ok };
         let reply = pull.header.reply(Kind::PullReply, status);
         let data = PulledData { blocks, reads: pull.runs };
+        self.free_ios(&data.reads);
         self.outputs.push_back(Output::Send(pull.connection, reply, ReplyPayload::Pulled(data)));
     }
 }

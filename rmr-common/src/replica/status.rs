@@ -22,6 +22,10 @@ pub struct ReplicaCounters {
     pub zeroes: u64,
     /// Flushes answered well.
     pub flushes: u64,
+    /// Blocks handed to members that missed them.
+    pub pulled_out_blocks: u64,
+    /// Missed blocks pulled from other members and written here.
+    pub pulled_in_blocks: u64,
     /// Requests that the disk failed.
     pub errors: u64,
     /// Requests refused: another epoch or view, or a broken rule.
@@ -89,6 +93,8 @@ pub struct ReplicaStatus {
     pub intent_chunks: u64,
     /// Disk requests under way.
     pub in_flight: usize,
+    /// The resync that brings this member up to date, if one is needed.
+    pub resync: Option<super::ResyncStatus>,
     /// Requests so far.
     pub counters: ReplicaCounters,
     /// Whether the member has stopped to serve because its metadata cannot be written.
@@ -117,6 +123,7 @@ impl Replica {
             missed: missed.collect(),
             intent_chunks: self.maps.intent().count(),
             in_flight: self.ios.len() - self.free_ios.len(),
+            resync: self.resync_status(),
             counters: self.counters,
             broken: self.broken,
         }

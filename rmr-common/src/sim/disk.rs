@@ -111,7 +111,10 @@ impl Disk {
                 }
                 Vec::new()
             }
-            DiskOperation::Write(_) | DiskOperation::Discard | DiskOperation::WriteZeroes => {
+            DiskOperation::Write(_)
+            | DiskOperation::WriteBytes
+            | DiskOperation::Discard
+            | DiskOperation::WriteZeroes => {
                 let data = std::mem::take(&mut running.data);
                 self.change(first, count, &data, now, |_| failed && rng.percent(50));
                 Vec::new()

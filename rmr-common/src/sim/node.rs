@@ -103,6 +103,7 @@ impl Node {
         let member = self.member.as_u8();
         let life = self.life.to_le_bytes();
         let config = Config {
+            resync: crate::replica::ResyncLimits { max_inflight: 4, bytes_per_s: None },
             limits,
             intent_idle,
             host_boot: BootId::from_bytes([member, self.host_boot, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),

@@ -411,6 +411,10 @@ impl<'a> World<'a> {
                     }
                     self.start_metadata(node, target)?;
                 }
+                replica::Output::DiskWrite { .. }
+                | replica::Output::PeerConnect(_)
+                | replica::Output::PeerSend(_)
+                | replica::Output::PeerClose => {}
                 replica::Output::Release(token) => {
                     if self.nodes[node].disk.uses(token) {
                         return Err(format!("node {node} released {token:?} while the disk writes from it"));
@@ -447,6 +451,7 @@ impl<'a> World<'a> {
                 message.data = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
             }
             ReplyPayload::Body(body) => message.body = body,
+            ReplyPayload::Pulled(_) => {}
         }
         let length = message.body.len() as u64 + message.data.len() as u64 * SECTOR;
         if length != u64::from(header.payload) {

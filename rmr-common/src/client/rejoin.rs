@@ -1,0 +1,253 @@
+//! Bringing members back in: rejoin behind a short barrier, the source of each resync, promotion.
+//!
+//! ```text
+//!   Out, link up ─▶ Attaching ─▶ Preparing ─▶ Quiescing ─▶ Changing ─▶ Syncing … all current ─▶ Promote ─▶ Clean
+//!                   same epoch   link to      no write     Rejoin view,
+//!                                the source   in flight    maps handed over
+//! ```
+//! Only Quiescing and Changing hold requests back: the time for writes in flight to be answered, and for the maps to be
+//! read from the source and written down.
+
+use std::time::Duration;
+
+use super::{Client, State};
+use crate::pool::{MemberId, MemberSet, MemberState, ViewStep};
+use crate::time::Time;
+use crate::wire::{Attach, ChunkList, Kind, MessageHeader, Prepare, Status};
+
+/// Pause before a member whose rejoin failed is tried again, and before a source is named again.
+const BACKOFF: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Phase {
+    Attaching,
+    Preparing,
+    Quiescing,
+    Changing,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rejoin {
+    member: MemberId,
+    phase: Phase,
+    since: Time,
+}
+
+/// What the client knows of members that are not Clean.
+#[derive(Default)]
+pub(super) struct Stale {
+    rejoin: Option<Rejoin>,
+    not_before: [Time; crate::pool::MAX_MEMBERS],
+    /// The source that each Syncing member was told.
+    sources: [Option<MemberId>; crate::pool::MAX_MEMBERS],
+    /// Syncing members with nothing stale left.
+    current: MemberSet,
+    /// Clean members whose maps of others are exact to the block: all but those that were promoted by this client.
+    inexact: MemberSet,
+}
+
+impl Client {
+    /// Whether requests are held back for a barrier.
+    pub(super) fn is_quiescing(&self) -> bool {
+        self.stale.rejoin.is_some_and(|r| r.phase == Phase::Quiescing)
+    }
+
+    /// Starts what is due for members that are not Clean.
+    pub(super) fn tick_stale(&mut self) {
+        if !self.is_active() || self.detach_requested {
+            return;
+        }
+        if let Some(rejoin) = self.stale.rejoin
+            && self.now - rejoin.since > self.config.leg_timeout
+        {
+            self.abort_rejoin(rejoin.member);
+        }
+        self.name_sources();
+        self.try_promote();
+        self.start_rejoin();
+    }
+
+    fn start_rejoin(&mut self) {
+        if self.stale.rejoin.is_some() || !self.is_active() {
+            return;
+        }
+        let is_its_store = |m: &MemberId| {
+            let store = self.view.as_ref().and_then(|v| v.member(*m)).map(|m| m.store);
+            let found = self.ready(*m).and_then(|r| r.spec.member(*m)).map(|m| m.store);
+            store.is_some() && store == found
+        };
+        let due = |m: &MemberId| self.stale.not_before[m.index()] <= self.now;
+        let candidate =
+            self.view_out().intersection(self.ready_members()).iter().filter(due).find(is_its_store);
+        let Some(member) = candidate else { return };
+        self.stale.rejoin = Some(Rejoin { member, phase: Phase::Attaching, since: self.now });
+        let body = Attach {
+            client: self.config.client,
+            takeover: self.config.takeover,
+            description: self.config.description.clone(),
+        };
+        let header = self.header(Kind::Attach);
+        self.send_body(member, header, body.encode());
+    }
+
+    /// True if the answer was to the attach of a rejoin.
+    pub(super) fn rejoin_attached(&mut self, member: MemberId, status: Status) -> bool {
+        let Some(rejoin) = &mut self.stale.rejoin else { return false };
+        if rejoin.member != member || rejoin.phase != Phase::Attaching {
+            return false;
+        }
+        if status == Status::Ok && self.is_active() {
+            self.set_phase(Phase::Preparing);
+            self.name_source(member);
+        } else {
+            self.abort_rejoin(member);
+        }
+        true
+    }
+
+    fn set_phase(&mut self, phase: Phase) {
+        let now = self.now;
+        if let Some(rejoin) = &mut self.stale.rejoin {
+            rejoin.phase = phase;
+            rejoin.since = now;
+        }
+    }
+
+    /// The member from which `member` is to be brought up to date: one that is Clean, if possible since before.
+    fn name_source(&mut self, member: MemberId) {
+        let clean = self.view_clean();
+        let exact = clean.without(self.stale.inexact);
+        let source = exact.iter().chain(clean.iter()).next();
+        let address = source.and_then(|s| self.spec.as_ref()?.member(s)).map(|m| m.address.clone());
+        let (Some(source), Some(address)) = (source, address) else { return };
+        self.stale.sources[member.index()] = Some(source);
+        self.stale.current.remove(member);
+        let header = self.header(Kind::Prepare);
+        self.send_body(member, header, Prepare { source, address }.encode());
+    }
+
+    /// Tells each Syncing member its source, if it has none that is Clean.
+    pub(super) fn name_sources(&mut self) {
+        let clean = self.view_clean();
+        let syncing = self.view.as_ref().map_or(MemberSet::EMPTY, |v| v.in_state(MemberState::Syncing));
+        for member in syncing.iter() {
+            let has_source = self.stale.sources[member.index()].is_some_and(|s| clean.contains(s));
+            if !has_source && self.stale.not_before[member.index()] <= self.now {
+                self.name_source(member);
+            }
+        }
+    }
+
+    pub(super) fn prepare_reply(&mut self, member: MemberId, header: &MessageHeader) {
+        if header.epoch != self.epoch {
+            return;
+        }
+        let is_rejoin = self.stale.rejoin.is_some_and(|r| r.member == member && r.phase == Phase::Preparing);
+        match (header.status, is_rejoin) {
+            (Status::Ok, true) => {
+                self.set_phase(Phase::Quiescing);
+                self.try_quiesced();
+            }
+            (Status::Ok, false) => {}
+            (_, true) => self.abort_rejoin(member),
+            (_, false) => {
+                self.stale.sources[member.index()] = None;
+                self.stale.not_before[member.index()] = self.now + BACKOFF;
+            }
+        }
+    }
+
+    /// Ends the barrier when no write is in flight: commits the view that has the member Syncing.
+    pub(super) fn try_quiesced(&mut self) {
+        let Some(rejoin) = self.stale.rejoin else { return };
+        if rejoin.phase != Phase::Quiescing || !self.is_active() || self.parts.has_sent_write() {
+            return;
+        }
+        let next = self.view.as_ref().map(|v| v.step(ViewStep::Rejoin(rejoin.member), self.epoch));
+        match next {
+            Some(Ok(next)) => {
+                self.set_phase(Phase::Changing);
+                self.change_view(next, Vec::new(), false);
+            }
+            Some(Err(_)) | None => self.abort_rejoin(rejoin.member),
+        }
+    }
+
+    /// Gives a rejoin up for now, and lets requests go on that were held back for it.
+    pub(super) fn abort_rejoin(&mut self, member: MemberId) {
+        let Some(rejoin) = self.stale.rejoin.take_if(|r| r.member == member) else { return };
+        self.stale.not_before[member.index()] = self.now + BACKOFF;
+        self.stale.sources[member.index()] = None;
+        if rejoin.phase == Phase::Quiescing && self.is_active() {
+            self.resume_requests();
+        }
+    }
+
+    /// A view was committed.
+    pub(super) fn stale_committed(&mut self, attach: bool) {
+        let syncing = self.view.as_ref().map_or(MemberSet::EMPTY, |v| v.in_state(MemberState::Syncing));
+        let clean = self.view_clean();
+        if attach {
+            self.stale = Stale { inexact: self.stale.inexact.intersection(clean), ..Stale::default() };
+        }
+        if self.stale.rejoin.is_some_and(|r| r.phase == Phase::Changing) {
+            self.stale.rejoin = None;
+        }
+        self.stale.current = self.stale.current.intersection(syncing);
+        self.name_sources();
+    }
+
+    /// Members were lost: what was under way for them is over.
+    pub(super) fn stale_lost(&mut self, members: MemberSet) {
+        for member in members.iter() {
+            self.abort_rejoin(member);
+            self.stale.current.remove(member);
+            self.stale.inexact.remove(member);
+            self.stale.sources[member.index()] = None;
+            self.stale.not_before[member.index()] = self.now + BACKOFF;
+        }
+    }
+
+    /// A Syncing member has chunks current and durable: the others may forget that it missed them. The message goes out in
+    /// order with the views, so that nothing which is missed later can be forgotten by it.
+    pub(super) fn chunks_done(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) {
+        let list = match ChunkList::decode(Kind::ChunksDone, body) {
+            Ok(list) => list,
+            Err(error) => return self.drop_member(member, &format!("protocol error: {error}")),
+        };
+        let proposed = match &self.state {
+            State::Changing { next, .. } => Some(next),
+            State::Active => self.view.as_ref(),
+            _ => None,
+        };
+        let is_syncing = proposed.is_some_and(|v| v.state(member) == Some(MemberState::Syncing));
+        if header.epoch != self.epoch || list.member != member || !is_syncing {
+            return;
+        }
+        let others = self.view_active().without(MemberSet::only(member));
+        let done = list.blocks_left == 0;
+        let body = list.encode();
+        for other in others.iter() {
+            let header = self.header(Kind::ClearDirty);
+            self.send_body(other, header, body.clone());
+        }
+        if done {
+            self.stale.current.insert(member);
+            self.try_promote();
+        }
+    }
+
+    /// Promotes a member that has nothing stale left.
+    pub(super) fn try_promote(&mut self) {
+        if !self.is_active() || self.is_quiescing() {
+            return;
+        }
+        let Some(member) = self.stale.current.iter().next() else { return };
+        self.stale.current.remove(member);
+        let next = self.view.as_ref().map(|v| v.step(ViewStep::Promote(member), self.epoch));
+        if let Some(Ok(next)) = next {
+            self.stale.inexact.insert(member);
+            self.change_view(next, Vec::new(), false);
+        }
+    }
+}
