@@ -35,6 +35,7 @@ impl Bench {
         };
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
         let config = Config {
+            resync: super::ResyncLimits { max_inflight: 4, bytes_per_s: None },
             limits: Limits { max_io: 1 << 20, slots: 8, max_bytes: 1 << 20 },
             intent_idle: Duration::ZERO,
             host_boot: BootId::from_bytes([1; 16]),
