@@ -89,7 +89,9 @@ elif [ "$release" = bookworm ] && ! qemu_is_complete; then
 	mkdir -p "$work/lists/partial"
 	# apt reads and fetches as its own user.
 	chmod -R a+rX "$work"
-	echo "deb [signed-by=$keyring] http://deb.debian.org/debian bookworm-backports main" >"$work/sources.list"
+	# Libraries that QEMU needs come from where the machine gets everything else.
+	[ ! -f /etc/apt/sources.list ] || cat /etc/apt/sources.list >"$work/sources.list"
+	echo "deb [signed-by=$keyring] http://deb.debian.org/debian bookworm-backports main" >>"$work/sources.list"
 	private="-o Dir::Etc::SourceList=$work/sources.list -o Dir::State::Lists=$work/lists -o APT::Sandbox::User=root"
 	say "installing QEMU from bookworm-backports"
 	if $as_root apt-get update -qq $private &&
