@@ -46,8 +46,9 @@ docs: ## the API documentation, no warning allowed
 audit: ## licences, sources and known vulnerabilities of the dependencies
 	@./.ci/audit
 
-sim: ## simulated pools with faults: SEEDS=20000 runs from seed START=1
-	$(CARGO) run $(LOCKED) --release -p rmr-common --example simulate -- --start $(START) --seeds $(SEEDS)
+sim: ## simulated pools with faults: SEEDS=20000 runs from seed START=1 (docs/simulator.md)
+	RMR_SIM_SEEDS=$(SEEDS) RMR_SIM_START=$(START) \
+		$(CARGO) test $(LOCKED) --release -p rmr-common --test simulation -- --nocapture
 
 deps: ## installs what Debian 12 lacks for tests and benchmarks; does nothing twice
 	@./cloud-hypervisor-tests/install-deps.sh
