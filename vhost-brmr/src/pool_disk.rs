@@ -114,7 +114,11 @@ impl PoolDisk {
         if let Some(reason) = driver.over() {
             if *reason != OverReason::Detached {
                 self.refused = Some(reason.to_string());
-            } else if driver.in_flight() == 0 && self.done.is_empty() && self.failed.is_empty() {
+            } else if driver.in_flight() == 0
+                && !driver.has_completions()
+                && self.done.is_empty()
+                && self.failed.is_empty()
+            {
                 self.retired = self.driver.take();
                 if let Some(driver) = &mut self.retired {
                     driver.retire();
@@ -217,7 +221,8 @@ impl Disk for PoolDisk {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        if !self.failed.is_empty() {
+        // Some are finished by what is done after completions were taken, and nothing else wakes the loop for them.
+        if !self.failed.is_empty() || self.driver.as_ref().is_some_and(PoolDriver::has_completions) {
             return Some(Duration::ZERO);
         }
         self.driver.as_ref().filter(|d| d.over().is_none()).map(PoolDriver::timeout)
@@ -230,5 +235,80 @@ const fn disk_error(error: IoError) -> DiskError {
         IoError::Suspended => DiskError::Suspended,
         IoError::Fenced => DiskError::Fenced,
         IoError::BadRange | IoError::Media | IoError::Detached | IoError::TooMany => DiskError::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use rmr_common::buffer::Segment;
+    use rmr_common::pool::{ChunkSize, MemberId, MemberSpec, PoolId, StoreId};
+
+    use super::*;
+
+    /// A pool whose only node is not there.
+    fn unreachable(suspend_timeout: Duration) -> PoolDisk {
+        let address = Address::tcp("127.0.0.1", 1);
+        let member = MemberId::all().next().unwrap();
+        let spec = PoolSpec {
+            id: PoolId::random(),
+            name: "p".into(),
+            size: 1 << 20,
+            chunk_size: ChunkSize::default(),
+            logical_block_size: 512,
+            members: vec![MemberSpec { id: member, store: StoreId::random(), address: address.clone() }],
+        };
+        let mut config = Config::new(ClientId::random(), "a test");
+        config.suspend_timeout = suspend_timeout;
+        PoolDisk {
+            config,
+            spec,
+            seeds: vec![address],
+            driver: None,
+            retired: None,
+            was_active: false,
+            detaching: false,
+            refused: None,
+            done: Vec::new(),
+            notices: Vec::new(),
+            failed: Vec::new(),
+        }
+    }
+
+    fn submit(disk: &mut PoolDisk, token: u64, offset: u64) {
+        let segments: [Segment; 0] = [];
+        let request = Request { operation: Operation::Discard, offset, length: 4096, segments: &segments };
+        disk.submit(Token(token), request);
+    }
+
+    #[test]
+    fn a_request_that_ends_together_with_the_attachment_is_completed() {
+        let mut disk = unreachable(Duration::from_millis(50));
+        disk.attach();
+        submit(&mut disk, 7, 0);
+        disk.detach();
+        let (mut done, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(5));
+        while done.is_empty() {
+            assert!(Instant::now() < deadline, "the request is lost");
+            std::thread::sleep(Duration::from_millis(5));
+            // In the order of a turn of the loop.
+            disk.completions(&mut done);
+            disk.upkeep();
+        }
+        assert_eq!(done, [(Token(7), Err(DiskError::Suspended))]);
+        disk.upkeep();
+        assert!(matches!(disk.attachment(), Attachment::Detached));
+    }
+
+    #[test]
+    fn the_loop_does_not_sleep_over_a_request_that_is_finished() {
+        let mut disk = unreachable(Duration::from_secs(60));
+        disk.attach();
+        disk.upkeep();
+        assert_ne!(disk.timeout(), Some(Duration::ZERO));
+        submit(&mut disk, 1, 1 << 40);
+        disk.upkeep();
+        assert_eq!(disk.timeout(), Some(Duration::ZERO));
     }
 }

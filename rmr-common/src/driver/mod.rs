@@ -80,6 +80,8 @@ pub struct PoolDriver {
     closing: Vec<TcpConnection>,
     leg_timeout: Duration,
     now: Time,
+    /// `now` is of this wake-up.
+    is_now: bool,
 }
 
 impl PoolDriver {
@@ -119,6 +121,7 @@ impl PoolDriver {
             closing: Vec::new(),
             leg_timeout,
             now: monotonic_now(),
+            is_now: false,
         };
         driver.carry_out();
         Ok(driver)
@@ -141,6 +144,8 @@ impl PoolDriver {
         let request = &mut self.requests[index as usize];
         request.token = Some(token);
         request.segments.extend_from_slice(segments);
+        // The loop may have slept for long; by its last time the legs would seem to be late already.
+        self.look_at_clock();
         self.client.submit(Token(index.into()), operation, offset, length, self.now);
         self.carry_out();
     }
@@ -148,6 +153,12 @@ impl PoolDriver {
     /// Moves finished requests to `done`.
     pub fn completions(&mut self, done: &mut Vec<(Token, Result<(), IoError>)>) {
         done.append(&mut self.done);
+    }
+
+    /// Whether there are finished requests to take. Also [`PoolDriver::upkeep`] and [`PoolDriver::submit`] finish some.
+    #[must_use]
+    pub fn has_completions(&self) -> bool {
+        !self.done.is_empty()
     }
 
     /// Moves what operators want to know to `notices`.
@@ -169,7 +180,7 @@ impl PoolDriver {
 
     /// A watched descriptor is ready.
     pub fn ready(&mut self, descriptor: RawFd, _set: EventSet) {
-        self.now = monotonic_now();
+        self.look_at_clock();
         if descriptor == self.connector.descriptor() {
             while let Some((mark, result)) = self.connector.next() {
                 self.connected(mark, result);
@@ -190,7 +201,8 @@ impl PoolDriver {
 
     /// Time has passed, and work was queued: sends it. Called once at the end of each wake-up.
     pub fn upkeep(&mut self) {
-        self.now = monotonic_now();
+        self.is_now = false;
+        self.look_at_clock();
         if self.changes.is_empty() {
             self.closing.clear();
         }
@@ -198,14 +210,24 @@ impl PoolDriver {
             self.client.apply(Event::Tick, self.now);
             self.carry_out();
         }
+        // A connection that is lost gives the others something to send, also those that were flushed before it.
+        while self.flush_all() {}
+        self.watch_wires();
+        self.is_now = false;
+    }
+
+    /// Sends what is queued; true if a connection was lost by that.
+    fn flush_all(&mut self) -> bool {
+        let mut lost = false;
         for index in 0..MAX_LINKS {
             let Some(wire) = &mut self.wires[index] else { continue };
             if let Err(error) = wire.connection.flush() {
                 self.lost(index, &error.to_string());
                 self.carry_out();
+                lost = true;
             }
         }
-        self.watch_wires();
+        lost
     }
 
     /// Lets as few links wake the loop as will do. A write is complete when every leg answered it, so a wake-up for the
@@ -236,6 +258,13 @@ impl PoolDriver {
         }
     }
 
+    fn look_at_clock(&mut self) {
+        if !self.is_now {
+            self.now = monotonic_now();
+            self.is_now = true;
+        }
+    }
+
     /// How long the loop may wait before it calls [`PoolDriver::upkeep`] again.
     #[must_use]
     pub fn timeout(&self) -> Duration {
@@ -244,6 +273,7 @@ impl PoolDriver {
 
     /// Leaves the pool in good order; [`PoolDriver::over`] tells when that is done.
     pub fn detach(&mut self) {
+        self.look_at_clock();
         self.client.apply(Event::Detach, self.now);
         self.carry_out();
     }
@@ -258,6 +288,7 @@ impl PoolDriver {
 
     /// Gives up every request that is outstanding; each completes with an error before anything else happens.
     pub fn cancel(&mut self) {
+        self.look_at_clock();
         self.client.apply(Event::Cancel, self.now);
         self.carry_out();
     }
@@ -416,5 +447,24 @@ impl Receiver for Sink<'_> {
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
         self.owed.received(header);
         self.client.apply(Event::Message(self.link, header, body), self.now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::{ClientId, PoolId};
+
+    #[test]
+    fn a_request_is_timed_from_when_it_was_made_and_not_from_the_last_wake_up() {
+        let config = Config::new(ClientId::random(), "a test");
+        let selector = PoolSelector::Id(PoolId::random());
+        let mut driver = PoolDriver::new(config, selector, &[Address::tcp("127.0.0.1", 1)]).unwrap();
+        driver.upkeep();
+        let pause = Duration::from_millis(50);
+        std::thread::sleep(pause);
+        let before = monotonic_now();
+        driver.submit(Token(1), Operation::Flush, 0, 0, &[]);
+        assert!(driver.now >= before, "the driver's time is {:?} old", before - driver.now);
     }
 }

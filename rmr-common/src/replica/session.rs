@@ -69,7 +69,10 @@ impl Replica {
                     ReplyPayload::None,
                 ));
             }
-            _ => self.outputs.push_back(Output::Close(connection, "a message that only a node sends")),
+            _ => {
+                self.outputs.push_back(Output::Close(connection, "a message that only a node sends"));
+                self.closed(connection);
+            }
         }
     }
 

@@ -43,6 +43,7 @@ impl Connector {
         let fallback = self.sender.clone();
         let Ok(event) = self.event.try_clone() else {
             let _ = fallback.send((mark, Err("no file descriptor is left".into())));
+            let _ = self.event.write(1);
             return;
         };
         let work = move || {

@@ -18,6 +18,7 @@ pub struct MemoryConnection {
     outgoing: Queue,
     incoming: Queue,
     sent: Vec<u32>,
+    starved: bool,
 }
 
 impl MemoryConnection {
@@ -30,6 +31,7 @@ impl MemoryConnection {
             outgoing: Rc::clone(outgoing),
             incoming: Rc::clone(incoming),
             sent: Vec::new(),
+            starved: false,
         };
         (end(&a, &b), end(&b, &a))
     }
@@ -70,6 +72,7 @@ impl Connection for MemoryConnection {
     }
 
     fn receive(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+        self.starved = false;
         loop {
             let next = self.incoming.borrow_mut().pop_front();
             let Some((header, data)) = next else {
@@ -83,6 +86,7 @@ impl Connection for MemoryConnection {
             match receiver.place(&header, &mut segments) {
                 Place::Wait => {
                     self.incoming.borrow_mut().push_front((header, data));
+                    self.starved = true;
                     return Ok(());
                 }
                 Place::Discard => {}
@@ -98,6 +102,14 @@ impl Connection for MemoryConnection {
 
     fn wants_to_send(&self) -> bool {
         !self.queued.is_empty()
+    }
+
+    fn backlog(&self) -> usize {
+        self.queued.len()
+    }
+
+    fn is_starved(&self) -> bool {
+        self.starved
     }
 
     fn descriptor(&self) -> Option<RawFd> {

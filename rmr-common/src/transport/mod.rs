@@ -15,7 +15,7 @@ use std::os::fd::RawFd;
 use thiserror::Error;
 
 use crate::buffer::Segment;
-use crate::wire::{MessageHeader, WireError};
+use crate::wire::{MAX_BODY, MessageHeader, WireError};
 
 /// Why a connection is over. The owner closes it, whatever the reason.
 #[derive(Debug, Error)]
@@ -46,6 +46,11 @@ pub enum Place {
 pub trait Receiver {
     /// Says where the payload of a message that carries data goes, before any of it is received.
     fn place(&mut self, header: &MessageHeader, segments: &mut Vec<Segment>) -> Place;
+
+    /// Longest body that is taken now, in bytes; a longer one ends the connection before any memory is set aside for it.
+    fn longest_body(&self) -> u32 {
+        MAX_BODY
+    }
 
     /// Takes a complete message. The payload of a message that carries data is where [`Receiver::place`] said, and
     /// `body` is empty.
@@ -83,6 +88,13 @@ pub trait Connection {
 
     /// Whether messages wait for the network to take them.
     fn wants_to_send(&self) -> bool;
+
+    /// How many messages are queued or only partly sent. The owner bounds it: a peer that asks and does not listen would
+    /// make it grow for ever.
+    fn backlog(&self) -> usize;
+
+    /// Whether [`Place::Wait`] is all that keeps it from receiving more. Its descriptor may be readable all the while.
+    fn is_starved(&self) -> bool;
 
     /// What an event loop watches, if there is anything to watch.
     fn descriptor(&self) -> Option<RawFd>;

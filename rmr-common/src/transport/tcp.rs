@@ -14,7 +14,8 @@ use super::socket::{self, MAX_SEGMENTS};
 use super::{Connection, ConnectionError, Place, Receiver};
 use crate::buffer::Segment;
 use crate::wire::{
-    FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, MAX_FRAME_MESSAGES, MessageHeader, WireError, frame_crc,
+    FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Kind, MAX_FRAME_MESSAGES, MAX_SLOTS, MessageHeader,
+    WireError, frame_crc,
 };
 
 /// A frame's header and first message: what every frame has at least.
@@ -25,6 +26,8 @@ const RECEIVE_BUDGET: usize = 1 << 20;
 const FRAME_PAYLOAD: u32 = 8 << 20;
 /// Where payload goes that nobody waits for any more.
 const DISCARD: usize = 64 << 10;
+/// Most frames that are kept for use again; one is filled while one is sent.
+const MAX_SPARE: usize = 8;
 
 /// A TCP connection with its queues.
 pub struct TcpConnection {
@@ -92,6 +95,14 @@ impl Connection for TcpConnection {
         !self.sender.frames.is_empty()
     }
 
+    fn backlog(&self) -> usize {
+        self.sender.backlog
+    }
+
+    fn is_starved(&self) -> bool {
+        self.receiver.starved
+    }
+
     fn descriptor(&self) -> Option<RawFd> {
         Some(self.stream.as_raw_fd())
     }
@@ -137,6 +148,8 @@ struct Sender {
     /// How much of the first frame is sent: whole segments, and bytes of the next.
     position: (usize, usize),
     open: Option<Frame>,
+    /// Messages in `frames` and `open`.
+    backlog: usize,
     spare: Vec<Frame>,
     scratch: Vec<Segment>,
     sent: Vec<u32>,
@@ -155,6 +168,7 @@ impl Sender {
         });
         frame.head.extend_from_slice(&header.encode());
         frame.count += 1;
+        self.backlog += 1;
         frame.payload += header.payload;
         frame.tags.extend(tag);
         payload(frame);
@@ -220,7 +234,10 @@ impl Sender {
             if let Some(mut frame) = self.frames.pop_front() {
                 self.sent.append(&mut frame.tags);
                 frame.bodies.clear();
-                self.spare.push(frame);
+                self.backlog -= usize::from(frame.count);
+                if self.spare.len() < MAX_SPARE {
+                    self.spare.push(frame);
+                }
             }
         }
     }
@@ -248,6 +265,8 @@ struct ReceiveState {
     segments: VecDeque<Segment>,
     /// Bytes of the first message's payload that have not arrived.
     first_left: usize,
+    /// There is no place for the first message's payload.
+    starved: bool,
     scratch: Vec<Segment>,
     discard: Box<[u8]>,
 }
@@ -264,6 +283,7 @@ impl ReceiveState {
             placed: 0,
             segments: VecDeque::new(),
             first_left: 0,
+            starved: false,
             scratch: Vec::new(),
             discard: Box::new([]),
         }
@@ -271,9 +291,11 @@ impl ReceiveState {
 
     fn run(&mut self, stream: &TcpStream, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
         let mut budget = RECEIVE_BUDGET;
+        self.starved = false;
         loop {
             self.place(receiver);
             if !self.messages.is_empty() && self.placed == 0 {
+                self.starved = true;
                 return Ok(()); // No memory for the next payload; the owner calls again when there is.
             }
             let wanted = self.collect();
@@ -378,9 +400,27 @@ impl ReceiveState {
         if checksum != frame.checksum {
             return Err(WireError::Checksum { expected: checksum, found: frame.checksum }.into());
         }
+        let longest = receiver.longest_body();
+        let mut answered = [0u64; MAX_SLOTS as usize / 64];
         let mut total = 0u64;
         for bytes in self.table.as_chunks::<HEADER_SIZE>().0 {
             let header = MessageHeader::decode(bytes)?;
+            if !header.kind.carries_data() && header.payload > longest {
+                let (what, found) = ("body", header.payload.into());
+                return Err(
+                    WireError::Limit { what, found, expected: "no more than is taken from it now" }.into()
+                );
+            }
+            if header.kind == Kind::IoReply {
+                // All payloads of a frame get their places before the first message is delivered. Data behind an answer
+                // to the same request would go to memory that is the owner's again.
+                let (word, bit) = (usize::from(header.slot.0) / 64, 1 << (header.slot.0 % 64));
+                if answered[word] & bit != 0 && header.payload > 0 {
+                    let reason = "one answer to a request, before any data of the next";
+                    return Err(WireError::Unexpected { kind: header.kind, reason }.into());
+                }
+                answered[word] |= bit;
+            }
             total += u64::from(header.payload);
             self.messages.push_back(Incoming { header, body: Vec::new() });
         }
@@ -413,6 +453,8 @@ impl ReceiveState {
                     }
                     Place::Data | Place::Discard => self.discard(length),
                 }
+            } else if self.placed > 0 {
+                return; // One body at a time: a table of them does not set aside memory for all.
             } else {
                 message.body = vec![0; length];
                 // SAFETY: the body lives in `messages` until it is delivered; moving a `Vec` does not move its bytes.

@@ -150,10 +150,12 @@ impl DiskEngine {
     /// Lets go of a disk.
     ///
     /// # Errors
-    /// When the engine has no such disk, or any I/O is still in flight (on any disk: the caller drains first).
+    /// When the engine has no such disk, or I/O on it is still in flight: the caller drains it first. Other disks may be
+    /// as busy as they like.
     pub fn remove_disk(&mut self, id: DiskId) -> io::Result<()> {
-        if self.in_flight() > 0 {
-            return Err(io::Error::other(format!("{} requests are still in flight", self.in_flight())));
+        let waits = self.waiting.iter().any(|io| io.disk == id) || self.ready.iter().any(|c| c.disk == id);
+        if waits || self.ring.as_ref().is_some_and(|ring| ring.uses(id)) {
+            return Err(io::Error::other(format!("requests on disk {} are still in flight", id.0)));
         }
         let disk = self.disks.get_mut(usize::from(id.0)).and_then(Option::take);
         match (disk, &mut self.ring) {

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::file::{DiskFile, ZeroStep};
 use super::inline::{MAX_ATTEMPTS, zero_segments};
-use super::{AlignedPage, BufferPool, Completion, DiskError, Io, IoKind};
+use super::{AlignedPage, BufferPool, Completion, DiskError, DiskId, Io, IoKind};
 
 /// A disk, and whether the ring has its descriptor registered.
 #[derive(Debug)]
@@ -114,6 +114,11 @@ impl Ring {
 
     pub(super) fn in_flight(&self) -> usize {
         self.requests.len() - self.free.len()
+    }
+
+    /// Whether a request on this disk is under way.
+    pub(super) fn uses(&self, disk: DiskId) -> bool {
+        self.requests.iter().flat_map(|r| &r.io).any(|io| io.disk == disk)
     }
 
     pub(super) fn has_room(&self) -> bool {

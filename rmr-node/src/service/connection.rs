@@ -9,14 +9,21 @@ use rmr_common::pool::PoolId;
 use rmr_common::replica::{BufferToken, ConnectionId, Event};
 use rmr_common::time::Time;
 use rmr_common::transport::tcp::TcpConnection;
-use rmr_common::transport::{Place, Receiver};
-use rmr_common::wire::{Kind, MessageHeader};
+use rmr_common::transport::{Connection, Place, Receiver};
+use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader};
+use vmm_sys_util::epoll::EventSet;
 
 use super::member::Member;
 use crate::disk::{Buffer, BufferPool};
 
 /// Longest body of a hello in bytes: the texts and numbers that it has, and room for later versions.
 const MAX_HELLO: u32 = 4096;
+/// Most messages that wait for a client to take them before nothing more is read from it. A session has fewer answers
+/// outstanding; only one that asks and does not listen comes here.
+const MAX_BACKLOG: usize = 4 * MAX_SLOTS as usize;
+/// Most requests of a connection at a time. A session has a slot for each; twice that allows for slots that a client
+/// uses again after it gave the request up.
+const MAX_REQUESTS: usize = 2 * MAX_SLOTS as usize;
 
 /// A connection and what the shard knows of it.
 pub(super) struct Peer {
@@ -27,13 +34,51 @@ pub(super) struct Peer {
     pub(super) member: Option<usize>,
     pub(super) since: Time,
     pub(super) last_heard: Time,
-    pub(super) watches_write: bool,
-    /// There was no buffer for what arrives; tried again when one is free.
-    pub(super) starved: bool,
-    /// Buffers of writes whose data is arriving, in order.
-    pub(super) arriving: VecDeque<BufferToken>,
-    /// Tags of data that is on its way to the client.
-    pub(super) sending: Vec<u32>,
+    /// What the event loop watches its descriptor for.
+    pub(super) watched: EventSet,
+    /// It stands in the shard's line for memory.
+    pub(super) in_line: bool,
+    /// It stands in the shard's list of connections with something to send.
+    pub(super) queued: bool,
+    /// Requests that are not answered.
+    pub(super) requests: usize,
+    /// For each write whose data is arriving, in order: where to, or `None` when it goes nowhere.
+    pub(super) arriving: VecDeque<Option<BufferToken>>,
+    /// Bytes of buffers in `arriving`.
+    pub(super) arriving_bytes: usize,
+    /// Tags of data that is on its way to the client, in order.
+    pub(super) sending: VecDeque<u32>,
+    /// Bytes of buffers in `sending`.
+    pub(super) sending_bytes: usize,
+}
+
+impl Peer {
+    pub(super) fn new(wire: TcpConnection, descriptor: RawFd, address: SocketAddr, now: Time) -> Self {
+        Self {
+            wire,
+            descriptor,
+            address,
+            member: None,
+            since: now,
+            last_heard: now,
+            watched: EventSet::IN,
+            in_line: false,
+            queued: false,
+            requests: 0,
+            arriving: VecDeque::new(),
+            arriving_bytes: 0,
+            sending: VecDeque::new(),
+            sending_bytes: 0,
+        }
+    }
+
+    /// What its descriptor is to be watched for. A connection that waits for memory, or does not take its answers, is
+    /// not read, although it is readable; that its peer hangs up counts all the same.
+    pub(super) fn interest(&self) -> EventSet {
+        let takes = !self.wire.is_starved() && self.wire.backlog() < MAX_BACKLOG;
+        let read = if takes { EventSet::IN } else { EventSet::READ_HANG_UP };
+        if self.wire.wants_to_send() { read | EventSet::OUT } else { read }
+    }
 }
 
 /// Buffers that hold the data of writes, by their token.
@@ -76,10 +121,20 @@ pub(super) struct Greeting {
 pub(super) struct Sink<'a> {
     pub(super) id: ConnectionId,
     pub(super) member: Option<&'a mut Member>,
-    pub(super) arriving: &'a mut VecDeque<BufferToken>,
+    pub(super) arriving: &'a mut VecDeque<Option<BufferToken>>,
+    pub(super) arriving_bytes: &'a mut usize,
+    /// Bytes of buffers that the connection may have arriving.
+    pub(super) share: usize,
     pub(super) buffers: &'a BufferPool,
+    /// Others stand in line for memory that is not there.
+    pub(super) short: &'a mut bool,
+    /// Buffers that were found.
+    pub(super) found: &'a mut usize,
     pub(super) writes: &'a mut WriteBuffers,
-    pub(super) starved: &'a mut bool,
+    pub(super) requests: &'a mut usize,
+    pub(super) heard: &'a mut Time,
+    /// A message arrived.
+    pub(super) delivered: &'a mut bool,
     pub(super) greeting: &'a mut Option<Greeting>,
     pub(super) error: &'a mut Option<&'static str>,
     pub(super) now: Time,
@@ -87,29 +142,61 @@ pub(super) struct Sink<'a> {
 
 impl Receiver for Sink<'_> {
     fn place(&mut self, header: &MessageHeader, segments: &mut Vec<Segment>) -> Place {
-        if self.member.is_none() || header.kind != Kind::Write {
+        if header.kind != Kind::Write {
             return Place::Discard;
         }
-        let Some(buffer) = self.buffers.try_acquire(header.payload as usize) else {
-            *self.starved = true;
+        // Only who may write gets memory: whoever has not attached will be refused, and could keep it for long.
+        let holds = |m: &&mut Member| m.replica.holder_connection() == Some(self.id);
+        if !self.member.as_ref().is_some_and(holds) {
+            self.arriving.push_back(None);
+            return Place::Discard;
+        }
+        let length = header.payload as usize;
+        let has_share =
+            *self.arriving_bytes + length <= self.share || *self.arriving_bytes == 0 && self.share > 0;
+        if *self.short || !has_share {
+            return Place::Wait;
+        }
+        let Some(buffer) = self.buffers.try_acquire(length) else {
+            *self.short = true;
             return Place::Wait;
         };
         segments.push(buffer.segment());
         let token = self.writes.insert(buffer);
-        self.arriving.push_back(token);
+        self.arriving.push_back(Some(token));
+        *self.arriving_bytes += length;
+        *self.found += 1;
         Place::Data
     }
 
+    fn longest_body(&self) -> u32 {
+        if self.member.is_some() { MAX_BODY } else { MAX_HELLO }
+    }
+
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
+        // What counts is a whole message: a peer that sends a byte now and then keeps what it has been given.
+        *self.heard = self.now;
+        *self.delivered = true;
+        // A write without data had no place, and the next buffer is another one's.
+        let has_data = header.kind == Kind::Write && header.payload > 0;
+        let buffer = if has_data { self.arriving.pop_front().flatten() } else { None };
+        if buffer.is_some() {
+            *self.arriving_bytes -= header.payload as usize;
+        }
         match &mut self.member {
             Some(member) => {
-                let buffer = if header.kind == Kind::Write { self.arriving.pop_front() } else { None };
                 if header.pool != member.pool() {
                     *self.error = Some("a message for another pool than the one it greeted");
                     if let Some(buffer) = buffer {
                         self.writes.release(buffer);
                     }
                     return;
+                }
+                if header.kind.is_request() {
+                    *self.requests += 1;
+                    if *self.requests > MAX_REQUESTS {
+                        *self.error = Some("more requests outstanding than a session has slots");
+                    }
                 }
                 let event = Event::Message { connection: self.id, header, body, buffer };
                 member.replica.apply(event, self.now);

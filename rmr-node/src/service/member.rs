@@ -1,6 +1,6 @@
 //! One open store with the replica that speaks for it: joins the state machine, the metadata writer and the disk.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -19,6 +19,14 @@ use crate::admin::api::{
 use crate::disk::{Buffer, DiskId};
 use crate::store::{ClientRecord, MapKind, MetadataIo, MetadataWriter, Store, fit_client_name};
 
+/// A disk read that waits for a buffer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WaitingRead {
+    pub(super) io: IoId,
+    pub(super) offset: u64,
+    pub(super) length: u32,
+}
+
 /// An open store of a shard.
 pub(super) struct Member {
     pub(super) replica: Replica,
@@ -27,8 +35,16 @@ pub(super) struct Member {
     writer: MetadataWriter,
     /// Requests to the writer that are not durable, oldest first.
     tickets: VecDeque<(crate::store::Ticket, Ticket)>,
-    /// Buffers that a disk read has filled, or fills, until their answer is sent.
-    pub(super) reads: HashMap<IoId, Buffer>,
+    /// Buffers that a disk read has filled, until their answer is queued, by the request's number.
+    reads: Vec<Option<Buffer>>,
+    /// Bytes of buffers that disk reads fill.
+    pub(super) reading_bytes: usize,
+    /// Disk reads that wait for a buffer, oldest first.
+    pub(super) waiting_reads: VecDeque<WaitingRead>,
+    /// It stands in the shard's line for memory.
+    pub(super) in_line: bool,
+    /// Its replica may have something to say.
+    pub(super) active: bool,
     attached: Option<(UnixMs, SocketAddr)>,
     state_since: [Option<UnixMs>; rmr_common::pool::MAX_MEMBERS],
     pub(super) closing: bool,
@@ -47,7 +63,7 @@ impl Member {
             }
             maps.load(map_id(kind), map);
         }
-        let share = shared.config.buffer_memory / 2;
+        let share = buffer_share(shared) as u64;
         let config = ReplicaConfig {
             limits: Limits {
                 max_io: MAX_IO,
@@ -76,7 +92,11 @@ impl Member {
             disk,
             writer,
             tickets: VecDeque::new(),
-            reads: HashMap::new(),
+            reads: Vec::new(),
+            reading_bytes: 0,
+            waiting_reads: VecDeque::new(),
+            in_line: false,
+            active: false,
             attached: None,
             state_since: [None; rmr_common::pool::MAX_MEMBERS],
             closing: false,
@@ -86,6 +106,20 @@ impl Member {
     /// The pool.
     pub(super) fn pool(&self) -> PoolId {
         self.replica.spec().id
+    }
+
+    /// Keeps the data of a disk read until its answer is queued.
+    pub(super) fn keep_read(&mut self, io: IoId, buffer: Buffer) {
+        let index = io.0 as usize;
+        if self.reads.len() <= index {
+            self.reads.resize_with(index + 1, || None);
+        }
+        self.reads[index] = Some(buffer);
+    }
+
+    /// Takes what [`Member::keep_read`] kept.
+    pub(super) fn take_read(&mut self, io: IoId) -> Option<Buffer> {
+        self.reads.get_mut(io.0 as usize).and_then(Option::take)
     }
 
     /// Hands a piece of metadata to the writer.
@@ -252,6 +286,12 @@ impl Member {
             resync: None,
         }
     }
+}
+
+/// Bytes of buffers that one client may have at a time, of the memory of its shard. What a client does not send, or does
+/// not take, is missed by nobody else.
+pub(super) fn buffer_share(shared: &Shared) -> usize {
+    usize::try_from(shared.config.buffer_memory / 2).unwrap_or(usize::MAX)
 }
 
 const fn map_id(kind: MapKind) -> MapId {

@@ -4,6 +4,7 @@
 //! and at the end every connection with something queued gets one system call.
 
 use std::collections::{HashMap, VecDeque};
+use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
@@ -26,7 +27,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Greeting, Peer, Sink, WriteBuffers};
-use super::member::{IoTag, Member};
+use super::member::{IoTag, Member, WaitingRead, buffer_share};
 use super::{PoolPlace, Shared, count_connection};
 use crate::admin::Responder;
 use crate::admin::api::{ControlError, ErrorCode, PoolStatus, StoreCreated};
@@ -41,8 +42,12 @@ use crate::store::{MetadataIo, Store};
 const ACCEPT_BATCH: usize = 16;
 /// Replicas clear intents and connections time out on this beat.
 const TICK: Duration = Duration::from_secs(1);
-/// A client is dead when it was silent for so many leg timeouts; it sends a ping each second.
+/// A client is dead when it was silent for so many leg timeouts.
 const SILENT_LEG_TIMEOUTS: u32 = 3;
+/// It is given so long at the least: a client sends a ping each second, however short the leg timeout is.
+const SHORTEST_SILENCE: Duration = Duration::from_secs(3);
+/// A stop gives disks so long to end what clients left behind that had to be cut off.
+const STOP_GRACE: Duration = Duration::from_secs(1);
 
 /// What other threads ask of a shard.
 pub(super) enum Command {
@@ -83,11 +88,34 @@ impl ShardHandle {
     }
 }
 
+/// Who waits for memory.
+#[derive(Clone, Copy)]
+enum Waiter {
+    /// The disk reads of a member.
+    Reads(usize),
+    /// A connection, with data of writes.
+    Connection(ConnectionId),
+}
+
+/// How a turn of a waiter ended.
+enum Turn {
+    /// It got something.
+    Served,
+    /// There is no memory for it.
+    NoMemory,
+    /// It has its share, and can go on when it gives some of that back.
+    HasShare,
+    /// It does not wait any more.
+    Gone,
+}
+
 enum Phase {
     Serving,
     /// A stop was asked for: clients are told, requests end, disks are flushed, stores are marked clean.
     Draining {
         deadline: Time,
+        /// The time is over for clients that did not leave.
+        closed: bool,
     },
     Marking {
         deadline: Time,
@@ -107,6 +135,8 @@ pub(super) struct Shard {
     shutdown: Shutdown,
     engine: DiskEngine,
     buffers: BufferPool,
+    /// Bytes of buffers that one client may have.
+    share: usize,
     writes: WriteBuffers,
     peers: HashMap<ConnectionId, Peer>,
     by_descriptor: HashMap<RawFd, ConnectionId>,
@@ -116,8 +146,10 @@ pub(super) struct Shard {
     active: Vec<usize>,
     /// Connections with something queued.
     queued: Vec<ConnectionId>,
-    /// Disk reads that wait for a buffer.
-    starved_reads: VecDeque<(usize, IoId, u64, u32)>,
+    /// Who waits for memory, first come, first served.
+    line: VecDeque<Waiter>,
+    /// Somebody in the line found no memory: nobody else may take any before.
+    short: bool,
     /// Buffers whose data is on its way to a client, by tag.
     sending: Vec<Option<Buffer>>,
     free_tags: Vec<u32>,
@@ -127,6 +159,10 @@ pub(super) struct Shard {
     tags: Vec<u32>,
     changes: Vec<WatchChange>,
     closing: Vec<Peer>,
+    /// Connections for other shards, once this one does not watch them any more.
+    handovers: Vec<(usize, Box<Handover>)>,
+    /// Whether the listeners are watched. They are not for a moment when a connection could not be accepted.
+    listens: bool,
     phase: Phase,
     next_tick: Time,
     now: Time,
@@ -155,6 +191,7 @@ impl Shard {
         let now = monotonic_now();
         let mut shard = Self {
             index,
+            share: buffer_share(&shared),
             shared,
             shards,
             inbox,
@@ -170,7 +207,8 @@ impl Shard {
             members: Vec::new(),
             active: Vec::new(),
             queued: Vec::new(),
-            starved_reads: VecDeque::new(),
+            line: VecDeque::new(),
+            short: false,
             sending: Vec::new(),
             free_tags: Vec::new(),
             deleting: Vec::new(),
@@ -178,6 +216,8 @@ impl Shard {
             tags: Vec::new(),
             changes: Vec::new(),
             closing: Vec::new(),
+            handovers: Vec::new(),
+            listens: true,
             phase: Phase::Serving,
             next_tick: now + TICK,
             now,
@@ -213,8 +253,19 @@ impl Shard {
             for change in changes.drain(..) {
                 change.apply(&mut ops).map_err(failed)?;
             }
-            manager.subscriber_mut(id).map_err(failed)?.closing.clear();
+            manager.subscriber_mut(id).map_err(failed)?.let_go();
             manager.run_with_timeout(i32::try_from(wait).unwrap_or(i32::MAX)).map_err(failed)?;
+        }
+    }
+
+    /// Lets go of descriptors that the loop does not watch any more.
+    fn let_go(&mut self) {
+        self.closing.clear();
+        // Not before: clients that come now are refused at once, where an answer would never come.
+        self.closed_listeners.clear();
+        // The other shard may close the connection at once, and its number may then be another file's.
+        for (shard, handover) in self.handovers.drain(..) {
+            self.shards[shard].send(Command::Connection(handover));
         }
     }
 
@@ -225,12 +276,23 @@ impl Shard {
             self.next_tick = self.now + TICK;
             self.tick();
         }
-        self.settle();
-        self.send_all();
+        self.work();
         if !self.deleting.is_empty() {
             self.finish_deletions();
         }
         self.advance_shutdown();
+    }
+
+    /// Replicas, disks, sockets and the line for memory, until none has anything to do at once.
+    fn work(&mut self) {
+        loop {
+            self.settle();
+            self.send_all();
+            let fed = self.feed();
+            if !fed && self.active.is_empty() && self.queued.is_empty() {
+                return;
+            }
+        }
     }
 
     /// Lets replicas and disks work until neither has anything to do at once.
@@ -238,8 +300,13 @@ impl Shard {
         loop {
             let mut active = std::mem::take(&mut self.active);
             for index in active.drain(..) {
+                if let Some(Some(member)) = self.members.get_mut(index) {
+                    member.active = false;
+                }
                 self.carry_out(index);
             }
+            // Empty, unless carrying out one thing led to another.
+            active.append(&mut self.active);
             self.active = active;
             self.engine.flush_submissions();
             let mut completions = std::mem::take(&mut self.completions);
@@ -256,7 +323,9 @@ impl Shard {
     }
 
     fn activate(&mut self, member: usize) {
-        if !self.active.contains(&member) {
+        if let Some(Some(m)) = self.members.get_mut(member)
+            && !std::mem::replace(&mut m.active, true)
+        {
             self.active.push(member);
         }
     }
@@ -310,18 +379,19 @@ impl Shard {
     }
 
     fn start_disk(&mut self, index: usize, io: IoId, operation: DiskOperation, offset: u64, length: u32) {
-        let Some(Some(member)) = self.members.get(index) else { return };
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
         let data_offset = member.store.superblock().layout.data_offset;
         let own = u16::try_from(index).unwrap_or(u16::MAX);
-        let mut tag = IoTag::Replica(own, io);
+        let tag = IoTag::Replica(own, io);
         let (kind, payload) = match operation {
-            DiskOperation::Read => match self.buffers.try_acquire(length as usize) {
-                Some(buffer) => {
-                    tag = IoTag::Read(own, io);
-                    (IoKind::Read, Payload::Buffer(buffer))
+            DiskOperation::Read => {
+                member.waiting_reads.push_back(WaitingRead { io, offset, length });
+                // At once, if it is the first and there is no need to stand in line.
+                if !member.in_line && (self.short || !matches!(self.feed_reads(index), Turn::Served)) {
+                    self.stand_in_line(Waiter::Reads(index));
                 }
-                None => return self.starved_reads.push_back((index, io, offset, length)),
-            },
+                return;
+            }
             DiskOperation::Write(token) => match self.writes.take(token) {
                 Some(buffer) => (IoKind::Write, Payload::Buffer(buffer)),
                 None => (IoKind::Write, Payload::None),
@@ -351,8 +421,11 @@ impl Shard {
                     let pool = &member.replica.spec().name;
                     tracing::error!(%pool, member = %member.replica.member(), "disk error: {error}");
                 }
-                if let (IoTag::Read(..), Payload::Buffer(buffer), Ok(())) = (tag, payload, &result) {
-                    member.reads.insert(io, buffer);
+                if let (IoTag::Read(..), Payload::Buffer(buffer)) = (tag, payload) {
+                    member.reading_bytes -= buffer.length();
+                    if result.is_ok() {
+                        member.keep_read(io, buffer);
+                    }
                 }
                 let result = match result {
                     Ok(()) => DiskResult::Done,
@@ -374,10 +447,13 @@ impl Shard {
     /// Queues an answer on its connection, if that is still there.
     fn reply(&mut self, index: usize, id: ConnectionId, header: &MessageHeader, payload: ReplyPayload) {
         let buffer = match &payload {
-            ReplyPayload::Data(io) => self.members[index].as_mut().and_then(|m| m.reads.remove(io)),
+            ReplyPayload::Data(io) => self.members[index].as_mut().and_then(|m| m.take_read(*io)),
             ReplyPayload::None | ReplyPayload::Body(_) => None,
         };
         let Some(peer) = self.peers.get_mut(&id) else { return };
+        if matches!(header.kind, Kind::IoReply | Kind::FlushReply) {
+            peer.requests = peer.requests.saturating_sub(1);
+        }
         match (payload, buffer) {
             (ReplyPayload::Body(body), _) => peer.wire.queue(header, Some(body)),
             (_, Some(buffer)) => {
@@ -386,110 +462,216 @@ impl Shard {
                     self.sending.push(None);
                     u32::try_from(self.sending.len() - 1).unwrap_or(u32::MAX)
                 });
+                peer.sending_bytes += buffer.length();
                 self.sending[tag as usize] = Some(buffer);
                 peer.wire.queue_data(header, Some(tag), &mut |segments| segments.push(segment));
-                peer.sending.push(tag);
+                peer.sending.push_back(tag);
             }
             (ReplyPayload::None | ReplyPayload::Data(_), None) => peer.wire.queue(header, None),
         }
-        if !self.queued.contains(&id) {
+        self.queue(id);
+    }
+
+    /// Notes that a connection has something to send.
+    fn queue(&mut self, id: ConnectionId) {
+        if let Some(peer) = self.peers.get_mut(&id)
+            && !std::mem::replace(&mut peer.queued, true)
+        {
             self.queued.push(id);
         }
     }
 
-    /// Sends what is queued, and lets those go on that waited for the buffers this frees.
+    /// Sends what is queued.
     fn send_all(&mut self) {
-        loop {
-            let mut queued = std::mem::take(&mut self.queued);
-            for id in queued.drain(..) {
-                self.send(id);
-            }
-            self.queued = queued;
-            if !self.feed_starved() {
-                return;
-            }
-            self.settle();
+        let mut queued = std::mem::take(&mut self.queued);
+        for id in queued.drain(..) {
+            self.send(id);
         }
+        self.queued = queued;
     }
 
     fn send(&mut self, id: ConnectionId) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
+        peer.queued = false;
         let sent = peer.wire.flush();
         peer.wire.take_sent(&mut self.tags);
         for tag in self.tags.drain(..) {
-            self.sending[tag as usize] = None;
+            // Data is sent in the order in which it was queued.
+            let first = peer.sending.pop_front();
+            debug_assert_eq!(first, Some(tag), "tags come back in order");
+            peer.sending_bytes -= self.sending[tag as usize].take().map_or(0, |buffer| buffer.length());
             self.free_tags.push(tag);
-            peer.sending.retain(|t| *t != tag);
         }
         match sent {
-            Ok(()) => {
-                let wants = peer.wire.wants_to_send();
-                if wants != peer.watches_write {
-                    peer.watches_write = wants;
-                    let set = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
-                    self.changes.push(WatchChange::Modify(peer.descriptor, set));
-                }
-            }
+            Ok(()) => self.watch(id),
             Err(error) => self.lost(id, &error.to_string()),
         }
     }
 
-    /// Gives free buffers to reads and to connections that wait for them; true if any went on.
-    fn feed_starved(&mut self) -> bool {
-        let mut fed = false;
-        while let Some(&(index, io, offset, length)) = self.starved_reads.front() {
-            if self.buffers.try_acquire(length as usize).is_none() {
-                break;
-            }
-            self.starved_reads.pop_front();
-            self.start_disk(index, io, DiskOperation::Read, offset, length);
-            fed = true;
+    /// Sees to it that a connection's descriptor wakes the loop when something can be done, and only then.
+    fn watch(&mut self, id: ConnectionId) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let set = peer.interest();
+        if set != peer.watched {
+            peer.watched = set;
+            self.changes.push(WatchChange::Modify(peer.descriptor, set));
         }
-        if self.starved_reads.is_empty() {
-            let starved: Vec<_> = self.peers.iter().filter(|(_, p)| p.starved).map(|(id, _)| *id).collect();
-            for id in starved {
-                let before = self.buffers.free_bytes();
-                self.receive(id);
-                fed |= self.buffers.free_bytes() < before;
+    }
+
+    fn stand_in_line(&mut self, waiter: Waiter) {
+        let stands = match waiter {
+            Waiter::Reads(index) => self.members[index].as_mut().map(|m| &mut m.in_line),
+            Waiter::Connection(id) => self.peers.get_mut(&id).map(|p| &mut p.in_line),
+        };
+        if let Some(stands) = stands
+            && !std::mem::replace(stands, true)
+        {
+            self.line.push_back(waiter);
+        }
+    }
+
+    /// Gives free memory to those who stand in line, each in its turn; true if anybody went on.
+    fn feed(&mut self) -> bool {
+        let mut fed = false;
+        self.short = false;
+        for _ in 0..self.line.len() {
+            let Some(waiter) = self.line.pop_front() else { break };
+            let turn = match waiter {
+                Waiter::Reads(index) => self.feed_reads(index),
+                Waiter::Connection(id) => self.feed_connection(id),
+            };
+            match turn {
+                Turn::Served => {
+                    fed = true;
+                    self.line.push_back(waiter);
+                }
+                Turn::HasShare => self.line.push_back(waiter),
+                Turn::NoMemory => {
+                    // It stays the first: with one large request among many small ones it would wait for ever.
+                    self.short = true;
+                    self.line.push_front(waiter);
+                    break;
+                }
+                Turn::Gone => match waiter {
+                    Waiter::Reads(index) => {
+                        if let Some(Some(member)) = self.members.get_mut(index) {
+                            member.in_line = false;
+                        }
+                    }
+                    Waiter::Connection(id) => {
+                        if let Some(peer) = self.peers.get_mut(&id) {
+                            peer.in_line = false;
+                        }
+                    }
+                },
             }
         }
         fed
     }
 
+    /// Starts the first disk read of a member that waits for a buffer.
+    fn feed_reads(&mut self, index: usize) -> Turn {
+        let Some(Some(member)) = self.members.get_mut(index) else { return Turn::Gone };
+        let Some(&WaitingRead { io, offset, length }) = member.waiting_reads.front() else {
+            return Turn::Gone;
+        };
+        let client = member.replica.holder_connection().and_then(|id| self.peers.get(&id));
+        let has = member.reading_bytes + client.map_or(0, |p| p.sending_bytes + p.arriving_bytes);
+        if has > 0 && has + length as usize > self.share {
+            return Turn::HasShare;
+        }
+        let Some(buffer) = self.buffers.try_acquire(length as usize) else { return Turn::NoMemory };
+        member.waiting_reads.pop_front();
+        member.reading_bytes += buffer.length();
+        self.engine.submit(Io {
+            disk: member.disk,
+            id: IoTag::Read(u16::try_from(index).unwrap_or(u16::MAX), io).encode(),
+            kind: IoKind::Read,
+            offset: member.store.superblock().layout.data_offset + offset,
+            length: length.into(),
+            payload: Payload::Buffer(buffer),
+        });
+        Turn::Served
+    }
+
+    /// Lets a connection receive that waits for a buffer.
+    fn feed_connection(&mut self, id: ConnectionId) -> Turn {
+        if !self.peers.get(&id).is_some_and(|p| p.wire.is_starved()) {
+            return Turn::Gone;
+        }
+        let found = self.take_in(id);
+        match self.peers.get(&id) {
+            Some(peer) if peer.wire.is_starved() => {
+                if found > 0 {
+                    Turn::Served
+                } else if self.short {
+                    Turn::NoMemory
+                } else {
+                    Turn::HasShare
+                }
+            }
+            _ => Turn::Gone,
+        }
+    }
+
     fn receive(&mut self, id: ConnectionId) {
-        let Some(peer) = self.peers.get_mut(&id) else { return };
-        peer.last_heard = self.now;
-        peer.starved = false;
-        let (mut greeting, mut error) = (None, None);
-        let member = peer.member;
+        self.take_in(id);
+        if self.peers.get(&id).is_some_and(|p| p.wire.is_starved()) {
+            self.stand_in_line(Waiter::Connection(id));
+        }
+    }
+
+    /// Takes in what has arrived; returns how many buffers it was given.
+    fn take_in(&mut self, id: ConnectionId) -> usize {
+        let Some(peer) = self.peers.get_mut(&id) else { return 0 };
+        let (mut greeting, mut error, mut found, mut delivered) = (None, None, 0, false);
+        let (index, was_starved) = (peer.member, peer.wire.is_starved());
+        let member = index.and_then(|index| self.members[index].as_mut());
+        let others = peer.sending_bytes + member.as_ref().map_or(0, |m| m.reading_bytes);
         let mut sink = Sink {
             id,
-            member: member.and_then(|index| self.members[index].as_mut()),
+            member,
             arriving: &mut peer.arriving,
+            arriving_bytes: &mut peer.arriving_bytes,
+            share: self.share.saturating_sub(others),
             buffers: &self.buffers,
+            short: &mut self.short,
+            found: &mut found,
             writes: &mut self.writes,
-            starved: &mut peer.starved,
+            requests: &mut peer.requests,
+            heard: &mut peer.last_heard,
+            delivered: &mut delivered,
             greeting: &mut greeting,
             error: &mut error,
             now: self.now,
         };
         let received = peer.wire.receive(&mut sink);
-        if let Some(index) = member {
+        if was_starved {
+            // It was not read for as long as it waited.
+            peer.last_heard = self.now;
+        }
+        if let Some(index) = index.filter(|_| delivered) {
             self.activate(index);
         }
         match (received, error) {
             (Err(error), _) => self.lost(id, &error.to_string()),
             (Ok(()), Some(reason)) => self.lost(id, reason),
             (Ok(()), None) => {
+                self.watch(id);
                 if let Some(greeting) = greeting {
                     self.greet(id, greeting);
                 }
             }
         }
+        found
     }
 
     /// Finds the pool that a hello asks for, here or on another shard.
     fn greet(&mut self, id: ConnectionId, greeting: Greeting) {
+        if !matches!(self.phase, Phase::Serving) {
+            let text = format!("node {} is stopping", self.shared.config.node_name);
+            return self.refuse(id, &greeting.header, Status::Stopping, text);
+        }
         let hello = match Hello::decode(&greeting.body) {
             Ok(hello) => hello,
             Err(error) => return self.lost(id, &error.to_string()),
@@ -505,10 +687,8 @@ impl Shard {
             Some((_, shard)) if shard != self.index => {
                 if let Some(peer) = self.peers.remove(&id) {
                     self.by_descriptor.remove(&peer.descriptor);
-                    // Its descriptor leaves this loop before the other one can be told to watch it: both are one file,
-                    // and an epoll instance keeps its own list.
                     self.changes.push(WatchChange::Remove(peer.descriptor));
-                    self.shards[shard].send(Command::Connection(Box::new(Handover { peer, greeting })));
+                    self.handovers.push((shard, Box::new(Handover { peer, greeting })));
                 }
             }
             Some((pool, _)) => self.greet_here(id, &greeting.header, &hello, pool),
@@ -530,8 +710,8 @@ impl Shard {
                 if let Some(peer) = self.peers.get_mut(&id) {
                     peer.member = Some(index);
                     peer.wire.queue(&answer, Some(body));
-                    self.queued.push(id);
                 }
+                self.queue(id);
             }
             Err(text) => self.refuse(id, header, Status::Version, text),
         }
@@ -554,11 +734,16 @@ impl Shard {
         for _ in 0..ACCEPT_BATCH {
             let (stream, address) = match listener.accept() {
                 Ok(accepted) => accepted,
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    tracing::warn!("cannot accept a connection: {error}");
-                    return;
-                }
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock => return,
+                    // It went away before it was accepted.
+                    ErrorKind::ConnectionAborted | ErrorKind::Interrupted => continue,
+                    _ => {
+                        // For want of descriptors or memory as a rule. The listener stays readable all the while.
+                        tracing::warn!("cannot accept connections, trying again in a second: {error}");
+                        return self.listen(false);
+                    }
+                },
             };
             if !count_connection(&self.shared) {
                 let most = self.shared.config.max_connections;
@@ -568,18 +753,7 @@ impl Shard {
             match TcpConnection::new(stream, self.shared.config.leg_timeout) {
                 Ok(wire) => {
                     let Some(descriptor) = wire.descriptor() else { continue };
-                    let peer = Peer {
-                        wire,
-                        descriptor,
-                        address,
-                        member: None,
-                        since: self.now,
-                        last_heard: self.now,
-                        watches_write: false,
-                        starved: false,
-                        arriving: VecDeque::new(),
-                        sending: Vec::new(),
-                    };
+                    let peer = Peer::new(wire, descriptor, address, self.now);
                     Self::insert(&mut self.next_connection, &mut self.peers, &mut self.by_descriptor, peer);
                     self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
                 }
@@ -591,13 +765,24 @@ impl Shard {
         }
     }
 
+    /// Watches the listeners, or leaves them alone for a while.
+    fn listen(&mut self, listens: bool) {
+        self.listens = listens;
+        let set = if listens { EventSet::IN } else { EventSet::empty() };
+        self.changes.extend(self.listeners.iter().map(|l| WatchChange::Modify(l.as_raw_fd(), set)));
+    }
+
     fn insert(
         next: &mut u32,
         peers: &mut HashMap<ConnectionId, Peer>,
         by_descriptor: &mut HashMap<RawFd, ConnectionId>,
         peer: Peer,
     ) -> ConnectionId {
-        *next = next.wrapping_add(1);
+        // Numbers come round after four thousand million connections, and some may have lived that long.
+        while {
+            *next = next.wrapping_add(1);
+            peers.contains_key(&ConnectionId(*next))
+        } {}
         let id = ConnectionId(*next);
         by_descriptor.insert(peer.descriptor, id);
         peers.insert(id, peer);
@@ -627,7 +812,7 @@ impl Shard {
             self.sending[tag as usize] = None;
             self.free_tags.push(tag);
         }
-        for token in peer.arriving.drain(..) {
+        for token in peer.arriving.drain(..).flatten() {
             self.writes.release(token);
         }
         self.changes.push(WatchChange::Remove(peer.descriptor));
@@ -641,10 +826,15 @@ impl Shard {
                 self.activate(index);
             }
         }
+        if !self.listens {
+            self.listen(true);
+        }
         let (config, now) = (&self.shared.config, self.now);
-        let silent = config.leg_timeout * SILENT_LEG_TIMEOUTS;
+        let silent = (config.leg_timeout * SILENT_LEG_TIMEOUTS).max(SHORTEST_SILENCE);
         let overdue = |peer: &Peer| match peer.member {
-            Some(_) => now - peer.last_heard > silent.max(config.leg_timeout),
+            // What is not read cannot be heard.
+            Some(_) if !peer.watched.contains(EventSet::IN) => false,
+            Some(_) => now - peer.last_heard > silent,
             None => now - peer.since > config.idle_timeout.min(silent),
         };
         let late: Vec<_> = self.peers.iter().filter(|(_, p)| overdue(p)).map(|(id, _)| *id).collect();
@@ -744,10 +934,10 @@ impl Shard {
                 continue;
             }
             let Some(member) = self.members[index].take() else { continue };
+            // The pool stays in the list until nothing of it is left: a store created meanwhile would be destroyed too.
             let pool = member.pool();
             let path = member.store.path().to_owned();
             let name = member.replica.spec().name.clone();
-            self.shared.pools().remove(&pool);
             let own = self.shared.config.store_dir.as_ref().is_some_and(|dir| path.parent() == Some(dir));
             drop(member);
             let result = Store::destroy(&path, Some(pool)).map_err(|e| e.to_string()).and_then(|_| {
@@ -757,6 +947,7 @@ impl Shard {
                     Ok(())
                 }
             });
+            self.shared.pools().remove(&pool);
             tracing::info!(pool = %name, path = %path.display(), ok = result.is_ok(), "store deleted");
             responder.send(result.map_err(|text| ControlError::new(ErrorCode::Internal, text)));
         }
@@ -771,21 +962,23 @@ impl Shard {
                 self.changes.extend(listeners.iter().map(|l| WatchChange::Remove(l.as_raw_fd())));
                 // Kept until the loop does not watch them any more; no connection is accepted meanwhile.
                 self.closed_listeners = listeners;
-                self.phase = Phase::Draining { deadline: self.now + self.shared.config.stop_timeout };
-                let clients: Vec<_> = self.peers.keys().copied().collect();
-                for id in clients {
-                    let Some(peer) = self.peers.get_mut(&id) else { continue };
-                    let Some(member) = peer.member.and_then(|m| self.members[m].as_ref()) else { continue };
-                    peer.wire.queue(&MessageHeader::new(Kind::Goodbye, member.pool()), None);
-                    self.queued.push(id);
-                }
+                let deadline = self.now + self.shared.config.stop_timeout;
+                self.phase = Phase::Draining { deadline, closed: false };
+                self.say_goodbye();
                 self.next_tick = self.now;
             }
-            Phase::Draining { deadline } => {
+            Phase::Draining { deadline, closed } => {
                 let busy = !self.peers.is_empty()
                     || self.members.iter().flatten().any(|m| m.replica.is_busy() || !m.metadata_idle());
                 if busy && self.now < deadline {
                     self.next_tick = self.next_tick.min(self.now + Duration::from_millis(20));
+                    return;
+                }
+                if busy && !closed {
+                    // Nothing may be written behind the mark of a clean shutdown.
+                    self.close_all("the node is stopping, and the client did not leave in time");
+                    self.phase = Phase::Draining { deadline: self.now + STOP_GRACE, closed: true };
+                    self.next_tick = self.now;
                     return;
                 }
                 for index in 0..self.members.len() {
@@ -820,16 +1013,51 @@ impl Shard {
     }
 }
 
+impl Shard {
+    /// Tells clients that the node stops. Those that hold a pool end what they are doing and leave; nobody waits for
+    /// others.
+    fn say_goodbye(&mut self) {
+        let all: Vec<_> = self.peers.keys().copied().collect();
+        for id in all {
+            let Some(peer) = self.peers.get_mut(&id) else { continue };
+            let member = peer.member.and_then(|m| self.members[m].as_ref());
+            if let Some(member) = member {
+                peer.wire.queue(&MessageHeader::new(Kind::Goodbye, member.pool()), None);
+            }
+            if member.is_some_and(|m| m.replica.holder_connection() == Some(id)) {
+                self.queue(id);
+            } else {
+                // What does not go out at once is lost with the connection, which says the same.
+                let _ = peer.wire.flush();
+                self.lost(id, "the node is stopping");
+            }
+        }
+    }
+
+    fn close_all(&mut self, reason: &str) {
+        let all: Vec<_> = self.peers.keys().copied().collect();
+        for id in all {
+            self.lost(id, reason);
+        }
+    }
+}
+
 impl MutEventSubscriber for Shard {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         self.now = monotonic_now();
         let descriptor = events.fd();
         if let Some(&id) = self.by_descriptor.get(&descriptor) {
-            if events.event_set().contains(EventSet::OUT) {
-                self.queued.push(id);
+            let (set, hang_up) =
+                (events.event_set(), EventSet::HANG_UP | EventSet::ERROR | EventSet::READ_HANG_UP);
+            if set.contains(EventSet::OUT) {
+                self.queue(id);
             }
-            if events.event_set() != EventSet::OUT {
+            let reads = self.peers.get(&id).is_some_and(|p| p.watched.contains(EventSet::IN));
+            if reads && set != EventSet::OUT {
                 self.receive(id);
+            } else if set.intersects(hang_up) {
+                // What it sent before will never be answered; and a hang-up that is not dealt with comes again at once.
+                self.lost(id, "the peer hung up");
             }
         } else if descriptor == self.shards[self.index].wake.as_raw_fd() {
             // Only the wake-up counts; the commands are in the inbox.

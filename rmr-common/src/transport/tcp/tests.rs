@@ -13,6 +13,7 @@ use crate::wire::Kind;
 struct Sink {
     waits: usize,
     discard: bool,
+    longest_body: Option<u32>,
     buffers: Vec<Vec<u8>>,
     messages: Vec<(MessageHeader, Vec<u8>)>,
 }
@@ -34,6 +35,10 @@ impl Receiver for Sink {
         segments.push(whole.part(half, usize::MAX));
         self.buffers.push(buffer);
         Place::Data
+    }
+
+    fn longest_body(&self) -> u32 {
+        self.longest_body.unwrap_or(1 << 20)
     }
 
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
@@ -186,4 +191,84 @@ fn a_closed_peer_is_noticed() {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+#[test]
+fn a_second_answer_with_data_for_one_request_is_refused_before_it_gets_a_place() {
+    let data = |slot| MessageHeader { kind: Kind::IoReply, ..write_header(slot, 8) };
+    let error = |slot| MessageHeader { kind: Kind::IoReply, ..write_header(slot, 0) };
+    for (headers, refused) in [
+        (vec![data(1), data(2), error(3)], false),
+        (vec![data(1), data(1)], true),
+        (vec![error(1), data(1)], true),
+        (vec![data(1023), data(0), data(1023)], true),
+    ] {
+        let (mut raw, b) = raw_pair();
+        let mut b = TcpConnection::new(b, Duration::from_secs(5)).unwrap();
+        let table: Vec<u8> = headers.iter().flat_map(MessageHeader::encode).collect();
+        let payload = headers.iter().map(|h| h.payload).sum();
+        let count = u16::try_from(headers.len()).unwrap();
+        let frame = FrameHeader { count, payload, checksum: frame_crc(&table) };
+        raw.write_all(&[frame.encode().as_slice(), &table, &vec![7; payload as usize]].concat()).unwrap();
+        let (mut sink, deadline) = (Sink::default(), Instant::now() + Duration::from_secs(5));
+        let outcome = loop {
+            assert!(Instant::now() < deadline);
+            match b.receive(&mut sink) {
+                Ok(()) if sink.messages.len() == headers.len() => break Ok(()),
+                Ok(()) => {}
+                Err(error) => break Err(error),
+            }
+        };
+        assert_eq!(outcome.is_err(), refused, "{headers:?}");
+        assert!(!refused || sink.buffers.is_empty(), "it had a place before it was refused");
+    }
+}
+
+#[test]
+fn a_body_that_is_not_wanted_and_all_but_one_of_many_take_no_memory() {
+    let body = MessageHeader { kind: Kind::Hello, length: 0, ..write_header(0, 1 << 20) };
+    let table: Vec<u8> = [body; 64].iter().flat_map(MessageHeader::encode).collect();
+    let frame = FrameHeader { count: 64, payload: 64 << 20, checksum: frame_crc(&table) };
+    let head = [frame.encode().as_slice(), &table].concat();
+    for longest_body in [4096, 1 << 20] {
+        let (mut raw, b) = raw_pair();
+        let mut b = TcpConnection::new(b, Duration::from_secs(5)).unwrap();
+        raw.write_all(&head).unwrap();
+        let mut sink = Sink { longest_body: Some(longest_body), ..Sink::default() };
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let refused = loop {
+            assert!(Instant::now() < deadline);
+            match b.receive(&mut sink) {
+                Ok(()) if b.receiver.placed > 0 => break false,
+                Ok(()) => {}
+                Err(_) => break true,
+            }
+        };
+        assert_eq!(refused, longest_body == 4096);
+        let set_aside: usize = b.receiver.messages.iter().map(|m| m.body.len()).sum();
+        assert_eq!(set_aside, if refused { 0 } else { 1 << 20 });
+    }
+}
+
+#[test]
+fn a_connection_says_when_it_waits_for_memory_and_how_much_it_has_to_send() {
+    let (mut a, mut b) = pair();
+    let bytes = pattern(1, 4096);
+    // SAFETY: `bytes` outlives the connections' use of it.
+    let segment = unsafe { Segment::new(bytes.as_ptr().cast_mut(), bytes.len()) };
+    for slot in 0..3 {
+        a.queue_data(&write_header(slot, 4096), None, &mut |s| s.push(segment));
+    }
+    assert_eq!(a.backlog(), 3);
+    let mut sink = Sink { waits: usize::MAX, ..Sink::default() };
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !b.is_starved() {
+        assert!(Instant::now() < deadline);
+        a.flush().unwrap();
+        b.receive(&mut sink).unwrap();
+    }
+    assert_eq!((a.backlog(), sink.messages.len()), (0, 0));
+    sink.waits = 0;
+    pump(&mut a, &mut b, &mut sink, 3);
+    assert!(!b.is_starved());
 }

@@ -1,0 +1,800 @@
+//! A real node and its clients over real sockets: well-behaved ones, and peers that break every rule.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use rmr_common::client::{Config, OverReason, PoolSelector};
+use rmr_common::driver::{Pool, PoolError};
+use rmr_common::pool::{
+    Address, ChunkSize, ClientId, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, Sequence, Slot, StoreId,
+    View, ViewNumber,
+};
+use rmr_common::wire::{
+    Attach, FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Hello, HelloReply, Kind, MessageHeader, Role,
+    Status, frame_crc,
+};
+use rmr_node::store::{CreateOptions, Store, ZeroPolicy};
+
+const MIB: u32 = 1 << 20;
+const POOL_SIZE: u64 = 64 << 20;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A node of its own process, with as many pools of one member as asked for, `pool-0` and up.
+struct Node {
+    child: Child,
+    address: SocketAddr,
+    pools: Vec<PoolSpec>,
+    log: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Node {
+    fn start(pools: usize, flags: &[&str]) -> Self {
+        Self::start_with("", pools, flags)
+    }
+
+    /// Starts it from a shell that runs `before` first.
+    fn start_with(before: &str, pools: usize, flags: &[&str]) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let pools: Vec<PoolSpec> = (0..pools).map(|i| create_pool(&dir, i, port)).collect();
+        let log = dir.path().join("log");
+        let file = std::fs::File::create(&log).expect("a log file");
+        let listen = address.to_string();
+        let child = Command::new("sh")
+            .args(["-c", &format!("{before} exec \"$@\""), "sh", env!("CARGO_BIN_EXE_rmr-node")])
+            .args(["--listen", &listen, "--admin", "127.0.0.1:0", "--store-dir"])
+            .arg(dir.path())
+            .args(flags)
+            .env_remove("RMR_LOG")
+            .stderr(file)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the node starts");
+        let node = Self { child, address, pools, log, _dir: dir };
+        wait_for("the node serves", || node.log().contains("serving"));
+        node
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    fn config(name: &str) -> Config {
+        Config::new(ClientId::random(), name)
+    }
+
+    /// Attaches a well-behaved client.
+    fn attach(&self, pool: usize) -> Result<Pool, PoolError> {
+        let selector = PoolSelector::Id(self.pools[pool].id);
+        Pool::connect(
+            Self::config("a client"),
+            selector,
+            &[Address::tcp("127.0.0.1", self.address.port())],
+            PATIENCE,
+        )
+    }
+
+    /// Milliseconds of processor time so far.
+    fn cpu_ms(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
+        let fields: Vec<&str> = stat.rsplit(')').next().expect("its name").split_whitespace().collect();
+        let ticks = |i: usize| fields[i].parse::<u64>().expect("a number");
+        (ticks(11) + ticks(12)) * 10
+    }
+
+    fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let line = status.lines().find(|l| l.starts_with("VmRSS")).expect("it has memory");
+        line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+    }
+
+    /// The share of one processor that the node uses within `time`, in percent.
+    fn load(&self, time: Duration) -> u64 {
+        let before = self.cpu_ms();
+        std::thread::sleep(time);
+        (self.cpu_ms() - before) * 100 / u64::try_from(time.as_millis()).expect("short")
+    }
+
+    /// Asks it to stop, and returns how long that took.
+    fn stop(&mut self) -> Duration {
+        let start = Instant::now();
+        let kill = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        assert!(kill.expect("kill runs").success());
+        while self.child.try_wait().expect("it is ours").is_none() {
+            assert!(start.elapsed() < Duration::from_secs(25), "it does not stop:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        start.elapsed()
+    }
+
+    fn assert_running(&mut self) {
+        assert!(self.child.try_wait().expect("it is ours").is_none(), "the node ended:\n{}", self.log());
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn create_pool(dir: &tempfile::TempDir, index: usize, port: u16) -> PoolSpec {
+    let (member, store) = (MemberId::all().next().expect("there are members"), StoreId::random());
+    let spec = PoolSpec {
+        id: PoolId::random(),
+        name: format!("pool-{index}"),
+        size: POOL_SIZE,
+        chunk_size: ChunkSize::default(),
+        logical_block_size: 512,
+        members: vec![MemberSpec { id: member, store, address: Address::tcp("127.0.0.1", port) }],
+    };
+    let options = CreateOptions {
+        spec: spec.clone(),
+        member,
+        store,
+        view: View::initial([(member, store)]),
+        overwrite: false,
+        zero: ZeroPolicy::Zero,
+        max_size: None,
+    };
+    let path = dir.path().join(format!("pool-{index}.store"));
+    Store::create(&path, &options, &mut |_, _| {}).expect("the store is created");
+    spec
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A peer that is written out by hand.
+struct Raw {
+    stream: TcpStream,
+    pool: PoolId,
+    epoch: Epoch,
+    view: ViewNumber,
+    table: Vec<MessageHeader>,
+}
+
+impl Raw {
+    fn connect(node: &Node, pool: usize) -> Self {
+        let stream = TcpStream::connect(node.address).expect("it listens");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+        let pool = node.pools[pool].id;
+        Self { stream, pool, epoch: Epoch(0), view: ViewNumber(0), table: Vec::new() }
+    }
+
+    /// A connection that was greeted.
+    fn greeted(node: &Node, pool: usize) -> Self {
+        let mut raw = Self::connect(node, pool);
+        let body = raw.hello(node.pools[pool].id);
+        let reply = HelloReply::decode(&body.1).expect("a hello reply");
+        (raw.epoch, raw.view) = (reply.epoch, reply.view.number);
+        raw
+    }
+
+    /// A connection that holds its pool.
+    fn attached(node: &Node, pool: usize) -> Self {
+        let mut raw = Self::greeted(node, pool);
+        raw.epoch = Epoch(raw.epoch.0 + 1);
+        let attach =
+            Attach { client: ClientId::random(), takeover: true, description: "raw".into() }.encode();
+        let header = raw.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));
+        raw.send(&[(header, &attach)]);
+        let (header, _) = raw.receive();
+        assert_eq!((header.kind, header.status), (Kind::AttachReply, Status::Ok));
+        raw
+    }
+
+    fn hello(&mut self, pool: PoolId) -> (MessageHeader, Vec<u8>) {
+        let hello = Hello {
+            versions: (1, 1),
+            capabilities: 0,
+            role: Role::Client,
+            client: ClientId::random(),
+            pool_name: String::new(),
+            description: "raw".into(),
+        };
+        let body = hello.encode();
+        let header = MessageHeader {
+            payload: u32::try_from(body.len()).expect("short"),
+            ..MessageHeader::new(Kind::Hello, pool)
+        };
+        self.send(&[(header, &body)]);
+        self.receive()
+    }
+
+    fn header(&self, kind: Kind, slot: u16, payload: u32) -> MessageHeader {
+        MessageHeader {
+            slot: Slot(slot),
+            payload,
+            epoch: self.epoch,
+            view: self.view,
+            sequence: Sequence(u64::from(slot) + 1),
+            ..MessageHeader::new(kind, self.pool)
+        }
+    }
+
+    fn write_header(&self, slot: u16, offset: u64, length: u32) -> MessageHeader {
+        MessageHeader { offset, length, ..self.header(Kind::Write, slot, length) }
+    }
+
+    fn read_header(&self, slot: u16, offset: u64, length: u32) -> MessageHeader {
+        MessageHeader { offset, length, ..self.header(Kind::Read, slot, 0) }
+    }
+
+    /// The head of a frame with these messages.
+    fn frame(headers: &[MessageHeader]) -> Vec<u8> {
+        let table: Vec<u8> = headers.iter().flat_map(MessageHeader::encode).collect();
+        let payload = headers.iter().map(|h| h.payload).sum();
+        let count = u16::try_from(headers.len()).expect("few");
+        let frame = FrameHeader { count, payload, checksum: frame_crc(&table) };
+        [frame.encode().as_slice(), &table].concat()
+    }
+
+    fn send(&mut self, messages: &[(MessageHeader, &[u8])]) {
+        let headers: Vec<_> = messages.iter().map(|(h, _)| *h).collect();
+        let mut bytes = Self::frame(&headers);
+        messages.iter().for_each(|(_, payload)| bytes.extend_from_slice(payload));
+        self.stream.write_all(&bytes).expect("it takes it");
+    }
+
+    /// The next message.
+    fn receive(&mut self) -> (MessageHeader, Vec<u8>) {
+        self.try_receive().expect("a message")
+    }
+
+    fn try_receive(&mut self) -> std::io::Result<(MessageHeader, Vec<u8>)> {
+        if self.table.is_empty() {
+            let mut head = [0; FRAME_HEADER_SIZE];
+            self.stream.read_exact(&mut head)?;
+            let frame = FrameHeader::decode(&head).map_err(std::io::Error::other)?;
+            for _ in 0..frame.count {
+                let mut bytes = [0; HEADER_SIZE];
+                self.stream.read_exact(&mut bytes)?;
+                self.table.push(MessageHeader::decode(&bytes).map_err(std::io::Error::other)?);
+            }
+        }
+        let header = self.table.remove(0);
+        let mut payload = vec![0; header.payload as usize];
+        self.stream.read_exact(&mut payload)?;
+        Ok((header, payload))
+    }
+
+    /// Whether the node closes the connection within `time`.
+    fn is_closed_within(&mut self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut bytes = vec![0; 1 << 16];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            self.stream.set_read_timeout(Some(left)).expect("a timeout");
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return false,
+                Err(_) => return true,
+            }
+        }
+    }
+}
+
+fn pattern(seed: u64, length: u32) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length as usize);
+    while bytes.len() < length as usize {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length as usize);
+    bytes
+}
+
+#[test]
+fn garbage_and_broken_promises_close_the_connection_and_harm_nobody() {
+    let mut node = Node::start(2, &[]);
+    let pool = node.attach(0).unwrap();
+    let hello_for = |raw: &mut Raw, id| {
+        let (header, _) = raw.hello(id);
+        (header.kind, header.status)
+    };
+    let mut foreign = Raw::connect(&node, 0);
+    assert_eq!(hello_for(&mut foreign, PoolId::random()), (Kind::HelloReply, Status::NoSuchPool));
+    assert!(foreign.is_closed_within(PATIENCE));
+    for bytes in [b"GET / HTTP/1.1\r\n\r\n".repeat(20), vec![0; 4096], vec![0xff; 4096]] {
+        let mut raw = Raw::connect(&node, 0);
+        raw.stream.write_all(&bytes).unwrap();
+        assert!(raw.is_closed_within(PATIENCE));
+    }
+    // A message before the hello, and one for another pool after it.
+    let mut raw = Raw::connect(&node, 0);
+    let ping = raw.header(Kind::Ping, 0, 0);
+    raw.send(&[(ping, &[])]);
+    assert!(raw.is_closed_within(PATIENCE));
+    let mut raw = Raw::greeted(&node, 1);
+    let ping = MessageHeader { pool: node.pools[0].id, ..raw.header(Kind::Ping, 0, 0) };
+    raw.send(&[(ping, &[])]);
+    assert!(raw.is_closed_within(PATIENCE));
+    // Requests of a connection that is not attached are refused, and it lives on.
+    let mut raw = Raw::greeted(&node, 0);
+    let write = raw.write_header(0, 0, 4096);
+    raw.send(&[(write, &[1; 4096])]);
+    assert_ne!(raw.receive().0.status, Status::Ok);
+    let ping = raw.header(Kind::Ping, 0, 0);
+    raw.send(&[(ping, &[])]);
+    assert_eq!(raw.receive().0.kind, Kind::Pong);
+    let data = pattern(1, 8192);
+    pool.blocking().write_at(&data, 4096).unwrap();
+    let mut back = vec![0; 8192];
+    pool.blocking().read_at(&mut back, 4096).unwrap();
+    assert!(back == data);
+    node.assert_running();
+}
+
+#[test]
+fn a_second_client_is_refused_by_name_and_the_first_works_on() {
+    let node = Node::start(1, &[]);
+    let pool = node.attach(0).unwrap();
+    match node.attach(0) {
+        Err(PoolError::Over(OverReason::Held(holder))) => assert_eq!(holder, "a client"),
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+    pool.blocking().write_at(&[7; 4096], 0).unwrap();
+}
+
+#[test]
+fn a_client_that_is_closed_for_nonsense_does_not_hold_the_pool() {
+    let node = Node::start(1, &[]);
+    let mut raw = Raw::attached(&node, 0);
+    let pong = raw.header(Kind::Pong, 0, 0);
+    raw.send(&[(pong, &[])]);
+    assert!(raw.is_closed_within(PATIENCE));
+    node.attach(0).expect("nobody holds it any more");
+}
+
+#[test]
+fn a_write_without_data_takes_no_buffer_of_another_write() {
+    let node = Node::start(2, &["--buffer-memory", "8M"]);
+    let other = node.attach(1).unwrap();
+    let mut raw = Raw::attached(&node, 0);
+    let (first, empty, third) =
+        (raw.write_header(0, 0, 4096), raw.write_header(1, 0, 0), raw.write_header(2, MIB.into(), MIB));
+    let data = pattern(3, MIB);
+    raw.stream.write_all(&Raw::frame(&[first, empty, third])).unwrap();
+    raw.stream.write_all(&[9; 4096]).unwrap();
+    raw.stream.write_all(&data[..1 << 19]).unwrap();
+    let mut statuses = vec![raw.receive().0.status, raw.receive().0.status];
+    // Whoever gets memory now must not get what the third write still arrives in.
+    for i in 0..7u64 {
+        other.blocking().write_at(&pattern(10 + i, MIB), i << 20).unwrap();
+    }
+    raw.stream.write_all(&data[1 << 19..]).unwrap();
+    statuses.push(raw.receive().0.status);
+    assert_eq!(statuses.iter().filter(|s| **s == Status::Ok).count(), 2, "{statuses:?}");
+    let read = raw.read_header(3, MIB.into(), MIB);
+    raw.send(&[(read, &[])]);
+    assert!(raw.receive().1 == data, "the third write arrived as a whole");
+}
+
+#[test]
+fn a_write_that_is_cut_in_its_payload_changes_nothing_and_gives_its_memory_back() {
+    let node = Node::start(1, &["--buffer-memory", "8M"]);
+    for _ in 0..4 {
+        let mut raw = Raw::attached(&node, 0);
+        let headers: Vec<_> = (0..8).map(|i| raw.write_header(i, u64::from(i) << 20, MIB)).collect();
+        raw.stream.write_all(&Raw::frame(&headers)).unwrap();
+        raw.stream.write_all(&vec![0xee; 300_000]).unwrap();
+        raw.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    let pool = node.attach(0).unwrap();
+    let mut back = vec![1; 8 << 20];
+    pool.blocking().read_at(&mut back, 0).unwrap();
+    assert!(back.iter().all(|b| *b == 0), "a part of a write is on the disk");
+}
+
+#[test]
+fn a_greeted_peer_that_is_not_attached_takes_no_buffers() {
+    let node = Node::start(2, &["--buffer-memory", "8M"]);
+    let mut raws = Vec::new();
+    for _ in 0..3 {
+        let mut raw = Raw::greeted(&node, 0);
+        let headers: Vec<_> = (0..8).map(|i| raw.write_header(i, u64::from(i) << 20, MIB)).collect();
+        raw.stream.write_all(&Raw::frame(&headers)).unwrap();
+        raws.push(raw);
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    let pool = node.attach(1).unwrap();
+    let start = Instant::now();
+    pool.blocking().write_at(&pattern(1, MIB), 0).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(2), "it waited for a peer that has no right to anything");
+}
+
+#[test]
+fn a_connection_that_waits_for_memory_costs_no_processor_time() {
+    let node = Node::start(3, &["--buffer-memory", "8M", "--leg-timeout-ms", "20000"]);
+    let hogs = [hog(&node, 0), hog(&node, 1)];
+    let mut waiting = Raw::attached(&node, 2);
+    let data = pattern(5, MIB);
+    let write = waiting.write_header(0, 0, MIB);
+    waiting.stream.write_all(&Raw::frame(&[write])).unwrap();
+    waiting.stream.write_all(&data[..1 << 18]).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    let load = node.load(Duration::from_secs(1));
+    assert!(load <= 5, "{load} % of a processor while it waits for memory");
+    waiting.stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert!(waiting.try_receive().is_err(), "it did not have to wait");
+    waiting.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    // It goes on when there is memory.
+    drop(hogs);
+    waiting.stream.write_all(&data[1 << 18..]).unwrap();
+    let (reply, _) = waiting.receive();
+    assert_eq!((reply.kind, reply.status), (Kind::IoReply, Status::Ok));
+}
+
+/// A client that announces data for all the buffers and sends none of it.
+fn hog(node: &Node, pool: usize) -> Raw {
+    let mut hog = Raw::attached(node, pool);
+    let headers: Vec<_> = (0..9).map(|i| hog.write_header(i, u64::from(i) << 20, MIB)).collect();
+    hog.stream.write_all(&Raw::frame(&headers)).expect("it takes it");
+    std::thread::sleep(Duration::from_millis(100));
+    hog
+}
+
+#[test]
+fn a_connection_that_waits_for_memory_and_hangs_up_is_gone_at_once() {
+    let node = Node::start(3, &["--buffer-memory", "8M", "--leg-timeout-ms", "20000"]);
+    let _hogs = [hog(&node, 0), hog(&node, 1)];
+    let mut waiting = Raw::attached(&node, 2);
+    let write = waiting.write_header(0, 0, MIB);
+    waiting.stream.write_all(&Raw::frame(&[write])).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    drop(waiting);
+    std::thread::sleep(Duration::from_millis(100));
+    let load = node.load(Duration::from_millis(500));
+    assert!(load <= 5, "{load} % of a processor for a connection that is gone");
+    node.attach(2).expect("the client that hung up does not hold the pool");
+}
+
+#[test]
+fn everybody_gets_memory_in_turn_when_there_is_little() {
+    let node = Node::start(2, &["--buffer-memory", "8M"]);
+    let pools = [node.attach(0).unwrap(), node.attach(1).unwrap()];
+    let data = Arc::new(pattern(1, MIB));
+    let (sender, receiver) = mpsc::channel();
+    let start = Instant::now();
+    for round in 0..2u64 {
+        for i in 0..64u64 {
+            for (p, pool) in pools.iter().enumerate() {
+                let (sender, data) = (sender.clone(), Arc::clone(&data));
+                if round == 0 {
+                    pool.write((i % 60) << 20, vec![data.to_vec()], move |r| {
+                        let _ = sender.send((p, r.map(drop)));
+                    });
+                } else {
+                    pool.read((i % 60) << 20, vec![vec![0; MIB as usize]], move |r| {
+                        let _ = sender.send((p, r.map(|b| assert!(b[0] == *data))));
+                    });
+                }
+            }
+        }
+    }
+    for n in 0..256 {
+        let (p, result) =
+            receiver.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("stalled after {n} of 256"));
+        result.unwrap_or_else(|e| panic!("pool {p}: {e}"));
+    }
+    assert!(start.elapsed() < Duration::from_secs(20));
+    assert!(!node.log().contains("lost"), "{}", node.log());
+}
+
+#[test]
+fn readers_do_not_starve_a_writer() {
+    let node = Node::start(3, &["--buffer-memory", "8M"]);
+    let stop = Arc::new(AtomicBool::new(false));
+    let reads = Arc::new(AtomicU64::new(0));
+    let mut greedy: Vec<Raw> = vec![Raw::attached(&node, 0), Raw::attached(&node, 1)];
+    let writer = node.attach(2).unwrap();
+    let mut longest = Duration::ZERO;
+    std::thread::scope(|scope| {
+        for raw in &mut greedy {
+            let (stop, reads) = (Arc::clone(&stop), Arc::clone(&reads));
+            scope.spawn(move || {
+                // More than all the memory is asked for at any time.
+                let header =
+                    |raw: &Raw, i: u64| raw.read_header(u16::try_from(i % 16).unwrap(), (i % 64) << 20, MIB);
+                for i in 0..16 {
+                    let read = header(raw, i);
+                    raw.send(&[(read, &[])]);
+                }
+                let mut next = 16;
+                while !stop.load(Ordering::Relaxed) {
+                    raw.receive();
+                    reads.fetch_add(1, Ordering::Relaxed);
+                    let read = header(raw, next);
+                    raw.send(&[(read, &[])]);
+                    next += 1;
+                }
+            });
+        }
+        let end = Instant::now() + Duration::from_secs(2);
+        while Instant::now() < end {
+            let start = Instant::now();
+            let written = writer.blocking().write_at(&pattern(1, MIB), 0);
+            longest = longest.max(start.elapsed());
+            assert_eq!(written, Ok(()));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(reads.load(Ordering::Relaxed) > 32);
+    assert!(longest < Duration::from_secs(1), "a write waited for {longest:?}");
+}
+
+#[test]
+fn a_client_that_does_not_take_its_answers_leaves_memory_for_others() {
+    let node = Node::start(2, &["--buffer-memory", "8M"]);
+    let mut slow = Raw::attached(&node, 0);
+    let pool = node.attach(1).unwrap();
+    for i in 0..32 {
+        let read = slow.read_header(i, u64::from(i) << 20, MIB);
+        slow.send(&[(read, &[])]);
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let start = Instant::now();
+    for i in 0..20 {
+        pool.blocking().write_at(&pattern(i, MIB), i << 20).unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_secs(3), "others waited for {:?}", start.elapsed());
+    let load = node.load(Duration::from_millis(500));
+    assert!(load <= 5, "{load} % of a processor for a client that takes nothing");
+    // When it reads at last, every answer is there.
+    for i in 0..32 {
+        let (reply, data) = slow.receive();
+        assert_eq!(
+            (reply.kind, reply.status, data.len()),
+            (Kind::IoReply, Status::Ok, MIB as usize),
+            "answer {i}"
+        );
+    }
+}
+
+#[test]
+fn a_client_that_asks_and_never_listens_cannot_fill_the_memory() {
+    let mut node = Node::start(1, &["--leg-timeout-ms", "60000"]);
+    let before = node.resident_kib();
+    for flood in [Kind::Ping, Kind::Read] {
+        let mut raw = Raw::attached(&node, 0);
+        let header =
+            if flood == Kind::Read { raw.read_header(0, 0, 512) } else { raw.header(Kind::Ping, 0, 0) };
+        let frame = Raw::frame(&[header; 64]);
+        raw.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        // 200 MiB of questions, of which the node takes a few.
+        for _ in 0..40_000 {
+            if raw.stream.write_all(&frame).is_err() {
+                break;
+            }
+        }
+        let grown = node.resident_kib().saturating_sub(before) / 1024;
+        assert!(grown < 96, "{flood:?}: {grown} MiB more than before");
+        node.assert_running();
+    }
+}
+
+#[test]
+fn bodies_before_the_hello_take_no_memory() {
+    let node = Node::start(1, &[]);
+    let before = node.resident_kib();
+    let mut raws = Vec::new();
+    for _ in 0..8 {
+        let mut raw = Raw::connect(&node, 0);
+        let header = MessageHeader { payload: MIB, ..MessageHeader::new(Kind::Hello, raw.pool) };
+        raw.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        // Refused at any point of it.
+        let _ = raw.stream.write_all(&Raw::frame(&[header; 64]));
+        let _ = raw.stream.write_all(&vec![1; 16 << 20]);
+        raws.push(raw);
+    }
+    let grown = node.resident_kib().saturating_sub(before) / 1024;
+    assert!(grown < 16, "{grown} MiB for peers that never said hello");
+    assert!(raws.iter_mut().all(|raw| raw.is_closed_within(PATIENCE)));
+}
+
+#[test]
+fn a_peer_that_sends_a_byte_now_and_then_is_dropped() {
+    let node = Node::start(1, &["--leg-timeout-ms", "200"]);
+    let mut raws = [Raw::connect(&node, 0), Raw::attached(&node, 0)];
+    let header = raws[1].write_header(0, 0, MIB);
+    let frames = [Raw::frame(&[MessageHeader::new(Kind::Hello, raws[0].pool)]), Raw::frame(&[header])];
+    let end = Instant::now() + Duration::from_secs(4);
+    let mut at = 0;
+    let mut closed = [false; 2];
+    while Instant::now() < end && closed != [true; 2] {
+        for (i, raw) in raws.iter_mut().enumerate() {
+            let byte = frames[i].get(at).copied().unwrap_or(0);
+            // The second one has sent its head at once, and drips its payload.
+            let bytes: &[u8] = if i == 1 && at == 0 { &frames[1] } else { &[byte] };
+            closed[i] |=
+                raw.stream.write_all(bytes).is_err() || raw.is_closed_within(Duration::from_millis(1));
+        }
+        at += 1;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(closed, [true; 2], "within 4 s at a leg timeout of 200 ms");
+}
+
+#[test]
+fn the_limit_of_connections_holds_and_lets_go() {
+    let mut node = Node::start(1, &["--max-connections", "256"]);
+    let pool = node.attach(0).unwrap();
+    let mut raws: Vec<Raw> = (0..300).map(|_| Raw::connect(&node, 0)).collect();
+    let mut refused = 0;
+    for raw in raws.iter_mut().rev().take(45) {
+        refused += usize::from(raw.is_closed_within(Duration::from_secs(2)));
+    }
+    assert_eq!(refused, 45, "all that came after the 256th");
+    pool.blocking().write_at(&[1; 4096], 0).unwrap();
+    assert!(node.load(Duration::from_millis(500)) <= 5);
+    drop(raws);
+    wait_for("room again", || {
+        let mut raw = Raw::connect(&node, 0);
+        !raw.is_closed_within(Duration::from_millis(50))
+    });
+    node.assert_running();
+}
+
+#[test]
+fn a_node_without_descriptors_waits_calmly_and_recovers() {
+    let mut node = Node::start_with("ulimit -n 40;", 1, &[]);
+    let pool = node.attach(0).unwrap();
+    let raws: Vec<Raw> = (0..60).map(|_| Raw::connect(&node, 0)).collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let load = node.load(Duration::from_secs(1));
+    assert!(load <= 5, "{load} % of a processor");
+    assert!(node.log().lines().count() < 100, "the log is flooded");
+    pool.blocking().write_at(&[1; 4096], 0).unwrap();
+    drop(raws);
+    drop(pool);
+    node.attach(0).expect("it accepts again");
+    node.assert_running();
+}
+
+#[test]
+fn idle_connections_cost_nothing() {
+    let node = Node::start(2, &[]);
+    let pool = node.attach(0).unwrap();
+    pool.blocking().write_at(&[1; 4096], 0).unwrap();
+    let _greeted = Raw::greeted(&node, 1);
+    let load = node.load(Duration::from_secs(2));
+    assert!(load < 1, "{load} % of a processor");
+}
+
+#[test]
+fn a_stop_under_load_is_quick_and_in_good_order() {
+    let mut node = Node::start(2, &[]);
+    let pool = Arc::new(node.attach(0).unwrap());
+    let (stop, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    // Peers that will not go by themselves: one that says nothing, one that only looks, one that holds a pool.
+    let _silent = Raw::connect(&node, 0);
+    let _greeted = Raw::greeted(&node, 0);
+    let load = {
+        let (pool, stop, written) = (Arc::clone(&pool), Arc::clone(&stop), Arc::clone(&written));
+        std::thread::spawn(move || {
+            let (sender, receiver) = mpsc::sync_channel(8);
+            for i in 0u64.. {
+                let sender = sender.clone();
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                pool.write((i % 1000) * 8192, vec![pattern(i, 8192)], move |r| {
+                    let _ = sender.try_send(r.is_ok());
+                });
+                if i >= 8 && receiver.recv_timeout(Duration::from_millis(100)) == Ok(true) {
+                    written.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        })
+    };
+    wait_for("writes", || written.load(Ordering::Relaxed) > 100);
+    let took = node.stop();
+    stop.store(true, Ordering::Relaxed);
+    load.join().unwrap();
+    assert!(took < Duration::from_secs(3), "it took {took:?}:\n{}", node.log());
+    let log = node.log();
+    assert!(log.contains("all stores are closed in order"), "{log}");
+    assert!(!log.contains("not marked clean"), "{log}");
+    let report = Store::inspect(&node.log.with_file_name("pool-0.store")).unwrap().to_string();
+    assert!(report.contains("closed in order: yes"), "{report}");
+    // Requests still wait for the node; the client gives up with the process.
+    std::mem::forget(pool);
+}
+
+#[test]
+fn a_holder_that_ignores_the_goodbye_cannot_write_behind_the_clean_mark() {
+    let mut node = Node::start(1, &["--stop-timeout-s", "2"]);
+    let mut raw = Raw::attached(&node, 0);
+    let stop = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut slot = 0;
+            loop {
+                let write = raw.write_header(slot % 512, 0, 4096);
+                let frame = [Raw::frame(&[write]), vec![3; 4096]].concat();
+                if raw.stream.write_all(&frame).is_err() || raw.try_receive().is_err() {
+                    return;
+                }
+                slot += 1;
+            }
+        });
+        let stop = node.stop();
+        writer.join().unwrap();
+        stop
+    });
+    assert!(stop < Duration::from_secs(4), "{stop:?}");
+}
+
+#[test]
+fn a_node_that_stops_refuses_connections_at_once() {
+    let mut node = Node::start(1, &["--stop-timeout-s", "3"]);
+    let _holder = Raw::attached(&node, 0);
+    let kill = Command::new("kill").args(["-TERM", &node.child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    std::thread::sleep(Duration::from_millis(300));
+    node.assert_running();
+    assert!(TcpStream::connect(node.address).is_err(), "a client would wait for an answer that never comes");
+}
+
+#[test]
+fn clients_reach_pools_on_other_shards_and_leave_them_at_any_moment() {
+    let mut node = Node::start(4, &["--shards", "3"]);
+    let pools: Vec<Pool> = (0..4).map(|i| node.attach(i).unwrap()).collect();
+    let data = pattern(4, 65536);
+    for (i, pool) in pools.iter().enumerate() {
+        pool.blocking().write_at(&data, (i as u64) << 20).unwrap();
+        let mut back = vec![0; 65536];
+        pool.blocking().read_at(&mut back, (i as u64) << 20).unwrap();
+        assert!(back == data);
+    }
+    // Handovers of connections that are closed while they change hands, and that reuse one another's descriptors.
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for i in 0..300 {
+                    let mut raw = Raw::connect(&node, i % 4);
+                    let hello = Hello {
+                        versions: if i % 2 == 0 { (9, 9) } else { (1, 1) },
+                        capabilities: 0,
+                        role: Role::Client,
+                        client: ClientId::random(),
+                        pool_name: String::new(),
+                        description: "raw".into(),
+                    };
+                    let body = hello.encode();
+                    let payload = u32::try_from(body.len()).unwrap();
+                    let header = MessageHeader { payload, ..MessageHeader::new(Kind::Hello, raw.pool) };
+                    raw.send(&[(header, &body)]);
+                    if i % 3 == 0 {
+                        let (reply, _) = raw.receive();
+                        assert_eq!(reply.kind, Kind::HelloReply);
+                    }
+                }
+            });
+        }
+    });
+    node.assert_running();
+    for pool in &pools {
+        pool.blocking().write_at(&data, 0).unwrap();
+    }
+}
