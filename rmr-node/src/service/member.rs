@@ -5,16 +5,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rmr_common::map::{ChunkMap, MapId, MemberMaps};
-use rmr_common::pool::{MemberState, PoolId};
+use rmr_common::pool::{BLOCK_SIZE, MemberState, PoolId};
 use rmr_common::replica::{
-    Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica, Ticket,
+    Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica, ReplicaStatus,
+    ResyncLimits, Ticket,
 };
 use rmr_common::time::Time;
 use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 
 use super::Shared;
+use super::source_link::SourceLink;
 use crate::admin::api::{
-    ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus, StoreState, UnixMs,
+    ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus, ResyncState,
+    ResyncStatus, StoreState, UnixMs,
 };
 use crate::disk::{Buffer, DiskId};
 use crate::store::{ClientRecord, MapKind, MetadataIo, MetadataWriter, Store, fit_client_name};
@@ -48,6 +51,29 @@ pub(super) struct Member {
     attached: Option<(UnixMs, SocketAddr)>,
     state_since: [Option<UnixMs>; rmr_common::pool::MAX_MEMBERS],
     pub(super) closing: bool,
+    /// The connection to the node that this member is brought up to date from.
+    pub(super) source: Option<SourceLink>,
+    /// Tells an attempt to connect to it from an earlier one.
+    pub(super) source_attempt: u64,
+    /// Pulled data that waits for a buffer.
+    pub(super) pulled: VecDeque<PulledWrite>,
+    progress: Option<Progress>,
+}
+
+/// Data from another member that is to be written.
+pub(super) struct PulledWrite {
+    pub(super) io: IoId,
+    pub(super) offset: u64,
+    pub(super) bytes: Vec<u8>,
+}
+
+/// What is known of the speed of a resync.
+struct Progress {
+    since: UnixMs,
+    at: Time,
+    pulled: u64,
+    left: u64,
+    bytes_per_s: u64,
 }
 
 impl Member {
@@ -74,6 +100,10 @@ impl Member {
             host_boot: shared.host_boot,
             process_boot: shared.process_boot,
             write_through: superblock.write_through,
+            resync: ResyncLimits {
+                max_inflight: shared.config.resync.max_inflight,
+                bytes_per_s: shared.config.resync.bytes_per_s,
+            },
         };
         let state = DurableState {
             view: superblock.view.clone(),
@@ -100,6 +130,10 @@ impl Member {
             attached: None,
             state_since: [None; rmr_common::pool::MAX_MEMBERS],
             closing: false,
+            source: None,
+            source_attempt: 0,
+            pulled: VecDeque::new(),
+            progress: None,
         }
     }
 
@@ -226,6 +260,57 @@ impl Member {
         }
     }
 
+    /// Measures the speed of the resync, once a second.
+    pub(super) fn note_progress(&mut self, now: Time) {
+        let status = self.replica.status();
+        let is_syncing = status.view.state(status.member) == Some(MemberState::Syncing);
+        let Some(resync) = status.resync.filter(|_| is_syncing) else {
+            self.progress = None;
+            return;
+        };
+        let (pulled, left) = (resync.blocks_pulled, resync.blocks_left);
+        let progress = self.progress.get_or_insert(Progress {
+            since: UnixMs::now(),
+            at: now,
+            pulled,
+            left,
+            bytes_per_s: 0,
+        });
+        let elapsed = now - progress.at;
+        if elapsed >= std::time::Duration::from_millis(500) {
+            // What became current, by pulls or by writes of the guest.
+            let done = progress.left.saturating_sub(left).max(pulled.saturating_sub(progress.pulled));
+            let bytes = u128::from(done) * u128::from(BLOCK_SIZE) * 1000;
+            progress.bytes_per_s = u64::try_from(bytes / elapsed.as_millis().max(1)).unwrap_or(u64::MAX);
+            (progress.at, progress.pulled, progress.left) = (now, pulled, left);
+        }
+    }
+
+    fn resync_status(&self, status: &ReplicaStatus) -> Option<ResyncStatus> {
+        if status.view.state(status.member) != Some(MemberState::Syncing) {
+            return None;
+        }
+        let resync = status.resync.as_ref();
+        let left = resync.map_or(0, |r| r.blocks_left);
+        let rate = self.progress.as_ref().map_or(0, |p| p.bytes_per_s);
+        let state = match resync {
+            Some(r) if r.last_error.is_some() => ResyncState::Backoff,
+            Some(r) if r.linked && r.yielding => ResyncState::Yielding,
+            Some(r) if r.linked => ResyncState::Running,
+            Some(_) | None => ResyncState::Waiting,
+        };
+        Some(ResyncStatus {
+            state,
+            reason: "this member was absent and has missed writes".to_owned(),
+            since_unix_ms: self.progress.as_ref().map_or_else(UnixMs::now, |p| p.since),
+            source: resync.map(|r| r.source),
+            blocks_left: left,
+            bytes_per_s: rate,
+            seconds_left: (rate > 0).then(|| (left * BLOCK_SIZE).div_ceil(rate.max(1))),
+            last_error: resync.and_then(|r| r.last_error.clone()),
+        })
+    }
+
     /// What the admin API tells of the store.
     pub(super) fn status(&self, node: &str) -> PoolStatus {
         let status = self.replica.status();
@@ -256,6 +341,7 @@ impl Member {
                     .map_or(Missed::default(), |x| Missed { chunks: x.chunks, blocks: Some(x.blocks) }),
             }
         });
+        let resync = self.resync_status(&status);
         let counters = status.counters;
         let failed = "its metadata cannot be written".to_owned();
         PoolStatus {
@@ -283,7 +369,7 @@ impl Member {
                 in_flight: status.in_flight as u64,
             },
             latency: None,
-            resync: None,
+            resync,
         }
     }
 }

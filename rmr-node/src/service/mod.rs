@@ -11,6 +11,7 @@ mod connection;
 mod control;
 mod member;
 mod shard;
+mod source_link;
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};

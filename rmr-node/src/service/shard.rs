@@ -17,17 +17,19 @@ use rmr_common::clock::monotonic_now;
 use rmr_common::pool::{PoolId, StoreId};
 use rmr_common::reactor::WatchChange;
 use rmr_common::replica::{
-    ConnectionId, DiskOperation, DiskResult, Event, IoId, Notice, Output, ReplyPayload,
+    ConnectionId, DiskOperation, DiskResult, Event, IoId, Notice, Output, PulledData, ReplyPayload,
 };
 use rmr_common::time::Time;
 use rmr_common::transport::Connection;
+use rmr_common::transport::connect::Connector;
 use rmr_common::transport::tcp::TcpConnection;
 use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Greeting, Peer, Sink, WriteBuffers};
-use super::member::{IoTag, Member, WaitingRead, buffer_share};
+use super::member::{IoTag, Member, PulledWrite, WaitingRead, buffer_share};
+use super::source_link::SourceLink;
 use super::{PoolPlace, Shared, count_connection};
 use crate::admin::Responder;
 use crate::admin::api::{ControlError, ErrorCode, PoolStatus, StoreCreated};
@@ -159,6 +161,10 @@ pub(super) struct Shard {
     tags: Vec<u32>,
     changes: Vec<WatchChange>,
     closing: Vec<Peer>,
+    /// Opens connections to sources of resyncs.
+    connector: Connector,
+    next_attempt: u64,
+    closing_sources: Vec<SourceLink>,
     /// Connections for other shards, once this one does not watch them any more.
     handovers: Vec<(usize, Box<Handover>)>,
     /// Whether the listeners are watched. They are not for a moment when a connection could not be accepted.
@@ -188,6 +194,7 @@ impl Shard {
         let mut engine = DiskEngine::new(EngineOptions { choice, ..EngineOptions::default() })?;
         let buffers = BufferPool::new(usize::try_from(shared.config.buffer_memory)?)?;
         engine.register_buffers(&buffers);
+        let connector = Connector::new(shared.config.leg_timeout)?;
         let now = monotonic_now();
         let mut shard = Self {
             index,
@@ -216,6 +223,9 @@ impl Shard {
             tags: Vec::new(),
             changes: Vec::new(),
             closing: Vec::new(),
+            connector,
+            next_attempt: 0,
+            closing_sources: Vec::new(),
             handovers: Vec::new(),
             listens: true,
             phase: Phase::Serving,
@@ -234,6 +244,7 @@ impl Shard {
     fn serve(mut self) -> anyhow::Result<()> {
         let fixed: Vec<RawFd> = (self.listeners.iter().map(AsRawFd::as_raw_fd))
             .chain([self.shards[self.index].wake.as_raw_fd(), self.shutdown.as_raw_fd()])
+            .chain([self.connector.descriptor()])
             .chain(self.engine.fd())
             .collect();
         self.changes.extend(fixed.into_iter().map(|fd| WatchChange::Add(fd, EventSet::IN)));
@@ -247,7 +258,9 @@ impl Shard {
             if matches!(shard.phase, Phase::Done) {
                 return Ok(());
             }
-            let wait = (shard.next_tick - monotonic_now()).as_millis() + 1;
+            let resyncs = shard.members.iter().flatten().filter_map(|m| m.replica.deadline());
+            let due = resyncs.min().map_or(shard.next_tick, |due| due.min(shard.next_tick));
+            let wait = (due - monotonic_now()).as_millis() + 1;
             changes.append(&mut shard.changes);
             let mut ops = manager.event_ops(id).map_err(failed)?;
             for change in changes.drain(..) {
@@ -261,6 +274,7 @@ impl Shard {
     /// Lets go of descriptors that the loop does not watch any more.
     fn let_go(&mut self) {
         self.closing.clear();
+        self.closing_sources.clear();
         // Not before: clients that come now are refused at once, where an answer would never come.
         self.closed_listeners.clear();
         // The other shard may close the connection at once, and its number may then be another file's.
@@ -275,6 +289,13 @@ impl Shard {
         if self.next_tick <= self.now {
             self.next_tick = self.now + TICK;
             self.tick();
+        }
+        for index in 0..self.members.len() {
+            let Some(member) = &mut self.members[index] else { continue };
+            if member.replica.deadline().is_some_and(|due| due <= self.now) {
+                member.replica.apply(Event::Tick, self.now);
+                self.activate(index);
+            }
         }
         self.work();
         if !self.deleting.is_empty() {
@@ -340,12 +361,23 @@ impl Shard {
                 Output::Disk { io, operation, offset, length } => {
                     self.start_disk(index, io, operation, offset, length);
                 }
+                Output::DiskWrite { io, offset, bytes } => {
+                    member.pulled.push_back(PulledWrite { io, offset, bytes })
+                }
+                Output::PeerConnect(address) => self.connect_source(index, &address),
+                Output::PeerSend(header) => {
+                    if let Some(source) = &mut member.source {
+                        source.wire.queue(&header, None);
+                    }
+                }
+                Output::PeerClose => self.close_source(index),
                 Output::Persist(ticket, metadata) => member.persist(ticket, &metadata, self.now),
                 Output::Release(token) => self.writes.release(token),
                 Output::Close(connection, reason) => self.close(connection, reason),
                 Output::Notice(notice) => self.log(index, notice),
             }
         }
+        self.write_pulled(index);
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         let disk = member.disk;
         let tag = |id| IoTag::Metadata(u16::try_from(index).unwrap_or(u16::MAX), id).encode();
@@ -368,6 +400,105 @@ impl Shard {
                     payload: Payload::None,
                 },
             });
+        }
+    }
+
+    /// Hands pulled data to the disk, as far as there are buffers.
+    fn write_pulled(&mut self, index: usize) {
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        let data_offset = member.store.superblock().layout.data_offset;
+        while let Some(pulled) = member.pulled.front() {
+            // Tried again with the next thing that happens, at the latest after a tick.
+            let Some(mut buffer) = self.buffers.try_acquire(pulled.bytes.len()) else { return };
+            buffer.bytes_mut().copy_from_slice(&pulled.bytes);
+            self.engine.submit(Io {
+                disk: member.disk,
+                id: IoTag::Replica(u16::try_from(index).unwrap_or(u16::MAX), pulled.io).encode(),
+                kind: IoKind::Write,
+                offset: data_offset + pulled.offset,
+                length: pulled.bytes.len() as u64,
+                payload: Payload::Buffer(buffer),
+            });
+            member.pulled.pop_front();
+        }
+    }
+
+    fn connect_source(&mut self, index: usize, address: &rmr_common::pool::Address) {
+        self.close_source(index);
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        self.next_attempt += 1;
+        member.source_attempt = self.next_attempt;
+        self.connector.connect(self.next_attempt, address);
+    }
+
+    fn close_source(&mut self, index: usize) {
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        member.source_attempt = 0;
+        if let Some(mut source) = member.source.take() {
+            source.wire.shut_down();
+            self.changes.push(WatchChange::Remove(source.descriptor));
+            self.closing_sources.push(source);
+        }
+    }
+
+    /// Attempts to connect to sources have ended.
+    fn sources_connected(&mut self) {
+        while let Some((attempt, result)) = self.connector.next() {
+            let index =
+                self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.source_attempt == attempt));
+            let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_mut()?))) else {
+                continue;
+            };
+            member.source_attempt = 0;
+            let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
+            let dead_after = self.shared.config.leg_timeout;
+            let link = result.and_then(|stream| SourceLink::new(stream, member.pool(), who, dead_after));
+            match link {
+                Ok(link) => {
+                    self.changes.push(WatchChange::Add(link.descriptor, link.watched));
+                    member.source = Some(link);
+                }
+                Err(error) => member.replica.apply(Event::PeerDown(&error), self.now),
+            }
+            self.activate(index);
+        }
+    }
+
+    /// Something arrived from a source, or it can take more. Other descriptors only wake the loop.
+    fn source_ready(&mut self, descriptor: RawFd) {
+        let is_its = |m: &Member| m.source.as_ref().is_some_and(|s| s.descriptor == descriptor);
+        let Some(index) = self.members.iter().position(|m| m.as_ref().is_some_and(is_its)) else { return };
+        let Some(member) = self.members[index].as_mut() else { return };
+        let Some(mut link) = member.source.take() else { return };
+        let received = link.receive(member, self.now);
+        member.source = Some(link);
+        if let Err(error) = received {
+            self.source_lost(index, &error);
+        }
+        self.activate(index);
+    }
+
+    fn source_lost(&mut self, index: usize, reason: &str) {
+        self.close_source(index);
+        if let Some(Some(member)) = self.members.get_mut(index) {
+            member.replica.apply(Event::PeerDown(reason), self.now);
+        }
+        self.activate(index);
+    }
+
+    /// Sends what is queued for sources.
+    fn send_to_sources(&mut self) {
+        for index in 0..self.members.len() {
+            let Some(source) = self.members[index].as_mut().and_then(|m| m.source.as_mut()) else { continue };
+            if let Err(error) = source.wire.flush() {
+                self.source_lost(index, &error.to_string());
+                continue;
+            }
+            let interest = source.interest();
+            if interest != source.watched {
+                source.watched = interest;
+                self.changes.push(WatchChange::Modify(source.descriptor, interest));
+            }
         }
     }
 
@@ -396,6 +527,8 @@ impl Shard {
                 Some(buffer) => (IoKind::Write, Payload::Buffer(buffer)),
                 None => (IoKind::Write, Payload::None),
             },
+            // Its bytes come with `Output::DiskWrite`.
+            DiskOperation::WriteBytes => return,
             DiskOperation::Flush => (IoKind::Flush, Payload::None),
             DiskOperation::Discard => (IoKind::Discard, Payload::None),
             DiskOperation::WriteZeroes => (IoKind::WriteZeroes { unmap: false }, Payload::None),
@@ -446,9 +579,12 @@ impl Shard {
 
     /// Queues an answer on its connection, if that is still there.
     fn reply(&mut self, index: usize, id: ConnectionId, header: &MessageHeader, payload: ReplyPayload) {
+        if let ReplyPayload::Pulled(data) = payload {
+            return self.reply_pulled(index, id, header, &data);
+        }
         let buffer = match &payload {
             ReplyPayload::Data(io) => self.members[index].as_mut().and_then(|m| m.take_read(*io)),
-            ReplyPayload::None | ReplyPayload::Body(_) => None,
+            ReplyPayload::None | ReplyPayload::Body(_) | ReplyPayload::Pulled(_) => None,
         };
         let Some(peer) = self.peers.get_mut(&id) else { return };
         if matches!(header.kind, Kind::IoReply | Kind::FlushReply) {
@@ -467,7 +603,9 @@ impl Shard {
                 peer.wire.queue_data(header, Some(tag), &mut |segments| segments.push(segment));
                 peer.sending.push_back(tag);
             }
-            (ReplyPayload::None | ReplyPayload::Data(_), None) => peer.wire.queue(header, None),
+            (ReplyPayload::None | ReplyPayload::Data(_) | ReplyPayload::Pulled(_), None) => {
+                peer.wire.queue(header, None);
+            }
         }
         self.queue(id);
     }
@@ -481,8 +619,25 @@ impl Shard {
         }
     }
 
+    /// Answers a pull with the data of its reads.
+    fn reply_pulled(&mut self, index: usize, id: ConnectionId, header: &MessageHeader, data: &PulledData) {
+        let mut bytes = Vec::new();
+        if let Some(member) = self.members[index].as_mut() {
+            for buffer in data.reads.iter().filter_map(|io| member.take_read(*io)) {
+                bytes.extend_from_slice(buffer.bytes());
+            }
+        }
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let mut header = *header;
+        let body = (header.status == Status::Ok).then(|| data.encode(&bytes));
+        header.payload = body.as_ref().map_or(0, |b| u32::try_from(b.len()).unwrap_or(u32::MAX));
+        peer.wire.queue(&header, body);
+        self.queue(id);
+    }
+
     /// Sends what is queued.
     fn send_all(&mut self) {
+        self.send_to_sources();
         let mut queued = std::mem::take(&mut self.queued);
         for id in queued.drain(..) {
             self.send(id);
@@ -823,6 +978,7 @@ impl Shard {
         for index in 0..self.members.len() {
             if let Some(member) = &mut self.members[index] {
                 member.replica.apply(Event::Tick, self.now);
+                member.note_progress(self.now);
                 self.activate(index);
             }
         }
@@ -1065,8 +1221,12 @@ impl MutEventSubscriber for Shard {
             while let Ok(command) = self.inbox.try_recv() {
                 self.command(command);
             }
+        } else if descriptor == self.connector.descriptor() {
+            self.sources_connected();
         } else if self.listeners.iter().any(|l| l.as_raw_fd() == descriptor) {
             self.accept(descriptor);
+        } else {
+            self.source_ready(descriptor);
         }
         // The disk engine's and the shutdown's descriptors only wake the loop; `upkeep` looks at both.
     }

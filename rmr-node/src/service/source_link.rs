@@ -1,0 +1,93 @@
+//! The connection of a stale member to the node that it is brought up to date from.
+
+use std::net::TcpStream;
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use rmr_common::buffer::Segment;
+use rmr_common::pool::{ClientId, PoolId};
+use rmr_common::replica::Event;
+use rmr_common::time::Time;
+use rmr_common::transport::tcp::TcpConnection;
+use rmr_common::transport::{Connection, Place, Receiver};
+use rmr_common::wire::{Hello, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status};
+use vmm_sys_util::epoll::EventSet;
+
+use super::member::Member;
+
+/// See the module's comment.
+pub(super) struct SourceLink {
+    pub(super) wire: TcpConnection,
+    pub(super) descriptor: RawFd,
+    pub(super) watched: EventSet,
+    is_greeted: bool,
+}
+
+impl SourceLink {
+    /// Takes over a connected stream and says hello.
+    pub(super) fn new(
+        stream: TcpStream,
+        pool: PoolId,
+        description: String,
+        dead_after: Duration,
+    ) -> Result<Self, String> {
+        let mut wire = TcpConnection::new(stream, dead_after).map_err(|e| e.to_string())?;
+        let descriptor = wire.descriptor().ok_or("no descriptor")?;
+        let hello = Hello {
+            versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),
+            capabilities: 0,
+            role: Role::Peer,
+            client: ClientId::random(),
+            pool_name: String::new(),
+            description,
+        };
+        let body = hello.encode();
+        let mut header = MessageHeader::new(Kind::Hello, pool);
+        header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        wire.queue(&header, Some(body));
+        Ok(Self { wire, descriptor, watched: EventSet::IN, is_greeted: false })
+    }
+
+    /// What its descriptor is to be watched for.
+    pub(super) fn interest(&self) -> EventSet {
+        if self.wire.wants_to_send() { EventSet::IN | EventSet::OUT } else { EventSet::IN }
+    }
+
+    /// Hands what arrived to the member.
+    pub(super) fn receive(&mut self, member: &mut Member, now: Time) -> Result<(), String> {
+        let mut sink = Sink { member, is_greeted: &mut self.is_greeted, error: None, now };
+        let received = self.wire.receive(&mut sink);
+        let error = sink.error.take();
+        received.map_err(|e| e.to_string()).and(error.map_or(Ok(()), Err))
+    }
+}
+
+struct Sink<'a> {
+    member: &'a mut Member,
+    is_greeted: &'a mut bool,
+    error: Option<String>,
+    now: Time,
+}
+
+impl Receiver for Sink<'_> {
+    fn place(&mut self, _header: &MessageHeader, _segments: &mut Vec<Segment>) -> Place {
+        // What a source sends are bodies.
+        Place::Discard
+    }
+
+    fn longest_body(&self) -> u32 {
+        MAX_BODY
+    }
+
+    fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
+        if *self.is_greeted {
+            self.member.replica.apply(Event::PeerMessage(header, body), self.now);
+        } else if header.kind == Kind::HelloReply && header.status == Status::Ok {
+            *self.is_greeted = true;
+            self.member.replica.apply(Event::PeerUp, self.now);
+        } else {
+            let text = String::from_utf8_lossy(body);
+            self.error = Some(format!("the source refuses: {:?} {text}", header.status));
+        }
+    }
+}
