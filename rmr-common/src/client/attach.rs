@@ -320,7 +320,7 @@ impl Client {
         if header.epoch < self.epoch && header.status == Status::Ok {
             return; // The answer to an attempt that was given up.
         }
-        if self.rejoin_attached(member, header.status) {
+        if self.rejoin_attached(member, header, body) {
             return;
         }
         let State::Attaching { waiting, .. } = &self.state else { return };
@@ -391,13 +391,9 @@ impl Client {
         let highest =
             replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
-        let lost = best.active().without(attached);
-        let mut additions: Vec<_> = replies
-            .iter()
-            .flat_map(|(_, r)| &r.slots)
-            .filter(|_| !lost.is_empty())
-            .map(|s| DirtyAddition { members: lost, offset: s.offset, length: s.length.into() })
-            .collect();
+        let absent = best.active().without(attached);
+        let (stale, mut additions) = self.reconcile(&best, &replies, absent);
+        let lost = absent.union(stale);
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
         if !self.own_epochs.is_empty() && !newly_out.is_empty() {

@@ -19,6 +19,7 @@
 mod attach;
 mod data;
 mod parts;
+mod reconcile;
 mod rejoin;
 mod status;
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::{Client, State};
 use crate::pool::{MemberId, MemberSet, MemberState, ViewStep};
 use crate::time::Time;
-use crate::wire::{Attach, ChunkList, Kind, MessageHeader, Prepare, Status};
+use crate::wire::{Attach, AttachReply, ChunkList, DirtyAddition, Kind, MessageHeader, Prepare, Status};
 
 /// Pause before a member whose rejoin failed is tried again, and before a source is named again.
 const BACKOFF: Duration = Duration::from_secs(1);
@@ -26,11 +26,13 @@ pub(super) enum Phase {
     Changing,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Rejoin {
     member: MemberId,
     phase: Phase,
     since: Time,
+    /// What the member may have lost with its last run, beyond what the others have on record.
+    additions: Vec<DirtyAddition>,
 }
 
 /// What the client knows of members that are not Clean.
@@ -49,7 +51,7 @@ pub(super) struct Stale {
 impl Client {
     /// Whether requests are held back for a barrier.
     pub(super) fn is_quiescing(&self) -> bool {
-        self.stale.rejoin.is_some_and(|r| r.phase == Phase::Quiescing)
+        self.stale.rejoin.as_ref().is_some_and(|r| r.phase == Phase::Quiescing)
     }
 
     /// Starts what is due for members that are not Clean.
@@ -57,10 +59,9 @@ impl Client {
         if !self.is_active() || self.detach_requested {
             return;
         }
-        if let Some(rejoin) = self.stale.rejoin
-            && self.now - rejoin.since > self.config.leg_timeout
-        {
-            self.abort_rejoin(rejoin.member);
+        let late = |r: &&Rejoin| self.now - r.since > self.config.leg_timeout;
+        if let Some(member) = self.stale.rejoin.as_ref().filter(late).map(|r| r.member) {
+            self.abort_rejoin(member);
         }
         self.name_sources();
         self.try_promote();
@@ -80,7 +81,8 @@ impl Client {
         let candidate =
             self.view_out().intersection(self.ready_members()).iter().filter(due).find(is_its_store);
         let Some(member) = candidate else { return };
-        self.stale.rejoin = Some(Rejoin { member, phase: Phase::Attaching, since: self.now });
+        let additions = Vec::new();
+        self.stale.rejoin = Some(Rejoin { member, phase: Phase::Attaching, since: self.now, additions });
         let body = Attach {
             client: self.config.client,
             takeover: self.config.takeover,
@@ -91,16 +93,25 @@ impl Client {
     }
 
     /// True if the answer was to the attach of a rejoin.
-    pub(super) fn rejoin_attached(&mut self, member: MemberId, status: Status) -> bool {
-        let Some(rejoin) = &mut self.stale.rejoin else { return false };
-        if rejoin.member != member || rejoin.phase != Phase::Attaching {
+    pub(super) fn rejoin_attached(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) -> bool {
+        let is_its = |r: &Rejoin| r.member == member && r.phase == Phase::Attaching;
+        if !self.stale.rejoin.as_ref().is_some_and(is_its) {
             return false;
         }
-        if status == Status::Ok && self.is_active() {
-            self.set_phase(Phase::Preparing);
-            self.name_source(member);
-        } else {
-            self.abort_rejoin(member);
+        match AttachReply::decode(body) {
+            Ok(reply) if header.status == Status::Ok && self.is_active() => {
+                // What it had answered and not flushed when it went down, nobody else may know: a client that knew may
+                // be gone.
+                let ranges = if reply.tables_lost { self.intent_ranges(&reply) } else { Vec::new() };
+                let members = MemberSet::only(member);
+                let addition = |&(offset, length): &(u64, u64)| DirtyAddition { members, offset, length };
+                if let Some(rejoin) = &mut self.stale.rejoin {
+                    rejoin.additions = ranges.iter().map(addition).collect();
+                }
+                self.set_phase(Phase::Preparing);
+                self.name_source(member);
+            }
+            _ => self.abort_rejoin(member),
         }
         true
     }
@@ -142,7 +153,8 @@ impl Client {
         if header.epoch != self.epoch {
             return;
         }
-        let is_rejoin = self.stale.rejoin.is_some_and(|r| r.member == member && r.phase == Phase::Preparing);
+        let is_rejoin =
+            self.stale.rejoin.as_ref().is_some_and(|r| r.member == member && r.phase == Phase::Preparing);
         match (header.status, is_rejoin) {
             (Status::Ok, true) => {
                 self.set_phase(Phase::Quiescing);
@@ -159,17 +171,18 @@ impl Client {
 
     /// Ends the barrier when no write is in flight: commits the view that has the member Syncing.
     pub(super) fn try_quiesced(&mut self) {
-        let Some(rejoin) = self.stale.rejoin else { return };
-        if rejoin.phase != Phase::Quiescing || !self.is_active() || self.parts.has_sent_write() {
+        if !self.is_quiescing() || !self.is_active() || self.parts.has_sent_write() {
             return;
         }
-        let next = self.view.as_ref().map(|v| v.step(ViewStep::Rejoin(rejoin.member), self.epoch));
+        let Some(rejoin) = &mut self.stale.rejoin else { return };
+        let (member, additions) = (rejoin.member, std::mem::take(&mut rejoin.additions));
+        let next = self.view.as_ref().map(|v| v.step(ViewStep::Rejoin(member), self.epoch));
         match next {
             Some(Ok(next)) => {
                 self.set_phase(Phase::Changing);
-                self.change_view(next, Vec::new(), false);
+                self.change_view(next, additions, false);
             }
-            Some(Err(_)) | None => self.abort_rejoin(rejoin.member),
+            Some(Err(_)) | None => self.abort_rejoin(member),
         }
     }
 
@@ -190,7 +203,7 @@ impl Client {
         if attach {
             self.stale = Stale { inexact: self.stale.inexact.intersection(clean), ..Stale::default() };
         }
-        if self.stale.rejoin.is_some_and(|r| r.phase == Phase::Changing) {
+        if self.stale.rejoin.as_ref().is_some_and(|r| r.phase == Phase::Changing) {
             self.stale.rejoin = None;
         }
         self.stale.current = self.stale.current.intersection(syncing);

@@ -265,6 +265,10 @@ pub struct Replica {
     /// Whether the last client left in good order, so that the slot table needs no look.
     clean_detach: bool,
     maps: MemberMaps,
+    /// What came with the view that is being set.
+    additions: Vec<crate::wire::DirtyAddition>,
+    /// Whether the slot table was lost with an earlier run of the process, and no attach has dealt with that.
+    tables_lost: bool,
     slots: Vec<SlotEntry>,
     watermark: Sequence,
     activity: HashMap<Chunk, Activity>,
@@ -322,6 +326,8 @@ impl Replica {
             holder: None,
             clean_detach,
             maps,
+            additions: Vec::new(),
+            tables_lost: !clean_detach,
             slots: (0..MAX_SLOTS).map(none).collect(),
             watermark: Sequence(0),
             activity: HashMap::new(),

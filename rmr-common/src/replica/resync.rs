@@ -295,8 +295,14 @@ impl Replica {
         match resync.link {
             Link::Down { retry_at } => Some(retry_at),
             Link::Connecting => None,
-            Link::Up if resync.reported_done => None,
-            Link::Up => Some(resync.next_pull_at.max(self.now + Duration::from_millis(10))),
+            // Nothing is due while nobody listens to reports.
+            Link::Up if self.holder_connection().is_none() => None,
+            Link::Up if resync.next_pull_at > self.now => Some(resync.next_pull_at),
+            Link::Up if !resync.finished.is_empty() && resync.flush.is_none() => {
+                Some(resync.finished_since + REPORT_AFTER)
+            }
+            // Everything else goes on with the next completion.
+            Link::Up => None,
         }
     }
 

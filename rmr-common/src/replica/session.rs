@@ -4,7 +4,7 @@ use super::{
     BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
 };
 use crate::map::{ClearReason, ClearTarget};
-use crate::pool::{Epoch, MemberState, Sequence, View, ViewNumber};
+use crate::pool::{Chunk, Epoch, MemberState, Sequence, View, ViewNumber};
 use crate::wire::{Attach, AttachReply, ChunkList, Kind, MessageHeader, SetView, Status};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
@@ -125,6 +125,7 @@ impl Replica {
         self.epoch = header.epoch;
         self.session += 1;
         self.set_view = None;
+        self.additions.clear();
         self.detach = None;
         self.drop_resync();
         self.fail_held_writes();
@@ -143,6 +144,26 @@ impl Replica {
         self.attach =
             Some(PendingAttach { connection, header: *header, durable: false, flush: AttachFlush::Due });
         self.persist_state(Waiter::Attach(self.epoch));
+    }
+
+    /// The intent map as runs of chunks, coarsened to what fits an answer.
+    fn intent_runs(&self) -> Vec<(Chunk, u64)> {
+        let mut gap = 0;
+        loop {
+            let mut runs: Vec<(Chunk, u64)> = Vec::new();
+            for chunk in self.maps.intent().iter() {
+                match runs.last_mut() {
+                    Some((first, count)) if chunk.0 - (first.0 + *count) <= gap => {
+                        *count = chunk.0 - first.0 + 1
+                    }
+                    _ => runs.push((chunk, 1)),
+                }
+            }
+            if runs.len() <= AttachReply::MAX_INTENTS {
+                return runs;
+            }
+            gap = gap * 2 + 1;
+        }
     }
 
     pub(super) fn attach_durable(&mut self, epoch: Epoch) {
@@ -182,6 +203,9 @@ impl Replica {
             last_client: self.previous_client,
             clean_detach: self.clean_detach,
             slots,
+            watermark: self.watermark,
+            tables_lost: self.tables_lost,
+            intents: if self.clean_detach { Vec::new() } else { self.intent_runs() },
         };
         if !self.clean_detach {
             self.frozen.extend(self.maps.intent().iter());
@@ -235,6 +259,7 @@ impl Replica {
             let length = end.saturating_sub(addition.offset);
             self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
         }
+        self.additions.extend_from_slice(&set.additions);
         if set.more {
             return;
         }
@@ -242,6 +267,7 @@ impl Replica {
         self.set_view =
             Some(PendingView { connection, header: *header, view: set.view, pages: 0, adopted: false });
         if !self.needs_handover(&next) {
+            self.additions.clear();
             self.persist_view_pages();
         } else if !self.begin_handover(&next) {
             self.fail_handover("no link to a source was prepared");
@@ -257,11 +283,18 @@ impl Replica {
 
     /// The maps are taken over.
     pub(super) fn handover_done(&mut self) {
+        // What came with the view is not yet in the maps that were taken over.
+        for addition in std::mem::take(&mut self.additions) {
+            let end = addition.offset.saturating_add(addition.length).min(self.spec.size);
+            let length = end.saturating_sub(addition.offset);
+            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
+        }
         self.persist_view_pages();
     }
 
     pub(super) fn fail_handover(&mut self, reason: &str) {
         let Some(pending) = self.set_view.take() else { return };
+        self.additions.clear();
         let text = format!("maps were not taken over: {reason}").into_bytes();
         self.answer(pending.connection, &pending.header, Kind::SetViewReply, Status::IoError, text);
     }
@@ -333,6 +366,12 @@ impl Replica {
     pub(super) fn view_durable(&mut self, view: ViewNumber) {
         let Some(pending) = self.set_view.take_if(|p| p.adopted && p.view.number == view) else { return };
         let status = if self.broken { Status::IoError } else { Status::Ok };
+        // The coordinator has dealt with what earlier clients left behind.
+        for chunk in std::mem::take(&mut self.frozen) {
+            let settled = super::Activity { sequence: Sequence(0), last_write: self.now };
+            self.activity.entry(chunk).or_insert(settled);
+        }
+        self.tables_lost = false;
         for member in pending.view.clean().iter() {
             self.maps.clear(ClearTarget::Member(member), ClearReason::CleanInView, &mut self.changed);
         }

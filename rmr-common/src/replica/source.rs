@@ -92,6 +92,10 @@ impl Replica {
         if !self.may_be_source(header) {
             return self.answer(connection, header, Kind::PullReply, Status::NotAttached, Vec::new());
         }
+        if header.view > self.view.number {
+            // What the view says to be missed is not on record here yet.
+            return self.answer(connection, header, Kind::PullReply, Status::StaleView, Vec::new());
+        }
         if self.source.pulls.len() >= MAX_PULLS {
             return self.answer(connection, header, Kind::PullReply, Status::Limit, Vec::new());
         }

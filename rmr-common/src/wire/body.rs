@@ -425,9 +425,18 @@ pub struct AttachReply {
     pub clean_detach: bool,
     /// The used entries of the slot table.
     pub slots: Vec<SlotEntry>,
+    /// Every write of the last client up to this one was complete on every active member.
+    pub watermark: Sequence,
+    /// The member's process was started anew since it was last in use, and does not know what was in flight.
+    pub tables_lost: bool,
+    /// Runs of chunks, as `(first, count)`, that may hold writes which are not complete everywhere or not durable here.
+    pub intents: Vec<(Chunk, u64)>,
 }
 
 impl AttachReply {
+    /// Most runs of chunks; a longer list is made shorter by joining neighbours.
+    pub const MAX_INTENTS: usize = 16 * 1024;
+
     /// The body's bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -437,6 +446,11 @@ impl AttachReply {
         e.u8(self.clean_detach.into()).u16(u16::try_from(self.slots.len()).unwrap_or(0));
         for entry in &self.slots {
             e.u16(entry.slot.0).u64(entry.sequence.0).u64(entry.offset).u32(entry.length);
+        }
+        e.u64(self.watermark.0).u8(self.tables_lost.into());
+        e.u32(u32::try_from(self.intents.len()).unwrap_or(0));
+        for (first, count) in &self.intents {
+            e.u64(first.0).u64(*count);
         }
         e.finish()
     }
@@ -460,8 +474,20 @@ impl AttachReply {
             let slot = Slot(d.u16()?);
             slots.push(SlotEntry { slot, sequence: Sequence(d.u64()?), offset: d.u64()?, length: d.u32()? });
         }
+        let watermark = Sequence(d.u64()?);
+        let tables_lost = d.u8()? != 0;
+        let count = d.u32()? as usize;
+        if count > Self::MAX_INTENTS {
+            return Err(
+                d.value_error(format!("{count} runs of chunks, expected at most {}", Self::MAX_INTENTS))
+            );
+        }
+        let mut intents = Vec::with_capacity(count);
+        for _ in 0..count {
+            intents.push((Chunk(d.u64()?), d.u64()?));
+        }
         d.finish()?;
-        Ok(Self { view, last_client, clean_detach, slots })
+        Ok(Self { view, last_client, clean_detach, slots, watermark, tables_lost, intents })
     }
 }
 
@@ -729,6 +755,9 @@ mod tests {
             last_client: Some(ClientId::random()),
             clean_detach: false,
             slots: vec![entry, entry],
+            watermark: Sequence(4),
+            tables_lost: true,
+            intents: vec![(Chunk(3), 2)],
         };
         check(&attached, attached.encode(), AttachReply::decode);
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };

@@ -1,0 +1,103 @@
+//! After a client died with writes in flight: which members agree, and which are to be brought in line.
+//!
+//! One Clean member is the reference. What it has counts, and every other member misses whatever may differ: the ranges
+//! of writes above the watermark that are not in both slot tables alike; and, where a process was started anew and its
+//! table is lost, the chunks of its intent map. If all tables are lost, that is the union of all intent maps. A member
+//! that misses anything leaves the view with it on record, and comes back by the usual rejoin. So all members agree on
+//! one value for every block before any request is served, an acknowledged write is never lost, and an unacknowledged
+//! one is there as a whole or not at all, as the reference has it.
+
+use super::Client;
+use super::parts::PartState;
+use crate::pool::{MemberId, MemberSet, Sequence, View};
+use crate::wire::{AttachReply, DirtyAddition, SlotEntry};
+
+impl Client {
+    /// The members that are stale after an unclean end, and what they and the `absent` ones miss.
+    pub(super) fn reconcile(
+        &self,
+        best: &View,
+        replies: &[(MemberId, AttachReply)],
+        absent: MemberSet,
+    ) -> (MemberSet, Vec<DirtyAddition>) {
+        let in_order = replies.iter().all(|(_, r)| r.clean_detach);
+        let clean = || replies.iter().filter(|(m, _)| best.clean().contains(*m));
+        let watermark =
+            clean().filter(|(_, r)| !r.tables_lost).map(|(_, r)| r.watermark).max().unwrap_or_default();
+        let open = |r: &AttachReply| -> Vec<SlotEntry> {
+            r.slots
+                .iter()
+                .filter(|s| s.sequence > watermark && !self.sends_again(s.sequence))
+                .copied()
+                .collect()
+        };
+        let newest = |r: &AttachReply| open(r).iter().map(|s| u128::from(s.sequence.0)).sum::<u128>();
+        let reference = clean().max_by_key(|(m, r)| (!r.tables_lost, newest(r), std::cmp::Reverse(*m)));
+        let Some((reference, source)) = reference.filter(|_| !in_order) else {
+            return (MemberSet::EMPTY, Vec::new());
+        };
+        let (mut stale, mut additions) = (MemberSet::EMPTY, Vec::new());
+        let all_lost = source.tables_lost;
+        for (member, reply) in replies.iter().filter(|(m, _)| m != reference) {
+            let mut missed: Vec<(u64, u64)> = Vec::new();
+            let (ours, theirs) = (open(source), open(reply));
+            let differs = |a: &SlotEntry, others: &[SlotEntry]| !others.contains(a);
+            missed.extend(ours.iter().filter(|s| differs(s, &theirs)).map(range));
+            missed.extend(theirs.iter().filter(|s| differs(s, &ours)).map(range));
+            if reply.tables_lost {
+                missed.extend(self.intent_ranges(reply));
+            }
+            if all_lost {
+                replies.iter().for_each(|(_, r)| missed.extend(self.intent_ranges(r)));
+            }
+            missed.sort_unstable();
+            missed.dedup();
+            if !missed.is_empty() {
+                stale.insert(*member);
+                let members = MemberSet::only(*member);
+                additions.extend(missed.iter().map(|&(offset, length)| DirtyAddition {
+                    members,
+                    offset,
+                    length,
+                }));
+            }
+        }
+        if !absent.is_empty() {
+            // What was in flight, and what an absent member may not have flushed, is within the intents of the others.
+            let mut missed: Vec<(u64, u64)> =
+                replies.iter().flat_map(|(_, r)| self.intent_ranges(r)).collect();
+            missed.sort_unstable();
+            missed.dedup();
+            let members = absent;
+            additions.extend(missed.iter().map(|&(offset, length)| DirtyAddition {
+                members,
+                offset,
+                length,
+            }));
+        }
+        (stale.intersection(best.active()), additions)
+    }
+
+    /// Whether a write is one of this client's own that it will send to every member again.
+    fn sends_again(&self, sequence: Sequence) -> bool {
+        self.parts
+            .slots()
+            .any(|(_, p)| p.operation.is_write() && p.state == PartState::Unsent && p.sequence == sequence)
+    }
+
+    /// What the intent map of a member covers, in bytes of the pool.
+    pub(super) fn intent_ranges(&self, reply: &AttachReply) -> Vec<(u64, u64)> {
+        let Some(spec) = &self.spec else { return Vec::new() };
+        let size = spec.chunk_size.bytes();
+        let bytes = |&(first, count): &(crate::pool::Chunk, u64)| {
+            let start = first.0.saturating_mul(size).min(spec.size);
+            let end = first.0.saturating_add(count).saturating_mul(size).min(spec.size);
+            (start, end - start)
+        };
+        reply.intents.iter().map(bytes).filter(|(_, length)| *length > 0).collect()
+    }
+}
+
+fn range(entry: &SlotEntry) -> (u64, u64) {
+    (entry.offset, entry.length.into())
+}
