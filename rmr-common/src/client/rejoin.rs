@@ -52,6 +52,19 @@ impl Client {
         self.stale.rejoin.is_some_and(|r| r.phase == Phase::Quiescing)
     }
 
+    /// The member that is being brought back in, and how far that has come.
+    #[must_use]
+    pub(crate) fn rejoin_phase(&self) -> Option<(MemberId, &'static str)> {
+        let rejoin = self.stale.rejoin?;
+        let phase = match rejoin.phase {
+            Phase::Attaching => "attaching",
+            Phase::Preparing => "preparing",
+            Phase::Quiescing => "quiescing",
+            Phase::Changing => "changing",
+        };
+        Some((rejoin.member, phase))
+    }
+
     /// Starts what is due for members that are not Clean.
     pub(super) fn tick_stale(&mut self) {
         if !self.is_active() || self.detach_requested {
