@@ -237,7 +237,8 @@ impl Client {
         if header.epoch != self.epoch || list.member != member || !is_syncing {
             return;
         }
-        let others = self.view_active().without(MemberSet::only(member));
+        // One that was lost in the view under way has no link.
+        let others = self.view_active().intersection(self.ready_members()).without(MemberSet::only(member));
         let done = list.blocks_left == 0;
         let body = list.encode();
         for other in others.iter() {
