@@ -54,6 +54,19 @@ impl Client {
         self.stale.rejoin.as_ref().is_some_and(|r| r.phase == Phase::Quiescing)
     }
 
+    /// The member that is being brought back in, and how far that has come.
+    #[must_use]
+    pub(crate) fn rejoin_phase(&self) -> Option<(MemberId, &'static str)> {
+        let rejoin = self.stale.rejoin?;
+        let phase = match rejoin.phase {
+            Phase::Attaching => "attaching",
+            Phase::Preparing => "preparing",
+            Phase::Quiescing => "quiescing",
+            Phase::Changing => "changing",
+        };
+        Some((rejoin.member, phase))
+    }
+
     /// Starts what is due for members that are not Clean.
     pub(super) fn tick_stale(&mut self) {
         if !self.is_active() || self.detach_requested {
@@ -237,7 +250,8 @@ impl Client {
         if header.epoch != self.epoch || list.member != member || !is_syncing {
             return;
         }
-        let others = self.view_active().without(MemberSet::only(member));
+        // One that was lost in the view under way has no link.
+        let others = self.view_active().intersection(self.ready_members()).without(MemberSet::only(member));
         let done = list.blocks_left == 0;
         let body = list.encode();
         for other in others.iter() {

@@ -392,7 +392,9 @@ impl Replica {
             self.maps.missed_in(self.member, pull.offset, pull.end - pull.offset).collect();
         for (&block, (_, is_zero)) in missed.iter().zip(&reply.blocks) {
             let bytes = if *is_zero { None } else { data.next() };
-            if stale.contains(&block) && !self.is_being_written(block) {
+            // An urgent pull and the sweep over its chunk may both bring a block.
+            let is_on_its_way = self.pulled_writes.values().any(|w| w.blocks.contains(&block));
+            if stale.contains(&block) && !is_on_its_way && !self.is_being_written(block) {
                 pieces.push((block, bytes));
             }
         }

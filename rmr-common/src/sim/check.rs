@@ -5,7 +5,7 @@ use super::oracle::{Oracle, SECTOR};
 use super::world::{Check, Request, World};
 use crate::client::{self, IoError, Notice, Operation, OverReason};
 use crate::map::{MapId, MapPage};
-use crate::pool::{Chunk, MemberSet, View};
+use crate::pool::{Chunk, MemberSet, MemberState, View};
 use crate::replica::{self, DiskOperation, DurableState};
 use crate::wire::{Kind, MessageHeader, Status};
 
@@ -16,7 +16,7 @@ impl World<'_> {
         (size.chunk_of(first).0..=size.chunk_of(end - 1).0).map(Chunk)
     }
 
-    fn node_index(&self, member: crate::pool::MemberId) -> usize {
+    pub(super) fn node_index(&self, member: crate::pool::MemberId) -> usize {
         self.nodes.iter().position(|n| n.member == member).unwrap_or(0)
     }
 
@@ -37,6 +37,7 @@ impl World<'_> {
 
     /// What must be true when a node answers.
     pub(super) fn check_answer(&mut self, index: usize, header: &MessageHeader) -> Check {
+        self.cover_view_answer(index, header);
         let node = &mut self.nodes[index];
         match (header.kind, header.status) {
             (Kind::AttachReply, Status::Ok) => {
@@ -119,7 +120,7 @@ impl World<'_> {
         let cleared: Vec<_> = (first..last).map(Chunk).filter(|&c| bit(old, c) && !bit(bytes, c)).collect();
         for chunk in cleared {
             if page.map != MapId::Intent {
-                return Err(format!("node {index} clears chunk {chunk} of {:?}", page.map));
+                continue; // Judged when it is cleared in memory: see `check_stale`.
             }
             self.coverage.hit("intent cleared");
             self.check_cleared(index, chunk)?;
@@ -147,7 +148,10 @@ impl World<'_> {
                 // The other one may be a step ahead: its next write to the sector is in flight.
                 let is_excused =
                     !self.oracle.has_failed(value) && self.oracle.may_be_unfinished(sector, other);
-                if other != value && !is_excused {
+                let is_known = [(index, member), (self.node_index(member), node.member)]
+                    .into_iter()
+                    .any(|(keeper, stale)| self.has_record(keeper, stale, sector));
+                if other != value && !is_excused && !is_known {
                     return Err(format!(
                         "node {index} clears the intent of chunk {chunk}, whose sector {sector} is {} here and {} on \
                          member {member}",
@@ -175,7 +179,8 @@ impl World<'_> {
         Ok(())
     }
 
-    pub(super) fn node_notice(&mut self, _node: usize, notice: &replica::Notice) {
+    pub(super) fn node_notice(&mut self, node: usize, notice: &replica::Notice) {
+        self.cover_node_notice(node, notice);
         if *notice == replica::Notice::MetadataFailed {
             self.coverage.hit("metadata failed");
         }
@@ -184,9 +189,8 @@ impl World<'_> {
     // Clients ----------------------------------------------------------------------------------------------------
 
     pub(super) fn cover_client_event(&mut self, host: usize, event: &client::Event<'_>) {
-        if !matches!(event, client::Event::LinkDown(..)) {
-            return;
-        }
+        let client::Event::LinkDown(link, _) = event else { return };
+        self.cover_rejoin_lost(host, *link);
         match self.hosts[host].client.status().state {
             "connecting" => self.coverage.hit("a link lost while connecting"),
             "suspended" => self.coverage.hit("a link lost while suspended"),
@@ -219,6 +223,10 @@ impl World<'_> {
             }
             Notice::Suspended(_) => {
                 self.hosts[host].is_changing = false;
+                let committed = self.hosts[host].committed.as_ref();
+                if committed.is_some_and(|v| !v.in_state(MemberState::Syncing).is_empty()) {
+                    self.coverage.hit("suspended with a Syncing member");
+                }
                 self.coverage.hit("suspended");
                 Ok(())
             }
@@ -242,6 +250,9 @@ impl World<'_> {
         if self.hosts[host].committed.is_some() {
             self.coverage.hit("resumed");
         }
+        if !view.in_state(MemberState::Syncing).is_empty() {
+            self.coverage.hit("attached with a Syncing member");
+        }
         let step = self.step;
         for other in (0..self.hosts.len()).filter(|&o| o != host) {
             if self.hosts[other].committed.is_some() && !self.hosts[other].is_fenced {
@@ -249,6 +260,7 @@ impl World<'_> {
                     self.coverage.hit("takeover");
                 }
                 self.hosts[other].is_fenced = true;
+                self.resyncs.is_unflushed_unknown |= self.hosts[other].is_live();
                 let writes: Vec<_> = self.hosts[other].requests.values().filter_map(|r| r.write).collect();
                 writes.into_iter().for_each(|write| self.oracle.fail(write, step));
             }
@@ -262,13 +274,14 @@ impl World<'_> {
         if self.hosts[host].is_fenced {
             return Ok(()); // The news is late; the one who attached since knows of the view.
         }
-        if let Some(last) = &self.committed {
+        if let Some(last) = self.committed.clone() {
             if view.number <= last.number {
                 return Err(format!("client {host} committed {view} after {last}"));
             }
-            if !view.clean().is_subset(last.clean()) {
+            if !view.clean().is_subset(last.active()) {
                 return Err(format!("client {host} committed {view} after {last}: a stale member is Clean"));
             }
+            self.check_steps(&last, &view)?;
         }
         for member in view.active().iter() {
             let durable = &self.nodes[self.node_index(member)].durable.view;
@@ -279,7 +292,7 @@ impl World<'_> {
             }
         }
         self.committed = Some(view);
-        Ok(())
+        self.check_stale()
     }
 
     /// Why a client ended is part of what it promised.

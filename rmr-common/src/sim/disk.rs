@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use super::oracle::{SECTOR, Step};
 use super::rng::Rng;
-use crate::pool::BLOCK_SIZE;
+use crate::pool::{BLOCK_SIZE, Block};
 use crate::replica::{BufferToken, DiskOperation, DiskResult, IoId};
 
 const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
@@ -23,13 +23,22 @@ pub(super) struct Running {
     /// What a flush makes durable.
     snapshot: Vec<(usize, u64)>,
     is_applied: bool,
+    /// Whether what it writes came from another member.
+    is_pulled: bool,
 }
 
 impl Running {
+    pub(super) const fn is_pulled(&self) -> bool {
+        self.is_pulled
+    }
+
     pub(super) const fn is_write(&self) -> bool {
         matches!(
             self.operation,
-            DiskOperation::Write(_) | DiskOperation::Discard | DiskOperation::WriteZeroes
+            DiskOperation::Write(_)
+                | DiskOperation::WriteBytes
+                | DiskOperation::Discard
+                | DiskOperation::WriteZeroes
         )
     }
 }
@@ -42,6 +51,8 @@ pub(super) struct Disk {
     durable: Vec<u64>,
     /// The first write to the sector that no flush covers yet; zero for none.
     pub(super) unflushed_since: Vec<Step>,
+    /// The sector's unflushed content came from another member.
+    pub(super) pulled: Vec<bool>,
     pub(super) write_back: bool,
     pub(super) running: BTreeMap<u32, Running>,
 }
@@ -52,6 +63,7 @@ impl Disk {
             sectors: vec![0; sectors],
             durable: vec![0; sectors],
             unflushed_since: vec![0; sectors],
+            pulled: vec![false; sectors],
             write_back,
             running: BTreeMap::new(),
         }
@@ -65,6 +77,7 @@ impl Disk {
         (offset, length): (u64, u32),
         data: Vec<u64>,
         result: DiskResult,
+        is_pulled: bool,
     ) -> Result<(), String> {
         let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
         let count = usize::try_from(u64::from(length) / SECTOR).unwrap_or(usize::MAX);
@@ -74,7 +87,8 @@ impl Disk {
         } else {
             Vec::new()
         };
-        let running = Running { operation, first, count, result, data, snapshot, is_applied: false };
+        let running =
+            Running { operation, first, count, result, data, snapshot, is_applied: false, is_pulled };
         if running.is_write() {
             let clash = |other: &&Running| {
                 other.is_write() && other.first < first + count && first < other.first + other.count
@@ -116,6 +130,8 @@ impl Disk {
             | DiskOperation::Discard
             | DiskOperation::WriteZeroes => {
                 let data = std::mem::take(&mut running.data);
+                let is_pulled = running.is_pulled;
+                self.pulled[first..first + count].fill(is_pulled && self.write_back);
                 self.change(first, count, &data, now, |_| failed && rng.percent(50));
                 Vec::new()
             }
@@ -179,6 +195,14 @@ impl Disk {
             }
         }
         lost
+    }
+
+    /// Whether a write of a client to this block is under way.
+    pub(super) fn is_written_by_guest(&self, block: Block) -> bool {
+        let first = usize::try_from(block.0).unwrap_or(usize::MAX).saturating_mul(SECTORS_PER_BLOCK);
+        self.running.values().any(|r| {
+            r.is_write() && !r.is_pulled && r.first < first + SECTORS_PER_BLOCK && first < r.first + r.count
+        })
     }
 
     /// The buffer of a write that is under way.

@@ -1,9 +1,10 @@
 //! What a run does to its pool: requests of a restless guest, and faults of every kind.
 
 use super::oracle::SECTOR;
+use super::peers::pair;
 use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::{self, Operation};
-use crate::pool::View;
+use crate::pool::{MemberState, View};
 
 impl World<'_> {
     /// Submits a few requests, and comes back later.
@@ -84,7 +85,7 @@ impl World<'_> {
         let live: Vec<_> = (0..self.hosts.len()).filter(|&h| self.hosts[h].is_live()).collect();
         let Some(&host) = live.last() else { return Ok(()) };
         let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
-        match self.rng.range(0, 15) {
+        match self.rng.range(0, 19) {
             0..=1 => self.cut_some(host, Some(node)),
             2 => self.cut_some(host, None),
             3 => {
@@ -121,6 +122,25 @@ impl World<'_> {
                 self.after(delay, Event::ErrorsEnd(node));
             }
             14 => self.nodes[node].metadata_fails = true,
+            15 => self.links_of(node).into_iter().for_each(|link| self.cut_peer(link)),
+            16 => {
+                let other = self.rng.index(self.nodes.len());
+                trace!(self, "nodes {node} and {other} are parted");
+                let (pair, delay) = (pair(node, other), self.rng.range(1, timeout * 4));
+                self.parted.insert(pair);
+                let is_cut =
+                    |p: &super::peers::Peer| p.is_open() && super::peers::pair(p.stale, p.source) == pair;
+                let links: Vec<_> = (0..self.peers.len()).filter(|&i| is_cut(&self.peers[i])).collect();
+                links.into_iter().for_each(|link| self.cut_peer(link));
+                self.after(delay, Event::HealNodes(node, other));
+            }
+            17 => {
+                let other = self.rng.index(self.nodes.len());
+                trace!(self, "messages between nodes {node} and {other} stand still");
+                let until = self.now + self.rng.range(timeout / 2, timeout * 2);
+                self.stalled.insert(pair(node, other), until);
+            }
+            18 => self.crash_in_resync()?,
             _ => {
                 // A new client, as a daemon that is started again.
                 if self.profile.client_crashes {
@@ -143,6 +163,7 @@ impl World<'_> {
 
     /// Ends a node's process, or cuts its machine's power, and starts it again some time later.
     pub(super) fn crash_node(&mut self, index: usize, power: bool) -> Check {
+        self.cover_crash(index);
         if self.nodes[index].replica.take().is_none() {
             return Ok(());
         }
@@ -171,6 +192,7 @@ impl World<'_> {
                 self.cut(connection);
             }
         }
+        self.links_of(index).into_iter().for_each(|link| self.cut_peer(link));
         let most = self.profile.fault_pause * 8 + 10 * MILLISECOND;
         let delay = self.rng.range(1, most);
         self.after(delay, Event::NodeStart(index));
@@ -183,6 +205,9 @@ impl World<'_> {
         // A member that is not known to be absent would come back Clean and stale. To find that out is for the version
         // that reconciles; until then the cache of such a member survives by luck.
         let is_out = self.committed.as_ref().map(View::out).is_some_and(|out| out.contains(member));
+        let is_out = is_out
+            && self.nodes[index].durable.view.state(member) != Some(MemberState::Syncing)
+            && !self.resyncs.is_unflushed_unknown;
         if self.nodes[index].lost_power && is_out && self.nodes[index].disk.lose_cache(&mut self.rng) {
             trace!(self, "node {index} has lost its cache");
             self.coverage.hit("cache lost in a power cut");
@@ -191,9 +216,32 @@ impl World<'_> {
         self.start_node(index);
     }
 
+    /// Faults strike where a resync is under way: its member, or its source.
+    fn crash_in_resync(&mut self) -> Check {
+        let open: Vec<_> = self.peers.iter().filter(|p| p.is_open()).map(|p| (p.stale, p.source)).collect();
+        if open.is_empty() {
+            return Ok(());
+        }
+        let (stale, source) = self.rng.pick(&open);
+        match self.rng.range(0, 4) {
+            0 => self.crash_node(stale, false)?,
+            1 => self.crash_node(source, false)?,
+            2 => self.crash_node(stale, true)?,
+            3 => self.nodes[stale].metadata_fails = true,
+            _ => {
+                self.had_errors = true;
+                self.nodes[stale].disk_errors = self.rng.pick(&[20, 60]);
+                let delay = self.rng.range(1, self.profile.fault_pause * 4);
+                self.after(delay, Event::ErrorsEnd(stale));
+            }
+        }
+        Ok(())
+    }
+
     fn crash_host(&mut self, host: usize) {
         trace!(self, "client {host} crashes");
         self.hosts[host].is_crashed = true;
+        self.resyncs.is_unflushed_unknown = true;
         let requests = std::mem::take(&mut self.hosts[host].requests);
         if requests.values().any(|r| r.write.is_some()) {
             self.coverage.hit("client crashed with writes in flight");
@@ -215,6 +263,8 @@ impl World<'_> {
     pub(super) fn calm(&mut self) -> Check {
         trace!(self, "no more faults");
         self.is_calm = true;
+        self.parted.clear();
+        self.stalled.clear();
         for host in &mut self.hosts {
             host.partitioned.iter_mut().for_each(|p| *p = false);
             host.stalled_until.iter_mut().for_each(|s| *s = 0);

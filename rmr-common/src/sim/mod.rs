@@ -9,6 +9,8 @@ mod disk;
 mod fault;
 mod node;
 mod oracle;
+mod peers;
+mod resync;
 mod rng;
 mod world;
 
@@ -91,6 +93,7 @@ fn play(world: &mut World<'_>) -> Check {
     }
     world.check_idle()?;
     world.check_data()?;
+    world.check_all_clean()?;
     world.cover_end();
     Ok(())
 }
@@ -111,7 +114,7 @@ fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
         let live: Vec<_> = (0..world.hosts.len()).filter(|&h| world.hosts[h].is_live()).collect();
         match live[..] {
             [] => world.start_host(9, true),
-            [host] if world.hosts[host].client.is_active() && world.hosts[host].requests.is_empty() => {
+            [host] if world.is_healed(host) => {
                 return Ok(host);
             }
             _ => {} // Not yet.
@@ -144,5 +147,6 @@ fn check_deadline(world: &World<'_>, deadline: u64) -> Check {
         .iter()
         .map(|h| format!("{} {} with {}", h.client.status().state, h.id, h.requests.len()))
         .collect();
-    Err(format!("the pool does not come to rest; clients: {}", states.join(", ")))
+    let view = world.committed.as_ref().map(ToString::to_string).unwrap_or_default();
+    Err(format!("the pool does not come to rest; {view}; clients: {}", states.join(", ")))
 }

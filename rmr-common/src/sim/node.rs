@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::disk::Disk;
 use crate::map::{ChunkMap, MAP_PAGE_BYTES, MapId, MapPage, MemberMaps};
 use crate::pool::{BootId, Chunk, Epoch, MemberId, PoolSpec};
-use crate::replica::{Config, DurableState, Replica, Ticket};
+use crate::replica::{Config, DurableState, Replica, ResyncLimits, Ticket};
 use crate::wire::{Limits, MessageHeader};
 
 pub(super) type PageBytes = Box<[u8; MAP_PAGE_BYTES]>;
@@ -50,6 +50,10 @@ pub(super) struct Node {
     pub(super) reads: BTreeMap<u32, Vec<u64>>,
     /// The last epoch whose attach was answered well.
     pub(super) answered: Epoch,
+    /// The open link to a source, and which attempt to make one is the last.
+    pub(super) peer: Option<usize>,
+    pub(super) peer_attempt: u64,
+    pub(super) wake_at: u64,
     /// A view was received and not answered.
     pub(super) has_pending_view: bool,
     /// The power was cut, and the machine was not started since.
@@ -76,6 +80,9 @@ impl Node {
             next_buffer: 0,
             reads: BTreeMap::new(),
             answered: Epoch(0),
+            peer: None,
+            peer_attempt: 0,
+            wake_at: u64::MAX,
             has_pending_view: false,
             lost_power: false,
             host_boot: 1,
@@ -85,8 +92,16 @@ impl Node {
     }
 
     /// Starts the process from what is durable.
-    pub(super) fn start(&mut self, spec: &PoolSpec, limits: Limits, intent_idle: std::time::Duration) {
+    pub(super) fn start(
+        &mut self,
+        spec: &PoolSpec,
+        limits: Limits,
+        intent_idle: std::time::Duration,
+        resync: ResyncLimits,
+    ) {
         self.life += 1;
+        self.peer = None;
+        self.wake_at = u64::MAX;
         self.has_pending_view = false;
         if self.lost_power {
             self.host_boot += 1;
@@ -103,7 +118,7 @@ impl Node {
         let member = self.member.as_u8();
         let life = self.life.to_le_bytes();
         let config = Config {
-            resync: crate::replica::ResyncLimits { max_inflight: 4, bytes_per_s: None },
+            resync,
             limits,
             intent_idle,
             host_boot: BootId::from_bytes([member, self.host_boot, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),

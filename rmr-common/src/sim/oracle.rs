@@ -159,6 +159,12 @@ impl Oracle {
         self.sectors[sector].iter().any(|c| c.value == value && c.removed == NEVER)
     }
 
+    /// Whether the sector's value may change without a further request: a write of it is in flight or undecided.
+    pub(super) fn is_open(&self, sector: usize) -> bool {
+        let in_flight = |c: &Candidate| self.writes[c.write as usize].end == NEVER;
+        self.sectors[sector].iter().any(in_flight) || self.is_undecided(sector)
+    }
+
     /// Whether the sector's value hangs on a write that failed or whose client died.
     pub(super) fn is_undecided(&self, sector: usize) -> bool {
         self.sectors[sector].iter().any(|c| c.removed == NEVER && self.writes[c.write as usize].failed)

@@ -1,13 +1,14 @@
 //! The world of one run: nodes, clients, the network between them, and the queue of what happens next.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::io::Write;
 use std::time::Duration;
 
 use super::coverage::Coverage;
 use super::node::{Content, Node, Target};
 use super::oracle::{Oracle, SECTOR, Step, WriteId};
+use super::peers::{FIRST_PEER, Peer};
 use super::rng::Rng;
 use crate::client::{self, Client, LinkId, Operation, Payload, PoolSelector, Token};
 use crate::pool::{
@@ -26,9 +27,9 @@ pub(super) type Check<T = ()> = Result<T, String>;
 
 /// A message on its way.
 pub(super) struct Message {
-    header: MessageHeader,
-    body: Vec<u8>,
-    data: Vec<u64>,
+    pub(super) header: MessageHeader,
+    pub(super) body: Vec<u8>,
+    pub(super) data: Vec<u64>,
 }
 
 /// What happens next.
@@ -62,7 +63,24 @@ pub(super) enum Event {
         node: usize,
         life: u32,
     },
+    NodeWake {
+        node: usize,
+        life: u32,
+        at: u64,
+    },
     HostTick(usize, u64),
+    /// A stale member's link to its source, and what goes over it.
+    PeerConnected {
+        node: usize,
+        life: u32,
+        attempt: u64,
+        source: usize,
+    },
+    ToSource(usize, Message),
+    ToStale(usize, Message),
+    SourceLoses(usize),
+    StaleLoses(usize),
+    HealNodes(usize, usize),
     NodeStart(usize),
     Heal {
         host: usize,
@@ -127,6 +145,8 @@ pub(super) struct Host {
     pub(super) client: Client,
     pub(super) id: u8,
     pub(super) links: Vec<Option<usize>>,
+    /// The node that each link that is down led to.
+    pub(super) lost_node: Vec<Option<usize>>,
     pub(super) requests: BTreeMap<u64, Request>,
     /// The view that the client last said to be committed.
     pub(super) committed: Option<View>,
@@ -153,6 +173,7 @@ pub(super) struct Profile {
     pub(super) limits: Limits,
     pub(super) client: client::Config,
     intent_idle: Duration,
+    pub(super) resync: replica::ResyncLimits,
     pub(super) network_delay: u64,
     disk_delay: u64,
     pub(super) requests: u64,
@@ -177,6 +198,12 @@ pub(super) struct World<'a> {
     pub(super) nodes: Vec<Node>,
     pub(super) hosts: Vec<Host>,
     pub(super) connections: Vec<Connection>,
+    pub(super) peers: Vec<Peer>,
+    /// Pairs of nodes that cannot connect to each other.
+    pub(super) parted: BTreeSet<(usize, usize)>,
+    /// Messages between two nodes arrive no earlier than this.
+    pub(super) stalled: BTreeMap<(usize, usize), u64>,
+    pub(super) resyncs: super::resync::Resyncs,
     pub(super) oracle: Oracle,
     pub(super) coverage: Coverage,
     pub(super) next_token: u64,
@@ -253,6 +280,10 @@ impl<'a> World<'a> {
             limits,
             client,
             intent_idle: milliseconds(&mut rng, &[0, 1000, 3000]),
+            resync: replica::ResyncLimits {
+                max_inflight: rng.pick(&[1, 2, 4, 16]),
+                bytes_per_s: rng.pick(&[None, None, None, Some(1 << 20), Some(16 << 20)]),
+            },
             network_delay: rng.pick(&[20_000, 500_000, 5 * MILLISECOND]),
             disk_delay: rng.pick(&[20_000, 500_000, 10 * MILLISECOND]),
             requests: rng.range(10, 250),
@@ -274,6 +305,10 @@ impl<'a> World<'a> {
             nodes,
             hosts: Vec::new(),
             connections: Vec::new(),
+            peers: Vec::new(),
+            parted: BTreeSet::new(),
+            stalled: BTreeMap::new(),
+            resyncs: super::resync::Resyncs::default(),
             oracle: Oracle::new(sectors, reconcile_expected),
             coverage: Coverage::default(),
             next_token: 1,
@@ -314,7 +349,7 @@ impl<'a> World<'a> {
         self.at(self.now + delay, event);
     }
 
-    fn at(&mut self, time: u64, event: Event) {
+    pub(super) fn at(&mut self, time: u64, event: Event) {
         self.queued += 1;
         self.queue.push(Reverse(Scheduled(time, self.queued, event)));
     }
@@ -343,7 +378,9 @@ impl<'a> World<'a> {
                 if running.result != DiskResult::Done {
                     self.nodes[node].reads.remove(&io);
                 }
+                let stale = self.own_stale(node);
                 self.replica(node, replica::Event::Disk(IoId(io), running.result))?;
+                self.cover_disk_done(node, &running, stale);
             }
             Event::MetadataDone { node, life, target } if self.nodes[node].life == life => {
                 self.metadata_done(node, target)?;
@@ -352,9 +389,26 @@ impl<'a> World<'a> {
                 self.replica(node, replica::Event::Tick)?;
                 self.after(1000 * MILLISECOND, Event::NodeTick { node, life });
             }
+            Event::NodeWake { node, life, at } if self.nodes[node].life == life => {
+                if self.nodes[node].wake_at == at {
+                    self.nodes[node].wake_at = u64::MAX;
+                    self.replica(node, replica::Event::Tick)?;
+                }
+            }
+            Event::PeerConnected { node, life, attempt, source } => {
+                self.peer_connected(node, life, attempt, source)?;
+            }
+            Event::ToSource(peer, message) => self.deliver_to_source(peer, &message)?,
+            Event::ToStale(peer, message) => self.deliver_to_stale(peer, &message)?,
+            Event::SourceLoses(peer) => self.source_loses(peer)?,
+            Event::StaleLoses(peer) => self.stale_loses(peer)?,
+            Event::HealNodes(a, b) => {
+                self.parted.remove(&super::peers::pair(a, b));
+            }
             Event::DiskEffect { .. }
             | Event::DiskDone { .. }
             | Event::MetadataDone { .. }
+            | Event::NodeWake { .. }
             | Event::NodeTick { .. } => {} // Of an earlier life of the node.
             Event::HostTick(host, at) => {
                 if self.hosts[host].tick_at == at && self.hosts[host].is_live() {
@@ -372,6 +426,9 @@ impl<'a> World<'a> {
             Event::Work => self.work()?,
             Event::Fault => self.fault()?,
         }
+        if self.step.is_multiple_of(16) {
+            self.check_stale()?;
+        }
         Ok(true)
     }
 
@@ -379,7 +436,8 @@ impl<'a> World<'a> {
 
     pub(super) fn start_node(&mut self, node: usize) {
         let (limits, idle) = (self.profile.limits, self.profile.intent_idle);
-        self.nodes[node].start(&self.spec, limits, idle);
+        let resync = self.profile.resync;
+        self.nodes[node].start(&self.spec, limits, idle, resync);
         let life = self.nodes[node].life;
         let delay = self.rng.range(1, 1000) * MILLISECOND;
         self.after(delay, Event::NodeTick { node, life });
@@ -411,10 +469,12 @@ impl<'a> World<'a> {
                     }
                     self.start_metadata(node, target)?;
                 }
-                replica::Output::DiskWrite { .. }
-                | replica::Output::PeerConnect(_)
-                | replica::Output::PeerSend(_)
-                | replica::Output::PeerClose => {}
+                replica::Output::DiskWrite { io, offset, bytes } => {
+                    self.write_pulled(node, io, offset, &bytes)?;
+                }
+                replica::Output::PeerConnect(address) => self.peer_connect(node, &address)?,
+                replica::Output::PeerSend(header) => self.peer_send(node, header)?,
+                replica::Output::PeerClose => self.peer_close(node),
                 replica::Output::Release(token) => {
                     if self.nodes[node].disk.uses(token) {
                         return Err(format!("node {node} released {token:?} while the disk writes from it"));
@@ -425,7 +485,11 @@ impl<'a> World<'a> {
                 }
                 replica::Output::Close(connection, reason) => {
                     trace!(self, "node {node} closes connection {}: {reason}", connection.0);
-                    self.node_closes(connection.0 as usize);
+                    if connection.0 >= FIRST_PEER {
+                        self.source_closes(connection);
+                    } else {
+                        self.node_closes(connection.0 as usize);
+                    }
                 }
                 replica::Output::Notice(notice) => {
                     trace!(self, "node {node}: {notice:?}");
@@ -433,6 +497,7 @@ impl<'a> World<'a> {
                 }
             }
         }
+        self.schedule_wake(node);
         Ok(())
     }
 
@@ -440,18 +505,22 @@ impl<'a> World<'a> {
         &mut self,
         node: usize,
         connection: ConnectionId,
-        header: MessageHeader,
+        mut header: MessageHeader,
         payload: ReplyPayload,
     ) -> Check {
         let mut message = Message { header, body: Vec::new(), data: Vec::new() };
         match payload {
             ReplyPayload::None => {}
+            ReplyPayload::Pulled(pulled) => {
+                message.body = self.pulled_body(node, &header, &pulled)?;
+                header.payload = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
+                message.header = header;
+            }
             ReplyPayload::Data(io) => {
                 let found = self.nodes[node].reads.remove(&io.0);
                 message.data = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
             }
             ReplyPayload::Body(body) => message.body = body,
-            ReplyPayload::Pulled(_) => {}
         }
         let length = message.body.len() as u64 + message.data.len() as u64 * SECTOR;
         if length != u64::from(header.payload) {
@@ -461,6 +530,9 @@ impl<'a> World<'a> {
             self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
         }
         self.check_answer(node, &header)?;
+        if connection.0 >= FIRST_PEER {
+            return self.peer_answer(connection, message);
+        }
         self.send(connection.0 as usize, false, message)
     }
 
@@ -472,7 +544,29 @@ impl<'a> World<'a> {
         offset: u64,
         length: u32,
     ) -> Check {
-        self.check_disk(index, operation, offset, length)?;
+        let data = match operation {
+            DiskOperation::Write(token) => {
+                self.nodes[index].buffers.get(&token.0).map(|b| b.0.clone()).unwrap_or_default()
+            }
+            _ => Vec::new(),
+        };
+        self.submit_data(index, io, operation, (offset, length), data)
+    }
+
+    pub(super) fn submit_data(
+        &mut self,
+        index: usize,
+        io: IoId,
+        operation: DiskOperation,
+        (offset, length): (u64, u32),
+        data: Vec<u64>,
+    ) -> Check {
+        let is_pulled = self.is_pulled_write(index, operation, offset, length);
+        if is_pulled {
+            self.check_pulled(index, offset, length)?;
+        } else {
+            self.check_disk(index, operation, offset, length)?;
+        }
         let is_bad = self.rng.percent(self.nodes[index].disk_errors);
         let no_space = self.rng.percent(30) && !matches!(operation, DiskOperation::Read);
         let result = match (is_bad, no_space) {
@@ -481,14 +575,8 @@ impl<'a> World<'a> {
             (true, false) => DiskResult::Failed,
         };
         let node = &mut self.nodes[index];
-        let data = match operation {
-            DiskOperation::Write(token) => {
-                node.buffers.get(&token.0).map(|b| b.0.clone()).unwrap_or_default()
-            }
-            _ => Vec::new(),
-        };
         node.disk
-            .submit(io, operation, (offset, length), data, result)
+            .submit(io, operation, (offset, length), data, result, is_pulled)
             .map_err(|e| format!("node {index}: {e}"))?;
         let life = node.life;
         let most = self.profile.disk_delay * if self.rng.percent(2) && !self.is_calm { 20 } else { 1 };
@@ -616,7 +704,9 @@ impl<'a> World<'a> {
         self.cover_message(node, &header);
         let connection = ConnectionId(u32::try_from(index).unwrap_or(u32::MAX));
         let event = replica::Event::Message { connection, header: &header, body: &message.body, buffer };
-        self.replica(node, event)
+        let before = self.before_message(node, &header, &message.body);
+        self.replica(node, event)?;
+        self.after_message(node, before)
     }
 
     fn greet(&mut self, index: usize, node: usize, header: &MessageHeader, body: &[u8]) -> Check {
@@ -649,6 +739,7 @@ impl<'a> World<'a> {
             let place = request.memory.get_mut(first..first + message.data.len());
             place.ok_or("data beyond the memory of a request")?.copy_from_slice(&message.data);
         }
+        self.cover_to_client(host, &message.header);
         self.client(host, client::Event::Message(link, &message.header, &message.body))
     }
 
@@ -735,6 +826,7 @@ impl<'a> World<'a> {
         if std::mem::replace(&mut connection.client_closed, true) {
             return Ok(());
         }
+        self.hosts[host].lost_node[usize::from(link.0)] = Some(self.connections[index].node);
         self.hosts[host].links[usize::from(link.0)] = None;
         if !self.hosts[host].is_live() {
             return Ok(());
@@ -764,6 +856,7 @@ impl<'a> World<'a> {
             client,
             id,
             links: vec![None; client::MAX_LINKS],
+            lost_node: vec![None; client::MAX_LINKS],
             requests: BTreeMap::new(),
             committed: None,
             is_fenced: false,
@@ -833,6 +926,9 @@ impl<'a> World<'a> {
                 let data = request.and_then(|r| r.memory.get(first..first + count));
                 message.data = data.ok_or_else(|| format!("{token:?} sends data it does not have"))?.to_vec();
             }
+        }
+        if header.kind == Kind::Read {
+            self.check_read_from(host, connection)?;
         }
         let Some(connection) = connection else {
             return Err(format!("client {host} sends {:?} on {link:?}, which is not connected", header.kind));

@@ -1,0 +1,408 @@
+//! The rules of rejoin and resync: what a stale member misses is on record, nothing stale is promoted, and only what was
+//! missed is moved.
+
+use std::collections::BTreeMap;
+
+use super::disk::Running;
+use super::oracle::{Oracle, SECTOR};
+use super::world::{Check, World};
+use crate::map::MapId;
+use crate::pool::{BLOCK_SIZE, Block, Chunk, MemberId, MemberSet, MemberState, View};
+use crate::replica::{self, DiskOperation, DiskResult, Replica};
+use crate::wire::{ChunkList, Kind, MessageHeader, Status};
+
+const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
+
+/// A resync that began with everything known.
+struct Started {
+    link: usize,
+    /// Blocks that the source had on record.
+    missed: u64,
+    /// Blocks that the member had pulled before.
+    pulled: u64,
+    /// Writes that it had carried out before.
+    writes: u64,
+    faults: u64,
+}
+
+/// The resyncs under way.
+#[derive(Default)]
+pub(super) struct Resyncs {
+    started: BTreeMap<MemberId, Started>,
+    /// A client died, and with it the knowledge of what was not flushed on members that are lost afterwards. Until members
+    /// are reconciled, such a cache survives by luck.
+    pub(super) is_unflushed_unknown: bool,
+}
+
+/// Chunks that a node had on record as missed by a member before it was told that some are current.
+pub(super) type Cleared = Option<(MemberId, Vec<Chunk>)>;
+
+impl World<'_> {
+    fn state(&self, index: usize) -> Option<MemberState> {
+        self.committed.as_ref().and_then(|v| v.state(self.nodes[index].member))
+    }
+
+    fn is_stale(&self, index: usize, sector: usize) -> bool {
+        let replica = self.nodes[index].replica.as_ref();
+        let map = replica.and_then(|r| r.maps().dirty_blocks(r.member()));
+        map.is_some_and(|m| m.contains(block_of(sector)))
+    }
+
+    /// Whether a disk request carries data of another member, or zeroes in its place.
+    pub(super) fn is_pulled_write(
+        &self,
+        index: usize,
+        operation: DiskOperation,
+        offset: u64,
+        length: u32,
+    ) -> bool {
+        let blocks = offset / BLOCK_SIZE..(offset + u64::from(length)) / BLOCK_SIZE;
+        let is_whole = offset.is_multiple_of(BLOCK_SIZE) && u64::from(length).is_multiple_of(BLOCK_SIZE);
+        let is_stale = |b: u64| self.is_stale(index, usize::try_from(b).unwrap_or(0) * SECTORS_PER_BLOCK);
+        match operation {
+            DiskOperation::WriteBytes => true,
+            // A client's request for zeroes looks the same when it covers nothing but stale blocks.
+            DiskOperation::WriteZeroes => is_whole && { blocks }.all(is_stale),
+            _ => false,
+        }
+    }
+
+    /// Pulled data goes only to blocks that are stale, of a member that is Syncing.
+    pub(super) fn check_pulled(&mut self, index: usize, offset: u64, length: u32) -> Check {
+        let (first, end) = (offset / BLOCK_SIZE, (offset + u64::from(length)) / BLOCK_SIZE);
+        if !offset.is_multiple_of(BLOCK_SIZE) || !u64::from(length).is_multiple_of(BLOCK_SIZE) || length == 0
+        {
+            return Err(format!("node {index} writes pulled data to {offset}+{length}"));
+        }
+        for block in first..end {
+            if !self.is_stale(index, usize::try_from(block).unwrap_or(0) * SECTORS_PER_BLOCK) {
+                return Err(format!("node {index} writes pulled data to block {block}, which is current"));
+            }
+        }
+        let replica = self.nodes[index].replica.as_ref();
+        if replica.is_none_or(|r| r.view().state(r.member()) != Some(MemberState::Syncing)) {
+            return Err(format!("node {index} writes pulled data and is not Syncing"));
+        }
+        self.coverage.hit("block pulled");
+        Ok(())
+    }
+
+    /// What must be known before a message is delivered, to judge what it did.
+    pub(super) fn before_message(&mut self, index: usize, header: &MessageHeader, body: &[u8]) -> Cleared {
+        self.cover_guest_write(index, header);
+        if header.kind != Kind::ClearDirty {
+            return None;
+        }
+        let list = ChunkList::decode(Kind::ClearDirty, body).ok()?;
+        let map = self.nodes[index].replica.as_ref()?.maps().dirty_chunks(list.member)?;
+        Some((list.member, list.chunks.into_iter().filter(|c| map.contains(*c)).collect()))
+    }
+
+    /// A dirty bit is cleared only when the member has everything, and survives a power cut with it.
+    pub(super) fn after_message(&mut self, index: usize, before: Cleared) -> Check {
+        let Some((member, chunks)) = before else { return Ok(()) };
+        let stale = self.node_index(member);
+        let per_chunk = usize::try_from(self.spec.chunk_size.bytes() / SECTOR).unwrap_or(0);
+        for chunk in chunks {
+            let replica = self.nodes[index].replica.as_ref();
+            let map = replica.and_then(|r| r.maps().dirty_chunks(member));
+            if map.is_some_and(|m| m.contains(chunk)) {
+                continue;
+            }
+            self.coverage.hit("dirty bit cleared by a report");
+            let start = usize::try_from(chunk.0).unwrap_or(0) * per_chunk;
+            let disk = &self.nodes[stale].disk;
+            for sector in start..(start + per_chunk).min(disk.sectors.len()) {
+                let is_unflushed = disk.pulled[sector] && disk.unflushed_since[sector] > 0;
+                if is_unflushed || self.is_missing(stale, sector) {
+                    return Err(format!(
+                        "node {index} forgets that member {member} misses chunk {chunk}: its sector {sector} is {} \
+                         (unflushed: {is_unflushed}); possible: {}",
+                        Oracle::name(disk.sectors[sector]),
+                        self.oracle.describe(sector)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a sector of a node is older than what was acknowledged, beyond doubt.
+    fn is_missing(&self, index: usize, sector: usize) -> bool {
+        let value = self.nodes[index].disk.sectors[sector];
+        !self.oracle.is_current(sector, value) && !self.oracle.is_open(sector)
+    }
+
+    /// What a member that is not Clean misses is on record at each member that is active, and at itself while it syncs.
+    pub(super) fn check_stale(&mut self) -> Check {
+        let Some(view) = self.committed.clone() else { return Ok(()) };
+        for stale in view.members.iter().filter(|m| m.state != MemberState::Clean) {
+            let index = self.node_index(stale.id);
+            let missing: Vec<usize> =
+                (0..self.nodes[index].disk.sectors.len()).filter(|&s| self.is_missing(index, s)).collect();
+            for sector in missing {
+                let keepers: Vec<_> =
+                    view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
+                let has = |k: &usize| self.has_record(*k, stale.id, sector);
+                let is_kept = if self.profile.client_crashes {
+                    keepers.iter().any(has)
+                } else {
+                    keepers.iter().all(has)
+                };
+                let own = self.nodes[index].replica.as_ref();
+                let own = own
+                    .filter(|r| r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == view);
+                if !is_kept || own.is_some() && !self.is_stale(index, sector) {
+                    let silent: Vec<_> = keepers.iter().filter(|k| !has(k)).collect();
+                    return Err(format!(
+                        "{view}: member {} misses sector {sector} ({}), on record everywhere but on nodes {silent:?}, \
+                         and on itself: {}; possible: {}",
+                        stale.id,
+                        Oracle::name(self.nodes[index].disk.sectors[sector]),
+                        self.is_stale(index, sector),
+                        self.oracle.describe(sector)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn has_record(&self, keeper: usize, stale: MemberId, sector: usize) -> bool {
+        let node = &self.nodes[keeper];
+        let Some(replica) = &node.replica else { return true };
+        let chunk = self.spec.chunk_size.chunk_of_block(block_of(sector));
+        replica.maps().dirty_blocks(stale).is_some_and(|m| m.contains(block_of(sector)))
+            && node.has_bit(MapId::Dirty(stale), chunk)
+    }
+
+    /// Clients read from Clean members only.
+    pub(super) fn check_read_from(&self, host: usize, connection: Option<usize>) -> Check {
+        let Some(connection) = connection else { return Ok(()) };
+        let member = self.nodes[self.connections[connection].node].member;
+        let state = self.hosts[host].committed.as_ref().and_then(|v| v.state(member));
+        if state == Some(MemberState::Clean) {
+            return Ok(());
+        }
+        Err(format!("client {host} reads from member {member}, which is {state:?}"))
+    }
+
+    /// Judges the steps from the view that was committed before.
+    pub(super) fn check_steps(&mut self, last: &View, view: &View) -> Check {
+        let syncing = view.in_state(MemberState::Syncing);
+        for member in syncing.without(last.in_state(MemberState::Syncing)).iter() {
+            self.coverage.hit("rejoin");
+            if syncing != MemberSet::only(member) {
+                self.coverage.hit("second member rejoins while another syncs");
+            }
+        }
+        for member in view.clean().without(last.clean()).iter() {
+            self.coverage.hit("promotion");
+            self.check_promotion(member, view)?;
+        }
+        Ok(())
+    }
+
+    /// A member that is Clean from now on has what the other Clean ones have.
+    fn check_promotion(&mut self, member: MemberId, view: &View) -> Check {
+        let index = self.node_index(member);
+        let disk = &self.nodes[index].disk;
+        for (sector, &value) in disk.sectors.iter().enumerate() {
+            if disk.pulled[sector] && disk.unflushed_since[sector] > 0 {
+                return Err(format!("member {member} is promoted with pulled sector {sector} unflushed"));
+            }
+            let is_open = self.oracle.is_open(sector);
+            let others = view.clean().without(MemberSet::only(member));
+            let differs = |m: &MemberId| self.nodes[self.node_index(*m)].disk.sectors[sector] != value;
+            if !self.oracle.is_current(sector, value) || !is_open && others.iter().any(|m| differs(&m)) {
+                return Err(format!(
+                    "member {member} is promoted with {} in sector {sector}; possible: {}",
+                    Oracle::name(value),
+                    self.oracle.describe(sector)
+                ));
+            }
+        }
+        let Some(started) = self.resyncs.started.remove(&member) else { return Ok(()) };
+        let Some(replica) = &self.nodes[index].replica else { return Ok(()) };
+        if started.faults != self.faults || self.nodes[index].peer != Some(started.link) {
+            return Ok(());
+        }
+        let status = replica.status().counters;
+        let moved = status.pulled_in_blocks - started.pulled;
+        let is_exact = moved == started.missed;
+        let has_writes = status.writes + status.zeroes > started.writes;
+        if moved > started.missed || !is_exact && !has_writes {
+            return Err(format!("member {member} missed {} blocks, and {moved} were moved", started.missed));
+        }
+        if started.missed > 0 {
+            self.coverage.hit("resync moved what was missed");
+        }
+        Ok(())
+    }
+
+    /// A node has a new view: its resync begins, when that has it Syncing.
+    pub(super) fn note_view(&mut self, index: usize, view: &View) {
+        let member = self.nodes[index].member;
+        let link = self.nodes[index].peer.filter(|&l| self.peers[l].is_open());
+        if view.state(member) != Some(MemberState::Syncing) {
+            return;
+        }
+        if self.resyncs.started.get(&member).is_some_and(|s| Some(s.link) == link) {
+            return; // It has begun before.
+        }
+        self.resyncs.started.remove(&member);
+        let was_out = self.state(index) == Some(MemberState::Out);
+        let (Some(link), true) = (link, was_out) else { return };
+        let source = self.nodes[self.peers[link].source].replica.as_ref();
+        let (Some(source), Some(replica)) = (source, &self.nodes[index].replica) else { return };
+        let counters = replica.status().counters;
+        let started = Started {
+            link,
+            missed: source.maps().missed(member).0,
+            pulled: counters.pulled_in_blocks,
+            writes: counters.writes + counters.zeroes,
+            faults: self.faults,
+        };
+        self.resyncs.started.insert(member, started);
+    }
+
+    /// Whether a client has nothing left to do, and every member is Clean.
+    pub(super) fn is_healed(&self, host: usize) -> bool {
+        let host = &self.hosts[host];
+        let is_clean = host.committed.as_ref().is_some_and(|v| v.clean().iter().count() == self.nodes.len());
+        host.client.is_active() && host.requests.is_empty() && is_clean
+    }
+
+    /// At quiet every member is Clean, and nobody remembers that one misses anything.
+    pub(super) fn check_all_clean(&self) -> Check {
+        for (index, node) in self.nodes.iter().enumerate() {
+            let missed = node.replica.as_ref().map(|r| r.status().missed).unwrap_or_default();
+            if let Some(missed) = missed.first() {
+                return Err(format!("at the end node {index} still has on record: {missed:?}"));
+            }
+            for (page, bytes) in node.pages.iter().filter(|(p, _)| p.map != MapId::Intent) {
+                if bytes.iter().any(|b| *b != 0) {
+                    return Err(format!("at the end {page:?} of node {index} is not empty on disk"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    // Coverage ---------------------------------------------------------------------------------------------------
+
+    fn cover_guest_write(&mut self, index: usize, header: &MessageHeader) {
+        let is_write = matches!(header.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
+        let Some(replica) = self.nodes[index].replica.as_ref().filter(|_| is_write) else { return };
+        if replica.view().state(replica.member()) != Some(MemberState::Syncing) {
+            return;
+        }
+        let end = header.offset + u64::from(header.length);
+        let edges = [header.offset, end].into_iter().filter(|e| !e.is_multiple_of(BLOCK_SIZE));
+        let is_partial = { edges }.any(|e| self.is_stale(index, usize::try_from(e / SECTOR).unwrap_or(0)));
+        let first = usize::try_from(header.offset / SECTOR).unwrap_or(0);
+        let last = usize::try_from(end / SECTOR).unwrap_or(0);
+        let met = self.nodes[index]
+            .disk
+            .running
+            .values()
+            .any(|r| r.is_pulled() && r.first < last && first < r.first + r.count);
+        if is_partial {
+            self.coverage.hit("partial write waits for an urgent pull");
+        }
+        if met {
+            self.coverage.hit("guest write waits for a pulled write");
+        }
+    }
+
+    /// How many blocks a node knows to be stale on itself.
+    pub(super) fn own_stale(&self, index: usize) -> u64 {
+        self.nodes[index].replica.as_ref().map_or(0, |r| r.maps().missed(r.member()).0)
+    }
+
+    pub(super) fn cover_disk_done(&mut self, index: usize, running: &Running, stale_before: u64) {
+        let Some(replica) = &self.nodes[index].replica else { return };
+        if replica.view().state(replica.member()) != Some(MemberState::Syncing) {
+            return;
+        }
+        let failed = running.result != DiskResult::Done;
+        match (running.operation, running.is_pulled(), failed) {
+            (_, true, true) => self.coverage.hit("pulled write failed"),
+            (DiskOperation::Flush, _, true) => self.coverage.hit("flush failed at a Syncing member"),
+            (_, false, true) if running.is_write() => {
+                self.coverage.hit("guest write failed at a Syncing member")
+            }
+            (_, false, false) if running.is_write() && self.own_stale(index) < stale_before => {
+                self.coverage.hit("guest write made stale blocks fresh");
+            }
+            _ => {} // The usual.
+        }
+    }
+
+    pub(super) fn cover_to_client(&mut self, host: usize, header: &MessageHeader) {
+        if header.kind == Kind::ChunksDone && self.hosts[host].client.status().state == "changing view" {
+            self.coverage.hit("chunks done while a view changes");
+        }
+    }
+
+    pub(super) fn cover_rejoin_lost(&mut self, host: usize, link: crate::client::LinkId) {
+        let Some((member, phase)) = self.hosts[host].client.rejoin_phase() else { return };
+        let node = self.hosts[host].lost_node[usize::from(link.0)];
+        if node != Some(self.node_index(member)) {
+            return;
+        }
+        self.coverage.hit(match phase {
+            "attaching" => "member lost in a rejoin: attaching",
+            "preparing" => "member lost in a rejoin: preparing",
+            "quiescing" => "member lost in a rejoin: quiescing",
+            _ => "member lost in a rejoin: changing",
+        });
+    }
+
+    /// A node is about to crash.
+    pub(super) fn cover_crash(&mut self, index: usize) {
+        let is_syncing = |n: usize| {
+            let replica = self.nodes[n].replica.as_ref();
+            replica.is_some_and(|r| r.view().state(r.member()) == Some(MemberState::Syncing))
+        };
+        let is_source = self.peers.iter().any(|p| p.is_open() && p.source == index && is_syncing(p.stale));
+        if is_source {
+            self.coverage.hit("source lost in a resync");
+        }
+        if is_syncing(index) {
+            self.coverage.hit("Syncing member crashed");
+        }
+    }
+
+    pub(super) fn cover_peer_connect(&mut self, node: usize, source: usize) {
+        let Some(replica) = &self.nodes[node].replica else { return };
+        let is_syncing = replica.view().state(replica.member()) == Some(MemberState::Syncing);
+        let last = self.peers.iter().rev().find(|p| p.stale == node);
+        if is_syncing && last.is_some_and(|p| p.source != source) {
+            self.coverage.hit("source changed in a resync");
+        }
+    }
+
+    pub(super) fn cover_pull(&mut self, source: usize, header: &MessageHeader) {
+        if header.kind == Kind::Pull && self.nodes[source].life > 1 {
+            self.coverage.hit("pulled from a source that was restarted");
+        }
+    }
+
+    pub(super) fn cover_view_answer(&mut self, index: usize, header: &MessageHeader) {
+        let is_broken = self.nodes[index].replica.as_ref().is_some_and(|r: &Replica| r.status().broken);
+        if header.kind == Kind::SetViewReply && header.status == Status::IoError && !is_broken {
+            self.coverage.hit("handover failed");
+        }
+    }
+
+    pub(super) fn cover_node_notice(&mut self, index: usize, notice: &replica::Notice) {
+        if let replica::Notice::View(view) = notice {
+            self.note_view(index, view);
+        }
+    }
+}
+
+fn block_of(sector: usize) -> Block {
+    Block((sector / SECTORS_PER_BLOCK) as u64)
+}
