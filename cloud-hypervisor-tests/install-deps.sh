@@ -8,7 +8,7 @@ set -eu
 
 qemu_packages="qemu-system-x86 qemu-system-common qemu-utils"
 build_packages="build-essential pkg-config libibverbs-dev librdmacm-dev libclang-dev"
-test_packages="busybox-static kmod cpio fio e2fsprogs util-linux nbdkit iproute2 git ca-certificates"
+test_packages="busybox-static kmod cpio fio e2fsprogs util-linux procps nbdkit iproute2 git ca-certificates"
 
 say() { echo "install-deps: $*"; }
 die() {
