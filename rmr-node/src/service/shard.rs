@@ -55,6 +55,8 @@ pub(super) enum Command {
     Adopt(Box<Store>, Responder<StoreCreated>),
     Delete(StoreId, bool, Responder<()>),
     Connection(Box<Handover>),
+    /// Clients may come now.
+    Listen(Vec<TcpListener>),
 }
 
 /// A connection whose pool is on another shard than the one that accepted it.
@@ -169,13 +171,13 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    /// Runs a shard until the shutdown is requested and done.
+    /// Runs a shard until the shutdown is requested and done. `opening` is dropped when its stores are open.
     pub(super) fn run(
         index: usize,
         shared: Arc<Shared>,
         shards: Vec<ShardHandle>,
-        listeners: Vec<TcpListener>,
         stores: Vec<Store>,
+        opening: Sender<()>,
         shutdown: Shutdown,
     ) -> anyhow::Result<()> {
         let inbox = shards[index].inbox.lock().ok().and_then(|mut inbox| inbox.take());
@@ -195,7 +197,7 @@ impl Shard {
             shared,
             shards,
             inbox,
-            listeners,
+            listeners: Vec::new(),
             closed_listeners: Vec::new(),
             shutdown,
             engine,
@@ -228,15 +230,14 @@ impl Shard {
                 tracing::error!(path = %path.display(), "store left out: {error}");
             }
         }
+        drop(opening);
         shard.serve()
     }
 
     fn serve(mut self) -> anyhow::Result<()> {
-        let fixed: Vec<RawFd> = (self.listeners.iter().map(AsRawFd::as_raw_fd))
-            .chain([self.shards[self.index].wake.as_raw_fd(), self.shutdown.as_raw_fd()])
-            .chain(self.engine.fd())
-            .collect();
-        self.changes.extend(fixed.into_iter().map(|fd| WatchChange::Add(fd, EventSet::IN)));
+        let fixed = [self.shards[self.index].wake.as_raw_fd(), self.shutdown.as_raw_fd()];
+        let fixed = fixed.into_iter().chain(self.engine.fd());
+        self.changes.extend(fixed.map(|fd| WatchChange::Add(fd, EventSet::IN)));
         let mut manager = EventManager::<Self>::new().map_err(|e| anyhow::anyhow!("event loop: {e}"))?;
         let id = manager.add_subscriber(self);
         let failed = |e| anyhow::anyhow!("event loop: {e}");
@@ -856,6 +857,12 @@ impl Shard {
                 responder.send(self.adopt(*store).map(|()| created));
             }
             Command::Delete(store, force, responder) => self.delete(store, force, responder),
+            // One that stops already closes them here.
+            Command::Listen(listeners) if matches!(self.phase, Phase::Serving) => {
+                self.changes.extend(listeners.iter().map(|l| WatchChange::Add(l.as_raw_fd(), EventSet::IN)));
+                self.listeners = listeners;
+            }
+            Command::Listen(_) => {}
             Command::Connection(handover) => {
                 let Handover { peer, greeting } = *handover;
                 let descriptor = peer.descriptor;
