@@ -5,10 +5,10 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use rmr_common::client::{Config, OverReason, PoolSelector};
+use rmr_common::client::{Config, IoError, OverReason, PoolSelector};
 use rmr_common::driver::{Pool, PoolError};
 use rmr_common::pool::{
     Address, ChunkSize, ClientId, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, Sequence, Slot, StoreId,
@@ -22,6 +22,8 @@ use rmr_node::store::{CreateOptions, Store, ZeroPolicy};
 
 const MIB: u32 = 1 << 20;
 const POOL_SIZE: u64 = 64 << 20;
+/// A process that is forked while a store is made would keep its lock for a moment; so one at a time.
+static FORKING: Mutex<()> = Mutex::new(());
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A node of its own process, with as many pools of one member as asked for, `pool-0` and up.
@@ -40,6 +42,7 @@ impl Node {
 
     /// Starts it from a shell that runs `before` first.
     fn start_with(before: &str, pools: usize, flags: &[&str]) -> Self {
+        let forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().expect("a directory");
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
@@ -57,6 +60,7 @@ impl Node {
             .stdout(Stdio::null())
             .spawn()
             .expect("the node starts");
+        drop(forking);
         let node = Self { child, address, pools, log, _dir: dir };
         wait_for("the node serves", || node.log().contains("serving"));
         node
@@ -105,13 +109,18 @@ impl Node {
     /// Asks it to stop, and returns how long that took.
     fn stop(&mut self) -> Duration {
         let start = Instant::now();
-        let kill = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
-        assert!(kill.expect("kill runs").success());
+        self.terminate();
         while self.child.try_wait().expect("it is ours").is_none() {
             assert!(start.elapsed() < Duration::from_secs(25), "it does not stop:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
         start.elapsed()
+    }
+
+    fn terminate(&self) {
+        let _forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let kill = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        assert!(kill.expect("kill runs").success());
     }
 
     fn assert_running(&mut self) {
@@ -749,8 +758,7 @@ fn a_holder_that_ignores_the_goodbye_cannot_write_behind_the_clean_mark() {
 fn a_node_that_stops_refuses_connections_at_once() {
     let mut node = Node::start(1, &["--stop-timeout-s", "3"]);
     let _holder = Raw::attached(&node, 0);
-    let kill = Command::new("kill").args(["-TERM", &node.child.id().to_string()]).status();
-    assert!(kill.unwrap().success());
+    node.terminate();
     std::thread::sleep(Duration::from_millis(300));
     node.assert_running();
     assert!(TcpStream::connect(node.address).is_err(), "a client would wait for an answer that never comes");
@@ -805,4 +813,49 @@ fn a_node_says_that_it_serves_when_all_its_pools_can_be_reached() {
     let log = node.log();
     let before = log.split("serving").next().unwrap();
     assert_eq!(before.matches("store is open").count(), 6, "{log}");
+}
+
+#[test]
+fn an_idle_client_is_kept_however_short_the_leg_timeout_is() {
+    let node = Node::start(1, &["--leg-timeout-ms", "100"]);
+    let pool = node.attach(0).unwrap();
+    std::thread::sleep(Duration::from_millis(2500));
+    pool.blocking().write_at(&[1; 4096], 0).unwrap();
+    assert!(!node.log().contains("client lost"), "{}", node.log());
+}
+
+#[test]
+fn every_request_completes_when_the_client_is_displaced() {
+    let node = Node::start(1, &[]);
+    for _ in 0..5 {
+        let mut config = Node::config("the old one");
+        config.takeover = true;
+        let seeds = [Address::tcp("127.0.0.1", node.address.port())];
+        let selector = PoolSelector::Id(node.pools[0].id);
+        let pool = Pool::connect(config, selector, &seeds, PATIENCE)
+            .unwrap_or_else(|e| panic!("{e}: {}", node.log()));
+        let mut submitted = 0;
+        let (completed, fenced) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let displacer = std::thread::scope(|scope| {
+            let displacer = scope.spawn(|| Raw::attached(&node, 0));
+            let (mut left, end) = (2000, Instant::now() + PATIENCE);
+            // Some come before the client knows, some while its thread ends, some after.
+            while left > 0 && Instant::now() < end {
+                left -= u64::from(fenced.load(Ordering::Relaxed));
+                if !fenced.load(Ordering::Relaxed) && submitted > completed.load(Ordering::Relaxed) + 500 {
+                    continue;
+                }
+                let (completed, fenced) = (Arc::clone(&completed), Arc::clone(&fenced));
+                pool.write(0, vec![vec![1; 512]], move |result| {
+                    fenced.fetch_or(result == Err(IoError::Fenced), Ordering::Relaxed);
+                    completed.fetch_add(1, Ordering::Relaxed);
+                });
+                submitted += 1;
+            }
+            displacer.join().expect("it attaches")
+        });
+        assert!(fenced.load(Ordering::Relaxed));
+        wait_for("every completion", || completed.load(Ordering::Relaxed) == submitted);
+        drop(displacer);
+    }
 }
