@@ -859,3 +859,113 @@ fn every_request_completes_when_the_client_is_displaced() {
         drop(displacer);
     }
 }
+
+#[test]
+fn a_client_that_takes_nothing_at_all_is_dropped() {
+    let node = Node::start(1, &["--leg-timeout-ms", "500"]);
+    let mut deaf = Raw::attached(&node, 0);
+    for i in 0..32 {
+        let read = deaf.read_header(i, u64::from(i) << 20, MIB);
+        deaf.send(&[(read, &[])]);
+    }
+    wait_for("its connection is closed", || node.log().contains("client lost"));
+    node.attach(0).expect("nobody holds the pool");
+}
+
+/// A frame of well-formed messages that make little sense, and how many bytes of payload follow it.
+fn nonsense(raw: &Raw, rng: &mut impl rand::Rng) -> Vec<u8> {
+    const KINDS: [Kind; 10] = [
+        Kind::Write,
+        Kind::Write,
+        Kind::Read,
+        Kind::Read,
+        Kind::Flush,
+        Kind::Discard,
+        Kind::WriteZeroes,
+        Kind::Ping,
+        Kind::SetView,
+        Kind::Attach,
+    ];
+    let mut headers = Vec::new();
+    for _ in 0..rng.random_range(1..=12) {
+        let kind = KINDS[rng.random_range(0..KINDS.len())];
+        let length = [0, 1, 512, 4096, 65536, MIB][rng.random_range(0..6)];
+        let payload = match kind {
+            Kind::Write => length,
+            Kind::SetView | Kind::Attach => length.min(4096),
+            _ => 0,
+        };
+        headers.push(MessageHeader {
+            length,
+            offset: rng.random_range(0..=POOL_SIZE / 512) * 512,
+            epoch: Epoch(raw.epoch.0 + u64::from(rng.random_ratio(1, 20))),
+            ..raw.header(kind, rng.random_range(0..1024), payload)
+        });
+    }
+    let payload: u32 = headers.iter().map(|h| h.payload).sum();
+    let mut bytes = Raw::frame(&headers);
+    bytes.resize(bytes.len() + payload as usize, 0xbd);
+    bytes
+}
+
+#[test]
+fn nonsense_of_one_pools_clients_never_reaches_another_pool() {
+    use rand::{Rng, SeedableRng};
+    let mut node = Node::start(3, &["--buffer-memory", "8M", "--shards", "2"]);
+    let pool = node.attach(0).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for (attacker, pool) in [(1, 1), (2, 2), (3, 2)] {
+            let (node, stop) = (&node, &stop);
+            scope.spawn(move || {
+                let mut rng = rand::rngs::StdRng::seed_from_u64(attacker);
+                while !stop.load(Ordering::Relaxed) {
+                    let mut raw = Raw::greeted(node, pool);
+                    if rng.random_ratio(4, 5) {
+                        // It is whoever attached last that may write; nobody looks at the answer.
+                        raw.epoch = Epoch(raw.epoch.0 + 1);
+                        let client = ClientId::random();
+                        let body = Attach { client, takeover: true, description: "raw".into() }.encode();
+                        let header = raw.header(Kind::Attach, 0, u32::try_from(body.len()).unwrap());
+                        raw.send(&[(header, &body)]);
+                        if raw.try_receive().is_err() {
+                            continue;
+                        }
+                    }
+                    raw.stream.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
+                    raw.stream.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+                    for _ in 0..rng.random_range(1..20) {
+                        let bytes = nonsense(&raw, &mut rng);
+                        let cut = if rng.random_ratio(1, 8) {
+                            rng.random_range(0..bytes.len())
+                        } else {
+                            bytes.len()
+                        };
+                        if raw.stream.write_all(&bytes[..cut]).is_err() || cut < bytes.len() {
+                            break;
+                        }
+                        if rng.random() {
+                            // Takes some of the answers, or none.
+                            let _ = raw.stream.read(&mut vec![0; 1 << 20]);
+                        }
+                    }
+                }
+            });
+        }
+        let start = Instant::now();
+        for round in 0.. {
+            if start.elapsed() > Duration::from_secs(4) {
+                break;
+            }
+            let (at, data) = ((round % 8) << 21, pattern(round, 3 * MIB / 2));
+            pool.blocking().write_at(&data, at).unwrap();
+            let mut back = vec![0; data.len()];
+            pool.blocking().read_at(&mut back, at).unwrap();
+            assert!(back == data, "round {round}");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    node.assert_running();
+    assert!(!node.log().contains("panicked"), "{}", node.log());
+    assert!(node.load(Duration::from_secs(1)) <= 5, "it is at rest when nobody asks for anything");
+}
