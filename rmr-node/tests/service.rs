@@ -911,7 +911,7 @@ fn nonsense(raw: &Raw, rng: &mut impl rand::Rng) -> Vec<u8> {
 #[test]
 fn nonsense_of_one_pools_clients_never_reaches_another_pool() {
     use rand::{Rng, SeedableRng};
-    let mut node = Node::start(3, &["--buffer-memory", "8M", "--shards", "2"]);
+    let mut node = Node::start(3, &["--buffer-memory", "8M"]);
     let pool = node.attach(0).unwrap();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {

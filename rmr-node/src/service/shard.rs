@@ -166,6 +166,8 @@ pub(super) struct Shard {
     /// Whether the listeners are watched. They are not for a moment when a connection could not be accepted.
     listens: bool,
     phase: Phase,
+    /// Stores that a stop could not mark as closed in order.
+    unmarked: usize,
     next_tick: Time,
     now: Time,
 }
@@ -221,6 +223,7 @@ impl Shard {
             handovers: Vec::new(),
             listens: true,
             phase: Phase::Serving,
+            unmarked: 0,
             next_tick: now + TICK,
             now,
         };
@@ -246,6 +249,12 @@ impl Shard {
             let shard = manager.subscriber_mut(id).map_err(failed)?;
             shard.upkeep();
             if matches!(shard.phase, Phase::Done) {
+                anyhow::ensure!(
+                    shard.unmarked == 0,
+                    "shard {}: {} stores are not marked as closed in order",
+                    shard.index,
+                    shard.unmarked
+                );
                 return Ok(());
             }
             let wait = (shard.next_tick - monotonic_now()).as_millis() + 1;
@@ -993,6 +1002,7 @@ impl Shard {
                     if member.replica.is_busy() {
                         let pool = &member.replica.spec().name;
                         tracing::error!(%pool, "stopping with requests under way: the store is not marked clean");
+                        self.unmarked += 1;
                     } else {
                         member.mark_clean();
                         self.activate(index);
@@ -1003,13 +1013,17 @@ impl Shard {
             }
             Phase::Marking { deadline } => {
                 if self.members.iter().flatten().all(Member::metadata_idle) {
-                    tracing::info!(shard = self.index, "all stores are closed in order");
+                    self.unmarked += self.members.iter().flatten().filter(|m| m.metadata_failed()).count();
+                    if self.unmarked == 0 {
+                        tracing::info!(shard = self.index, "all stores are closed in order");
+                    }
                     self.phase = Phase::Done;
                 } else if self.now >= deadline {
                     tracing::error!(
                         shard = self.index,
                         "a disk did not finish in time: some stores are not marked clean"
                     );
+                    self.unmarked += self.members.iter().flatten().filter(|m| !m.metadata_idle()).count();
                     self.phase = Phase::Done;
                 } else {
                     self.next_tick = self.next_tick.min(self.now + Duration::from_millis(20));
