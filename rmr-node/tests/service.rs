@@ -110,11 +110,14 @@ impl Node {
     fn stop(&mut self) -> Duration {
         let start = Instant::now();
         self.terminate();
-        while self.child.try_wait().expect("it is ours").is_none() {
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is ours") {
+                assert!(status.success(), "{status}:\n{}", self.log());
+                return start.elapsed();
+            }
             assert!(start.elapsed() < Duration::from_secs(25), "it does not stop:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
-        start.elapsed()
     }
 
     fn terminate(&self) {
