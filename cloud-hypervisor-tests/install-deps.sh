@@ -1,12 +1,14 @@
 #!/bin/sh
 # Installs what tests, demonstration and benchmark need on Debian 12; does nothing, and needs no network, when all is there.
+#   install-deps.sh          all of it
+#   install-deps.sh build    only what building needs, and so all that the demonstration needs
 # Works as root or through sudo. QEMU comes from bookworm-backports (version 10) when that can be reached, without adding it
 # to the machine's own package sources; else from Debian 12 itself (7.2), whose storage daemon is a weaker peer in benchmarks.
 set -eu
 
 qemu_packages="qemu-system-x86 qemu-system-common qemu-utils"
-packages="busybox-static kmod cpio fio e2fsprogs util-linux nbdkit iproute2 \
-	build-essential pkg-config libibverbs-dev librdmacm-dev libclang-dev"
+build_packages="build-essential pkg-config libibverbs-dev librdmacm-dev libclang-dev"
+test_packages="busybox-static kmod cpio fio e2fsprogs util-linux nbdkit iproute2 git ca-certificates"
 
 say() { echo "install-deps: $*"; }
 die() {
@@ -26,17 +28,31 @@ missing_of() {
 	done | tr '\n' ' '
 }
 
-# Whether all packages of QEMU are there, in one version of at least 10.
+# Whether all packages of QEMU that are wanted are there, in one version of at least 10.
 qemu_is_complete() {
+	[ -n "$qemu_packages" ] || return 0
 	versions=$(for package in $qemu_packages; do version_of "$package" | grep . || echo none; done | sort -u)
 	[ "$(echo "$versions" | wc -l)" = 1 ] && [ "$versions" != none ] && dpkg --compare-versions "$versions" ge 1:10
 }
 
+# Whether the package lists know the kernel of the guests, if guests are wanted.
+kernel_is_listed() {
+	[ -z "$qemu_packages" ] || apt-cache show linux-image-amd64 >/dev/null 2>&1
+}
+
 command -v dpkg-query >/dev/null && command -v apt-get >/dev/null || die "this is no Debian: apt-get and dpkg are missing"
+
+case "${1:-all}" in
+build) packages=$build_packages qemu_packages= ;;
+all) packages="$build_packages $test_packages" ;;
+*) die "expected nothing or 'build', found '$1'" ;;
+esac
+PATH=$PATH:$HOME/.cargo/bin
+command -v cargo >/dev/null || die "cargo is missing: install Rust 1.88 or later first (https://rustup.rs)"
 
 release=$(. /etc/os-release && echo "${VERSION_CODENAME:-unknown}")
 missing=$(missing_of $packages)
-if [ -z "$missing" ] && qemu_is_complete && apt-cache show linux-image-amd64 >/dev/null 2>&1; then
+if [ -z "$missing" ] && qemu_is_complete && kernel_is_listed; then
 	exit 0
 fi
 
@@ -73,7 +89,9 @@ elif [ "$release" = bookworm ] && ! qemu_is_complete; then
 	mkdir -p "$work/lists/partial"
 	# apt reads and fetches as its own user.
 	chmod -R a+rX "$work"
-	echo "deb [signed-by=$keyring] http://deb.debian.org/debian bookworm-backports main" >"$work/sources.list"
+	# Libraries that QEMU needs come from where the machine gets everything else.
+	[ ! -f /etc/apt/sources.list ] || cat /etc/apt/sources.list >"$work/sources.list"
+	echo "deb [signed-by=$keyring] http://deb.debian.org/debian bookworm-backports main" >>"$work/sources.list"
 	private="-o Dir::Etc::SourceList=$work/sources.list -o Dir::State::Lists=$work/lists -o APT::Sandbox::User=root"
 	say "installing QEMU from bookworm-backports"
 	if $as_root apt-get update -qq $private &&
@@ -88,6 +106,7 @@ elif [ "$release" = bookworm ] && ! qemu_is_complete; then
 	fi
 fi
 
+[ -n "$qemu_packages" ] || exit 0
 for program in qemu-system-x86_64 qemu-storage-daemon nbdkit fio busybox cpio depmod mkfs.ext4 blkdiscard; do
 	PATH=$PATH:/usr/sbin:/sbin command -v $program >/dev/null || die "$program is still missing after the installation"
 done

@@ -1,7 +1,7 @@
 //! Whole-system tests, demonstration and benchmarks of the replicated disk: real processes, real guests, one machine.
 //!
 //! * [`lab`] — what the tests in `tests/` are written with: nodes, pools, daemons, guests.
-//! * [`bench`] — load generator, verifying writer, and the comparison with what a user would pick instead.
+//! * [`mod@bench`] — load generator, verifying writer, and the comparison with what a user would pick instead.
 
 pub mod bench;
 pub mod lab;

@@ -178,10 +178,3 @@ pub(super) fn sleep_precisely() {
     // SAFETY: prctl with integers only; a failure leaves the default, which is late but right.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_u64, 0_u64, 0_u64, 0_u64) };
 }
-
-/// Asks a process of ours to end.
-pub(super) fn terminate(pid: u32) {
-    let Ok(pid) = libc::pid_t::try_from(pid) else { return };
-    // SAFETY: kill with integers only; the caller's child has not been waited for, so the number is still its own.
-    unsafe { libc::kill(pid, libc::SIGTERM) };
-}

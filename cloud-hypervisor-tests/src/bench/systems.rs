@@ -3,22 +3,20 @@
 
 use std::fmt;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::processes::{Role, Watched};
-use super::sys;
+use crate::lab::{Process, free_port};
 
-/// How long a program may take until it listens, and how long until it ends when asked to.
+/// How long a program may take until it listens, or until it has done its work.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The pool that is created for a run.
@@ -154,8 +152,8 @@ fn major_of(version: &str) -> Option<u32> {
 pub struct System {
     kind: SystemKind,
     // Ends first, then its servers, then the files go.
-    client: Program,
-    servers: Vec<Program>,
+    client: Process,
+    servers: Vec<Process>,
     client_command: CommandLine,
     socket: PathBuf,
     directory: TempDir,
@@ -219,17 +217,13 @@ impl System {
     /// Makes the system ready for the next front end: a daemon that serves one and ends with it is started again,
     /// anything else that ended is an error.
     pub fn ready(&mut self) -> anyhow::Result<()> {
-        for server in &mut self.servers {
-            server.check_running()?;
+        for server in &self.servers {
+            server.ensure_running("its client")?;
         }
-        match self.client.child.try_wait()? {
-            None => Ok(()),
-            Some(status) if status.success() => {
-                self.client = start_client(&self.client_command, &self.socket)?;
-                Ok(())
-            }
-            Some(_) => self.client.check_running(),
+        if self.client.exit_status()?.is_some_and(|status| status.success()) {
+            self.client = start_client(&self.client_command, &self.socket)?;
         }
+        self.client.ensure_running("a front end")
     }
 }
 
@@ -250,11 +244,11 @@ impl Place<'_> {
 }
 
 /// Two nodes, a pool over them, and the daemon. This is the only place that knows how our programs are started.
-fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Program>, CommandLine)> {
+fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Process>, CommandLine)> {
     let mut nodes = Vec::new();
     let mut ports = Vec::new();
     for name in ["a", "b"] {
-        let (port, admin) = (free_port()?, free_port()?);
+        let (port, admin) = (free_address()?, free_address()?);
         let stores = place.directory.join(format!("stores-{name}"));
         fs::create_dir(&stores)?;
         let config = place.directory.join(format!("node-{name}.toml"));
@@ -267,9 +261,9 @@ fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Program>,
         let mut command =
             CommandLine::new(programs.directory.join("rmr-node"), place.directory, &format!("node-{name}"));
         command.arg("--config").arg(config.to_string_lossy());
-        let mut node = Program::start(&command)?;
-        node.wait_for_port(port)?;
-        node.wait_for_port(admin)?;
+        let node = command.start()?;
+        node.wait_for_port(port, PATIENCE)?;
+        node.wait_for_port(admin, PATIENCE)?;
         nodes.push(node);
         ports.push((port, admin));
     }
@@ -280,7 +274,9 @@ fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Program>,
     for (_, admin) in &ports {
         create.arg("--member").arg(admin.to_string());
     }
-    Program::start(&create)?.wait_for_success()?;
+    let create = create.start()?;
+    let status = create.wait_exit(PATIENCE)?;
+    ensure!(status.success(), "rmrctl did not create the pool ({status}): {}", create.log_text().trim_end());
 
     let mut client = CommandLine::new(programs.directory.join("vhost-brmr"), place.directory, "vhost-brmr");
     client.arg("--socket-path").arg(place.socket.to_string_lossy()).arg("--pool").arg(POOL);
@@ -295,18 +291,18 @@ fn quorum(
     programs: &Programs,
     place: &Place<'_>,
     iothread: bool,
-) -> anyhow::Result<(Vec<Program>, CommandLine)> {
+) -> anyhow::Result<(Vec<Process>, CommandLine)> {
     let mut servers = Vec::new();
     let mut blocks = Vec::new();
     for leg in 0..2 {
-        let (file, port) = (place.disk_file(&format!("leg{leg}.img"))?, free_port()?);
+        let (file, port) = (place.disk_file(&format!("leg{leg}.img"))?, free_address()?);
         let mut command =
             CommandLine::new(programs.nbdkit.clone(), place.directory, &format!("nbdkit-{leg}"));
         command.arg("--foreground").arg("--exit-with-parent");
         command.arg("--ipaddr").arg(port.ip().to_string()).arg("--port").arg(port.port().to_string());
         command.arg("file").arg(file.to_string_lossy());
-        let mut server = Program::start(&command)?;
-        server.wait_for_port(port)?;
+        let server = command.start()?;
+        server.wait_for_port(port, PATIENCE)?;
         servers.push(server);
         blocks.push(format!(
             "driver=nbd,node-name=leg{leg},server.type=inet,server.host={},server.port={}",
@@ -348,32 +344,19 @@ fn storage_daemon(programs: &Programs, place: &Place<'_>, blocks: &[String], iot
     command
 }
 
-fn start_client(command: &CommandLine, socket: &Path) -> anyhow::Result<Program> {
+fn start_client(command: &CommandLine, socket: &Path) -> anyhow::Result<Process> {
     // A path left by an earlier process must not be taken for the new one's.
     if socket.exists() {
         fs::remove_file(socket)?;
     }
-    let mut client = Program::start(command)?;
-    client.wait_until(&format!("{} to appear", socket.display()), || socket.exists())?;
+    let client = command.start()?;
+    client.wait_for_socket(socket, PATIENCE)?;
     Ok(client)
 }
 
-/// A loopback port that nobody listens on, never the same twice. It lies below the range from which the kernel takes
-/// ports of outgoing connections, so that none of these takes it before the program does.
-fn free_port() -> anyhow::Result<SocketAddr> {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    const FIRST: u16 = 10_000;
-    const COUNT: u16 = 20_000;
-    // Runs side by side begin at different places.
-    let start = u16::try_from(std::process::id() % u32::from(COUNT))?;
-    for _ in 0..COUNT {
-        let step = NEXT.fetch_add(1, Ordering::Relaxed) % COUNT;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST + (start + step) % COUNT));
-        if TcpListener::bind(address).is_ok() {
-            return Ok(address);
-        }
-    }
-    bail!("expected a free TCP port from {FIRST} to {}, found none", FIRST + COUNT - 1)
+/// A loopback address that nobody listens on.
+fn free_address() -> anyhow::Result<SocketAddr> {
+    Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?)))
 }
 
 /// What to run, and where its output goes.
@@ -392,96 +375,13 @@ impl CommandLine {
         self.arguments.push(argument.into());
         self
     }
-}
 
-/// A process that we started. Dropping it ends it.
-struct Program {
-    name: String,
-    child: Child,
-    log: PathBuf,
-}
-
-impl Program {
-    fn start(command: &CommandLine) -> anyhow::Result<Self> {
-        let name = command.program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let log = fs::OpenOptions::new().create(true).append(true).open(&command.log)?;
-        let child = Command::new(&command.program)
-            .args(&command.arguments)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("starting {}", command.program.display()))?;
-        Ok(Self { name, child, log: command.log.clone() })
-    }
-
-    fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    fn check_running(&mut self) -> anyhow::Result<()> {
-        match self.child.try_wait()? {
-            None => Ok(()),
-            Some(status) => bail!("{} ended ({status}); its last words:\n{}", self.name, self.last_words()),
-        }
-    }
-
-    fn wait_until(&mut self, event: &str, mut happened: impl FnMut() -> bool) -> anyhow::Result<()> {
-        let begin = Instant::now();
-        while !happened() {
-            self.check_running()?;
-            if begin.elapsed() > PATIENCE {
-                bail!("waited {PATIENCE:?} for {event}; last words of {}:\n{}", self.name, self.last_words());
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
-    }
-
-    fn wait_for_port(&mut self, port: SocketAddr) -> anyhow::Result<()> {
-        self.wait_until(&format!("{port} to listen"), || TcpStream::connect(port).is_ok())
-    }
-
-    fn wait_for_success(mut self) -> anyhow::Result<()> {
-        let begin = Instant::now();
-        loop {
-            match self.child.try_wait()? {
-                Some(status) if status.success() => return Ok(()),
-                Some(_) => self.check_running()?,
-                None if begin.elapsed() > PATIENCE => bail!("{} did not end within {PATIENCE:?}", self.name),
-                None => thread::sleep(Duration::from_millis(10)),
-            }
-        }
-    }
-
-    fn last_words(&self) -> String {
-        let text = fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(20)..].join("\n")
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        if !matches!(self.child.try_wait(), Ok(None)) {
-            return;
-        }
-        sys::terminate(self.child.id());
-        let begin = Instant::now();
-        while begin.elapsed() < PATIENCE {
-            if !matches!(self.child.try_wait(), Ok(None)) {
-                return;
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        eprintln!(
-            "{} (process {}) did not end within {PATIENCE:?} of SIGTERM; killing it",
-            self.name,
-            self.child.id()
-        );
-        // Errors here mean that it has ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    fn start(&self) -> anyhow::Result<Process> {
+        let name = self.program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let log = fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        Process::adopt(&name, self.log.clone(), command)
     }
 }
 
@@ -502,16 +402,6 @@ mod tests {
             assert_eq!(kind.name().parse(), Ok(kind));
         }
         assert!("drbd".parse::<SystemKind>().unwrap_err().contains("quorum-iothread"));
-    }
-
-    #[test]
-    fn a_program_that_ends_at_once_is_an_error_with_its_last_words() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut command = CommandLine::new("/bin/sh".into(), directory.path(), "sh");
-        command.arg("-c").arg("echo no such pool; exit 3");
-        let mut program = Program::start(&command).unwrap();
-        let error = program.wait_until("a miracle", || false).unwrap_err().to_string();
-        assert!(error.contains("no such pool") && error.contains("exit status: 3"), "{error}");
     }
 
     #[test]

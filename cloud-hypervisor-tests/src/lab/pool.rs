@@ -72,27 +72,29 @@ impl PoolBuilder {
         self
     }
 
-    /// Creates the pool.
-    ///
-    /// # Errors
-    /// When it has no member or `rmrctl` refuses.
-    pub fn create(self, _lab: &Lab) -> Result<Pool> {
-        let Some(first) = self.members.first() else { bail!("pool '{}' needs a member", self.name) };
-        let mut arguments = vec![
-            "pool".to_owned(),
-            "create".into(),
-            self.name.clone(),
-            "--size".into(),
-            format!("{}M", self.size_mib),
-        ];
+    /// What `rmrctl` is told in order to create the pool.
+    #[must_use]
+    pub fn create_arguments(&self) -> Vec<String> {
+        let size = format!("{}M", self.size_mib);
+        let mut arguments: Vec<_> =
+            ["pool", "create", &self.name, "--size", &size].map(str::to_owned).to_vec();
         for member in &self.members {
             arguments.extend(["--member".to_owned(), member.admin.to_string()]);
         }
         if let Some(bytes) = self.block_size {
             arguments.extend(["--block-size".to_owned(), bytes.to_string()]);
         }
-        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-        rmrctl(first.admin, &arguments)?;
+        arguments
+    }
+
+    /// Creates the pool.
+    ///
+    /// # Errors
+    /// When it has no member or `rmrctl` refuses.
+    pub fn create(self, _lab: &Lab) -> Result<Pool> {
+        let Some(first) = self.members.first() else { bail!("pool '{}' needs a member", self.name) };
+        let arguments = self.create_arguments();
+        rmrctl(first.admin, &arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(Pool { name: self.name, size_mib: self.size_mib, members: self.members })
     }
 }

@@ -43,7 +43,7 @@ impl Process {
     }
 
     /// Starts `command` with the standard streams it has been given; `log` is what it writes by itself.
-    pub(super) fn adopt(name: &str, log: PathBuf, command: Command) -> Result<Self> {
+    pub(crate) fn adopt(name: &str, log: PathBuf, command: Command) -> Result<Self> {
         let program = command.get_program().to_owned();
         let child = spawn_from_lasting_thread(command)
             .with_context(|| format!("starting {} as '{name}'", program.display()))?;
@@ -123,6 +123,21 @@ impl Process {
         sum.with_context(|| format!("expected RssAnon and RssFile in {path}, found '{text}'"))
     }
 
+    /// Demands that the process runs, for the sake of `what`.
+    ///
+    /// # Errors
+    /// When it has ended; the error carries the end of its log.
+    pub fn ensure_running(&self, what: &str) -> Result<()> {
+        if let Some(status) = self.exit_status()? {
+            bail!(
+                "'{}' ended ({status}) while {what} was awaited; its last words:\n{}",
+                self.name,
+                workspace::tail(&self.log, ERROR_TAIL_BYTES).trim_end()
+            );
+        }
+        Ok(())
+    }
+
     /// Waits until `condition` holds while the process runs.
     ///
     /// # Errors
@@ -137,13 +152,7 @@ impl Process {
             if condition()? {
                 return Ok(true);
             }
-            if let Some(status) = self.exit_status()? {
-                bail!(
-                    "'{}' ended ({status}) while {what} was awaited; its last words:\n{}",
-                    self.name,
-                    workspace::tail(&self.log, ERROR_TAIL_BYTES).trim_end()
-                );
-            }
+            self.ensure_running(what)?;
             Ok(false)
         })
     }

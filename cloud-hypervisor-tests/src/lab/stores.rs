@@ -96,6 +96,14 @@ pub fn assert_identical(areas: &[Area]) -> Result<()> {
     Ok(())
 }
 
+/// How many blocks of two areas of the same length are different.
+///
+/// # Errors
+/// When one of them cannot be read.
+pub fn different_blocks(left: &Area, right: &Area) -> Result<usize> {
+    Ok(compare(left, right)?.count)
+}
+
 /// Demands that `length` bytes at `offset` read as zeroes in every area.
 ///
 /// # Errors

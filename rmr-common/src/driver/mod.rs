@@ -26,12 +26,33 @@ use crate::time::Time;
 use crate::transport::connect::Connector;
 use crate::transport::tcp::TcpConnection;
 use crate::transport::{Connection, Place, Receiver};
-use crate::wire::MessageHeader;
+use crate::wire::{Kind, MessageHeader};
 
 struct Wire {
     connection: TcpConnection,
     descriptor: RawFd,
-    watches_write: bool,
+    watched: EventSet,
+}
+
+/// Answers that a link owes. Decides which links may wake the loop: see [`PoolDriver::watch_wires`].
+#[derive(Clone, Copy, Default)]
+struct Owed {
+    answers: u32,
+    /// Those of them that only this link will give.
+    reads: u32,
+}
+
+impl Owed {
+    const fn sent(&mut self, kind: Kind) {
+        self.answers += 1;
+        self.reads += matches!(kind, Kind::Read) as u32;
+    }
+
+    fn received(&mut self, header: &MessageHeader) {
+        self.answers = self.answers.saturating_sub(1);
+        let is_read = header.kind == Kind::IoReply && header.payload > 0;
+        self.reads = self.reads.saturating_sub(is_read.into());
+    }
 }
 
 struct Request {
@@ -45,6 +66,9 @@ pub struct PoolDriver {
     client: Client,
     connector: Connector,
     wires: [Option<Wire>; MAX_LINKS],
+    owed: [Owed; MAX_LINKS],
+    /// The link whose answers wake the loop for those of the others as well.
+    leading: usize,
     /// Tells an attempt to connect from an earlier one on the same link.
     attempts: [u64; MAX_LINKS],
     requests: Vec<Request>,
@@ -86,6 +110,8 @@ impl PoolDriver {
             client,
             connector,
             wires: std::array::from_fn(|_| None),
+            owed: [Owed::default(); MAX_LINKS],
+            leading: 0,
             attempts: [0; MAX_LINKS],
             requests: Vec::new(),
             free_requests: Vec::new(),
@@ -163,6 +189,12 @@ impl PoolDriver {
             self.wires.iter().position(|w| w.as_ref().is_some_and(|w| w.descriptor == descriptor))
         {
             self.receive(index);
+            for other in 0..MAX_LINKS {
+                let is_quiet = |w: &Wire| !w.watched.contains(EventSet::IN);
+                if other != index && self.wires[other].as_ref().is_some_and(is_quiet) {
+                    self.receive(other);
+                }
+            }
         }
         self.carry_out();
     }
@@ -180,6 +212,7 @@ impl PoolDriver {
         }
         // A connection that is lost gives the others something to send, also those that were flushed before it.
         while self.flush_all() {}
+        self.watch_wires();
         self.is_now = false;
     }
 
@@ -192,16 +225,37 @@ impl PoolDriver {
                 self.lost(index, &error.to_string());
                 self.carry_out();
                 lost = true;
-                continue;
-            }
-            let wants = wire.connection.wants_to_send();
-            if wants != wire.watches_write {
-                wire.watches_write = wants;
-                let set = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
-                self.changes.push(WatchChange::Modify(wire.descriptor, set));
             }
         }
         lost
+    }
+
+    /// Lets as few links wake the loop as will do. A write is complete when every leg answered it, so a wake-up for the
+    /// first answer is wasted: only the leading link is watched, which is the one that was last to answer of late, and
+    /// the others are looked at when it has something. A link is watched by itself while it owes a read, or more answers
+    /// than the leading one. The end of any connection is always noticed.
+    fn watch_wires(&mut self) {
+        let most = (0..MAX_LINKS).max_by_key(|&i| (self.owed[i].answers, i == self.leading)).unwrap_or(0);
+        if self.owed[most].answers > self.owed[self.leading].answers {
+            self.leading = most;
+        }
+        let led = self.owed[self.leading].answers;
+        for (index, wire) in self.wires.iter_mut().enumerate() {
+            let Some(wire) = wire else { continue };
+            let owed = self.owed[index];
+            // A link that owes nothing stays as it is: the next request would only change it back.
+            let watches = match owed.answers {
+                0 => wire.watched.contains(EventSet::IN),
+                answers => index == self.leading || owed.reads > 0 || answers > led,
+            };
+            let mut set = EventSet::READ_HANG_UP;
+            set.set(EventSet::IN, watches);
+            set.set(EventSet::OUT, wire.connection.wants_to_send());
+            if set != wire.watched {
+                wire.watched = set;
+                self.changes.push(WatchChange::Modify(wire.descriptor, set));
+            }
+        }
     }
 
     fn look_at_clock(&mut self) {
@@ -280,8 +334,10 @@ impl PoolDriver {
         match connection {
             Ok(connection) => {
                 let Some(descriptor) = connection.descriptor() else { return };
-                self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
-                self.wires[index] = Some(Wire { connection, descriptor, watches_write: false });
+                let watched = EventSet::IN | EventSet::READ_HANG_UP;
+                self.changes.push(WatchChange::Add(descriptor, watched));
+                self.wires[index] = Some(Wire { connection, descriptor, watched });
+                self.owed[index] = Owed::default();
                 self.client.apply(Event::LinkUp(id), self.now);
             }
             Err(error) => self.client.apply(Event::LinkDown(id, &error), self.now),
@@ -291,7 +347,8 @@ impl PoolDriver {
     fn receive(&mut self, index: usize) {
         let Some(wire) = &mut self.wires[index] else { return };
         let link = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
-        let mut sink = Sink { client: &mut self.client, requests: &self.requests, link, now: self.now };
+        let owed = &mut self.owed[index];
+        let mut sink = Sink { client: &mut self.client, requests: &self.requests, owed, link, now: self.now };
         if let Err(error) = wire.connection.receive(&mut sink) {
             self.lost(index, &error.to_string());
         }
@@ -304,6 +361,7 @@ impl PoolDriver {
 
     fn close(&mut self, index: usize) {
         self.attempts[index] += MAX_LINKS as u64;
+        self.owed[index] = Owed::default();
         if let Some(mut wire) = self.wires[index].take() {
             wire.connection.shut_down();
             self.changes.push(WatchChange::Remove(wire.descriptor));
@@ -317,6 +375,7 @@ impl PoolDriver {
             match output {
                 Output::Send(link, header, payload) => {
                     let Some(wire) = &mut self.wires[usize::from(link.0)] else { continue };
+                    self.owed[usize::from(link.0)].sent(header.kind);
                     match payload {
                         Payload::None => wire.connection.queue(&header, None),
                         Payload::Body(body) => wire.connection.queue(&header, Some(body)),
@@ -370,6 +429,7 @@ fn segments_of(requests: &[Request], token: Token) -> &[Segment] {
 struct Sink<'a> {
     client: &'a mut Client,
     requests: &'a [Request],
+    owed: &'a mut Owed,
     link: LinkId,
     now: Time,
 }
@@ -385,6 +445,7 @@ impl Receiver for Sink<'_> {
     }
 
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
+        self.owed.received(header);
         self.client.apply(Event::Message(self.link, header, body), self.now);
     }
 }

@@ -1,1 +1,182 @@
 //! Unit tests of the machine; the simulator tests it together with clients.
+
+use std::time::Duration;
+
+use super::*;
+use crate::pool::{Address, ChunkSize, MemberSet, MemberSpec, PoolId, Slot, StoreId, ViewStep};
+use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, Status};
+
+const CHUNK: u64 = 64 << 10;
+
+fn member(index: u8) -> MemberId {
+    MemberId::new(index).unwrap()
+}
+
+/// A replica with the outputs that nobody has looked at yet.
+struct Bench {
+    replica: Replica,
+    outputs: Vec<Output>,
+}
+
+impl Bench {
+    fn new(write_through: bool) -> Self {
+        let line = |i: u8| MemberSpec {
+            id: member(i),
+            store: StoreId::from_bytes([i + 1; 16]),
+            address: Address::tcp("node", 1 + u16::from(i)),
+        };
+        let spec = PoolSpec {
+            id: PoolId::from_bytes([9; 16]),
+            name: "p".into(),
+            size: 16 << 20,
+            chunk_size: ChunkSize::from_bytes(CHUNK).unwrap(),
+            logical_block_size: 512,
+            members: (0..3).map(line).collect(),
+        };
+        let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
+        let config = Config {
+            limits: Limits { max_io: 1 << 20, slots: 8, max_bytes: 1 << 20 },
+            intent_idle: Duration::ZERO,
+            host_boot: BootId::from_bytes([1; 16]),
+            process_boot: BootId::from_bytes([1; 16]),
+            write_through,
+        };
+        let state = DurableState { view, epoch: Epoch(0), last_client: None };
+        let maps = MemberMaps::new(&spec);
+        Self { replica: Replica::new(config, spec, member(0), state, maps), outputs: Vec::new() }
+    }
+
+    fn apply(&mut self, event: Event<'_>) {
+        self.replica.apply(event, Time(0));
+        while let Some(output) = self.replica.take_output() {
+            self.outputs.push(output);
+        }
+    }
+
+    fn message(&mut self, connection: u32, header: MessageHeader, body: &[u8]) {
+        let is_write = header.kind == Kind::Write;
+        let buffer = is_write.then_some(BufferToken(u32::from(header.slot.0)));
+        self.apply(Event::Message { connection: ConnectionId(connection), header: &header, body, buffer });
+    }
+
+    fn header(&self, kind: Kind, epoch: u64) -> MessageHeader {
+        MessageHeader {
+            epoch: Epoch(epoch),
+            view: self.replica.view().number,
+            ..MessageHeader::new(kind, self.replica.spec().id)
+        }
+    }
+
+    fn attach(&mut self, connection: u32, epoch: u64) {
+        let client = ClientId::from_bytes([1; 16]);
+        let body = Attach { client, takeover: false, description: "test".into() }.encode();
+        self.message(connection, self.header(Kind::Attach, epoch), &body);
+    }
+
+    /// A view without `lost`, which has missed the chunks at these indices.
+    fn set_view(&mut self, connection: u32, epoch: u64, lost: u8, chunks: &[u64]) {
+        let lost = MemberSet::only(member(lost));
+        let view = self.replica.view().step(ViewStep::Lose(lost), Epoch(epoch)).unwrap();
+        let missed = |c: &u64| DirtyAddition { members: lost, offset: c * CHUNK, length: 4096 };
+        let body = SetView { view, additions: chunks.iter().map(missed).collect(), more: false }.encode();
+        self.message(connection, self.header(Kind::SetView, epoch), &body);
+    }
+
+    /// The tickets of metadata that was asked for and not looked at.
+    fn take_tickets(&mut self) -> Vec<(Ticket, Metadata)> {
+        let (persists, rest) = std::mem::take(&mut self.outputs)
+            .into_iter()
+            .partition::<Vec<_>, _>(|o| matches!(o, Output::Persist(..)));
+        self.outputs = rest;
+        let ticket = |o| if let Output::Persist(t, m) = o { Some((t, m)) } else { None };
+        persists.into_iter().filter_map(ticket).collect()
+    }
+
+    fn durable(&mut self) {
+        for (ticket, _) in self.take_tickets() {
+            self.apply(Event::Durable(ticket, Ok(())));
+        }
+    }
+
+    fn take_flush(&mut self) -> Option<IoId> {
+        let is_flush = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Flush, .. });
+        let at = self.outputs.iter().position(is_flush)?;
+        if let Output::Disk { io, .. } = self.outputs.remove(at) { Some(io) } else { None }
+    }
+
+    fn answer(&self, kind: Kind) -> Option<Status> {
+        self.outputs.iter().rev().find_map(|o| match o {
+            Output::Send(_, header, _) if header.kind == kind => Some(header.status),
+            _ => None,
+        })
+    }
+}
+
+#[test]
+fn a_write_back_member_flushes_before_it_answers_an_attach() {
+    let mut bench = Bench::new(false);
+    bench.attach(1, 1);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::AttachReply), None);
+    let flush = bench.take_flush().expect("a flush");
+    bench.apply(Event::Disk(flush, DiskResult::Done));
+    assert_eq!(bench.answer(Kind::AttachReply), Some(Status::Ok));
+}
+
+#[test]
+fn a_member_that_cannot_flush_refuses_an_attach() {
+    let mut bench = Bench::new(false);
+    bench.attach(1, 1);
+    bench.durable();
+    let flush = bench.take_flush().expect("a flush");
+    bench.apply(Event::Disk(flush, DiskResult::Failed));
+    assert_eq!(bench.answer(Kind::AttachReply), Some(Status::IoError));
+}
+
+#[test]
+fn a_page_that_a_view_of_another_attachment_waits_for_does_not_count_twice() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    // The dirty maps of members 1 and 2 are on their way to disk for view 2 of epoch 1.
+    bench.set_view(1, 1, 1, &[0]);
+    let first = bench.take_tickets();
+    assert_eq!(first.len(), 1);
+    // The client attaches anew, and proposes another view 2, which waits for that page and for one more.
+    bench.attach(2, 2);
+    bench.durable();
+    bench.set_view(2, 2, 2, &[5]);
+    let second = bench.take_tickets();
+    assert_eq!(second.len(), 1);
+    bench.apply(Event::Durable(first[0].0, Ok(())));
+    assert!(bench.take_tickets().is_empty(), "the view must not be adopted before its own page is durable");
+    bench.apply(Event::Durable(second[0].0, Ok(())));
+    assert!(matches!(bench.take_tickets()[..], [(_, Metadata::State(_))]));
+}
+
+#[test]
+fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    for (slot, sequence) in [(0, 1), (1, 2)] {
+        let write = MessageHeader {
+            slot: Slot(slot),
+            sequence: Sequence(sequence),
+            offset: u64::from(slot) * CHUNK,
+            length: 4096,
+            payload: 4096,
+            ..bench.header(Kind::Write, 1)
+        };
+        bench.message(1, write, &[]);
+        bench.durable();
+    }
+    let detach = MessageHeader { watermark: Sequence(1), ..bench.header(Kind::Detach, 1) };
+    bench.message(1, detach, &[]);
+    let flush = bench.take_flush().expect("a flush");
+    bench.apply(Event::Disk(flush, DiskResult::Done));
+    bench.durable();
+    bench.durable();
+    assert_eq!(bench.answer(Kind::DetachReply), Some(Status::Ok));
+    assert_eq!(bench.replica.maps().intent().iter().collect::<Vec<_>>(), vec![Chunk(1)]);
+}

@@ -55,10 +55,10 @@ impl World<'_> {
                     return Err(format!("node {index} answers view {} before it is durable", header.view));
                 }
             }
-            (Kind::DetachReply, Status::Ok) => {
-                if node.durable.last_client.as_ref().is_none_or(|c| c.attached) {
-                    return Err(format!("node {index} answers a detach before it is durable"));
-                }
+            (Kind::DetachReply, Status::Ok)
+                if node.durable.last_client.as_ref().is_none_or(|c| c.attached) =>
+            {
+                return Err(format!("node {index} answers a detach before it is durable"));
             }
             (Kind::IoReply | Kind::FlushReply, Status::BadRequest) => {
                 return Err(format!("node {index} refuses as a bad request: {header:?}"));
@@ -393,7 +393,7 @@ impl World<'_> {
         let view = self.committed.as_ref().ok_or("no client ever attached")?;
         let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
         let reference = &self.nodes[clean[0]].disk.sectors;
-        for sector in 0..reference.len() {
+        for (sector, &expected) in reference.iter().enumerate() {
             let is_undecided = self.oracle.is_undecided(sector);
             for &index in &clean {
                 let value = self.nodes[index].disk.sectors[sector];
@@ -404,10 +404,10 @@ impl World<'_> {
                         self.oracle.describe(sector)
                     ));
                 }
-                if value != reference[sector] && !is_undecided {
+                if value != expected && !is_undecided {
                     return Err(format!(
                         "at the end, sector {sector} is {} on node {} and {} on node {index}",
-                        Oracle::name(reference[sector]),
+                        Oracle::name(expected),
                         clean[0],
                         Oracle::name(value)
                     ));
@@ -415,7 +415,7 @@ impl World<'_> {
             }
             for out in view.out().iter().filter(|_| !is_undecided) {
                 let value = self.nodes[self.node_index(out)].disk.sectors[sector];
-                if value == reference[sector] {
+                if value == expected {
                     continue;
                 }
                 let mut records =

@@ -27,7 +27,6 @@ pub const SITUATIONS: &[&str] = &[
     "dirty bit set for an absent member",
     "flush round shared",
     "intent cleared",
-    "intent needs no write",
     "leg lost by its timeout",
     "metadata failed",
     "node crashed with disk requests under way",

@@ -33,13 +33,17 @@ impl World<'_> {
     fn start_some_host(&mut self) {
         let id = u8::try_from(self.rng.range(1, 3)).unwrap_or(1);
         let takeover = self.rng.percent(50);
+        let last = self.hosts.last().and_then(|h| h.client.over());
+        if last == Some(&client::OverReason::Detached) {
+            self.coverage.hit("client started after a detach");
+        }
         self.start_host(id, takeover);
     }
 
     fn submit_any(&mut self, host: usize) -> Check {
         let operation = match self.rng.range(0, 99) {
-            0..=44 => Operation::Write,
-            45..=79 => Operation::Read,
+            0..=79 if self.rng.percent(self.profile.reads) => Operation::Read,
+            0..=79 => Operation::Write,
             80..=89 => Operation::Flush,
             90..=94 => Operation::Discard,
             _ => Operation::WriteZeroes,
@@ -112,8 +116,8 @@ impl World<'_> {
             13 => {
                 trace!(self, "the disk of node {node} has errors");
                 self.had_errors = true;
-                self.nodes[node].disk_errors = self.rng.pick(&[5, 20, 60]);
-                let delay = self.rng.range(1, 50 * MILLISECOND);
+                self.nodes[node].disk_errors = self.rng.pick(&[2, 20, 60]);
+                let delay = self.rng.range(1, self.profile.fault_pause * 4);
                 self.after(delay, Event::ErrorsEnd(node));
             }
             14 => self.nodes[node].metadata_fails = true,

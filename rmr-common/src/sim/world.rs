@@ -106,6 +106,8 @@ pub(super) struct Connection {
     pub(super) is_cut: bool,
     pub(super) client_closed: bool,
     node_closed: bool,
+    /// The node was told, so that nothing of the connection may come up any more.
+    is_forgotten: bool,
     last_to_node: u64,
     last_to_client: u64,
 }
@@ -154,6 +156,8 @@ pub(super) struct Profile {
     pub(super) network_delay: u64,
     disk_delay: u64,
     pub(super) requests: u64,
+    /// Per cent of the requests that read, of those that are neither flush, discard nor zeroes.
+    pub(super) reads: u64,
     pub(super) burst: u64,
     pub(super) pause: u64,
     pub(super) faults: u64,
@@ -244,14 +248,15 @@ impl<'a> World<'a> {
         let max_io = rng.pick(&[4096, 16384, 65536, 262_144, 1 << 20]);
         let limits =
             Limits { max_io, slots: rng.pick(&[2, 8, 32, 256]), max_bytes: max_io * rng.pick(&[1, 2, 8]) };
-        let faults = if rng.percent(15) { 0 } else { rng.range(1, 12) };
+        let faults = if rng.percent(15) { 0 } else { rng.range(1, 20) };
         let profile = Profile {
             limits,
             client,
             intent_idle: milliseconds(&mut rng, &[0, 1000, 3000]),
             network_delay: rng.pick(&[20_000, 500_000, 5 * MILLISECOND]),
             disk_delay: rng.pick(&[20_000, 500_000, 10 * MILLISECOND]),
-            requests: rng.range(10, 120),
+            requests: rng.range(10, 250),
+            reads: rng.pick(&[40, 80]),
             burst: rng.pick(&[1, 4, 16]),
             pause: rng.pick(&[MILLISECOND, 10 * MILLISECOND, 100 * MILLISECOND]),
             faults,
@@ -320,8 +325,8 @@ impl<'a> World<'a> {
         self.now = time;
         self.step += 1;
         match event {
-            Event::ToNode(connection, message) => self.to_node(connection, message)?,
-            Event::ToClient(connection, message) => self.to_client(connection, message)?,
+            Event::ToNode(connection, message) => self.deliver_to_node(connection, message)?,
+            Event::ToClient(connection, message) => self.deliver_to_client(connection, message)?,
             Event::NodeLoses(connection) => self.node_loses(connection)?,
             Event::ClientLoses(connection) => self.client_loses(connection)?,
             Event::Connected { host, link, node } => self.connected(host, link, node)?,
@@ -580,10 +585,13 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    fn to_node(&mut self, index: usize, message: Message) -> Check {
+    fn deliver_to_node(&mut self, index: usize, message: Message) -> Check {
         let connection = &self.connections[index];
         let (node, is_greeted) = (connection.node, connection.is_greeted);
-        let is_deaf = connection.is_cut || connection.node_closed;
+        // A node that closes a connection may have read messages before that it looks at afterwards.
+        let is_late = connection.node_closed && !connection.is_forgotten && self.rng.percent(50);
+        let connection = &self.connections[index];
+        let is_deaf = connection.is_cut || connection.is_forgotten || (connection.node_closed && !is_late);
         if is_deaf || self.nodes[node].life != connection.life || self.nodes[node].replica.is_none() {
             return Ok(());
         }
@@ -621,7 +629,7 @@ impl<'a> World<'a> {
         self.send(index, false, Message { header: reply, body, data: Vec::new() })
     }
 
-    fn to_client(&mut self, index: usize, message: Message) -> Check {
+    fn deliver_to_client(&mut self, index: usize, message: Message) -> Check {
         let connection = &self.connections[index];
         let (host, link) = (connection.host, connection.link);
         if connection.is_cut || connection.client_closed {
@@ -656,6 +664,7 @@ impl<'a> World<'a> {
             is_cut: false,
             client_closed: false,
             node_closed: false,
+            is_forgotten: false,
             last_to_node: 0,
             last_to_client: 0,
         });
@@ -706,6 +715,7 @@ impl<'a> World<'a> {
     fn node_loses(&mut self, index: usize) -> Check {
         let connection = &mut self.connections[index];
         let (node, life) = (connection.node, connection.life);
+        connection.is_forgotten = true;
         if std::mem::replace(&mut connection.node_closed, true) || self.nodes[node].life != life {
             return Ok(());
         }

@@ -21,7 +21,7 @@ use crate::wire::{
 /// A frame's header and first message: what every frame has at least.
 const HEAD: usize = FRAME_HEADER_SIZE + HEADER_SIZE;
 /// Most bytes taken in one call of `receive`, so that other connections get their turn.
-const RECEIVE_BUDGET: usize = 8 << 20;
+const RECEIVE_BUDGET: usize = 1 << 20;
 /// Most bytes of payload in a frame; a frame that reaches it is closed, and the next message starts another.
 const FRAME_PAYLOAD: u32 = 8 << 20;
 /// Where payload goes that nobody waits for any more.
@@ -308,7 +308,9 @@ impl ReceiveState {
             };
             self.take(received, receiver)?;
             budget = budget.saturating_sub(received);
-            if received < wanted || budget == 0 {
+            // A lone message without payload is mostly the only thing there; asking again would only be told so.
+            let lone = received == HEAD && self.messages.is_empty() && self.frame.is_none();
+            if received < wanted || budget == 0 || lone {
                 return Ok(()); // Drained, or others' turn; the loop calls again while there is more.
             }
         }

@@ -1,0 +1,57 @@
+# Everything that is done with this tree, by name. `make` alone lists it.
+
+SHELL := /bin/sh
+# Where rustup puts cargo, for shells that have not read its environment.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+CARGO := cargo
+# A CI run builds exactly what Cargo.lock says.
+LOCKED := $(if $(CI),--locked)
+TARGET_DIR = $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+# Simulated runs of `make sim`, and where they begin.
+SEEDS := 20000
+START := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint fmt docs audit sim deps clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do \
+		printf '  make %-7s %s\n' "$$name" "$$text"; done
+
+demo: ## two nodes, a pool, real I/O; a node is killed and comes back: the main job in a minute, every claim checked
+	@./cloud-hypervisor-tests/install-deps.sh build
+	$(CARGO) build $(LOCKED) --release --bin rmr-node --bin rmrctl --bin vhost-brmr --bin demo
+	@$(TARGET_DIR)/release/demo
+
+test: deps ## all tests: units, documentation, whole systems with guests in QEMU
+	$(CARGO) build $(LOCKED) --workspace --bins
+	$(CARGO) test $(LOCKED) --workspace --doc --quiet
+	@if $(CARGO) nextest --version >/dev/null 2>&1; \
+	then set -- nextest run; else set -- test; fi; set -x; $(CARGO) "$$@" $(LOCKED) --workspace --all-targets --no-fail-fast
+
+bench: deps ## side by side with what a user would pick instead (docs/benchmarks.md); about 6 minutes
+	$(CARGO) build $(LOCKED) --release --workspace --bins
+	$(TARGET_DIR)/release/bench-compare
+
+lint: ## format and clippy, no warning allowed
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy $(LOCKED) --workspace --all-targets -- -D warnings
+
+fmt: ## formats the code
+	$(CARGO) fmt --all
+
+docs: ## the API documentation, no warning allowed
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(LOCKED) --workspace --no-deps --document-private-items
+
+audit: ## licences, sources and known vulnerabilities of the dependencies
+	@./.ci/audit
+
+sim: ## simulated pools with faults: SEEDS=20000 runs from seed START=1 (docs/simulator.md)
+	RMR_SIM_SEEDS=$(SEEDS) RMR_SIM_START=$(START) \
+		$(CARGO) test $(LOCKED) --release -p rmr-common --test simulation -- --nocapture
+
+deps: ## installs what Debian 12 lacks for tests and benchmarks; does nothing twice
+	@./cloud-hypervisor-tests/install-deps.sh
+
+clean: ## removes everything that was built
+	$(CARGO) clean
