@@ -82,6 +82,11 @@ pub struct Options {
     /// Take the pool from the client that holds it now, which is fenced. Without this a pool in use is refused.
     #[arg(long, help_heading = "Pool", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub takeover: Option<bool>,
+    /// Go on with this member alone, whatever it has: every other copy counts as wholly stale, and writes that only they
+    /// have are LOST. For a pool that waits for a member which will not come back. Not taken from the file.
+    #[arg(long, value_name = "MEMBER", help_heading = "Pool")]
+    #[serde(skip)]
+    pub force_from: Option<u8>,
 
     /// Requests wait this many seconds when no member can serve them, then fail; 0 fails at once. [default: 60]
     #[arg(long, value_name = "SECONDS", help_heading = "Pool")]
@@ -160,6 +165,8 @@ impl Options {
             pool: self.pool.or(file.pool),
             node: self.node.or(file.node),
             takeover: self.takeover.or(file.takeover),
+            // Never from a file: what is forced once must not be forced again.
+            force_from: self.force_from,
             suspend_timeout_s: self.suspend_timeout_s.or(file.suspend_timeout_s),
             leg_timeout_ms: self.leg_timeout_ms.or(file.leg_timeout_ms),
             num_queues: self.num_queues.or(file.num_queues),

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use rmr_common::pool::{Address, AddressError, PoolId, PoolSpec};
+use rmr_common::pool::{Address, AddressError, MemberId, PoolId, PoolSpec};
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -76,6 +76,8 @@ pub struct PoolSettings {
     pub nodes: Vec<Address>,
     /// Take the pool from whoever holds it.
     pub takeover: bool,
+    /// Go on with this member alone.
+    pub force_from: Option<MemberId>,
     /// How long requests wait when no member can serve them.
     pub suspend_timeout: Duration,
     /// How long a member may take to answer.
@@ -192,6 +194,13 @@ impl Settings {
         if options.once.is_some() && options.on_disconnect.is_some() {
             return Err(ConfigError::Conflict("once", "on-disconnect"));
         }
+        let force_from = match options.force_from {
+            None => None,
+            Some(member) => match MemberId::new(member) {
+                Some(member) => Some(member),
+                None => return Err(bad("force-from", member, "a member from 0 to 7")),
+            },
+        };
         let exit = options.once == Some(true) || options.on_disconnect == Some(Disconnect::Exit);
         Ok(Self {
             endpoint,
@@ -199,6 +208,7 @@ impl Settings {
                 pool,
                 nodes,
                 takeover: options.takeover.unwrap_or(false),
+                force_from,
                 suspend_timeout: suspend_timeout_s,
                 leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
                 read_only,

@@ -49,6 +49,7 @@ impl PoolDisk {
         let description = format!("vhost-brmr, process {} on {}", std::process::id(), host.trim());
         let mut config = Config::new(ClientId::random(), description);
         config.takeover = pool.takeover;
+        config.force_from = pool.force_from;
         config.leg_timeout = pool.leg_timeout;
         config.suspend_timeout = pool.suspend_timeout;
         let selector: PoolSelector = pool.pool.to_string().parse()?;

@@ -254,6 +254,9 @@ impl Client {
         if self.is_displaced_in(&view) {
             return self.end(OverReason::Fenced(view.epoch));
         }
+        if let Some(member) = self.forced() {
+            return self.attach_forced(member);
+        }
         if !view.clean().is_subset(ready) {
             return self.tell_waiting(&view, ready);
         }
@@ -268,6 +271,26 @@ impl Client {
         self.epoch = highest.max(self.epoch).next();
         let asked = view.active().intersection(ready);
         self.view = Some(view);
+        self.ask_to_attach(asked);
+    }
+
+    /// The member that the operator wants to go on with, if that is still to be done.
+    fn forced(&self) -> Option<MemberId> {
+        self.config.force_from.filter(|_| self.own_epochs.is_empty())
+    }
+
+    fn attach_forced(&mut self, member: MemberId) {
+        let Some((view, epoch)) = self.ready(member).map(|r| (r.view.clone(), r.epoch)) else {
+            let text = format!("--force-from names member {member}, which is not connected");
+            self.notice(Notice::Waiting(text));
+            return;
+        };
+        self.epoch = Epoch(epoch.max(self.epoch).0 + crate::pool::FORCED_JUMP);
+        self.view = Some(view);
+        self.ask_to_attach(MemberSet::only(member));
+    }
+
+    fn ask_to_attach(&mut self, asked: MemberSet) {
         let body = Attach {
             client: self.config.client,
             // A client that was displaced must not displace in turn.
@@ -362,6 +385,20 @@ impl Client {
         }
     }
 
+    /// Makes the forced view: every other member misses everything.
+    fn force(&mut self, base: &View, member: MemberId) {
+        let length = self.spec.as_ref().map_or(0, |s| s.size);
+        match base.step(ViewStep::Force(member), self.epoch) {
+            Ok(next) => {
+                let missed = DirtyAddition { members: next.out(), offset: 0, length };
+                let additions = if next.out().is_empty() { Vec::new() } else { vec![missed] };
+                self.view = Some(base.clone());
+                self.change_view(next, additions, true);
+            }
+            Err(error) => self.notice(Notice::Waiting(format!("--force-from {member}: {error}"))),
+        }
+    }
+
     fn note_view(&mut self, member: MemberId, view: &View) {
         if let Some(id) = self.legs[member.index()]
             && let Some(link) = self.link_mut(id)
@@ -382,6 +419,9 @@ impl Client {
         }
         if self.is_displaced_in(&best) {
             return self.end(OverReason::Fenced(best.epoch));
+        }
+        if let Some(member) = self.forced() {
+            return self.force(&best, member);
         }
         if !best.clean().is_subset(attached) {
             // The view moved on between hello and attach; gather again with what is known now.

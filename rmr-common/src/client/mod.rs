@@ -53,6 +53,9 @@ pub struct Config {
     pub description: String,
     /// Displace a live client of another identity.
     pub takeover: bool,
+    /// The operator's override of the recovery rule: go on with this member alone, whatever it has, and take all others as
+    /// wholly stale. Writes that only others have are lost. It is done once; later attaches of the client keep the rule.
+    pub force_from: Option<MemberId>,
     /// Only look: learn the pool's specification and its members' views, and never attach.
     pub observe: bool,
     /// A leg that leaves a request unanswered for so long is lost.
@@ -75,6 +78,7 @@ impl Config {
             client,
             description: description.into(),
             takeover: false,
+            force_from: None,
             observe: false,
             leg_timeout: Duration::from_secs(5),
             suspend_timeout: Duration::from_secs(60),

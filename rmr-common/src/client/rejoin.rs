@@ -57,7 +57,7 @@ impl Client {
     /// The member that is being brought back in, and how far that has come.
     #[must_use]
     pub(crate) fn rejoin_phase(&self) -> Option<(MemberId, &'static str)> {
-        let rejoin = self.stale.rejoin?;
+        let rejoin = self.stale.rejoin.as_ref()?;
         let phase = match rejoin.phase {
             Phase::Attaching => "attaching",
             Phase::Preparing => "preparing",

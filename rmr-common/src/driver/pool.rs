@@ -54,7 +54,26 @@ pub fn discover(
     Ok(pool.spec.clone())
 }
 
-type Done = Box<dyn FnOnce(Result<Buffers, IoError>) + Send>;
+type Callback = Box<dyn FnOnce(Result<Buffers, IoError>) + Send>;
+
+/// A completion. It runs once, also when the request is dropped on its way or the pool's thread ends.
+struct Done(Option<Callback>);
+
+impl Done {
+    fn run(mut self, result: Result<Buffers, IoError>) {
+        if let Some(callback) = self.0.take() {
+            callback(result);
+        }
+    }
+}
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        if let Some(callback) = self.0.take() {
+            callback(Err(IoError::Detached));
+        }
+    }
+}
 
 enum Command {
     Submit { operation: Operation, offset: u64, length: u64, buffers: Buffers, done: Done },
@@ -96,7 +115,7 @@ impl Pool {
                 .map_err(|e| e.to_string())
                 .and_then(|driver| Owner::new(driver, observe, event, inbox, attached).run());
             if let Err(error) = result {
-                // Nobody listens once the pool was attached; the requests' completions then never run.
+                // Nobody listens once the pool was attached; the requests then complete as they are dropped.
                 let _ = failed.send(Err(PoolError::System(error)));
             }
         };
@@ -190,7 +209,7 @@ impl Pool {
         buffers: Buffers,
         done: impl FnOnce(Result<Buffers, IoError>) + Send + 'static,
     ) {
-        self.send(Command::Submit { operation, offset, length, buffers, done: Box::new(done) });
+        self.send(Command::Submit { operation, offset, length, buffers, done: Done(Some(Box::new(done))) });
     }
 
     fn send(&self, command: Command) {
@@ -199,9 +218,9 @@ impl Pool {
                 // A counter that is full wakes the thread as well.
                 let _ = self.wake.write(1);
             }
-            Err(mpsc::SendError(Command::Submit { done, .. })) => done(Err(IoError::Detached)),
-            // Whoever asks for the status of a pool whose thread has ended sees its sender dropped.
-            Err(mpsc::SendError(Command::Status(_) | Command::Detach)) => {}
+            // The thread has ended. A request's completion runs as it is dropped, and whoever asks for the status sees its
+            // sender dropped.
+            Err(mpsc::SendError(command)) => drop(command),
         }
     }
 }
@@ -389,7 +408,7 @@ impl Owner {
         let index = usize::try_from(token.0).unwrap_or(usize::MAX);
         if let Some(pending) = self.pending.get_mut(index).and_then(Option::take) {
             self.free.push(index);
-            (pending.done)(result.map(|()| pending.buffers));
+            pending.done.run(result.map(|()| pending.buffers));
         }
     }
 

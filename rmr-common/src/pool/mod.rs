@@ -13,4 +13,5 @@ pub use spec::{
     Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,
     MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
 };
+pub(crate) use view::FORCED_JUMP;
 pub use view::{IllegalStep, MemberState, MemberView, View, ViewError, ViewStep};

@@ -17,6 +17,9 @@ use thiserror::Error;
 
 use super::{Epoch, MAX_MEMBERS, MemberId, MemberSet, StoreId, ViewNumber};
 
+/// How far view number and epoch jump when the operator forces a pool into use.
+pub(crate) const FORCED_JUMP: u64 = 1 << 32;
+
 /// State of a member's data.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -80,6 +83,9 @@ pub struct View {
 pub enum ViewStep {
     /// A client attached: the members stay as they are, but for those that did not answer it, which become Out.
     Attach(MemberSet),
+    /// The operator's override: this member is Clean, whatever it was, and all others are Out. The number jumps, so that no
+    /// view which was made without the operator's knowledge can be as high.
+    Force(MemberId),
     /// Members leave: each Clean or Syncing becomes Out. At least one Clean member must stay.
     Lose(MemberSet),
     /// An Out member comes back with its stale blocks known: Out becomes Syncing.
@@ -96,6 +102,7 @@ impl fmt::Display for ViewStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Attach(lost) => write!(f, "attach without {lost}"),
+            Self::Force(member) => write!(f, "force from member {member}"),
             Self::Lose(members) => write!(f, "lose {members}"),
             Self::Rejoin(member) => write!(f, "rejoin of member {member}"),
             Self::Promote(member) => write!(f, "promotion of member {member}"),
@@ -218,6 +225,13 @@ impl View {
             ViewStep::Lose(members) | ViewStep::Attach(members) => {
                 for member in members.iter() {
                     next.change(member, &[MemberState::Clean, MemberState::Syncing], MemberState::Out)?;
+                }
+            }
+            ViewStep::Force(id) => {
+                self.state(id).ok_or(IllegalStep::NoSuchMember(id))?;
+                next.number = ViewNumber(self.number.0 + FORCED_JUMP);
+                for member in &mut next.members {
+                    member.state = if member.id == id { MemberState::Clean } else { MemberState::Out };
                 }
             }
             ViewStep::Rejoin(member) => next.change(member, &[MemberState::Out], MemberState::Syncing)?,
@@ -371,6 +385,15 @@ mod tests {
         assert!(v.step(ViewStep::Remove(id(2)), Epoch(4)).is_err());
         assert_eq!(v.step(ViewStep::Remove(id(1)), Epoch(4)).unwrap().members.len(), 2);
         assert_eq!(v.step(ViewStep::Remove(id(5)), Epoch(4)), Err(IllegalStep::NoSuchMember(id(5))));
+    }
+
+    #[test]
+    fn a_forced_view_is_higher_than_any_that_steps_could_lead_to() {
+        let v = view(&[Clean, Syncing, Out]);
+        let forced = v.step(ViewStep::Force(id(2)), Epoch(9)).unwrap();
+        assert_eq!((forced.clean(), forced.out().len()), (MemberSet::only(id(2)), 2));
+        assert!(forced.number.0 > v.number.0 + u64::from(u32::MAX) && v.may_precede(&forced));
+        assert!(v.step(ViewStep::Force(id(5)), Epoch(9)).is_err());
     }
 
     #[test]

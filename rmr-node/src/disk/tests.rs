@@ -293,6 +293,23 @@ fn unknown_and_removed_disks_are_refused() {
 }
 
 #[test]
+fn a_disk_can_be_removed_while_others_work_but_not_while_it_works_itself() {
+    let ((_busy_file, busy), (_idle_file, idle)) = (disk_in("/tmp"), disk_in("/tmp"));
+    let mut engine = engine(EngineChoice::Uring);
+    let (busy, idle) = (engine.add_disk(busy).unwrap(), engine.add_disk(idle).unwrap());
+    for id in 0..16 {
+        engine.submit(io(busy, id, IoKind::Write, 0, 4096, Payload::Page(AlignedPage::zeroed())));
+    }
+    assert!(engine.remove_disk(busy).is_err());
+    engine.remove_disk(idle).unwrap();
+    let mut done = Vec::new();
+    while engine.in_flight() > 0 {
+        engine.wait_completions(&mut done).unwrap();
+    }
+    engine.remove_disk(busy).unwrap();
+}
+
+#[test]
 fn an_engine_dropped_with_requests_in_flight_waits_for_them() {
     let (file, disk) = disk_in("/tmp");
     let mut engine = engine(EngineChoice::Uring);

@@ -221,7 +221,12 @@ impl Member {
 
     /// Whether all metadata that was asked for is durable, or never will be.
     pub(super) fn metadata_idle(&self) -> bool {
-        self.writer.is_idle() || self.writer.failure().is_some()
+        self.writer.is_idle() || self.metadata_failed()
+    }
+
+    /// Whether metadata could not be written, and never will be.
+    pub(super) fn metadata_failed(&self) -> bool {
+        self.writer.failure().is_some()
     }
 
     /// Writes what operators want to know to the log.

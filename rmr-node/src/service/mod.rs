@@ -16,7 +16,7 @@ mod source_link;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use anyhow::Context;
@@ -28,7 +28,7 @@ use crate::config::Config;
 use crate::lifecycle::{Shutdown, ready};
 use crate::store::Store;
 use control::Control;
-use shard::{Shard, ShardHandle};
+use shard::{Command, Shard, ShardHandle};
 
 /// What all shards and the admin API know of one another.
 pub(crate) struct Shared {
@@ -92,23 +92,27 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let count = stores.len();
     let handles: Vec<ShardHandle> =
         (0..shared.config.shards).map(ShardHandle::new).collect::<Result<_, _>>()?;
-    let mut listeners = Some(listeners.into_iter().map(|(l, _)| l).collect::<Vec<_>>());
+    let (opening, opened) = mpsc::channel();
     let mut threads: Vec<JoinHandle<anyhow::Result<()>>> = Vec::new();
     let mut stores_of: Vec<Vec<Store>> = (0..shared.config.shards).map(|_| Vec::new()).collect();
     for (i, store) in stores.into_iter().enumerate() {
         stores_of[i % shared.config.shards].push(store);
     }
     for (index, stores) in stores_of.into_iter().enumerate() {
-        let listeners = listeners.take().unwrap_or_default();
         let (shared, handles, shutdown) = (Arc::clone(&shared), handles.clone(), shutdown.clone());
+        let opening = opening.clone();
         let thread = std::thread::Builder::new().name(format!("shard-{index}")).spawn(move || {
-            let result = Shard::run(index, Arc::clone(&shared), handles, listeners, stores, shutdown.clone());
+            let result = Shard::run(index, Arc::clone(&shared), handles, stores, opening, shutdown.clone());
             // The others cannot serve the pools of this one: stop all, in order.
             shutdown.request();
             result
         })?;
         threads.push(thread);
     }
+    drop(opening);
+    // A client that came before would be told that there is no such pool, and believe it.
+    while opened.recv().is_ok() {}
+    handles[0].send(Command::Listen(listeners.into_iter().map(|(l, _)| l).collect()));
     let control = Arc::new(Control::new(Arc::clone(&shared), handles));
     let admin = AdminServer::start(shared.config.admin, shared.config.admin_limits, control)?;
     let addresses: Vec<String> = shared.advertised().iter().map(ToString::to_string).collect();

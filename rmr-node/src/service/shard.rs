@@ -57,6 +57,8 @@ pub(super) enum Command {
     Adopt(Box<Store>, Responder<StoreCreated>),
     Delete(StoreId, bool, Responder<()>),
     Connection(Box<Handover>),
+    /// Clients may come now.
+    Listen(Vec<TcpListener>),
 }
 
 /// A connection whose pool is on another shard than the one that accepted it.
@@ -170,18 +172,20 @@ pub(super) struct Shard {
     /// Whether the listeners are watched. They are not for a moment when a connection could not be accepted.
     listens: bool,
     phase: Phase,
+    /// Stores that a stop could not mark as closed in order.
+    unmarked: usize,
     next_tick: Time,
     now: Time,
 }
 
 impl Shard {
-    /// Runs a shard until the shutdown is requested and done.
+    /// Runs a shard until the shutdown is requested and done. `opening` is dropped when its stores are open.
     pub(super) fn run(
         index: usize,
         shared: Arc<Shared>,
         shards: Vec<ShardHandle>,
-        listeners: Vec<TcpListener>,
         stores: Vec<Store>,
+        opening: Sender<()>,
         shutdown: Shutdown,
     ) -> anyhow::Result<()> {
         let inbox = shards[index].inbox.lock().ok().and_then(|mut inbox| inbox.take());
@@ -202,7 +206,7 @@ impl Shard {
             shared,
             shards,
             inbox,
-            listeners,
+            listeners: Vec::new(),
             closed_listeners: Vec::new(),
             shutdown,
             engine,
@@ -229,6 +233,7 @@ impl Shard {
             handovers: Vec::new(),
             listens: true,
             phase: Phase::Serving,
+            unmarked: 0,
             next_tick: now + TICK,
             now,
         };
@@ -238,16 +243,18 @@ impl Shard {
                 tracing::error!(path = %path.display(), "store left out: {error}");
             }
         }
+        drop(opening);
         shard.serve()
     }
 
     fn serve(mut self) -> anyhow::Result<()> {
-        let fixed: Vec<RawFd> = (self.listeners.iter().map(AsRawFd::as_raw_fd))
-            .chain([self.shards[self.index].wake.as_raw_fd(), self.shutdown.as_raw_fd()])
-            .chain([self.connector.descriptor()])
-            .chain(self.engine.fd())
-            .collect();
-        self.changes.extend(fixed.into_iter().map(|fd| WatchChange::Add(fd, EventSet::IN)));
+        let fixed = [
+            self.shards[self.index].wake.as_raw_fd(),
+            self.shutdown.as_raw_fd(),
+            self.connector.descriptor(),
+        ];
+        let fixed = fixed.into_iter().chain(self.engine.fd());
+        self.changes.extend(fixed.map(|fd| WatchChange::Add(fd, EventSet::IN)));
         let mut manager = EventManager::<Self>::new().map_err(|e| anyhow::anyhow!("event loop: {e}"))?;
         let id = manager.add_subscriber(self);
         let failed = |e| anyhow::anyhow!("event loop: {e}");
@@ -256,6 +263,12 @@ impl Shard {
             let shard = manager.subscriber_mut(id).map_err(failed)?;
             shard.upkeep();
             if matches!(shard.phase, Phase::Done) {
+                anyhow::ensure!(
+                    shard.unmarked == 0,
+                    "shard {}: {} stores are not marked as closed in order",
+                    shard.index,
+                    shard.unmarked
+                );
                 return Ok(());
             }
             let resyncs = shard.members.iter().flatten().filter_map(|m| m.replica.deadline());
@@ -1012,6 +1025,12 @@ impl Shard {
                 responder.send(self.adopt(*store).map(|()| created));
             }
             Command::Delete(store, force, responder) => self.delete(store, force, responder),
+            // One that stops already closes them here.
+            Command::Listen(listeners) if matches!(self.phase, Phase::Serving) => {
+                self.changes.extend(listeners.iter().map(|l| WatchChange::Add(l.as_raw_fd(), EventSet::IN)));
+                self.listeners = listeners;
+            }
+            Command::Listen(_) => {}
             Command::Connection(handover) => {
                 let Handover { peer, greeting } = *handover;
                 let descriptor = peer.descriptor;
@@ -1142,6 +1161,7 @@ impl Shard {
                     if member.replica.is_busy() {
                         let pool = &member.replica.spec().name;
                         tracing::error!(%pool, "stopping with requests under way: the store is not marked clean");
+                        self.unmarked += 1;
                     } else {
                         member.mark_clean();
                         self.activate(index);
@@ -1152,13 +1172,17 @@ impl Shard {
             }
             Phase::Marking { deadline } => {
                 if self.members.iter().flatten().all(Member::metadata_idle) {
-                    tracing::info!(shard = self.index, "all stores are closed in order");
+                    self.unmarked += self.members.iter().flatten().filter(|m| m.metadata_failed()).count();
+                    if self.unmarked == 0 {
+                        tracing::info!(shard = self.index, "all stores are closed in order");
+                    }
                     self.phase = Phase::Done;
                 } else if self.now >= deadline {
                     tracing::error!(
                         shard = self.index,
                         "a disk did not finish in time: some stores are not marked clean"
                     );
+                    self.unmarked += self.members.iter().flatten().filter(|m| !m.metadata_idle()).count();
                     self.phase = Phase::Done;
                 } else {
                     self.next_tick = self.next_tick.min(self.now + Duration::from_millis(20));
