@@ -5,7 +5,7 @@ use super::{
     Waiter,
 };
 use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
-use crate::pool::{BLOCK_SIZE, Block, Chunk, Sequence};
+use crate::pool::{BLOCK_SIZE, Block, Chunk, MemberState, Sequence};
 use crate::wire::{Kind, MessageHeader, SlotEntry, Status};
 
 /// A disk request, and the message that asked for it.
@@ -283,7 +283,9 @@ impl Replica {
     /// that began when both were known. While no client is attached the watermark stands still, so that nothing
     /// that was in flight when it died is forgotten.
     pub(super) fn clear_intents(&mut self) {
-        if self.clearing.is_some() || self.broken || self.holder_connection().is_none() {
+        // While this member is Syncing, pulled data that is not flushed may be in any chunk.
+        let is_clean = self.view.state(self.member) == Some(MemberState::Clean);
+        if self.clearing.is_some() || self.broken || self.holder_connection().is_none() || !is_clean {
             return;
         }
         let (now, watermark, idle) = (self.now, self.watermark, self.config.intent_idle);
