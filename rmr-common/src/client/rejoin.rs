@@ -109,11 +109,16 @@ impl Client {
         if rejoin.member != member || rejoin.phase != Phase::Attaching {
             return false;
         }
-        if status == Status::Ok && self.is_active() {
-            self.set_phase(Phase::Preparing);
-            self.name_source(member);
-        } else {
-            self.abort_rejoin(member);
+        match status {
+            Status::Ok if self.is_active() => {
+                self.set_phase(Phase::Preparing);
+                self.name_source(member);
+            }
+            Status::StaleEpoch if self.is_active() => {
+                // Somebody tried to attach there and did not come far. Only an epoch above that one brings it back in.
+                self.gather();
+            }
+            _ => self.abort_rejoin(member),
         }
         true
     }
@@ -194,6 +199,11 @@ impl Client {
         if rejoin.phase == Phase::Quiescing && self.is_active() {
             self.resume_requests();
         }
+    }
+
+    /// The attachment is over, and the rejoin that is under way in it.
+    pub(super) fn forget_rejoin(&mut self) {
+        self.stale.rejoin = None;
     }
 
     /// A view was committed.
