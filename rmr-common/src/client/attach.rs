@@ -587,7 +587,8 @@ impl Client {
 
     /// Starts over: connect, collect views, then attach with a new epoch. Requests wait meanwhile. The links are made
     /// anew, so that no message of the old attachment touches a request's memory any more.
-    fn gather(&mut self) {
+    pub(super) fn gather(&mut self) {
+        self.forget_rejoin();
         self.parts.unsend_all();
         let retry_at = self.now + self.config.reconnect_interval / 4;
         for (link, id) in self.links.iter_mut().zip(0u8..) {

@@ -124,6 +124,10 @@ impl Client {
                 self.set_phase(Phase::Preparing);
                 self.name_source(member);
             }
+            _ if header.status == Status::StaleEpoch && self.is_active() => {
+                // Somebody tried to attach there and did not come far. Only an epoch above that one brings it back in.
+                self.gather();
+            }
             _ => self.abort_rejoin(member),
         }
         true
@@ -207,6 +211,11 @@ impl Client {
         if rejoin.phase == Phase::Quiescing && self.is_active() {
             self.resume_requests();
         }
+    }
+
+    /// The attachment is over, and the rejoin that is under way in it.
+    pub(super) fn forget_rejoin(&mut self) {
+        self.stale.rejoin = None;
     }
 
     /// A view was committed.

@@ -278,6 +278,8 @@ pub struct Replica {
     clearing: Option<(IoId, Vec<(Chunk, Sequence)>)>,
     /// Counts attaches: disk requests of an earlier session are of a client that is fenced.
     session: u64,
+    /// The session in which the view was adopted. One of an earlier session says nothing about what was missed since.
+    view_session: u64,
     resync: Option<Resync>,
     /// Pulled data on its way to disk.
     pulled_writes: HashMap<IoId, Writing>,
@@ -334,6 +336,7 @@ impl Replica {
             frozen: HashSet::new(),
             clearing: None,
             session: 0,
+            view_session: u64::MAX,
             resync: None,
             pulled_writes: HashMap::new(),
             held: VecDeque::new(),

@@ -262,6 +262,10 @@ impl Replica {
                     for (member, map) in maps {
                         self.maps.replace(member, map, &mut self.changed);
                     }
+                    // What was finished is stale again by this record, and is looked at again.
+                    resync.finished.clear();
+                    resync.flush.iter_mut().for_each(|(_, chunks)| chunks.clear());
+                    resync.reported_done = false;
                     self.handover_done();
                 }
             }
@@ -282,7 +286,8 @@ impl Replica {
             resync.link = Link::Connecting;
             self.outputs.push_back(Output::PeerConnect(resync.address.clone()));
         }
-        if self.view.state(self.member) != Some(MemberState::Syncing) || self.holder_connection().is_none() {
+        let is_syncing = self.view.state(self.member) == Some(MemberState::Syncing);
+        if !is_syncing || self.view_session != self.session || self.holder_connection().is_none() {
             return;
         }
         self.start_pulls();

@@ -360,6 +360,7 @@ impl Replica {
         let Some(pending) = &mut self.set_view else { return };
         pending.adopted = true;
         self.view = pending.view.clone();
+        self.view_session = self.session;
         self.persist_state(Waiter::View(self.view.number));
     }
 
@@ -434,6 +435,7 @@ impl Replica {
     pub(super) fn detach_durable(&mut self, epoch: Epoch) {
         let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
+        self.drop_resync();
         // A client that gave a write up does not leave in good order: members may differ in it.
         self.clean_detach = self.maps.intent().count() == 0;
         self.notice(Notice::Detached(self.epoch, who));

@@ -151,7 +151,11 @@ impl World<'_> {
                 let is_known = [(index, member), (self.node_index(member), node.member)]
                     .into_iter()
                     .any(|(keeper, stale)| self.has_record(keeper, stale, sector));
-                if other != value && !is_excused && !is_known {
+                // A member that came back meanwhile has no part in what a client that died left behind; the other one keeps
+                // its intent.
+                let is_kept = self.oracle.is_undecided(sector)
+                    && self.nodes[self.node_index(member)].has_bit(MapId::Intent, chunk);
+                if other != value && !is_excused && !is_known && !is_kept {
                     return Err(format!(
                         "node {index} clears the intent of chunk {chunk}, whose sector {sector} is {} here and {} on \
                          member {member}",
@@ -368,9 +372,18 @@ impl World<'_> {
         };
         for member in view.active().iter() {
             let node = &self.nodes[self.node_index(member)];
-            for sector in request.first..request.first + request.count {
+            for (i, sector) in (request.first..request.first + request.count).enumerate() {
+                // A read may have shown a later write elsewhere, which is not here yet.
+                let own = match (request.operation, request.write) {
+                    (Operation::Write, Some(id)) => Oracle::stamp(id, i),
+                    _ => 0,
+                };
                 let value = node.disk.sectors[sector];
-                if !self.oracle.is_current(sector, value) {
+                // A part of the request may have completed before the member was brought back in.
+                let is_known = |k: crate::pool::MemberId| self.has_record(self.node_index(k), member, sector);
+                let is_stale =
+                    view.state(member) == Some(MemberState::Syncing) && view.clean().iter().all(is_known);
+                if value != own && !is_stale && !self.oracle.is_current(sector, value) {
                     return Err(format!(
                         "member {member} has {} in sector {sector}; possible: {}",
                         Oracle::name(value),

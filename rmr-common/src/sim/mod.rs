@@ -81,6 +81,8 @@ fn play(world: &mut World<'_>) -> Check {
     let deadline = world.now + MAX_REST;
     let host = rest(world, deadline)?;
     verify(world, host, deadline)?;
+    // What was lost without being noticed is found out by the flush.
+    let host = rest(world, deadline)?;
     world.check_data()?;
     world.client(host, client::Event::Detach)?;
     let is_busy = |world: &World<'_>| {
