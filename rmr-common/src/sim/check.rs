@@ -383,7 +383,8 @@ impl World<'_> {
                 let is_known = |k: crate::pool::MemberId| self.has_record(self.node_index(k), member, sector);
                 let is_stale =
                     view.state(member) == Some(MemberState::Syncing) && view.clean().iter().all(is_known);
-                if value != own && !is_stale && !self.oracle.is_current(sector, value) {
+                let is_later = self.oracle.is_open(sector);
+                if value != own && !is_stale && !is_later && !self.oracle.is_current(sector, value) {
                     return Err(format!(
                         "member {member} has {} in sector {sector}; possible: {}",
                         Oracle::name(value),
