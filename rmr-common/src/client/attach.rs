@@ -1,7 +1,9 @@
 //! Links, the attach protocol and view changes: everything that is not the data path.
 
 use super::{Client, LinkId, LinkState, MAX_LINKS, Notice, Output, OverReason, Payload, PoolSelector, State};
-use crate::pool::{Address, Epoch, MemberId, MemberSet, PoolId, PoolSpec, Sequence, View, ViewStep};
+use crate::pool::{
+    Address, Epoch, MemberId, MemberSet, MemberState, PoolId, PoolSpec, Sequence, View, ViewStep,
+};
 use crate::time::Time;
 use crate::wire::{
     Attach, AttachReply, DirtyAddition, Hello, HelloReply, Kind, MessageHeader, PROTOCOL_VERSION, Role,
@@ -391,7 +393,11 @@ impl Client {
         let highest =
             replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
-        let lost = best.active().without(attached);
+        // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew.
+        let behind: MemberSet =
+            replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
+        let behind = behind.intersection(best.in_state(MemberState::Syncing));
+        let lost = best.active().without(attached).union(behind);
         let mut additions: Vec<_> = replies
             .iter()
             .flat_map(|(_, r)| &r.slots)

@@ -181,6 +181,11 @@ impl Client {
         if rejoin.phase != Phase::Quiescing || !self.is_active() || self.parts.has_sent_write() {
             return;
         }
+        let source = self.stale.sources[rejoin.member.index()];
+        if !source.is_some_and(|s| self.view_clean().contains(s)) {
+            // It was lost meanwhile, and does not have what was written since.
+            return self.abort_rejoin(rejoin.member);
+        }
         let next = self.view.as_ref().map(|v| v.step(ViewStep::Rejoin(rejoin.member), self.epoch));
         match next {
             Some(Ok(next)) => {
