@@ -1,7 +1,9 @@
 //! Links, the attach protocol and view changes: everything that is not the data path.
 
 use super::{Client, LinkId, LinkState, MAX_LINKS, Notice, Output, OverReason, Payload, PoolSelector, State};
-use crate::pool::{Address, Epoch, MemberId, MemberSet, PoolId, PoolSpec, Sequence, View, ViewStep};
+use crate::pool::{
+    Address, Epoch, MemberId, MemberSet, MemberState, PoolId, PoolSpec, Sequence, View, ViewStep,
+};
 use crate::time::Time;
 use crate::wire::{
     Attach, AttachReply, DirtyAddition, Hello, HelloReply, Kind, MessageHeader, PROTOCOL_VERSION, Role,
@@ -431,9 +433,13 @@ impl Client {
         let highest =
             replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
+        // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew.
+        let behind: MemberSet =
+            replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
+        let behind = behind.intersection(best.in_state(MemberState::Syncing));
         let absent = best.active().without(attached);
         let (stale, mut additions) = self.reconcile(&best, &replies, absent);
-        let lost = absent.union(stale);
+        let lost = absent.union(stale).union(behind);
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
         if !self.own_epochs.is_empty() && !newly_out.is_empty() {

@@ -193,6 +193,11 @@ impl Client {
         }
         let Some(rejoin) = &mut self.stale.rejoin else { return };
         let (member, additions) = (rejoin.member, std::mem::take(&mut rejoin.additions));
+        let source = self.stale.sources[member.index()];
+        if !source.is_some_and(|s| self.view_clean().contains(s)) {
+            // It was lost meanwhile, and does not have what was written since.
+            return self.abort_rejoin(member);
+        }
         let next = self.view.as_ref().map(|v| v.step(ViewStep::Rejoin(member), self.epoch));
         match next {
             Some(Ok(next)) => {

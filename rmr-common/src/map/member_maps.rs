@@ -192,6 +192,16 @@ impl MemberMaps {
         }
     }
 
+    /// Adds what a Clean member has on record for another one to what is known here.
+    pub fn merge(&mut self, member: MemberId, chunks: &ChunkMap, changed: &mut Vec<MapPage>) {
+        let size = self.chunk_size.bytes();
+        for chunk in chunks.iter() {
+            let start = chunk.0 * size;
+            let end = (start + size).min(self.blocks * crate::pool::BLOCK_SIZE);
+            self.set_dirty(MemberSet::only(member), start, end - start, changed);
+        }
+    }
+
     /// Whether any map is dirty for a member, and how many blocks and chunks it has missed.
     #[must_use]
     pub fn missed(&self, member: MemberId) -> (u64, u64) {
@@ -304,6 +314,21 @@ mod tests {
         maps.clear(ClearTarget::Block(member, Block(17)), ClearReason::Overwritten, &mut changed);
         assert_eq!(maps.missed(member), (0, 0));
         assert_eq!(changed, vec![MapPage { map: MapId::Dirty(member), page: 0 }]);
+    }
+
+    #[test]
+    fn a_map_that_is_taken_over_replaces_ones_own_and_is_added_to_that_of_another() {
+        let (mut source, mut here, mut changed) = (maps(), maps(), Vec::new());
+        let [own, other] = [1, 2].map(|i| MemberId::new(i).unwrap());
+        for member in [own, other] {
+            source.set_dirty(MemberSet::only(member), 0, 4096, &mut changed);
+            here.set_dirty(MemberSet::only(member), 1 << 20, 4096, &mut changed);
+        }
+        changed.clear();
+        here.replace(own, source.dirty_chunks(own).unwrap().clone(), &mut changed);
+        here.merge(other, source.dirty_chunks(other).unwrap(), &mut changed);
+        assert_eq!((here.missed(own), here.missed(other)), ((16, 1), (17, 2)));
+        assert_eq!(changed.len(), 2);
     }
 
     #[test]

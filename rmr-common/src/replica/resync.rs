@@ -260,7 +260,12 @@ impl Replica {
                 if handover.left == 0 {
                     let maps = resync.handover.take().map(|h| h.maps).unwrap_or_default();
                     for (member, map) in maps {
-                        self.maps.replace(member, map, &mut self.changed);
+                        if member == self.member {
+                            self.maps.replace(member, map, &mut self.changed);
+                        } else {
+                            // The view that is pending may have added to it.
+                            self.maps.merge(member, &map, &mut self.changed);
+                        }
                     }
                     // What was finished is stale again by this record, and is looked at again.
                     resync.finished.clear();

@@ -137,7 +137,8 @@ impl World<'_> {
         let per_chunk = usize::try_from(self.spec.chunk_size.bytes() / SECTOR).unwrap_or(0);
         let start = usize::try_from(chunk.0).unwrap_or(0) * per_chunk;
         for sector in start..(start + per_chunk).min(node.disk.sectors.len()) {
-            if node.disk.unflushed_since[sector] != 0 {
+            // What was pulled is on record as missed until it is flushed.
+            if node.disk.unflushed_since[sector] != 0 && !node.disk.pulled[sector] {
                 return Err(format!(
                     "node {index} clears the intent of chunk {chunk} with sector {sector} unflushed"
                 ));
@@ -372,19 +373,15 @@ impl World<'_> {
         };
         for member in view.active().iter() {
             let node = &self.nodes[self.node_index(member)];
-            for (i, sector) in (request.first..request.first + request.count).enumerate() {
-                // A read may have shown a later write elsewhere, which is not here yet.
-                let own = match (request.operation, request.write) {
-                    (Operation::Write, Some(id)) => Oracle::stamp(id, i),
-                    _ => 0,
-                };
+            for sector in request.first..request.first + request.count {
                 let value = node.disk.sectors[sector];
                 // A part of the request may have completed before the member was brought back in.
                 let is_known = |k: crate::pool::MemberId| self.has_record(self.node_index(k), member, sector);
                 let is_stale =
                     view.state(member) == Some(MemberState::Syncing) && view.clean().iter().all(is_known);
-                let is_later = self.oracle.is_open(sector);
-                if value != own && !is_stale && !is_later && !self.oracle.is_current(sector, value) {
+                // A read may have shown a later write elsewhere, which is not here yet.
+                let is_known = is_stale || self.oracle.is_open(sector);
+                if !is_known && !self.oracle.is_current(sector, value) {
                     return Err(format!(
                         "member {member} has {} in sector {sector}; possible: {}",
                         Oracle::name(value),
