@@ -311,7 +311,16 @@ impl World<'_> {
                 }
             }
             OverReason::Fenced(_) => self.coverage.hit("client fenced"),
-            OverReason::Detached => self.coverage.hit("client detached"),
+            OverReason::Detached => {
+                self.coverage.hit("client detached");
+                // One that was suspended leaves without a goodbye.
+                let active = self.hosts[host].committed.as_ref().map_or(MemberSet::EMPTY, View::active);
+                let is_attached = |m| {
+                    let last = &self.nodes[self.node_index(m)].durable.last_client;
+                    last.as_ref().is_some_and(|c| c.attached)
+                };
+                self.resyncs.is_unflushed_unknown |= active.iter().any(is_attached);
+            }
             OverReason::NoSuchPool { .. } | OverReason::Conflict(_) | OverReason::Refused { .. } => {
                 return Err(format!("client {host} is over: {reason}"));
             }
