@@ -572,13 +572,17 @@ impl Client {
         if gone.is_empty() {
             return;
         }
+        // A view that is proposed may be durable nowhere. So what follows it has to keep a member that is Clean in the
+        // committed one, too, or a client that only finds the members of that one would not know of it.
+        let committed = self.view_clean();
+        let keeps = |next: &View| !next.clean().intersection(committed).is_empty();
         match base.step(ViewStep::Lose(gone), self.epoch) {
-            Ok(next) => {
+            Ok(next) if keeps(&next) => {
                 let additions = self.missed_by(next.out().intersection(self.view_active().union(gone)));
                 self.notice(Notice::Lost(gone, reason.to_owned()));
                 self.change_view(next, additions, false);
             }
-            Err(_) => {
+            Ok(_) | Err(_) => {
                 self.notice(Notice::Suspended(reason.to_owned()));
                 self.gather();
             }

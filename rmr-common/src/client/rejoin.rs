@@ -113,9 +113,7 @@ impl Client {
         }
         match AttachReply::decode(body) {
             Ok(reply) if header.status == Status::Ok && self.is_active() => {
-                // What it had answered and not flushed when it went down, nobody else may know: a client that knew may
-                // be gone.
-                let ranges = if reply.tables_lost { self.intent_ranges(&reply) } else { Vec::new() };
+                let ranges = self.left_behind(member, &reply);
                 let members = MemberSet::only(member);
                 let addition = |&(offset, length): &(u64, u64)| DirtyAddition { members, offset, length };
                 if let Some(rejoin) = &mut self.stale.rejoin {
@@ -131,6 +129,20 @@ impl Client {
             _ => self.abort_rejoin(member),
         }
         true
+    }
+
+    /// What a member may have, or have lost, of an earlier attachment without anybody knowing: the writes that were in
+    /// flight when that ended, and what was not flushed. A member that was lost under the present one has nothing of the
+    /// kind: all of it went on record when it was lost.
+    fn left_behind(&self, member: MemberId, reply: &AttachReply) -> Vec<(u64, u64)> {
+        if self.ready(member).is_some_and(|r| r.epoch == self.epoch) {
+            return Vec::new();
+        }
+        if reply.tables_lost {
+            return self.intent_ranges(reply);
+        }
+        let open = reply.slots.iter().filter(|s| s.sequence > reply.watermark);
+        open.map(|s| (s.offset, s.length.into())).collect()
     }
 
     fn set_phase(&mut self, phase: Phase) {
