@@ -238,7 +238,10 @@ impl Client {
                 }
             }
             Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
-                // The only current copy cannot write: the guest has to know; losing the leg would help nobody.
+                // The only current copy cannot write: the guest has to know; losing the leg would help nobody. Syncing members
+                // may carry the write out, now or later: they are lost, and come back with what the Clean one has.
+                let others = self.view_active().without(self.view_clean()).intersection(self.ready_members());
+                others.iter().for_each(|m| self.drop_member(m, "the only Clean copy failed a write"));
                 self.part_failed(header.slot, IoError::Media);
             }
             status => {

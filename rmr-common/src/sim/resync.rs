@@ -215,7 +215,7 @@ impl World<'_> {
             let is_open = self.oracle.is_open(sector);
             let others = view.clean().without(MemberSet::only(member));
             let differs = |m: &MemberId| self.nodes[self.node_index(*m)].disk.sectors[sector] != value;
-            if !self.oracle.is_current(sector, value) || !is_open && others.iter().any(|m| differs(&m)) {
+            if !is_open && (!self.oracle.is_current(sector, value) || others.iter().any(|m| differs(&m))) {
                 return Err(format!(
                     "member {member} is promoted with {} in sector {sector}; possible: {}",
                     Oracle::name(value),
@@ -304,7 +304,7 @@ impl World<'_> {
         let is_rejoin = committed.is_some()
             && is_stale
             && matches!(header.kind, Kind::Attach | Kind::Prepare | Kind::SetView | Kind::ClearDirty);
-        if !is_rejoin || self.is_calm || self.faults >= self.profile.faults || !self.rng.percent(20) {
+        if !is_rejoin || self.is_calm || self.faults >= self.profile.faults || !self.rng.percent(30) {
             return;
         }
         self.faults += 1;
