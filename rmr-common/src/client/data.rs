@@ -238,13 +238,11 @@ impl Client {
                 }
             }
             Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
-                // The only current copy cannot write: the guest has to know; losing the leg would help nobody. Until the
-                // others have answered they may still carry it out.
-                if let Some(part) = self.parts.get_mut(header.slot) {
-                    part.error = Some(IoError::Media);
-                    part.pending.remove(member);
-                }
-                self.part_progress(header.slot);
+                // The only current copy cannot write: the guest has to know; losing the leg would help nobody. Syncing members
+                // may carry the write out, now or later: they are lost, and come back with what the Clean one has.
+                let others = self.view_active().without(self.view_clean()).intersection(self.ready_members());
+                others.iter().for_each(|m| self.drop_member(m, "the only Clean copy failed a write"));
+                self.part_failed(header.slot, IoError::Media);
             }
             status => {
                 self.drop_member(member, &format!("{operation:?} at {offset}+{length} answered {status:?}"))
@@ -272,16 +270,6 @@ impl Client {
         if part.operation.is_write() {
             if !part.failed.is_subset(self.view_out()) {
                 return; // Completes at the commit of the view that has them Out.
-            }
-            if let Some(error) = part.error {
-                // Those that carried it out differ from the current copy now: they leave, with this on record.
-                let others = self.view_active().without(self.view_clean());
-                if others.is_empty() {
-                    return self.part_failed(slot, error);
-                }
-                return others
-                    .iter()
-                    .for_each(|m| self.drop_member(m, "the current copy failed a write that this one has"));
             }
             let (offset, length) = (part.offset, part.length);
             if self.any_write_back() {

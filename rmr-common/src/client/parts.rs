@@ -44,8 +44,6 @@ pub(super) struct Part {
     pub(super) pending: MemberSet,
     /// Legs that did not carry it out; the part completes when the committed view has them Out.
     pub(super) failed: MemberSet,
-    /// What the guest is told when no leg carries the write out any more: the disk of the only current copy failed it.
-    pub(super) error: Option<super::IoError>,
     /// Set when a view change or a new attachment found the write in flight: reads of its range wait for it, lest a
     /// read from a new home leg go back in time.
     pub(super) barrier: bool,
@@ -73,7 +71,6 @@ impl Part {
         sequence: Sequence(0),
         pending: MemberSet::EMPTY,
         failed: MemberSet::EMPTY,
-        error: None,
         barrier: false,
         in_line: false,
         sent_at: Time(0),
@@ -260,7 +257,6 @@ impl Parts {
             part.state = PartState::Unsent;
             part.pending = MemberSet::EMPTY;
             part.failed = MemberSet::EMPTY;
-            part.error = None;
         }
     }
 

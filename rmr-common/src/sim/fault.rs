@@ -216,6 +216,28 @@ impl World<'_> {
         self.start_node(index);
     }
 
+    /// A member that is being brought back in is struck, or its source.
+    pub(super) fn strike(&mut self, host: usize, node: usize) -> Check {
+        if self.is_calm {
+            return Ok(());
+        }
+        let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
+        match self.rng.range(0, 9) {
+            0..=2 => self.cut_some(host, Some(node)),
+            3..=4 => self.links_of(node).into_iter().for_each(|link| self.cut_peer(link)),
+            5 => self.crash_node(node, false)?,
+            6 => {
+                if let Some(link) = self.links_of(node).first() {
+                    self.cut_some(host, Some(self.peers[*link].source));
+                }
+            }
+            7 => self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 2, timeout * 2),
+            8 => self.cut_some(host, None),
+            _ => self.crash_in_resync()?,
+        }
+        Ok(())
+    }
+
     /// Faults strike where a resync is under way: its member, or its source.
     fn crash_in_resync(&mut self) -> Check {
         let open: Vec<_> = self.peers.iter().filter(|p| p.is_open()).map(|p| (p.stale, p.source)).collect();

@@ -23,9 +23,16 @@ pub(super) struct Peer {
     source_closed: bool,
     last_to_source: u64,
     last_to_stale: u64,
+    /// Blocks that the stale member had pulled before.
+    pub(super) pulled_before: u64,
 }
 
 impl Peer {
+    /// Whether it is of these lives of its two ends.
+    pub(super) const fn is_between(&self, stale: u32, source: u32) -> bool {
+        self.stale_life == stale && self.source_life == source
+    }
+
     /// Whether something can still come over it.
     pub(super) const fn is_open(&self) -> bool {
         !self.is_cut && !self.stale_closed && !self.source_closed
@@ -59,6 +66,7 @@ impl World<'_> {
             self.coverage.hit("link to a source refused");
             return self.replica(node, replica::Event::PeerDown("connection refused"));
         }
+        let counters = self.nodes[node].replica.as_ref().map(|r| r.status().counters);
         self.peers.push(Peer {
             stale: node,
             stale_life: life,
@@ -69,6 +77,7 @@ impl World<'_> {
             source_closed: false,
             last_to_source: 0,
             last_to_stale: 0,
+            pulled_before: counters.map_or(0, |c| c.pulled_in_blocks),
         });
         let index = self.peers.len() - 1;
         trace!(self, "node {node} has link {index} to node {source}");

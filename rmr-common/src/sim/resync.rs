@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::disk::Running;
 use super::oracle::{Oracle, SECTOR};
-use super::world::{Check, World};
+use super::world::{Check, Event, World};
 use crate::map::MapId;
 use crate::pool::{BLOCK_SIZE, Block, Chunk, MemberId, MemberSet, MemberState, View};
 use crate::replica::{self, DiskOperation, DiskResult, Replica};
@@ -16,6 +16,7 @@ const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
 /// A resync that began with everything known.
 struct Started {
     link: usize,
+    attempt: u64,
     /// Blocks that the source had on record.
     missed: u64,
     /// Blocks that the member had pulled before.
@@ -214,7 +215,7 @@ impl World<'_> {
             let is_open = self.oracle.is_open(sector);
             let others = view.clean().without(MemberSet::only(member));
             let differs = |m: &MemberId| self.nodes[self.node_index(*m)].disk.sectors[sector] != value;
-            if !self.oracle.is_current(sector, value) || !is_open && others.iter().any(|m| differs(&m)) {
+            if !is_open && (!self.oracle.is_current(sector, value) || others.iter().any(|m| differs(&m))) {
                 return Err(format!(
                     "member {member} is promoted with {} in sector {sector}; possible: {}",
                     Oracle::name(value),
@@ -224,7 +225,13 @@ impl World<'_> {
         }
         let Some(started) = self.resyncs.started.remove(&member) else { return Ok(()) };
         let Some(replica) = &self.nodes[index].replica else { return Ok(()) };
-        if started.faults != self.faults || self.nodes[index].peer != Some(started.link) {
+        // The member closed its link when it heard that it is Clean; before that nothing may have happened to it.
+        let link = &self.peers[started.link];
+        let is_undisturbed = started.faults == self.faults
+            && !link.is_cut
+            && link.is_between(self.nodes[index].life, self.nodes[link.source].life)
+            && self.nodes[index].peer_attempt == started.attempt + 1;
+        if !is_undisturbed {
             return Ok(());
         }
         let status = replica.status().counters;
@@ -258,8 +265,9 @@ impl World<'_> {
         let counters = replica.status().counters;
         let started = Started {
             link,
+            attempt: self.nodes[index].peer_attempt,
             missed: source.maps().missed(member).0,
-            pulled: counters.pulled_in_blocks,
+            pulled: self.peers[link].pulled_before,
             writes: counters.writes + counters.zeroes,
             faults: self.faults,
         };
@@ -287,6 +295,22 @@ impl World<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Sometimes a fault strikes just when a member is being brought back in.
+    pub(super) fn tempt_fate(&mut self, host: usize, node: usize, header: &MessageHeader) {
+        let committed = self.hosts[host].committed.as_ref();
+        let is_stale = committed.and_then(|v| v.state(self.nodes[node].member)) != Some(MemberState::Clean);
+        let is_rejoin = committed.is_some()
+            && is_stale
+            && matches!(header.kind, Kind::Attach | Kind::Prepare | Kind::SetView | Kind::ClearDirty);
+        if !is_rejoin || self.is_calm || self.faults >= self.profile.faults || !self.rng.percent(30) {
+            return;
+        }
+        self.faults += 1;
+        let most = self.rng.pick(&[self.profile.network_delay * 4, self.profile.network_delay * 40]);
+        let delay = self.rng.range(1, most);
+        self.after(delay, Event::Strike { host, node });
     }
 
     // Coverage ---------------------------------------------------------------------------------------------------

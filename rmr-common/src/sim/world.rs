@@ -81,6 +81,11 @@ pub(super) enum Event {
     SourceLoses(usize),
     StaleLoses(usize),
     HealNodes(usize, usize),
+    /// A fault at a member that is being brought back in.
+    Strike {
+        host: usize,
+        node: usize,
+    },
     NodeStart(usize),
     Heal {
         host: usize,
@@ -282,16 +287,21 @@ impl<'a> World<'a> {
             intent_idle: milliseconds(&mut rng, &[0, 1000, 3000]),
             resync: replica::ResyncLimits {
                 max_inflight: rng.pick(&[1, 2, 4, 16]),
-                bytes_per_s: rng.pick(&[None, None, None, Some(1 << 20), Some(16 << 20)]),
+                bytes_per_s: rng.pick(&[None, None, Some(1 << 18), Some(1 << 20), Some(16 << 20)]),
             },
             network_delay: rng.pick(&[20_000, 500_000, 5 * MILLISECOND]),
             disk_delay: rng.pick(&[20_000, 500_000, 10 * MILLISECOND]),
             requests: rng.range(10, 250),
             reads: rng.pick(&[40, 80]),
             burst: rng.pick(&[1, 4, 16]),
-            pause: rng.pick(&[MILLISECOND, 10 * MILLISECOND, 100 * MILLISECOND]),
+            pause: rng.pick(&[MILLISECOND, 10 * MILLISECOND, 100 * MILLISECOND, 300 * MILLISECOND]),
             faults,
-            fault_pause: rng.pick(&[2 * MILLISECOND, 30 * MILLISECOND, 400 * MILLISECOND]),
+            fault_pause: rng.pick(&[
+                2 * MILLISECOND,
+                30 * MILLISECOND,
+                400 * MILLISECOND,
+                1000 * MILLISECOND,
+            ]),
             client_crashes: rng.percent(40),
         };
         let sectors = usize::try_from(size / SECTOR).unwrap_or(0);
@@ -425,6 +435,7 @@ impl<'a> World<'a> {
             Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
             Event::Work => self.work()?,
             Event::Fault => self.fault()?,
+            Event::Strike { host, node } => self.strike(host, node)?,
         }
         if self.step.is_multiple_of(16) {
             self.check_stale()?;
@@ -916,6 +927,9 @@ impl<'a> World<'a> {
     fn client_sends(&mut self, host: usize, link: LinkId, header: MessageHeader, payload: Payload) -> Check {
         let connection = self.hosts[host].links[usize::from(link.0)];
         let mut message = Message { header, body: Vec::new(), data: Vec::new() };
+        if let Some(connection) = connection {
+            self.tempt_fate(host, self.connections[connection].node, &header);
+        }
         match payload {
             Payload::None => {}
             Payload::Body(body) => message.body = body,
