@@ -262,6 +262,9 @@ impl World<'_> {
         let (Some(link), true) = (link, was_out) else { return };
         let source = self.nodes[self.peers[link].source].replica.as_ref();
         let (Some(source), Some(replica)) = (source, &self.nodes[index].replica) else { return };
+        if source.view().number < view.number {
+            return; // What the view says to be missed is not on record there yet.
+        }
         let counters = replica.status().counters;
         let started = Started {
             link,
