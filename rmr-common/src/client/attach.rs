@@ -249,7 +249,7 @@ impl Client {
         }
         let possible_since = *possible_since;
         let ready = self.ready_members();
-        let Some(best) = ready.iter().filter_map(|m| self.ready(m)).max_by_key(|r| r.view.number) else {
+        let Some(best) = ready.iter().filter_map(|m| self.ready(m)).max_by_key(|r| r.view.order()) else {
             return;
         };
         let view = best.view.clone();
@@ -413,7 +413,7 @@ impl Client {
     /// All members that were asked have accepted the epoch: commit a view of this attachment on them.
     fn attach_complete(&mut self, replies: Vec<(MemberId, AttachReply)>) {
         let attached: MemberSet = replies.iter().map(|(m, _)| *m).collect();
-        let Some(best) = replies.iter().map(|(_, r)| &r.view).max_by_key(|v| v.number).cloned() else {
+        let Some(best) = replies.iter().map(|(_, r)| &r.view).max_by_key(|v| v.order()).cloned() else {
             return;
         };
         for (member, reply) in &replies {

@@ -248,18 +248,24 @@ impl View {
         if next.clean().is_empty() { Err(IllegalStep::NoCleanLeft) } else { Ok(next) }
     }
 
-    /// Whether a member that has this view may accept `next` as its successor: a higher number of the same or a later
-    /// epoch, and, where it follows directly, no member that becomes Clean without having been Syncing.
+    /// Which of two views is later: that of the later attachment, and of one attachment that with the higher number.
+    ///
+    /// An attachment begins above every view that was committed before it, because the members that could commit more have
+    /// refused the older one by then. A view that an older client proposed without committing it may have any number.
+    #[must_use]
+    pub const fn order(&self) -> (Epoch, ViewNumber) {
+        (self.epoch, self.number)
+    }
+
+    /// Whether a member that has this view may accept `next` as its successor: a later one, and, where it follows
+    /// directly, no member that becomes Clean without having been Syncing.
     #[must_use]
     pub fn may_precede(&self, next: &Self) -> bool {
-        let direct = next.number == self.number.next();
+        let direct = next.number == self.number.next() && next.epoch == self.epoch;
         let sudden = |m: &MemberView| {
             m.state == MemberState::Clean && self.member(m.id).is_none_or(|old| old.state == MemberState::Out)
         };
-        next.validate().is_ok()
-            && next.number > self.number
-            && next.epoch >= self.epoch
-            && !(direct && next.members.iter().any(sudden))
+        next.validate().is_ok() && next.order() > self.order() && !(direct && next.members.iter().any(sudden))
     }
 
     fn change(&mut self, id: MemberId, from: &[MemberState], to: MemberState) -> Result<(), IllegalStep> {
@@ -397,9 +403,9 @@ mod tests {
     }
 
     #[test]
-    fn a_successor_has_a_higher_number_and_no_sudden_clean_member() {
+    fn a_successor_is_later_and_has_no_sudden_clean_member() {
         let v = view(&[Clean, Out]);
-        let next = v.step(ViewStep::Attach(MemberSet::EMPTY), Epoch(4)).unwrap();
+        let next = v.step(ViewStep::Attach(MemberSet::EMPTY), v.epoch).unwrap();
         assert!(v.may_precede(&next));
         assert!(!next.may_precede(&v));
         assert!(!v.may_precede(&v));
@@ -408,8 +414,10 @@ mod tests {
         assert!(!v.may_precede(&sudden));
         sudden.number = ViewNumber(9);
         assert!(v.may_precede(&sudden), "views in between may have made it Syncing");
-        let older = View { epoch: Epoch(2), ..next };
-        assert!(!v.may_precede(&older));
+        let older = View { epoch: Epoch(2), number: ViewNumber(99), ..next.clone() };
+        assert!(!v.may_precede(&older), "what a fenced client proposed is earlier, whatever its number");
+        let newer = View { epoch: Epoch(4), number: ViewNumber(5), ..next };
+        assert!(v.may_precede(&newer));
     }
 
     #[test]

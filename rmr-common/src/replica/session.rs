@@ -275,10 +275,13 @@ impl Replica {
     }
 
     /// Whether this member has to take over maps before it may be Syncing: always but when it was so in the view before.
+    /// The first view of an attachment goes to members that had the last one; but one that was told a source before is
+    /// brought back in, and views of its own epoch tell it nothing about those of the present one.
     fn needs_handover(&self, next: &View) -> bool {
         let was_syncing = self.view.state(self.member) == Some(MemberState::Syncing);
-        next.state(self.member) == Some(MemberState::Syncing)
-            && !(was_syncing && next.number == self.view.number.next())
+        let is_in_step = next.number == self.view.number.next()
+            && (next.epoch == self.view.epoch || self.resync.is_none());
+        next.state(self.member) == Some(MemberState::Syncing) && !(was_syncing && is_in_step)
     }
 
     /// The maps are taken over.
