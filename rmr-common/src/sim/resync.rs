@@ -339,6 +339,12 @@ impl World<'_> {
         }
     }
 
+    /// Whether a member is Clean by its own view.
+    pub(super) fn is_clean_at(&self, index: usize) -> bool {
+        let replica = self.nodes[index].replica.as_ref();
+        replica.is_some_and(|r| r.view().state(r.member()) == Some(MemberState::Clean))
+    }
+
     /// How many blocks a node knows to be stale on itself.
     pub(super) fn own_stale(&self, index: usize) -> u64 {
         self.nodes[index].replica.as_ref().map_or(0, |r| r.maps().missed(r.member()).0)
