@@ -304,6 +304,10 @@ impl World<'_> {
         let is_rejoin = committed.is_some()
             && is_stale
             && matches!(header.kind, Kind::Attach | Kind::Prepare | Kind::SetView | Kind::ClearDirty);
+        if is_rejoin && !self.is_calm && self.rng.percent(50) {
+            let delay = self.rng.range(1, self.profile.network_delay * 3);
+            self.after(delay, Event::Burst(host));
+        }
         if !is_rejoin || self.is_calm || self.faults >= self.profile.faults || !self.rng.percent(30) {
             return;
         }

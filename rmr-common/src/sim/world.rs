@@ -86,6 +86,7 @@ pub(super) enum Event {
         host: usize,
         node: usize,
     },
+    Burst(usize),
     NodeStart(usize),
     Heal {
         host: usize,
@@ -435,6 +436,7 @@ impl<'a> World<'a> {
             Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
             Event::Work => self.work()?,
             Event::Fault => self.fault()?,
+            Event::Burst(host) => self.burst(host)?,
             Event::Strike { host, node } => self.strike(host, node)?,
         }
         if self.step.is_multiple_of(16) {
