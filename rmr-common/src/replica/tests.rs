@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::pool::{Address, ChunkSize, MemberSet, MemberSpec, PoolId, Slot, StoreId, ViewStep};
+use crate::pool::{Address, ChunkSize, MemberSet, MemberSpec, MemberState, PoolId, Slot, StoreId, ViewStep};
 use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, Status};
 
 const CHUNK: u64 = 64 << 10;
@@ -180,4 +180,107 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
     bench.durable();
     assert_eq!(bench.answer(Kind::DetachReply), Some(Status::Ok));
     assert_eq!(bench.replica.maps().intent().iter().collect::<Vec<_>>(), vec![Chunk(1)]);
+}
+
+impl Bench {
+    /// Attached and linked to member 2 as its source.
+    fn prepare(&mut self) {
+        self.attach(1, 1);
+        self.durable();
+        let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+        self.message(1, self.header(Kind::Prepare, 1), &body);
+        self.apply(Event::PeerUp);
+        assert_eq!(self.answer(Kind::PrepareReply), Some(Status::Ok));
+    }
+
+    /// A view that has this member Syncing and member 1 Out, which adds to what that one misses.
+    fn syncing(&mut self) {
+        let states = [MemberState::Syncing, MemberState::Out, MemberState::Clean];
+        let mut view = self.replica.view().clone();
+        (view.number, view.epoch) = (ViewNumber(7), Epoch(1));
+        view.members.iter_mut().zip(states).for_each(|(line, state)| line.state = state);
+        let addition = DirtyAddition { members: MemberSet::only(member(1)), offset: 0, length: 4096 };
+        let header = MessageHeader { view: view.number, ..self.header(Kind::SetView, 1) };
+        let body = SetView { view, additions: vec![addition], more: false }.encode();
+        self.message(1, header, &body);
+    }
+
+    /// Answers every page that was asked for; the source has on record that this member misses chunk 0.
+    fn hand_over(&mut self) {
+        for ask in self.take_sent(Kind::PullMap) {
+            let mut bits = [0; crate::map::MAP_PAGE_BYTES];
+            bits[0] = u8::from(ask.slot == Slot(0));
+            self.apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::Ok), &bits));
+        }
+        self.durable();
+        self.durable();
+    }
+
+    fn take_sent(&mut self, kind: Kind) -> Vec<MessageHeader> {
+        let sent = |o: &Output| if let Output::PeerSend(h) = o { Some(*h) } else { None };
+        let found = self.outputs.iter().filter_map(sent).filter(|h| h.kind == kind).collect();
+        self.outputs.retain(|o| sent(o).is_none_or(|h| h.kind != kind));
+        found
+    }
+}
+
+#[test]
+fn a_view_of_an_earlier_session_is_no_reason_to_report_that_nothing_is_stale() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+    let mut again = Bench::new(true);
+    let maps = MemberMaps::new(bench.replica.spec());
+    let state = bench.replica.durable_state();
+    again.replica =
+        Replica::new(bench.replica.config.clone(), bench.replica.spec.clone(), member(0), state, maps);
+    again.prepare();
+    again.replica.apply(Event::Tick, Time(5_000_000_000));
+    again.apply(Event::Tick);
+    assert_eq!((again.take_flush(), again.answer(Kind::ChunksDone)), (None, None));
+}
+
+#[test]
+fn a_handover_keeps_what_the_view_adds() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    assert_eq!(bench.replica.maps().missed(member(0)), (16, 1));
+    assert_eq!(bench.replica.maps().missed(member(1)), (1, 1));
+}
+
+#[test]
+fn a_block_that_an_urgent_pull_and_the_sweep_bring_is_written_once() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    bench.apply(Event::Tick);
+    let missing = MemberSet::only(member(1));
+    let write = MessageHeader { length: 512, payload: 512, missing, ..bench.header(Kind::Write, 1) };
+    bench.message(1, MessageHeader { sequence: Sequence(1), ..write }, &[]);
+    bench.durable();
+    let pulls = bench.take_sent(Kind::Pull);
+    assert_eq!(pulls.iter().map(|p| p.length).collect::<Vec<_>>(), vec![65536, 4096]);
+    let reply = crate::wire::PullReply { blocks: vec![(0, false)], data: vec![7; 4096] }.encode();
+    for pull in pulls {
+        bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::Ok), &reply));
+    }
+    let writes = bench.outputs.iter().filter(|o| matches!(o, Output::DiskWrite { .. })).count();
+    assert_eq!(writes, 1);
+}
+
+#[test]
+fn a_detach_ends_the_resync() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.message(1, bench.header(Kind::Detach, 1), &[]);
+    let flush = bench.take_flush().unwrap();
+    bench.apply(Event::Disk(flush, DiskResult::Done));
+    bench.durable();
+    assert_eq!(bench.answer(Kind::DetachReply), Some(Status::Ok));
+    assert!(bench.outputs.contains(&Output::PeerClose) && bench.replica.deadline().is_none());
 }

@@ -31,6 +31,17 @@ impl World<'_> {
         Ok(())
     }
 
+    /// The guest is busy just when a member is being brought back in.
+    pub(super) fn burst(&mut self, host: usize) -> Check {
+        for _ in 0..self.rng.range(2, 8) {
+            let is_ready = self.hosts[host].is_live() && self.hosts[host].requests.len() < 64;
+            if is_ready && !self.is_calm {
+                self.submit_any(host)?;
+            }
+        }
+        Ok(())
+    }
+
     fn start_some_host(&mut self) {
         let id = u8::try_from(self.rng.range(1, 3)).unwrap_or(1);
         let takeover = self.rng.percent(50);
@@ -227,11 +238,14 @@ impl World<'_> {
             3..=4 => self.links_of(node).into_iter().for_each(|link| self.cut_peer(link)),
             5 => self.crash_node(node, false)?,
             6 => {
-                if let Some(link) = self.links_of(node).first() {
-                    self.cut_some(host, Some(self.peers[*link].source));
-                }
+                // Its source, as likely as not.
+                let other = self.rng.index(self.nodes.len());
+                self.cut_some(host, Some(other));
             }
-            7 => self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 2, timeout * 2),
+            7 => {
+                let node = if self.rng.percent(50) { node } else { self.rng.index(self.nodes.len()) };
+                self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 4, timeout * 2);
+            }
             8 => self.cut_some(host, None),
             _ => self.crash_in_resync()?,
         }

@@ -307,6 +307,10 @@ impl World<'_> {
         let is_rejoin = committed.is_some()
             && is_stale
             && matches!(header.kind, Kind::Attach | Kind::Prepare | Kind::SetView | Kind::ClearDirty);
+        if is_rejoin && !self.is_calm && self.rng.percent(50) {
+            let delay = self.rng.range(1, self.profile.network_delay * 3);
+            self.after(delay, Event::Burst(host));
+        }
         if !is_rejoin || self.is_calm || self.faults >= self.profile.faults || !self.rng.percent(30) {
             return;
         }
@@ -340,6 +344,12 @@ impl World<'_> {
         if met {
             self.coverage.hit("guest write waits for a pulled write");
         }
+    }
+
+    /// Whether a member is Clean by its own view.
+    pub(super) fn is_clean_at(&self, index: usize) -> bool {
+        let replica = self.nodes[index].replica.as_ref();
+        replica.is_some_and(|r| r.view().state(r.member()) == Some(MemberState::Clean))
     }
 
     /// How many blocks a node knows to be stale on itself.

@@ -86,6 +86,7 @@ pub(super) enum Event {
         host: usize,
         node: usize,
     },
+    Burst(usize),
     NodeStart(usize),
     Heal {
         host: usize,
@@ -435,6 +436,7 @@ impl<'a> World<'a> {
             Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
             Event::Work => self.work()?,
             Event::Fault => self.fault()?,
+            Event::Burst(host) => self.burst(host)?,
             Event::Strike { host, node } => self.strike(host, node)?,
         }
         if self.step.is_multiple_of(16) {
@@ -458,8 +460,15 @@ impl<'a> World<'a> {
     /// Gives an event to a replica, and carries out what it asks for.
     pub(super) fn replica(&mut self, node: usize, event: replica::Event<'_>) -> Check {
         let now = Time(self.now);
+        let stale = self.own_stale(node);
+        let may_freshen = matches!(event, replica::Event::Disk(..) | replica::Event::PeerMessage(..));
         let Some(replica) = &mut self.nodes[node].replica else { return Ok(()) };
         replica.apply(event, now);
+        if !may_freshen && self.own_stale(node) < stale && !self.is_clean_at(node) {
+            return Err(format!(
+                "node {node} takes a stale block for current before its disk has written it"
+            ));
+        }
         while let Some(output) = self.nodes[node].replica.as_mut().and_then(replica::Replica::take_output) {
             match output {
                 replica::Output::Send(connection, header, payload) => {
