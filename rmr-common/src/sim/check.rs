@@ -172,7 +172,7 @@ impl World<'_> {
     /// Views and epochs of a member only grow, and a number means one view.
     pub(super) fn check_state(&mut self, index: usize, state: &DurableState) -> Check {
         let old = &self.nodes[index].durable;
-        if state.view.number < old.view.number || state.epoch < old.epoch {
+        if state.view.order() < old.view.order() || state.epoch < old.epoch {
             return Err(format!("node {index} goes back from {} to {}", old.view, state.view));
         }
         state.view.validate().map_err(|e| format!("node {index}: {}: {e}", state.view))?;
@@ -280,7 +280,7 @@ impl World<'_> {
             return Ok(()); // The news is late; the one who attached since knows of the view.
         }
         if let Some(last) = self.committed.clone() {
-            if view.number <= last.number {
+            if view.order() <= last.order() {
                 return Err(format!("client {host} committed {view} after {last}"));
             }
             if !view.clean().is_subset(last.active()) {
@@ -290,7 +290,7 @@ impl World<'_> {
         }
         for member in view.active().iter() {
             let durable = &self.nodes[self.node_index(member)].durable.view;
-            if durable.number < view.number
+            if durable.order() < view.order()
                 || (durable.epoch == view.epoch && durable.number == view.number && *durable != view)
             {
                 return Err(format!("client {host} committed {view}; durable on member {member}: {durable}"));
