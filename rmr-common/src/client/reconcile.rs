@@ -62,13 +62,16 @@ impl Client {
                 }));
             }
         }
-        if !absent.is_empty() {
-            // What was in flight, and what an absent member may not have flushed, is within the intents of the others.
+        // Those that are not there, or were Out already, miss what was in flight. The view that says so may have reached
+        // some members only, and they alone have it on record.
+        let members = absent.union(best.out());
+        if !members.is_empty() {
             let mut missed: Vec<(u64, u64)> =
-                replies.iter().flat_map(|(_, r)| self.intent_ranges(r)).collect();
+                replies.iter().flat_map(|(_, r)| open(r)).map(|s| range(&s)).collect();
+            let lost = replies.iter().filter(|(_, r)| r.tables_lost);
+            missed.extend(lost.flat_map(|(_, r)| self.intent_ranges(r)));
             missed.sort_unstable();
             missed.dedup();
-            let members = absent;
             additions.extend(missed.iter().map(|&(offset, length)| DirtyAddition {
                 members,
                 offset,
