@@ -526,7 +526,9 @@ impl Client {
                 }
                 return;
             }
-            State::Changing { next, .. } => (next.clone(), members),
+            // A promotion that is not committed is taken back: those who were Clean before it know nothing of it, and could
+            // go on without the members of the view that follows.
+            State::Changing { next, .. } => (next.without_promotions(self.view_clean()), members),
             State::Active => match &self.view {
                 Some(view) => (view.clone(), members),
                 None => return,
