@@ -562,7 +562,9 @@ impl Client {
                 }
                 return;
             }
-            State::Changing { next, .. } => (next.clone(), members),
+            // A promotion that is not committed is taken back: those who were Clean before it know nothing of it, and could
+            // go on without the members of the view that follows.
+            State::Changing { next, .. } => (next.without_promotions(self.view_clean()), members),
             State::Active => match &self.view {
                 Some(view) => (view.clone(), members),
                 None => return,
@@ -572,17 +574,13 @@ impl Client {
         if gone.is_empty() {
             return;
         }
-        // A view that is proposed may be durable nowhere. So what follows it has to keep a member that is Clean in the
-        // committed one, too, or a client that only finds the members of that one would not know of it.
-        let committed = self.view_clean();
-        let keeps = |next: &View| !next.clean().intersection(committed).is_empty();
         match base.step(ViewStep::Lose(gone), self.epoch) {
-            Ok(next) if keeps(&next) => {
+            Ok(next) => {
                 let additions = self.missed_by(next.out().intersection(self.view_active().union(gone)));
                 self.notice(Notice::Lost(gone, reason.to_owned()));
                 self.change_view(next, additions, false);
             }
-            Ok(_) | Err(_) => {
+            Err(_) => {
                 self.notice(Notice::Suspended(reason.to_owned()));
                 self.gather();
             }

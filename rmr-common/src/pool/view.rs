@@ -257,6 +257,19 @@ impl View {
         (self.epoch, self.number)
     }
 
+    /// The same view with those members Syncing again that are Clean in it and not in `clean`, the Clean ones of the view
+    /// that was committed last.
+    #[must_use]
+    pub fn without_promotions(&self, clean: MemberSet) -> Self {
+        let mut view = self.clone();
+        for member in view.members.iter_mut().filter(|m| m.state == MemberState::Clean) {
+            if !clean.contains(member.id) {
+                member.state = MemberState::Syncing;
+            }
+        }
+        view
+    }
+
     /// Whether a member that has this view may accept `next` as its successor: a later one, and, where it follows
     /// directly, no member that becomes Clean without having been Syncing.
     #[must_use]
@@ -363,6 +376,16 @@ mod tests {
         assert_eq!(v.step(ViewStep::Lose(MemberSet::only(id(0))), Epoch(4)), Err(IllegalStep::NoCleanLeft));
         let both = MemberSet::from_iter([id(0), id(1)]);
         assert_eq!(v.step(ViewStep::Lose(both), Epoch(4)), Err(IllegalStep::NoCleanLeft));
+    }
+
+    #[test]
+    fn a_promotion_that_is_taken_back_leaves_only_those_who_were_clean() {
+        let v = view(&[Clean, Syncing]);
+        let promoted = v.step(ViewStep::Promote(id(1)), Epoch(4)).unwrap();
+        let back = promoted.without_promotions(v.clean());
+        assert_eq!((back.clean(), back.in_state(Syncing)), (v.clean(), MemberSet::only(id(1))));
+        let lost = back.step(ViewStep::Lose(v.clean()), Epoch(4));
+        assert_eq!(lost, Err(IllegalStep::NoCleanLeft), "member 0 could go on alone, with an older view");
     }
 
     #[test]
