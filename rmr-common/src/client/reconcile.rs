@@ -9,7 +9,7 @@
 
 use super::Client;
 use super::parts::PartState;
-use crate::pool::{MemberId, MemberSet, Sequence, View};
+use crate::pool::{MemberId, MemberSet, MemberState, Sequence, View};
 use crate::wire::{AttachReply, DirtyAddition, SlotEntry};
 
 impl Client {
@@ -52,6 +52,10 @@ impl Client {
             }
             missed.sort_unstable();
             missed.dedup();
+            // What it had pulled and not flushed may be gone, while its own map has it as current: only its source knows.
+            if reply.tables_lost && best.state(*member) == Some(MemberState::Syncing) {
+                stale.insert(*member);
+            }
             if !missed.is_empty() {
                 stale.insert(*member);
                 let members = MemberSet::only(*member);
