@@ -274,6 +274,15 @@ pub struct Frontend {
     queues: Vec<Queue>,
 }
 
+impl Drop for Frontend {
+    /// A process that another test is starting may hold copies of all descriptors until it is executed, so closing alone
+    /// would not end the connection at once.
+    fn drop(&mut self) {
+        // One that is broken already needs no end.
+        let _ = self.hang_up.shutdown(std::net::Shutdown::Both);
+    }
+}
+
 impl Frontend {
     /// The negotiated features.
     #[must_use]
