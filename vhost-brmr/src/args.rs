@@ -9,10 +9,10 @@ use serde::Deserialize;
 const EXAMPLES: &str = "\
 Examples:
   Serve pool vm7 to a hypervisor, waiting for the next one when it goes away:
-    vhost-brmr --socket-path /run/vm7.sock --pool vm7 --node stor1:7400 --node stor2:7400
+    vhost-brmr --socket-path /run/vm7.sock --pool vm7 --node stor1:7700 --node stor2:7700
 
   The same for four vCPUs, and only for as long as this one hypervisor runs:
-    vhost-brmr --socket-path /run/vm7.sock --socket-mode 0660 --pool vm7 --node stor1:7400 \\
+    vhost-brmr --socket-path /run/vm7.sock --socket-mode 0660 --pool vm7 --node stor1:7700 \\
         --num-queues 4 --serial vm7-root --once
 
   With a configuration file, one value overridden:

@@ -204,7 +204,10 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     if level == Level::Degraded && !late.is_empty() {
         parts.push(format!("view {} is not agreed yet: {} still below it", picture.view.number, names(late)));
     }
-    let client = picture.reports.iter().filter_map(|r| r.client.clone()).max_by_key(|c| c.attached_unix_ms);
+    // A member that is Out may tell of a client that has left long ago.
+    let active = picture.view.active();
+    let told = picture.reports.iter().filter(|r| active.contains(r.member));
+    let client = told.filter_map(|r| r.client.clone()).max_by_key(|c| c.attached_unix_ms);
     Assessment {
         level,
         headline: format!("{}: {}", level.word(), parts.join("; ")),
@@ -573,5 +576,22 @@ mod tests {
         let a = assess(&one(found), true, NOW);
         assert!(a.notes[0].starts_with("2 clients say"), "{:?}", a.notes);
         assert_eq!(a.client.unwrap().attached_unix_ms, UnixMs(6));
+    }
+
+    #[test]
+    fn the_client_is_the_one_that_active_members_tell_of() {
+        use MemberState::{Clean, Out, Syncing};
+        // States in the view; which client is shown when member 0 tells of one attached at 5, and member 1 at 6.
+        let table = [([Clean, Clean], 6), ([Clean, Syncing], 6), ([Clean, Out], 5), ([Out, Clean], 6)];
+        for (states, shown) in table {
+            let mut found = statuses(&states);
+            found[0].client = Some(client(5));
+            found[1].client = Some(client(6));
+            let a = assess(&one(found), true, NOW);
+            assert_eq!(a.client.map(|c| c.attached_unix_ms), Some(UnixMs(shown)), "{states:?}");
+        }
+        let mut found = statuses(&[Clean, Out]);
+        found[1].client = Some(client(6));
+        assert_eq!(assess(&one(found), true, NOW).client, None);
     }
 }
