@@ -148,7 +148,10 @@ impl Disk for PoolDisk {
     }
 
     fn attach(&mut self) {
-        match PoolDriver::with_spec(self.config.clone(), self.spec.clone(), &self.seeds)
+        let config = self.config.clone();
+        // Forced once: what other members get from now on is not to be thrown away by the next guest.
+        self.config.force_from = None;
+        match PoolDriver::with_spec(config, self.spec.clone(), &self.seeds)
             .context("cannot start the pool client")
         {
             Ok(driver) => self.driver = Some(driver),

@@ -45,3 +45,13 @@ pub(super) fn set_option(socket: BorrowedFd<'_>, level: i32, name: i32, value: i
     };
     if returned == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// Chooses the congestion control of a socket by name.
+pub(super) fn set_congestion(socket: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(name.len()).unwrap_or(0);
+    let (level, option) = (libc::IPPROTO_TCP, libc::TCP_CONGESTION);
+    // SAFETY: the pointer and length describe `name`, of which the kernel reads that many bytes.
+    let returned =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, name.as_ptr().cast(), length) };
+    if returned == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -46,6 +46,9 @@ impl TcpConnection {
         stream.set_nodelay(true)?;
         let timeout = i32::try_from(dead_after.as_millis()).unwrap_or(i32::MAX);
         socket::set_option(stream.as_fd(), libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, timeout)?;
+        // An algorithm that paces what it sends (BBR, where that is the system's default) makes short exchanges wait for
+        // timers. These two do not; where neither is allowed, the system's stays.
+        let _ = ["cubic", "reno"].iter().find(|name| socket::set_congestion(stream.as_fd(), name).is_ok());
         Ok(Self { stream, sender: Sender::default(), receiver: ReceiveState::new() })
     }
 

@@ -126,7 +126,7 @@ pub struct Assessment {
 /// Puts the statuses of several nodes together: one picture for each pool, ordered by name, then uuid.
 #[must_use]
 pub fn merge(mut statuses: Vec<PoolStatus>) -> Vec<Picture> {
-    let key = |s: &PoolStatus| (s.view.number, s.view.epoch);
+    let key = |s: &PoolStatus| s.view.order();
     // By pool, then the highest view first, then by member.
     statuses
         .sort_by(|a, b| (a.spec.id, key(b), a.member, a.store).cmp(&(b.spec.id, key(a), b.member, b.store)));
@@ -177,7 +177,7 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     let serving: MemberSet =
         picture.reports.iter().filter(|r| r.store_state == StoreState::Serving).map(|r| r.member).collect();
     let behind: MemberSet =
-        picture.reports.iter().filter(|r| r.view.number < picture.view.number).map(|r| r.member).collect();
+        picture.reports.iter().filter(|r| r.view.order() < picture.view.order()).map(|r| r.member).collect();
     let (unseen_clean, current) = (clean.without(seen), clean.intersection(serving));
     let members: Vec<_> = picture.view.members.iter().map(|m| member_line(picture, m.id, m.state)).collect();
     let copies = members.len();
