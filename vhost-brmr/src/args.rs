@@ -112,8 +112,8 @@ pub struct Options {
     #[arg(long, help_heading = "Device", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub read_only: Option<bool>,
 
-    /// Poll for so many microseconds after the last activity before sleeping: less latency for a busy core. 0 never
-    /// polls. At most 10000. [default: 0]
+    /// Spin for so many microseconds before sleeping, but only while the guest waits for each answer before it sends the
+    /// next request, and does so within that time. 0 never spins. At most 10000. [default: 50]
     #[arg(long, value_name = "MICROSECONDS", help_heading = "Operation")]
     pub poll_us: Option<u32>,
 

@@ -19,6 +19,8 @@ use crate::request::ID_LENGTH;
 
 const MAX_QUEUES: u16 = 256;
 const MAX_QUEUE_SIZE: u16 = 1024;
+/// Spins are this long unless told otherwise, in microseconds: about as long as a write to two legs takes.
+const DEFAULT_POLL_US: u32 = 50;
 const MAX_POLL_US: u32 = 10_000;
 const MAX_TIMEOUT_S: u32 = 24 * 60 * 60;
 
@@ -181,7 +183,7 @@ impl Settings {
         }
         let serial = serial(options.serial, &pool)?;
         let read_only = options.read_only.unwrap_or(false);
-        let poll_us = options.poll_us.unwrap_or(0);
+        let poll_us = options.poll_us.unwrap_or(DEFAULT_POLL_US);
         if poll_us > MAX_POLL_US {
             return Err(bad("poll-us", poll_us, "0 to 10000"));
         }
@@ -283,7 +285,7 @@ mod tests {
         assert_eq!(settings.device.queues, 1);
         assert_eq!(settings.device.queue_size, 256);
         assert_eq!(settings.device.serial, "vm7");
-        assert_eq!(settings.event_loop.poll, Duration::ZERO);
+        assert_eq!(settings.event_loop.poll, Duration::from_micros(50));
         assert_eq!(settings.event_loop.on_disconnect, OnDisconnect::Wait);
         assert_eq!(settings.event_loop.drain_timeout, Duration::from_secs(30));
         assert_eq!(settings.pool.suspend_timeout, Duration::from_secs(60));

@@ -21,6 +21,7 @@ use crate::device::{Device, DeviceOptions};
 use crate::disk::{Attachment, Disk, GeometryError};
 use crate::engine::Engine;
 use crate::frontend::{self, Drain, KickChange, Session};
+use crate::pace::Pace;
 use crate::queue::RingError;
 use crate::sys::{self, Peeked, StopSignals};
 
@@ -49,7 +50,8 @@ pub enum OnDisconnect {
 /// How the loop behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct LoopOptions {
-    /// Spin for so long after the last activity before sleeping; zero sleeps at once.
+    /// Spin for so long after the last activity before sleeping, where the guest usually sends its next request within that
+    /// time after an answer; zero sleeps at once.
     pub poll: Duration,
     /// Longest wait for requests in flight before a ring is stopped or the daemon ends.
     pub drain_timeout: Duration,
@@ -130,6 +132,7 @@ impl<D: Disk> EventLoop<D> {
             control_changes: Vec::new(),
             kick_changes: Vec::new(),
             last_activity: Instant::now(),
+            pace: Pace::default(),
             armed: true,
         };
         match front_ends {
@@ -277,6 +280,7 @@ struct Worker<D: Disk> {
     control_changes: Vec<ControlChange>,
     kick_changes: Vec<KickChange>,
     last_activity: Instant,
+    pace: Pace,
     /// The guest kicks for what it makes available.
     armed: bool,
 }
@@ -320,7 +324,7 @@ impl<D: Disk> Worker<D> {
         self.attach_or_stop();
         let serve = matches!(self.state, State::Running)
             && matches!(self.disk.attachment(), Attachment::Attached | Attachment::Attaching);
-        let polls = !self.options.poll.is_zero();
+        let polls = self.pace.is_within(self.options.poll);
         // The lock is taken through the field, not a method, so that the rest of `self` stays usable.
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         for queue in self.kicks.drain(..) {
@@ -329,6 +333,9 @@ impl<D: Disk> Worker<D> {
             }
         }
         let turn = self.engine.turn(&mut session, &mut self.disk, serve, !polls);
+        if !self.options.poll.is_zero() {
+            self.pace.note(self.engine.in_flight(), Instant::now);
+        }
         if polls && turn.active {
             self.last_activity = Instant::now();
         }

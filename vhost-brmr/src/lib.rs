@@ -12,6 +12,7 @@
 //! * [`engine`] — chains to requests, completions to used elements.
 //! * [`request`] — parses descriptor chains; everything a hostile guest can do to them ends there.
 //! * [`queue`] — one ring, its notifications and its faults.
+//! * [`pace`] — whether the guest waits for each answer.
 //! * [`flight`] — requests in flight. [`inflight`] — what the next daemon is told of them after a crash.
 //! * [`memory`] — guest memory. [`device`] — features and configuration space.
 //! * [`disk`] — the seam. [`pool_disk`] — the pool behind it. [`testing`] — a disk in memory behind it, for tests.
@@ -27,6 +28,7 @@ pub mod flight;
 pub mod frontend;
 pub mod inflight;
 pub mod memory;
+pub mod pace;
 pub mod pool_disk;
 pub mod queue;
 pub mod request;
