@@ -437,7 +437,7 @@ impl World<'_> {
                         self.oracle.describe(sector)
                     ));
                 }
-                if value != expected && !is_undecided {
+                if value != expected {
                     return Err(format!(
                         "at the end, sector {sector} is {} on node {} and {} on node {index}",
                         Oracle::name(expected),

@@ -102,6 +102,11 @@ impl World<'_> {
     /// A dirty bit is cleared only when the member has everything, and survives a power cut with it.
     pub(super) fn after_message(&mut self, index: usize, before: Cleared) -> Check {
         let Some((member, chunks)) = before else { return Ok(()) };
+        // A node that was lost may hear late what was passed on before; nobody goes by its record any more.
+        let own = self.nodes[index].member;
+        if !self.committed.as_ref().is_some_and(|v| v.active().contains(own)) {
+            return Ok(());
+        }
         let stale = self.node_index(member);
         let per_chunk = usize::try_from(self.spec.chunk_size.bytes() / SECTOR).unwrap_or(0);
         for chunk in chunks {
