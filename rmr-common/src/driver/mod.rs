@@ -171,13 +171,6 @@ impl PoolDriver {
         changes.append(&mut self.changes);
     }
 
-    /// Whether a descriptor is one of the driver's.
-    #[must_use]
-    pub fn owns(&self, descriptor: RawFd) -> bool {
-        descriptor == self.connector.descriptor()
-            || self.wires.iter().flatten().any(|w| w.descriptor == descriptor)
-    }
-
     /// A watched descriptor is ready.
     pub fn ready(&mut self, descriptor: RawFd, _set: EventSet) {
         self.look_at_clock();

@@ -369,7 +369,11 @@ impl Replica {
 
     pub(super) fn view_durable(&mut self, view: ViewNumber) {
         let Some(pending) = self.set_view.take_if(|p| p.adopted && p.view.number == view) else { return };
-        let status = if self.broken { Status::IoError } else { Status::Ok };
+        if self.broken {
+            // Not durable: nothing that rests on the view may be forgotten.
+            let kind = Kind::SetViewReply;
+            return self.answer(pending.connection, &pending.header, kind, Status::IoError, Vec::new());
+        }
         // The coordinator has dealt with what earlier clients left behind.
         for chunk in std::mem::take(&mut self.frozen) {
             let settled = super::Activity { sequence: Sequence(0), last_write: self.now };
@@ -384,7 +388,7 @@ impl Replica {
             self.drop_resync();
         }
         self.notice(Notice::View(pending.view));
-        self.answer(pending.connection, &pending.header, Kind::SetViewReply, status, Vec::new());
+        self.answer(pending.connection, &pending.header, Kind::SetViewReply, Status::Ok, Vec::new());
     }
 
     fn detach(&mut self, connection: ConnectionId, header: &MessageHeader) {
