@@ -141,6 +141,7 @@ impl Client {
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::SourceFailed => self.source_failed(member, header),
                     Kind::DetachReply => self.detach_reply(member),
+                    Kind::Command => self.command_message(id, header, body),
                     Kind::Pong => {
                         if let Some(link) = self.link_mut(id) {
                             link.ping_since = None;
