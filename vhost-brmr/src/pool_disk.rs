@@ -52,6 +52,7 @@ impl PoolDisk {
         config.force_from = pool.force_from;
         config.leg_timeout = pool.leg_timeout;
         config.suspend_timeout = pool.suspend_timeout;
+        config.read_error_limit = pool.read_error_limit;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
         let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
         anyhow::ensure!(

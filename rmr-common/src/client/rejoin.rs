@@ -97,9 +97,8 @@ impl Client {
             let found = self.ready(*m).and_then(|r| r.spec.member(*m)).map(|m| m.store);
             store.is_some() && store == found
         };
-        let due = |m: &MemberId| {
-            self.stale.not_before[m.index()] <= self.now && self.faults.excluded(*m).is_none()
-        };
+        let due =
+            |m: &MemberId| self.stale.not_before[m.index()] <= self.now && self.faults.excluded(*m).is_none();
         let candidate =
             self.view_out().intersection(self.ready_members()).iter().filter(due).find(is_its_store);
         let Some(member) = candidate else { return };
@@ -195,6 +194,12 @@ impl Client {
         if self.view_clean().len() > 1 {
             self.name_source(member);
         }
+    }
+
+    /// The source that a member was told.
+    #[cfg(test)]
+    pub(super) fn source_of(&self, member: MemberId) -> Option<MemberId> {
+        self.stale.sources[member.index()]
     }
 
     fn avoid_source(&mut self, member: MemberId) {

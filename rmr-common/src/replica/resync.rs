@@ -208,7 +208,8 @@ impl Replica {
     /// tried again here.
     fn report_source(&mut self, reason: &str) {
         let Some(resync) = self.resync.as_ref().filter(|r| r.prepare.is_none()) else { return };
-        let (source, is_syncing) = (resync.source, self.view.state(self.member) == Some(MemberState::Syncing));
+        let (source, is_syncing) =
+            (resync.source, self.view.state(self.member) == Some(MemberState::Syncing));
         let Some(connection) = self.holder_connection().filter(|_| is_syncing) else { return };
         let header = MessageHeader {
             slot: crate::pool::Slot(source.as_u8().into()),

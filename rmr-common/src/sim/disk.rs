@@ -146,8 +146,7 @@ impl Disk {
                 self.pulled[first..first + count].fill(is_pulled && self.write_back);
                 self.change(first, count, &data, now, |_| failed && rng.percent(50));
                 if !failed {
-                    let whole =
-                        first.div_ceil(SECTORS_PER_BLOCK)..(first + count) / SECTORS_PER_BLOCK;
+                    let whole = first.div_ceil(SECTORS_PER_BLOCK)..(first + count) / SECTORS_PER_BLOCK;
                     let healed = whole.filter(|block| self.bad.remove(block)).count();
                     self.healed += if is_pulled { healed as u64 } else { 0 };
                 }

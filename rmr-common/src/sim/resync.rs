@@ -293,7 +293,9 @@ impl World<'_> {
     pub(super) fn leaves_a_leg_out(&self, host: usize) -> bool {
         let host = &self.hosts[host];
         let status = host.client.status();
-        host.client.is_active() && host.requests.is_empty() && status.legs.iter().any(|l| l.excluded.is_some())
+        host.client.is_active()
+            && host.requests.is_empty()
+            && status.legs.iter().any(|l| l.excluded.is_some())
     }
 
     /// At quiet every member is Clean, and nobody remembers that one misses anything.

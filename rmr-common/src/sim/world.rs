@@ -593,8 +593,7 @@ impl<'a> World<'a> {
         } else {
             self.check_disk(index, operation, offset, length)?;
         }
-        let is_unreadable =
-            operation == DiskOperation::Read && self.nodes[index].disk.is_bad(offset, length);
+        let is_unreadable = operation == DiskOperation::Read && self.nodes[index].disk.is_bad(offset, length);
         let is_bad = self.rng.percent(self.nodes[index].disk_errors) || is_unreadable;
         let no_space = self.rng.percent(30) && !matches!(operation, DiskOperation::Read);
         let result = match (is_bad, no_space) {
