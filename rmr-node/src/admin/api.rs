@@ -391,7 +391,7 @@ impl From<StoreError> for ControlError {
         let code = match &error {
             StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
             StoreError::Busy { .. } => ErrorCode::InUse,
-            StoreError::TooSmall { .. } => ErrorCode::NoSpace,
+            StoreError::TooSmall { .. } | StoreError::NoMapRoom { .. } => ErrorCode::NoSpace,
             StoreError::Io { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorCode::NoSpace,
                 io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => ErrorCode::Invalid,
