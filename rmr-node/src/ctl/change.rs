@@ -12,16 +12,15 @@ use serde_json::json;
 
 use super::assess::Picture;
 use super::change_args::{
-    AddMemberArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs, StoreArgs, Switch, WaitArgs,
+    AddMemberArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs, StoreArgs, Switch,
+    WaitArgs,
 };
 use super::coordinate::deliver;
 use super::http::{Client, NodeAddress};
 use super::pool::{data_address, may_exist};
 use super::sync::{outcome, wait_until_current};
 use super::{Context, CtlError, MemberArg, Outcome, Survey, format, once_each};
-use crate::admin::api::{
-    CreateStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, StoreDeleted,
-};
+use crate::admin::api::{CreateStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, StoreDeleted};
 
 /// A change of views is answered within this.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
@@ -35,7 +34,9 @@ pub(super) async fn add(context: &Context, args: &AddMemberArgs) -> Result<Outco
     let joined = join(context, &args.pool, None, &args.member, &args.store).await?;
     let headline = match joined.is_new {
         true => format!("pool {}: member {} is added", joined.name, joined.member),
-        false => format!("pool {}: member {} is on node {} already", joined.name, joined.member, args.member.node),
+        false => {
+            format!("pool {}: member {} is on node {} already", joined.name, joined.member, args.member.node)
+        }
     };
     conclude(context, &args.pool, &joined, &args.wait, &headline).await
 }
@@ -102,7 +103,10 @@ pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Ou
     let left = leave(context, &survey, &picture, from, args.delete_store).await?;
     let (survey, picture) = look(context, &args.pool).await?;
     let mut headline = match leaves {
-        Some(old) => format!("pool {name}: member {from} at {} is moved; it is member {} now", old.address, joined.member),
+        Some(old) => format!(
+            "pool {name}: member {from} at {} is moved; it is member {} now",
+            old.address, joined.member
+        ),
         None => format!("pool {name}: member {from} was moved already; it is member {} now", joined.member),
     };
     headline += &left.stores_words(&name, from);
@@ -123,7 +127,9 @@ pub(super) async fn maintenance(context: &Context, args: &MaintenanceArgs) -> Re
              rmrctl pool maintenance {name} {member} off"
         )
     } else {
-        format!("pool {name}: the maintenance of member {member} is over; it is brought up to date while a client is attached")
+        format!(
+            "pool {name}: the maintenance of member {member} is over; it is brought up to date while a client is attached"
+        )
     };
     let (survey, picture) = if args.wait.wait && !on {
         wait_until_current(context, &args.pool, Some(member), args.wait.wait_timeout).await?
@@ -137,10 +143,10 @@ pub(super) async fn grow(context: &Context, args: &GrowArgs) -> Result<Outcome, 
     let (survey, picture) = look(context, &args.pool).await?;
     let before = picture.spec.size;
     let command = Command::Grow { size: args.size.0 };
-    let done = deliver(context, &survey, &picture, &command, args.grow_timeout).await?;
+    let spec = deliver(context, &survey, &picture, &command, args.grow_timeout).await?;
     let (survey, picture) = look(context, &args.pool).await?;
-    let (name, size) = (&done.spec.name, format::bytes(done.spec.size));
-    let headline = if before == done.spec.size {
+    let (name, size) = (&spec.name, format::bytes(spec.size));
+    let headline = if before == spec.size {
         format!("pool {name} has {size} already")
     } else {
         format!(
@@ -149,7 +155,7 @@ pub(super) async fn grow(context: &Context, args: &GrowArgs) -> Result<Outcome, 
             format::bytes(before)
         )
     };
-    let json = json!({"size_bytes": done.spec.size, "size_before_bytes": before});
+    let json = json!({"size_bytes": spec.size, "size_before_bytes": before});
     Ok(outcome(&survey, &picture, &headline, json))
 }
 
@@ -191,7 +197,8 @@ async fn join(
     let (survey, picture) = look(context, pool).await?;
     let spec = &picture.spec;
     if let Some(member) = replaces.filter(|&m| spec.member(m).is_none()) {
-        let text = format!("nothing was done: pool '{}' has no member {member}; add one with add-member", spec.name);
+        let text =
+            format!("nothing was done: pool '{}' has no member {member}; add one with add-member", spec.name);
         return Err(CtlError::failed(text));
     }
     let info: NodeInfo = context
@@ -205,7 +212,9 @@ async fn join(
     let mut prepared = None;
     match place(&survey, &picture, &arg.node) {
         Place::Nothing => {}
-        Place::Member(id, store) if replaces.is_none_or(|member| member == id) => return Ok(joined(id, store, false)),
+        Place::Member(id, store) if replaces.is_none_or(|member| member == id) => {
+            return Ok(joined(id, store, false));
+        }
         Place::Member(id, _) => {
             return Err(CtlError::failed(format!(
                 "nothing was done: node {} holds member {id} of pool '{}' already, and a node holds one copy at the most",
@@ -253,7 +262,8 @@ async fn join(
                 CtlError::failed(format!("nothing was done: pool '{}' has 8 members already", spec.name))
             })?;
             let store = StoreId::random();
-            make_store(context, &picture, MemberSpec::new(member, store, address.clone()), arg, options).await?;
+            make_store(&picture, MemberSpec::new(member, store, address.clone()), arg, options)
+                .await?;
             (member, store, true)
         }
     };
@@ -269,7 +279,10 @@ async fn join(
                 Err(error) => text += &format!("\nNOT removed: store {store} on {}: {error}", arg.node),
             }
         } else if !error.is_for_good() {
-            text += &format!("\nstore {store} on {} is made, and will be used when the command is run again", arg.node);
+            text += &format!(
+                "\nstore {store} on {} is made, and will be used when the command is run again",
+                arg.node
+            );
         }
         return Err(CtlError::failed(text));
     }
@@ -291,7 +304,6 @@ fn place(survey: &Survey, picture: &Picture, node: &NodeAddress) -> Place {
 /// Makes the empty store of a member that is to join. It believes in a view that is older than any of the pool's, and in which
 /// it is Out: nobody can take it for a current copy.
 async fn make_store(
-    context: &Context,
     picture: &Picture,
     member: MemberSpec,
     arg: &MemberArg,
@@ -307,7 +319,10 @@ async fn make_store(
     members.sort_by_key(|m| m.id);
     let view = View { number: ViewNumber(0), epoch: Epoch(0), members };
     view.validate().map_err(|_| {
-        CtlError::failed(format!("nothing was done: member {id} is the only current copy of pool '{}'", spec.name))
+        CtlError::failed(format!(
+            "nothing was done: member {id} is the only current copy of pool '{}'",
+            spec.name
+        ))
     })?;
     // As far as the others can grow, this one has to.
     let max_size_bytes = picture.reports.iter().filter_map(|r| r.max_size_bytes).max();
@@ -321,7 +336,9 @@ async fn make_store(
         max_size_bytes,
     };
     let client = Client { timeout: options.create_timeout };
-    let Err(error) = client.post::<StoreCreated>(&arg.node, "/v1/stores", &request).await else { return Ok(()) };
+    let Err(error) = client.post::<StoreCreated>(&arg.node, "/v1/stores", &request).await else {
+        return Ok(());
+    };
     let mut text = format!("nothing was changed: {error}");
     if may_exist(&error) {
         text += "; the store may still be in the making: run the same command again, which will find it";
@@ -389,7 +406,11 @@ async fn delete_store(context: &Context, node: &NodeAddress, store: StoreId) -> 
         match error.refusal().map(|refusal| refusal.code) {
             Some(ErrorCode::NotFound) => return Ok(()),
             Some(ErrorCode::InUse) if attempt < DELETE_ATTEMPTS => tokio::time::sleep(DELETE_PAUSE).await,
-            _ => return Err(CtlError::failed(format!("store {store} is not deleted: {error}; run the same command again"))),
+            _ => {
+                return Err(CtlError::failed(format!(
+                    "store {store} is not deleted: {error}; run the same command again"
+                )));
+            }
         }
     }
 }

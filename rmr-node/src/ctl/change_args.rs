@@ -20,7 +20,10 @@ impl FromStr for MemberNumber {
     fn from_str(text: &str) -> Result<Self, String> {
         let id = text.parse().ok().and_then(MemberId::new);
         id.map(Self).ok_or_else(|| {
-            format!("'{text}' is no member: expected its number, 0 to {}, as `rmrctl status` shows it", MAX_MEMBERS - 1)
+            format!(
+                "'{text}' is no member: expected its number, 0 to {}, as `rmrctl status` shows it",
+                MAX_MEMBERS - 1
+            )
         })
     }
 }

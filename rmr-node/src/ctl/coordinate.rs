@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use rmr_common::client::{Config, OverReason, PoolSelector};
 use rmr_common::driver::{Pool, PoolError};
-use rmr_common::pool::{
-    Address, ClientId, Command, CommandReply, MemberId, PoolSpec, Refusal, View,
-};
+use rmr_common::pool::{Address, ClientId, Command, CommandReply, MemberId, PoolSpec, Refusal};
 use thiserror::Error;
 
 use super::assess::Picture;
@@ -19,13 +17,6 @@ use super::{Context, CtlError, Survey};
 const ATTEMPTS: usize = 3;
 /// Pause before the next look.
 const PAUSE: Duration = Duration::from_millis(300);
-
-/// The pool after a command.
-#[derive(Clone, Debug)]
-pub(super) struct Done {
-    pub(super) view: View,
-    pub(super) spec: PoolSpec,
-}
 
 /// Why a command was not carried out, or is not known to be.
 #[derive(Clone, Debug, Error)]
@@ -60,14 +51,14 @@ impl From<NotDone> for CtlError {
     }
 }
 
-/// Gives a command to the coordinator of the pool, and waits for its answer for at most `limit`.
+/// Gives a command to the coordinator of the pool, waits for its answer for at most `limit`, and gives the pool as it is then.
 pub(super) async fn deliver(
     context: &Context,
     survey: &Survey,
     picture: &Picture,
     command: &Command,
     limit: Duration,
-) -> Result<Done, NotDone> {
+) -> Result<PoolSpec, NotDone> {
     let nodes: Vec<_> = picture.reports.iter().filter_map(|r| survey.holder(r.store)).collect();
     let client = Client { timeout: limit.max(context.client.timeout) };
     let mut why = String::new();
@@ -76,7 +67,7 @@ pub(super) async fn deliver(
             tokio::time::sleep(PAUSE).await;
         }
         match ask_nodes(client, &nodes, &picture.spec, command).await? {
-            Some(done) => return Ok(done),
+            Some(spec) => return Ok(spec),
             None => match Hold::attach(context, &picture.spec, None).await {
                 Ok(hold) => {
                     let reply = hold.command(command.clone()).await;
@@ -98,7 +89,7 @@ async fn ask_nodes(
     nodes: &[&NodeAddress],
     spec: &PoolSpec,
     command: &Command,
-) -> Result<Option<Done>, NotDone> {
+) -> Result<Option<PoolSpec>, NotDone> {
     for node in nodes {
         let path = format!("/v1/pools/{}/commands", spec.id);
         match client.post::<CommandReply>(node, &path, command).await {
@@ -111,9 +102,9 @@ async fn ask_nodes(
     Ok(None)
 }
 
-fn settle(reply: CommandReply) -> Result<Done, NotDone> {
+fn settle(reply: CommandReply) -> Result<PoolSpec, NotDone> {
     match reply {
-        CommandReply::Done { view, spec } => Ok(Done { view, spec }),
+        CommandReply::Done { spec, .. } => Ok(spec),
         CommandReply::Refused { reason, text } => Err(NotDone::Refused { reason, text }),
     }
 }

@@ -28,7 +28,8 @@ pub(super) async fn wait_until_current(
     member: Option<MemberId>,
     limit: Option<Duration>,
 ) -> Result<(Survey, Picture), CtlError> {
-    let interrupts = |kind| signal(kind).map_err(|e| CtlError::failed(format!("interrupts cannot be watched: {e}")));
+    let interrupts =
+        |kind| signal(kind).map_err(|e| CtlError::failed(format!("interrupts cannot be watched: {e}")));
     let mut stop = (interrupts(SignalKind::interrupt())?, interrupts(SignalKind::terminate())?);
     let mut hold = None;
     let result = follow(context, pool, member, limit, &mut hold, &mut stop).await;
@@ -72,7 +73,7 @@ async fn follow(
         if let Some(limit) = limit.filter(|limit| start.elapsed() >= *limit) {
             progress.end();
             let seconds = limit.as_secs_f64();
-            let names: Vec<_> = left.iter().map(|line| line_words(line)).collect();
+            let names: Vec<_> = left.iter().map(line_words).collect();
             let why = obstacle.map(|reason| format!(" ({reason})")).unwrap_or_default();
             return Err(CtlError::failed(format!(
                 "not done within {seconds} s: {}{why}; it goes on while a client is attached, and when this command is run again",
@@ -131,7 +132,9 @@ impl Progress {
         let states: Vec<_> = left.iter().map(|l| (l.member, l.state)).collect();
         let is_due = match &self.told {
             None => true,
-            Some((at, before)) => self.json || self.terminal || *before != states || at.elapsed() >= LINE_EVERY,
+            Some((at, before)) => {
+                self.json || self.terminal || *before != states || at.elapsed() >= LINE_EVERY
+            }
         };
         if !is_due {
             return;
@@ -176,7 +179,12 @@ fn line_words(line: &MemberLine) -> String {
 }
 
 /// Both tables of a pool after a change, below a headline of the command's.
-pub(super) fn outcome(survey: &Survey, picture: &Picture, headline: &str, mut json: serde_json::Value) -> Outcome {
+pub(super) fn outcome(
+    survey: &Survey,
+    picture: &Picture,
+    headline: &str,
+    mut json: serde_json::Value,
+) -> Outcome {
     let now = UnixMs::now();
     let a = assess::assess(picture, survey.all_answered(), now);
     let text = format!("{headline}\n  {}\n{}", a.headline, members_table(&a.members));
@@ -246,7 +254,8 @@ fn what_is_lost(line: &MemberLine, assessment: &Assessment) -> String {
         ),
     };
     for other in assessment.members.iter().filter(|l| l.member != line.member) {
-        let seen = if other.node.is_some() { "seen" } else { "not seen: it may have newer data than is known" };
+        let seen =
+            if other.node.is_some() { "seen" } else { "not seen: it may have newer data than is known" };
         let node = other.node.as_ref().unwrap_or(&other.address);
         text += &format!(
             "  member {} ({node}, {}, {seen}) counts as wholly old and will be overwritten.\n",

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use rmr_common::pool::PoolSpec;
+use rmr_common::pool::ChunkSize;
 
 use super::backing::Backing;
 use super::error::{During, StoreError};
@@ -23,21 +23,21 @@ pub struct Growth {
 }
 
 impl Growth {
-    /// Checks what can be checked at once. `spec` is the pool as the superblock has it, or will have it with what is on its
-    /// way to disk.
+    /// Checks what can be checked at once.
     pub(super) fn new(
         path: &Path,
         file: &File,
         layout: Layout,
-        spec: &PoolSpec,
+        chunk_size: ChunkSize,
+        from: u64,
         to: u64,
     ) -> Result<Self, StoreError> {
-        if layout.chunk_capacity() < spec.chunk_size.count(to) {
-            let largest = layout.largest_pool(spec.chunk_size);
+        if layout.chunk_capacity() < chunk_size.count(to) {
+            let largest = layout.largest_pool(chunk_size);
             return Err(StoreError::NoMapRoom { path: path.to_owned(), wanted: to, largest });
         }
         let file = file.try_clone().during(path, "preparing to grow")?;
-        Ok(Self { path: path.to_owned(), file, layout, from: spec.size, to })
+        Ok(Self { path: path.to_owned(), file, layout, from, to })
     }
 
     /// Makes the room, durable and reading as zeroes, and gives the new size of the device or file. Repeating it after a

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rmr_common::pool::{Chunk, PoolId, PoolSpec, StoreId};
+use rmr_common::pool::{Chunk, ChunkSize, PoolId, StoreId};
 use serde::Serialize;
 
 use super::backing::Backing;
@@ -202,13 +202,12 @@ impl Store {
         self.size
     }
 
-    /// Prepares to make room for a pool of `to` bytes. `spec` is the pool as the metadata writer has it: its size is where the
-    /// room begins that holds no data.
+    /// Prepares to make room for a pool of `to` bytes. Whatever lies beyond `from` bytes of the pool is nobody's data.
     ///
     /// # Errors
     /// When the maps have no room for it.
-    pub fn growth(&self, spec: &PoolSpec, to: u64) -> Result<Growth, StoreError> {
-        Growth::new(&self.path, &self.file, self.superblock.layout, spec, to)
+    pub fn growth(&self, chunk_size: ChunkSize, from: u64, to: u64) -> Result<Growth, StoreError> {
+        Growth::new(&self.path, &self.file, self.superblock.layout, chunk_size, from, to)
     }
 
     /// The device or file has become larger, as [`Growth::run`] told.
