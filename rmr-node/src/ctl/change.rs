@@ -262,8 +262,7 @@ async fn join(
                 CtlError::failed(format!("nothing was done: pool '{}' has 8 members already", spec.name))
             })?;
             let store = StoreId::random();
-            make_store(&picture, MemberSpec::new(member, store, address.clone()), arg, options)
-                .await?;
+            make_store(&picture, MemberSpec::new(member, store, address.clone()), arg, options).await?;
             (member, store, true)
         }
     };

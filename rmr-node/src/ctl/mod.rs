@@ -564,4 +564,6 @@ async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
 }
 
 #[cfg(test)]
+mod change_tests;
+#[cfg(test)]
 mod tests;
