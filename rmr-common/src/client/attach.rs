@@ -28,6 +28,7 @@ impl Client {
                     Kind::PrepareReply => self.prepare_reply(member, header),
                     Kind::GrowReply => self.grow_reply(member, header, body),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
+                    Kind::SourceFailed => self.source_failed(member, header),
                     Kind::DetachReply => self.detach_reply(member),
                     Kind::Command => self.command_message(id, header, body),
                     Kind::Pong => {
@@ -269,11 +270,12 @@ impl Client {
         &mut self,
         next: View,
         spec: PoolSpec,
-        additions: Vec<DirtyAddition>,
+        mut additions: Vec<DirtyAddition>,
         attach: bool,
     ) {
         debug_assert!(spec.describes(&next), "{next} goes with another specification");
         let waiting = next.active();
+        self.faults.tell(&next, &mut additions);
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();
         if batches.is_empty() {
@@ -333,6 +335,7 @@ impl Client {
             self.note_view(member, &next, &spec);
             self.note_epoch(member, self.epoch);
         }
+        self.faults.committed(&next, attach);
         self.view = Some(next);
         self.suspended_since = None;
         self.notice(notice);
@@ -430,6 +433,7 @@ impl Client {
             Refusal::Suspended,
             "the pool is suspended: no Clean member can be reached now",
         );
+        self.faults.forget_leaving();
         self.parts.unsend_all();
         let retry_at = self.now + self.config.reconnect_interval / 4;
         for (link, id) in self.links.iter_mut().zip(0u8..) {

@@ -209,11 +209,15 @@ impl Client {
             match &running.phase {
                 Phase::Changing => running.phase = Phase::Deciding,
                 Phase::Deciding => {}
-                Phase::Quiescing(leave) if !self.parts.has_sent_write() => {
+                Phase::Quiescing(leave)
+                    if !self.parts.has_sent_write() && !self.parts.is_awaited_from(leave.member) =>
+                {
                     running.phase = Phase::FlushingQuiet(leave.clone());
                     return self.flush_for_command();
                 }
-                Phase::Leaving(leave) if self.parts.has_sent_write() => {
+                Phase::Leaving(leave)
+                    if self.parts.has_sent_write() || self.parts.is_awaited_from(leave.member) =>
+                {
                     // Some were sent again when a view was committed meanwhile.
                     running.phase = Phase::Quiescing(leave.clone());
                     return;

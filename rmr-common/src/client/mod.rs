@@ -19,6 +19,7 @@
 mod attach;
 mod change;
 mod data;
+mod faults;
 mod links;
 mod parts;
 mod reconcile;
@@ -48,6 +49,9 @@ pub const MAX_LINKS: usize = 2 * MAX_MEMBERS;
 /// Most requests that wait for a slot. A device queue never has more; other callers get [`IoError::TooMany`].
 pub const MAX_QUEUED: usize = 64 * 1024;
 
+/// [`Config::read_error_limit`] unless told otherwise: more than the odd bad sector, fewer than a dying disk makes in an hour.
+pub const DEFAULT_READ_ERROR_LIMIT: u32 = 16;
+
 /// How a client behaves.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -72,6 +76,9 @@ pub struct Config {
     pub reconnect_interval: Duration,
     /// A silent link is probed this often.
     pub ping_interval: Duration,
+    /// A leg whose disk fails reads is resynchronised so many times within an hour; after that it is left out until the
+    /// client attaches anew. Errors that come together count once.
+    pub read_error_limit: u32,
 }
 
 impl Config {
@@ -89,6 +96,7 @@ impl Config {
             attach_grace: Duration::from_secs(1),
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
+            read_error_limit: DEFAULT_READ_ERROR_LIMIT,
         }
     }
 }
@@ -417,6 +425,7 @@ pub struct Client {
     slot_scratch: Vec<(Sequence, Slot)>,
     stale: rejoin::Stale,
     commands: change::Commands,
+    faults: faults::Faults,
     detach_requested: bool,
     /// Since when requests wait for the pool, after it was active.
     suspended_since: Option<Time>,
@@ -437,8 +446,8 @@ pub struct Counters {
     pub views: u64,
     /// Writes that waited for an overlapping one.
     pub overlapping: u64,
-    /// Reads repeated on another leg.
-    pub reads_repeated: u64,
+    /// Reads that a leg's disk failed, and that were repeated on another one.
+    pub read_errors: u64,
 }
 
 impl Client {
@@ -476,6 +485,7 @@ impl Client {
             slot_scratch: Vec::new(),
             stale: rejoin::Stale::default(),
             commands: change::Commands::default(),
+            faults: faults::Faults::default(),
             detach_requested: false,
             suspended_since: None,
             next_tick: now,
