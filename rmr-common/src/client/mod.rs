@@ -35,6 +35,7 @@ use crate::pool::{
     Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Sequence, Slot, View,
 };
 use crate::time::Time;
+use crate::transport::tls::ClientTls;
 use crate::wire::{AttachReply, HelloReply, MAX_SLOTS, MessageHeader};
 use parts::{OpIndex, Parts};
 
@@ -68,6 +69,8 @@ pub struct Config {
     pub reconnect_interval: Duration,
     /// A silent link is probed this often.
     pub ping_interval: Duration,
+    /// How drivers connect to `tls://` addresses; without it they refuse them. The state machine itself has no use for it.
+    pub tls: Option<ClientTls>,
 }
 
 impl Config {
@@ -85,6 +88,7 @@ impl Config {
             attach_grace: Duration::from_secs(1),
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
+            tls: None,
         }
     }
 }

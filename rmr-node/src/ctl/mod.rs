@@ -144,6 +144,8 @@ pub struct CreateArgs {
 pub enum TransportArg {
     /// TCP.
     Tcp,
+    /// TLS over TCP.
+    Tls,
     /// RDMA verbs.
     Rdma,
 }
@@ -152,6 +154,7 @@ impl From<TransportArg> for TransportKind {
     fn from(arg: TransportArg) -> Self {
         match arg {
             TransportArg::Tcp => Self::Tcp,
+            TransportArg::Tls => Self::Tls,
             TransportArg::Rdma => Self::Rdma,
         }
     }

@@ -103,11 +103,7 @@ async fn plan(context: &Context, args: &CreateArgs) -> Result<(PoolSpec, Vec<Nod
 fn data_address(node: &NodeAddress, info: &NodeInfo, kind: TransportKind) -> Result<Address, CtlError> {
     info.data_addresses.iter().find(|a| a.transport() == kind).cloned().ok_or_else(|| {
         let has: Vec<_> = info.data_addresses.iter().map(ToString::to_string).collect();
-        let word = match kind {
-            TransportKind::Tcp => "tcp",
-            TransportKind::Rdma => "rdma",
-        };
-        CtlError::failed(format!("node {node} advertises no {word} address, only: {}", has.join(", ")))
+        CtlError::failed(format!("node {node} advertises no {kind} address, only: {}", has.join(", ")))
     })
 }
 
