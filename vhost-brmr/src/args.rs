@@ -96,6 +96,11 @@ pub struct Options {
     #[arg(long, value_name = "MILLISECONDS", help_heading = "Pool")]
     pub leg_timeout_ms: Option<u32>,
 
+    /// A member whose disk fails reads is resynchronised so many times within an hour, then left out until the daemon
+    /// attaches anew. [default: 16]
+    #[arg(long, value_name = "N", help_heading = "Pool")]
+    pub read_error_limit: Option<u32>,
+
     /// Queues offered to the guest, 1 to 256; one per vCPU is a good choice. [default: 1]
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub num_queues: Option<u16>,
@@ -181,6 +186,7 @@ impl Options {
             force_from: self.force_from,
             suspend_timeout_s: self.suspend_timeout_s.or(file.suspend_timeout_s),
             leg_timeout_ms: self.leg_timeout_ms.or(file.leg_timeout_ms),
+            read_error_limit: self.read_error_limit.or(file.read_error_limit),
             num_queues: self.num_queues.or(file.num_queues),
             queue_size: self.queue_size.or(file.queue_size),
             serial: self.serial.or(file.serial),

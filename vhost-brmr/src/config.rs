@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use rmr_common::client::DEFAULT_READ_ERROR_LIMIT;
 use rmr_common::pool::{Address, AddressError, MemberId, PoolId, PoolSpec};
 use rmr_common::transport::tls::IdentityFiles;
 use thiserror::Error;
@@ -85,6 +86,8 @@ pub struct PoolSettings {
     pub suspend_timeout: Duration,
     /// How long a member may take to answer.
     pub leg_timeout: Duration,
+    /// How many times within an hour a member may come back after read errors.
+    pub read_error_limit: u32,
     /// No writes will be sent.
     pub read_only: bool,
     /// How `tls://` addresses are reached.
@@ -226,6 +229,7 @@ impl Settings {
                 force_from,
                 suspend_timeout: suspend_timeout_s,
                 leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
+                read_error_limit: options.read_error_limit.unwrap_or(DEFAULT_READ_ERROR_LIMIT),
                 read_only,
                 tls,
             },
