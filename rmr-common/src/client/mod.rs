@@ -40,6 +40,7 @@ use crate::pool::{
     StoreId, View, ViewNumber,
 };
 use crate::time::Time;
+use crate::transport::tls::ClientTls;
 use crate::wire::{AttachReply, HelloReply, MAX_SLOTS, MessageHeader};
 use parts::{OpIndex, Parts};
 
@@ -76,6 +77,8 @@ pub struct Config {
     pub reconnect_interval: Duration,
     /// A silent link is probed this often.
     pub ping_interval: Duration,
+    /// How drivers connect to `tls://` addresses; without it they refuse them. The state machine itself has no use for it.
+    pub tls: Option<ClientTls>,
     /// A leg whose disk fails reads is resynchronised so many times within an hour; after that it is left out until the
     /// client attaches anew. Errors that come together count once.
     pub read_error_limit: u32,
@@ -96,6 +99,7 @@ impl Config {
             attach_grace: Duration::from_secs(1),
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
+            tls: None,
             read_error_limit: DEFAULT_READ_ERROR_LIMIT,
         }
     }
