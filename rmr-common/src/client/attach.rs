@@ -2,7 +2,7 @@
 
 use super::{Client, LinkId, LinkState, MAX_LINKS, Notice, Output, OverReason, Payload, PoolSelector, State};
 use crate::pool::{
-    Address, Epoch, MemberId, MemberSet, MemberState, PoolId, PoolSpec, Sequence, View, ViewStep,
+    Address, Epoch, MemberId, MemberSet, MemberState, PoolId, PoolSpec, Sequence, View, ViewNumber, ViewStep,
 };
 use crate::time::Time;
 use crate::wire::{
@@ -249,7 +249,7 @@ impl Client {
         }
         let possible_since = *possible_since;
         let ready = self.ready_members();
-        let Some(best) = ready.iter().filter_map(|m| self.ready(m)).max_by_key(|r| r.view.order()) else {
+        let Some(best) = ready.iter().filter_map(|m| self.ready(m)).max_by_key(|r| latest(&r.view)) else {
             return;
         };
         let view = best.view.clone();
@@ -259,7 +259,7 @@ impl Client {
         if let Some(member) = self.forced() {
             return self.attach_forced(member);
         }
-        if !view.clean().is_subset(ready) {
+        if !view.clean().is_subset(ready) && !may_go_on_with_one(&view, ready) {
             return self.tell_waiting(&view, ready);
         }
         let since = possible_since.unwrap_or(self.now);
@@ -312,6 +312,7 @@ impl Client {
     fn is_displaced_in(&self, view: &View) -> bool {
         self.own_epochs.first().is_some_and(|&last| view.epoch > last)
             && !self.own_epochs.contains(&view.epoch)
+            && !mutant!(DisplacedGoesOn)
     }
 
     fn tell_waiting(&mut self, view: &View, ready: MemberSet) {
@@ -413,7 +414,7 @@ impl Client {
     /// All members that were asked have accepted the epoch: commit a view of this attachment on them.
     fn attach_complete(&mut self, replies: Vec<(MemberId, AttachReply)>) {
         let attached: MemberSet = replies.iter().map(|(m, _)| *m).collect();
-        let Some(best) = replies.iter().map(|(_, r)| &r.view).max_by_key(|v| v.order()).cloned() else {
+        let Some(best) = replies.iter().map(|(_, r)| &r.view).max_by_key(|v| latest(v)).cloned() else {
             return;
         };
         for (member, reply) in &replies {
@@ -425,7 +426,7 @@ impl Client {
         if let Some(member) = self.forced() {
             return self.force(&best, member);
         }
-        if !best.clean().is_subset(attached) {
+        if !best.clean().is_subset(attached) && !may_go_on_with_one(&best, attached) {
             // The view moved on between hello and attach; gather again with what is known now.
             return self.gather();
         }
@@ -436,6 +437,7 @@ impl Client {
         // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew.
         let behind: MemberSet =
             replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
+        let behind = if mutant!(BehindStaysSyncing) { MemberSet::EMPTY } else { behind };
         let behind = behind.intersection(best.in_state(MemberState::Syncing));
         let absent = best.active().without(attached);
         let (stale, mut additions) = self.reconcile(&best, &replies, absent);
@@ -489,7 +491,7 @@ impl Client {
         match header.status {
             Status::Ok => {
                 waiting.remove(member);
-                if waiting.is_empty() {
+                if waiting.is_empty() || mutant!(CommitWithoutAll) {
                     self.commit();
                 }
             }
@@ -564,6 +566,7 @@ impl Client {
             }
             // A promotion that is not committed is taken back: those who were Clean before it know nothing of it, and could
             // go on without the members of the view that follows.
+            State::Changing { next, .. } if mutant!(PromotionKept) => (next.clone(), members),
             State::Changing { next, .. } => (next.without_promotions(self.view_clean()), members),
             State::Active => match &self.view {
                 Some(view) => (view.clone(), members),
@@ -722,6 +725,17 @@ impl Client {
         self.sequence = self.sequence.next();
         self.sequence
     }
+}
+
+/// By what the latest of several views is found.
+fn latest(view: &View) -> (Epoch, ViewNumber) {
+    let (epoch, number) = view.order();
+    if mutant!(ViewsByNumberOnly) { (Epoch(0), number) } else { (epoch, number) }
+}
+
+/// Never: the recovery rule asks for every Clean member.
+fn may_go_on_with_one(view: &View, reachable: MemberSet) -> bool {
+    mutant!(RecoveryIgnoresAMember) && !view.clean().intersection(reachable).is_empty()
 }
 
 fn protocol(error: &WireError) -> String {

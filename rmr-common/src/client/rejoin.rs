@@ -135,7 +135,7 @@ impl Client {
     /// flight when that ended, and what was not flushed. A member that was lost under the present one has nothing of the
     /// kind: all of it went on record when it was lost.
     fn left_behind(&self, member: MemberId, reply: &AttachReply) -> Vec<(u64, u64)> {
-        if self.ready(member).is_some_and(|r| r.epoch == self.epoch) {
+        if self.ready(member).is_some_and(|r| r.epoch == self.epoch) || mutant!(LeftBehindIgnored) {
             return Vec::new();
         }
         if reply.tables_lost {
@@ -157,7 +157,9 @@ impl Client {
     fn name_source(&mut self, member: MemberId) {
         let clean = self.view_clean();
         let exact = clean.without(self.stale.inexact);
-        let source = exact.iter().chain(clean.iter()).next();
+        let stale = self.view_active().without(clean).without(MemberSet::only(member));
+        let wrong = stale.iter().filter(|_| mutant!(PullFromStale));
+        let source = wrong.chain(exact.iter()).chain(clean.iter()).next();
         let address = source.and_then(|s| self.spec.as_ref()?.member(s)).map(|m| m.address.clone());
         let (Some(source), Some(address)) = (source, address) else { return };
         self.stale.sources[member.index()] = Some(source);
@@ -200,13 +202,14 @@ impl Client {
 
     /// Ends the barrier when no write is in flight: commits the view that has the member Syncing.
     pub(super) fn try_quiesced(&mut self) {
-        if !self.is_quiescing() || !self.is_active() || self.parts.has_sent_write() {
+        let has_write = self.parts.has_sent_write() && !mutant!(NoBarrier);
+        if !self.is_quiescing() || !self.is_active() || has_write {
             return;
         }
         let Some(rejoin) = &mut self.stale.rejoin else { return };
         let (member, additions) = (rejoin.member, std::mem::take(&mut rejoin.additions));
         let source = self.stale.sources[member.index()];
-        if !source.is_some_and(|s| self.view_clean().contains(s)) {
+        if !source.is_some_and(|s| self.view_clean().contains(s) || mutant!(PullFromStale)) {
             // It was lost meanwhile, and does not have what was written since.
             return self.abort_rejoin(member);
         }
@@ -273,12 +276,13 @@ impl Client {
             _ => None,
         };
         let is_syncing = proposed.is_some_and(|v| v.state(member) == Some(MemberState::Syncing));
+        let is_syncing = is_syncing || mutant!(ReportPassedOnTooLate);
         if header.epoch != self.epoch || list.member != member || !is_syncing {
             return;
         }
         // One that was lost in the view under way has no link.
         let others = self.view_active().intersection(self.ready_members()).without(MemberSet::only(member));
-        let done = list.blocks_left == 0;
+        let done = list.blocks_left == 0 || mutant!(PromotedWhileStale);
         let body = list.encode();
         for other in others.iter() {
             let header = self.header(Kind::ClearDirty);

@@ -329,7 +329,7 @@ impl Replica {
             clean_detach,
             maps,
             additions: Vec::new(),
-            tables_lost: !clean_detach,
+            tables_lost: !clean_detach && !mutant!(RestartNotTold),
             slots: (0..MAX_SLOTS).map(none).collect(),
             watermark: Sequence(0),
             activity: HashMap::new(),
@@ -500,7 +500,7 @@ impl Replica {
         {
             self.pending_pages.remove(&page);
         }
-        if result.is_err() && !self.broken {
+        if result.is_err() && !self.broken && !mutant!(MetadataErrorIgnored) {
             self.broken = true;
             self.notice(Notice::MetadataFailed);
             if let Some(connection) = self.holder_connection() {

@@ -105,6 +105,7 @@ impl Replica {
             && holder.connection.is_some_and(|c| c != connection)
             && holder.client != attach.client
             && !attach.takeover
+            && !mutant!(TakeoverNotNeeded)
         {
             let text = holder.description.clone();
             self.notice(Notice::Refused(attach.description, text.clone()));
@@ -112,14 +113,18 @@ impl Replica {
         }
         // The client of the present epoch may come back under it, with a new connection, to bring a member back in.
         let is_its = self.last_client.as_ref().is_some_and(|c| c.attached && c.client == attach.client);
-        if header.epoch < self.epoch || (header.epoch == self.epoch && !is_its) {
+        let is_older = header.epoch < self.epoch && !mutant!(OldEpochAccepted);
+        let is_taken = header.epoch == self.epoch && !is_its && !mutant!(EqualEpochAccepted);
+        if is_older || is_taken {
             return self.answer(connection, header, Kind::AttachReply, Status::StaleEpoch, Vec::new());
         }
         if self.broken {
             let text = b"its metadata cannot be written".to_vec();
             return self.answer(connection, header, Kind::AttachReply, Status::IoError, text);
         }
-        if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection) {
+        if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection)
+            && !mutant!(OldConnectionStaysOpen)
+        {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
         self.epoch = header.epoch;
@@ -144,6 +149,9 @@ impl Replica {
         self.attach =
             Some(PendingAttach { connection, header: *header, durable: false, flush: AttachFlush::Due });
         self.persist_state(Waiter::Attach(self.epoch));
+        if mutant!(AttachBeforeDurable) {
+            self.attach_durable(self.epoch);
+        }
     }
 
     /// The intent map as runs of chunks, coarsened to what fits an answer.
@@ -175,10 +183,12 @@ impl Replica {
 
     /// Answers an attach when its epoch is durable and no disk request of an older epoch can change anything any more.
     pub(super) fn check_drained(&mut self) {
-        if !self.attach.as_ref().is_some_and(|a| a.durable) || self.older_ios() > 0 {
+        let is_drained = self.older_ios() == 0 || mutant!(AttachBeforeDrained);
+        if !self.attach.as_ref().is_some_and(|a| a.durable) || !is_drained {
             return;
         }
         match self.attach.as_ref().map(|a| &a.flush) {
+            Some(AttachFlush::Due) if mutant!(AttachWithoutFlush) => {} // The old client's writes stay in the cache.
             Some(AttachFlush::Due) if !self.config.write_through && !self.broken => {
                 let io = self.own_flush();
                 if let Some(attach) = &mut self.attach {
@@ -205,7 +215,11 @@ impl Replica {
             slots,
             watermark: self.watermark,
             tables_lost: self.tables_lost,
-            intents: if self.clean_detach { Vec::new() } else { self.intent_runs() },
+            intents: if self.clean_detach || mutant!(IntentsNotTold) {
+                Vec::new()
+            } else {
+                self.intent_runs()
+            },
         };
         if !self.clean_detach {
             self.frozen.extend(self.maps.intent().iter());
@@ -254,7 +268,7 @@ impl Replica {
             let text = format!("{} does not follow {} on member {}", set.view, self.view, self.member);
             return refuse(self, Status::IllegalView, text);
         }
-        for addition in &set.additions {
+        for addition in set.additions.iter().filter(|_| !mutant!(AdditionsIgnored)) {
             let end = addition.offset.saturating_add(addition.length).min(self.spec.size);
             let length = end.saturating_sub(addition.offset);
             self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
@@ -278,7 +292,7 @@ impl Replica {
     /// The first view of an attachment goes to members that had the last one; but one that was told a source before is
     /// brought back in, and views of its own epoch tell it nothing about those of the present one.
     fn needs_handover(&self, next: &View) -> bool {
-        let was_syncing = self.view.state(self.member) == Some(MemberState::Syncing);
+        let was_syncing = self.view.state(self.member) == Some(MemberState::Syncing) || mutant!(NoHandover);
         let is_in_step = next.number == self.view.number.next()
             && (next.epoch == self.view.epoch || self.resync.is_none());
         next.state(self.member) == Some(MemberState::Syncing) && !(was_syncing && is_in_step)
@@ -287,7 +301,8 @@ impl Replica {
     /// The maps are taken over.
     pub(super) fn handover_done(&mut self) {
         // What came with the view is not yet in the maps that were taken over.
-        for addition in std::mem::take(&mut self.additions) {
+        let additions = std::mem::take(&mut self.additions);
+        for addition in additions.into_iter().filter(|_| !mutant!(HandoverForgetsAdditions)) {
             let end = addition.offset.saturating_add(addition.length).min(self.spec.size);
             let length = end.saturating_sub(addition.offset);
             self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
@@ -305,6 +320,7 @@ impl Replica {
     fn persist_view_pages(&mut self) {
         let Some(view) = self.set_view.as_ref().map(|p| p.view.number) else { return };
         let pages = self.persist_changed(Waiter::ViewPages(self.epoch, view));
+        let pages = if mutant!(ViewBeforeDirtyBits) { 0 } else { pages };
         if let Some(pending) = &mut self.set_view {
             pending.pages = pages;
         }
@@ -365,6 +381,9 @@ impl Replica {
         self.view = pending.view.clone();
         self.view_session = self.session;
         self.persist_state(Waiter::View(self.view.number));
+        if mutant!(ViewBeforeDurable) {
+            self.view_durable(self.view.number);
+        }
     }
 
     pub(super) fn view_durable(&mut self, view: ViewNumber) {
@@ -380,7 +399,8 @@ impl Replica {
             self.activity.entry(chunk).or_insert(settled);
         }
         self.tables_lost = false;
-        for member in pending.view.clean().iter() {
+        let done = if mutant!(SyncingMapCleared) { pending.view.active() } else { pending.view.clean() };
+        for member in done.iter() {
             self.maps.clear(ClearTarget::Member(member), ClearReason::CleanInView, &mut self.changed);
         }
         self.persist_cleared();
@@ -398,6 +418,9 @@ impl Replica {
         self.note_watermark(header.watermark);
         let flush = Some(self.own_flush());
         self.detach = Some(PendingDetach { connection, header: *header, flush, pages: 0 });
+        if mutant!(DetachWithoutFlush) {
+            self.detach_flushed(Status::Ok);
+        }
     }
 
     pub(super) fn detach_flushed(&mut self, status: Status) {
