@@ -110,7 +110,7 @@ mutants! {
     HandoverForgetsAdditions,
     /// A block counts as current when a write to it begins
     FreshBeforeWritten,
-    /// A block counts as current when a part of it was written
+    /// A write to a part of a stale block does not wait, and the block counts as current
     FreshWhenPartlyWritten,
     /// A block counts as current though its pulled data could not be written
     FreshWhenPullFailed,
@@ -184,6 +184,4 @@ mutants! {
     NoBarrier,
     /// A member is promoted with its first report
     PromotedWhileStale,
-    /// A report is passed on though the next view has the member Out
-    ReportPassedOnTooLate,
 }

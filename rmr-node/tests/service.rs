@@ -147,7 +147,7 @@ fn create_pool(dir: &tempfile::TempDir, index: usize, port: u16) -> PoolSpec {
         size: POOL_SIZE,
         chunk_size: ChunkSize::default(),
         logical_block_size: 512,
-        members: vec![MemberSpec { id: member, store, address: Address::tcp("127.0.0.1", port) }],
+        members: vec![MemberSpec::new(member, store, Address::tcp("127.0.0.1", port))],
     };
     let options = CreateOptions {
         spec: spec.clone(),

@@ -261,7 +261,7 @@ mod tests {
             size: 1 << 20,
             chunk_size: ChunkSize::default(),
             logical_block_size: 512,
-            members: vec![MemberSpec { id: member, store: StoreId::random(), address: address.clone() }],
+            members: vec![MemberSpec::new(member, StoreId::random(), address.clone())],
         };
         let mut config = Config::new(ClientId::random(), "a test");
         config.suspend_timeout = suspend_timeout;

@@ -276,7 +276,6 @@ impl Client {
             _ => None,
         };
         let is_syncing = proposed.is_some_and(|v| v.state(member) == Some(MemberState::Syncing));
-        let is_syncing = is_syncing || mutant!(ReportPassedOnTooLate);
         if header.epoch != self.epoch || list.member != member || !is_syncing {
             return;
         }

@@ -59,6 +59,8 @@ impl Replica {
             Kind::ClearDirty => self.clear_dirty(connection, header, body),
             Kind::PullMap => self.pull_map(connection, header),
             Kind::Pull => self.pull(connection, header),
+            Kind::CommandReply => self.command_reply(connection, header, body),
+            Kind::Grow => self.make_room(connection, header),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_watermark(header.watermark);
@@ -127,6 +129,7 @@ impl Replica {
         {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
+        self.lose_commands("another client attached");
         self.epoch = header.epoch;
         self.session += 1;
         self.set_view = None;
@@ -280,7 +283,7 @@ impl Replica {
         let next = set.view.clone();
         self.set_view =
             Some(PendingView { connection, header: *header, view: set.view, pages: 0, adopted: false });
-        if !self.needs_handover(&next) {
+        if !self.needs_handover(&next) || mutant!(NoHandover) {
             self.additions.clear();
             self.persist_view_pages();
         } else if !self.begin_handover(&next) {
@@ -292,7 +295,7 @@ impl Replica {
     /// The first view of an attachment goes to members that had the last one; but one that was told a source before is
     /// brought back in, and views of its own epoch tell it nothing about those of the present one.
     fn needs_handover(&self, next: &View) -> bool {
-        let was_syncing = self.view.state(self.member) == Some(MemberState::Syncing) || mutant!(NoHandover);
+        let was_syncing = self.view.state(self.member) == Some(MemberState::Syncing);
         let is_in_step = next.number == self.view.number.next()
             && (next.epoch == self.view.epoch || self.resync.is_none());
         next.state(self.member) == Some(MemberState::Syncing) && !(was_syncing && is_in_step)
@@ -465,6 +468,7 @@ impl Replica {
     pub(super) fn detach_durable(&mut self, epoch: Epoch) {
         let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
+        self.lose_commands("the client detached");
         self.drop_resync();
         // A client that gave a write up does not leave in good order: members may differ in it.
         self.clean_detach = self.maps.intent().count() == 0;
@@ -481,6 +485,7 @@ impl Replica {
         self.attach = None;
         self.set_view = None;
         self.detach = None;
+        self.lose_commands("the client is gone");
         self.notice(Notice::ClientLost(self.epoch, who));
         self.session += 1;
         self.drop_resync();

@@ -218,6 +218,9 @@ impl World<'_> {
                 if std::mem::replace(&mut self.hosts[host].is_changing, true) {
                     self.coverage.hit("view change superseded by a further loss");
                 }
+                if self.rng.percent(30) {
+                    self.burst_soon(host);
+                }
                 for member in members.iter() {
                     let disk = &self.nodes[self.node_index(member)].disk;
                     if disk.unflushed_since.iter().any(|&step| step > 0) {
@@ -270,6 +273,7 @@ impl World<'_> {
                 writes.into_iter().for_each(|write| self.oracle.fail(write, step));
             }
         }
+        self.check_agreement(&view)?;
         self.view_committed(host, view)
     }
 

@@ -3,6 +3,7 @@
 //! One seed is one run: pool, requests, delays, faults and crashes all come from it. Every rule of `docs/simulator.md`
 //! is checked when it could be broken, and a run that breaks one ends with words that say which.
 
+mod attach;
 mod check;
 mod coverage;
 mod disk;

@@ -161,8 +161,12 @@ impl Oracle {
 
     /// Whether the sector's value may change without a further request: a write of it is in flight or undecided.
     pub(super) fn is_open(&self, sector: usize) -> bool {
-        let in_flight = |c: &Candidate| self.writes[c.write as usize].end == NEVER;
-        self.sectors[sector].iter().any(in_flight) || self.is_undecided(sector)
+        self.is_in_flight(sector) || self.is_undecided(sector)
+    }
+
+    /// Whether a write of the sector is in flight.
+    pub(super) fn is_in_flight(&self, sector: usize) -> bool {
+        self.sectors[sector].iter().any(|c| self.writes[c.write as usize].end == NEVER)
     }
 
     /// Whether the sector's value hangs on a write that failed or whose client died.

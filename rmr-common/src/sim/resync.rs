@@ -316,6 +316,12 @@ impl World<'_> {
             let delay = self.rng.range(1, self.profile.network_delay * 3);
             self.after(delay, Event::Burst(host));
         }
+        let may_crash = self.profile.client_crashes && self.faults < self.profile.faults && !self.is_calm;
+        if header.kind == Kind::SetView && may_crash && self.rng.percent(4) {
+            self.faults += 1;
+            let delay = self.rng.range(1, self.profile.network_delay * 2);
+            self.after(delay, Event::HostCrash(host));
+        }
         if !is_rejoin || self.is_calm || self.faults >= self.profile.faults || !self.rng.percent(30) {
             return;
         }

@@ -87,6 +87,7 @@ pub(super) enum Event {
         node: usize,
     },
     Burst(usize),
+    HostCrash(usize),
     NodeStart(usize),
     Heal {
         host: usize,
@@ -134,6 +135,13 @@ pub(super) struct Connection {
     is_forgotten: bool,
     last_to_node: u64,
     last_to_client: u64,
+}
+
+impl Connection {
+    /// Whether the node still listens to it.
+    pub(super) const fn is_open(&self) -> bool {
+        !self.is_cut && !self.client_closed && !self.node_closed
+    }
 }
 
 /// A request that a client has not finished.
@@ -250,10 +258,9 @@ impl<'a> World<'a> {
             _ => 8,
         };
         let size = rng.range(1, 4) << 20;
-        let member = |i: u8| MemberSpec {
-            id: MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members")),
-            store: StoreId::from_bytes([i + 1; 16]),
-            address: Address::tcp(format!("node-{i}"), 7700),
+        let member = |i: u8| {
+            let id = MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members"));
+            MemberSpec::new(id, StoreId::from_bytes([i + 1; 16]), Address::tcp(format!("node-{i}"), 7700))
         };
         let spec = PoolSpec {
             id: PoolId::from_bytes([0xaa; 16]),
@@ -265,7 +272,8 @@ impl<'a> World<'a> {
         };
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
         let all_write_back = rng.percent(40);
-        let state = DurableState { view: view.clone(), epoch: Epoch(0), last_client: None };
+        let state =
+            DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None };
         let nodes: Vec<_> = spec
             .members
             .iter()
@@ -437,6 +445,8 @@ impl<'a> World<'a> {
             Event::Work => self.work()?,
             Event::Fault => self.fault()?,
             Event::Burst(host) => self.burst(host)?,
+            Event::HostCrash(host) if self.is_calm || !self.hosts[host].is_live() => {} // Too late.
+            Event::HostCrash(host) => self.crash_host(host),
             Event::Strike { host, node } => self.strike(host, node)?,
         }
         if self.step.is_multiple_of(16) {
@@ -511,6 +521,7 @@ impl<'a> World<'a> {
                         self.node_closes(connection.0 as usize);
                     }
                 }
+                replica::Output::Grow { .. } | replica::Output::CommandDone(..) => {}
                 replica::Output::Notice(notice) => {
                     trace!(self, "node {node}: {notice:?}");
                     self.node_notice(node, &notice);
@@ -550,6 +561,7 @@ impl<'a> World<'a> {
             self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
         }
         self.check_answer(node, &header)?;
+        self.check_attach_answer(node, connection, &header)?;
         if connection.0 >= FIRST_PEER {
             return self.peer_answer(connection, message);
         }
@@ -725,7 +737,9 @@ impl<'a> World<'a> {
         let connection = ConnectionId(u32::try_from(index).unwrap_or(u32::MAX));
         let event = replica::Event::Message { connection, header: &header, body: &message.body, buffer };
         let before = self.before_message(node, &header, &message.body);
+        let held = self.held_against(node, &header, &message.body);
         self.replica(node, event)?;
+        self.check_held(node, held)?;
         self.after_message(node, before)
     }
 
@@ -919,6 +933,7 @@ impl<'a> World<'a> {
                     self.client_sends(host, link, header, payload)?;
                 }
                 client::Output::Complete(token, result) => self.complete(host, token, result)?,
+                client::Output::CommandDone(..) => {}
                 client::Output::Notice(notice) => {
                     trace!(self, "client {host}: {notice:?}");
                     self.client_notice(host, notice)?;

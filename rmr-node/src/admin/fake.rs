@@ -47,11 +47,10 @@ pub(crate) fn node_info(name: &str) -> NodeInfo {
 
 /// A pool of `members` members named `n0`, `n1`, …, all Clean, as member `of` sees it.
 pub(crate) fn pool_status(name: &str, members: u8, of: u8) -> PoolStatus {
-    let line = |id| MemberSpec {
-        id: member(id),
+    let line = |id| {
         // Deterministic, so that statuses made apart for the members of one pool agree.
-        store: StoreId::from_bytes([id + 1; 16]),
-        address: Address::tcp(format!("n{id}"), 7700),
+        let store = StoreId::from_bytes([id + 1; 16]);
+        MemberSpec::new(member(id), store, Address::tcp(format!("n{id}"), 7700))
     };
     let spec = PoolSpec {
         id: PoolId::from_bytes([0xAA; 16]),

@@ -85,7 +85,7 @@ async fn plan(context: &Context, args: &CreateArgs) -> Result<(PoolSpec, Vec<Nod
             );
             return Err(CtlError::failed(message));
         }
-        members.push(MemberSpec { id, store: StoreId::random(), address });
+        members.push(MemberSpec::new(id, StoreId::random(), address));
         infos.push(info);
     }
     let spec = PoolSpec {

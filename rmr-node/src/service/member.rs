@@ -107,6 +107,7 @@ impl Member {
         };
         let state = DurableState {
             view: superblock.view.clone(),
+            spec: spec.clone(),
             epoch: superblock.epoch,
             last_client: superblock.client.as_ref().map(|c| LastClient {
                 client: c.id,
@@ -114,7 +115,7 @@ impl Member {
                 attached: c.attached,
             }),
         };
-        let replica = Replica::new(config, spec, superblock.member, state, maps);
+        let replica = Replica::new(config, superblock.member, state, maps);
         let writer = store.metadata_writer();
         Self {
             replica,
@@ -166,6 +167,7 @@ impl Member {
             Metadata::State(state) => {
                 let mut superblock = self.writer.superblock().clone();
                 superblock.view = state.view.clone();
+                superblock.spec = state.spec.clone();
                 superblock.epoch = state.epoch;
                 superblock.client = state.last_client.as_ref().map(|c| ClientRecord {
                     id: c.client,

@@ -387,6 +387,12 @@ impl Shard {
                 Output::Persist(ticket, metadata) => member.persist(ticket, &metadata, self.now),
                 Output::Release(token) => self.writes.release(token),
                 Output::Close(connection, reason) => self.close(connection, reason),
+                Output::Grow { to, .. } => {
+                    let text = format!("this node cannot make a store larger: {to} bytes were asked for");
+                    member.replica.apply(Event::Grown(Err(&text)), self.now);
+                }
+                // Nobody on this node gives commands.
+                Output::CommandDone(..) => {}
                 Output::Notice(notice) => self.log(index, notice),
             }
         }
