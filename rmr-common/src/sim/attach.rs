@@ -18,8 +18,13 @@ impl World<'_> {
         connection: ConnectionId,
         header: &MessageHeader,
     ) -> Check {
-        if header.kind != Kind::AttachReply || header.status != Status::Ok {
-            return Ok(());
+        match (header.kind, header.status) {
+            (Kind::AttachReply, Status::Ok) => {}
+            (Kind::DetachReply, Status::Ok) => {
+                self.nodes[index].holder = None;
+                return Ok(());
+            }
+            _ => return Ok(()), // Nobody attaches by it.
         }
         let node = &mut self.nodes[index];
         if let Some(sector) = node.disk.unflushed_since.iter().position(|&step| step > 0) {

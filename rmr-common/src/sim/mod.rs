@@ -23,10 +23,16 @@ use crate::client;
 use world::{Check, World};
 
 /// How a run is judged.
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Whether all members must agree after a client died with writes in flight.
     pub reconcile_expected: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { reconcile_expected: true }
+    }
 }
 
 /// What a good run did.

@@ -150,11 +150,7 @@ impl World<'_> {
                 let keepers: Vec<_> =
                     view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
                 let has = |k: &usize| self.has_record(*k, stale.id, sector);
-                let is_kept = if self.profile.client_crashes {
-                    keepers.iter().any(has)
-                } else {
-                    keepers.iter().all(has)
-                };
+                let is_kept = keepers.iter().all(has);
                 let own = self.nodes[index].replica.as_ref();
                 let own = own
                     .filter(|r| r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == view);
