@@ -5,7 +5,7 @@ use super::{
 };
 use crate::map::{ClearReason, ClearTarget};
 use crate::pool::{Chunk, Epoch, MemberState, Sequence, View, ViewNumber};
-use crate::wire::{Attach, AttachReply, ChunkList, Kind, MessageHeader, SetView, Status};
+use crate::wire::{Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
 pub(super) struct PendingAttach {
@@ -114,7 +114,8 @@ impl Replica {
             return self.answer(connection, header, Kind::AttachReply, Status::Held, text.into_bytes());
         }
         // The client of the present epoch may come back under it, with a new connection, to bring a member back in.
-        let is_its = self.last_client.as_ref().is_some_and(|c| c.attached && c.client == attach.client);
+        let is_its = attach.rejoin
+            && self.last_client.as_ref().is_some_and(|c| c.attached && c.client == attach.client);
         let is_older = header.epoch < self.epoch && !mutant!(OldEpochAccepted);
         let is_taken = header.epoch == self.epoch && !is_its && !mutant!(EqualEpochAccepted);
         if is_older || is_taken {
@@ -210,7 +211,14 @@ impl Replica {
             let text = b"its metadata cannot be written".to_vec();
             return self.answer(connection, &header, Kind::AttachReply, Status::IoError, text);
         }
-        let slots = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
+        let mut slots: Vec<_> = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
+        slots.extend(&self.failed_writes);
+        if slots.len() > usize::from(MAX_SLOTS) {
+            // More than can be told: as if nothing were known, but for how far the sequences have come.
+            slots.sort_unstable_by_key(|s| std::cmp::Reverse(s.sequence));
+            slots.truncate(MAX_SLOTS.into());
+            self.tables_lost = true;
+        }
         let reply = AttachReply {
             view: self.view.clone(),
             last_client: self.previous_client,

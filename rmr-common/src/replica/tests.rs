@@ -77,8 +77,12 @@ impl Bench {
     }
 
     pub(super) fn attach(&mut self, connection: u32, epoch: u64) {
+        self.attach_as(connection, epoch, false);
+    }
+
+    fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
         let client = ClientId::from_bytes([1; 16]);
-        let body = Attach { client, takeover: false, description: "test".into() }.encode();
+        let body = Attach { client, takeover: false, rejoin, description: "test".into() }.encode();
         self.message(connection, self.header(Kind::Attach, epoch), &body);
     }
 
@@ -129,6 +133,20 @@ fn a_write_back_member_flushes_before_it_answers_an_attach() {
     assert_eq!(bench.answer(Kind::AttachReply), None);
     let flush = bench.take_flush().expect("a flush");
     bench.apply(Event::Disk(flush, DiskResult::Done));
+    assert_eq!(bench.answer(Kind::AttachReply), Some(Status::Ok));
+}
+
+#[test]
+fn only_a_rejoin_may_attach_under_the_present_epoch() {
+    let mut bench = Bench::new(true);
+    bench.attach_as(1, 4, false);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::AttachReply), Some(Status::Ok));
+    bench.attach_as(2, 4, false);
+    // The same identity, and perhaps another process, which would take its own views for those of the first.
+    assert_eq!(bench.answer(Kind::AttachReply), Some(Status::StaleEpoch));
+    bench.attach_as(2, 4, true);
+    bench.durable();
     assert_eq!(bench.answer(Kind::AttachReply), Some(Status::Ok));
 }
 
@@ -290,4 +308,37 @@ fn a_detach_ends_the_resync() {
     bench.durable();
     assert_eq!(bench.answer(Kind::DetachReply), Some(Status::Ok));
     assert!(bench.outputs.contains(&Output::PeerClose) && bench.replica.deadline().is_none());
+}
+
+#[test]
+fn a_write_that_the_disk_failed_is_told_to_the_next_client_and_is_like_no_other() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    let write = MessageHeader {
+        slot: Slot(3),
+        sequence: Sequence(7),
+        offset: 4096,
+        length: 4096,
+        payload: 4096,
+        ..bench.header(Kind::Write, 1)
+    };
+    bench.message(1, write, &[]);
+    bench.durable();
+    let io = bench.outputs.iter().rev().find_map(|o| match o {
+        Output::Disk { io, operation: DiskOperation::Write(_), .. } => Some(*io),
+        _ => None,
+    });
+    bench.apply(Event::Disk(io.unwrap(), DiskResult::Failed));
+    assert_eq!(bench.answer(Kind::IoReply), Some(Status::IoError));
+    bench.attach(2, 2);
+    bench.durable();
+    let body = bench.outputs.iter().rev().find_map(|o| match o {
+        Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => Some(body),
+        _ => None,
+    });
+    let reply = crate::wire::AttachReply::decode(body.unwrap()).unwrap();
+    let [entry] = reply.slots[..] else { panic!("{:?}", reply.slots) };
+    assert_eq!((entry.sequence, entry.offset, entry.length), (Sequence(7), 4096, 4096));
+    assert_ne!(entry.slot, Slot(3), "a member that carried it out has the same entry");
 }
