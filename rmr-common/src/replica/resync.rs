@@ -599,7 +599,8 @@ impl Replica {
         let wanted: BTreeSet<Block> = edges
             .map(|edge| Block(edge / BLOCK_SIZE))
             .filter(|b| self.maps.dirty_blocks(self.member).is_some_and(|m| m.contains(*b)))
-            .filter(|_| !mutant!(PartialWriteNotHeld) && !mutant!(FreshWhenPartlyWritten))
+            .filter(|_| !mutant!(PartialWriteNotHeld))
+            .filter(|_| !mutant!(FreshWhenPartlyWritten))
             .collect();
         let overlaps = self.pulled_writes.values().any(|w| w.first < end && offset < w.end)
             && !mutant!(GuestWriteOverPulled);

@@ -211,7 +211,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
 impl Bench {
     /// Attached and linked to member 2 as its source.
     fn prepare(&mut self) {
-        self.attach(1, 1);
+        self.attach_as(1, 1, true);
         self.durable();
         let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);
