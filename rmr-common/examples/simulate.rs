@@ -53,7 +53,7 @@ fn main() -> ExitCode {
     for seed in arguments.start..arguments.start.saturating_add(arguments.seeds) {
         let mut out = std::io::stdout();
         let trace: Option<&mut dyn std::io::Write> = if arguments.trace { Some(&mut out) } else { None };
-        let run = AssertUnwindSafe(|| sim::run(seed, sim::Options::default(), trace));
+        let run = AssertUnwindSafe(|| sim::run(seed, trace));
         let Ok(result) = catch_unwind(run) else {
             eprintln!("seed {seed}: the code panicked, see above");
             return ExitCode::FAILURE;

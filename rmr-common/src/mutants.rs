@@ -136,8 +136,6 @@ mutants! {
     ViewsByNumberOnly,
     /// A client goes on after another one had the pool
     DisplacedGoesOn,
-    /// A Syncing member that did not hear of the last view stays Syncing
-    BehindStaysSyncing,
     /// A view is committed with its first answer
     CommitWithoutAll,
     /// A promotion that is not committed is kept in the next view

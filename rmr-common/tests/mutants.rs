@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rmr_common::mutants::{self, Mutant};
-use rmr_common::sim::{self, Options};
+use rmr_common::sim;
 
 const SEEDS: u64 = 3000;
 
@@ -94,7 +94,7 @@ fn try_mutant(mutant: Mutant, seeds: u64) -> Outcome {
 fn first_violation(mutant: Option<Mutant>, seeds: u64) -> Option<(u64, String)> {
     mutants::activate(mutant);
     let found = (1..=seeds).find_map(|seed| {
-        let run = AssertUnwindSafe(|| sim::run(seed, Options::default(), None));
+        let run = AssertUnwindSafe(|| sim::run(seed, None));
         match catch_unwind(run) {
             Ok(Ok(_)) => None,
             Ok(Err(violation)) => Some((seed, violation.rule)),

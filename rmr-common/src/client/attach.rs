@@ -440,7 +440,6 @@ impl Client {
         // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew.
         let behind: MemberSet =
             replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
-        let behind = if mutant!(BehindStaysSyncing) { MemberSet::EMPTY } else { behind };
         let behind = behind.intersection(best.in_state(MemberState::Syncing));
         let absent = best.active().without(attached);
         let (stale, mut additions) = self.reconcile(&best, &replies, absent);

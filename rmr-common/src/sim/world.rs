@@ -248,7 +248,7 @@ macro_rules! trace {
 pub(super) use trace;
 
 impl<'a> World<'a> {
-    pub(super) fn new(seed: u64, reconcile_expected: bool, trace: Option<&'a mut dyn Write>) -> Self {
+    pub(super) fn new(seed: u64, trace: Option<&'a mut dyn Write>) -> Self {
         let mut rng = Rng::new(seed);
         let members = match rng.range(0, 19) {
             0..=1 => 1,
@@ -329,7 +329,7 @@ impl<'a> World<'a> {
             parted: BTreeSet::new(),
             stalled: BTreeMap::new(),
             resyncs: super::resync::Resyncs::default(),
-            oracle: Oracle::new(sectors, reconcile_expected),
+            oracle: Oracle::new(sectors),
             coverage: Coverage::default(),
             next_token: 1,
             submitted: 0,
