@@ -79,6 +79,9 @@ impl World<'_> {
         // What the guest was told, and no more than is committed.
         let told = self.hosts[host].client.spec().map_or(0, |s| s.size);
         let sectors = usize::try_from(told.min(self.committed_spec.size) / SECTOR).unwrap_or(0);
+        if sectors == 0 {
+            return Ok(());
+        }
         let length = match self.rng.range(0, 99) {
             0..=39 => self.rng.range(1, 16),
             40..=79 => self.rng.range(1, 8) * 8,
