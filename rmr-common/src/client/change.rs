@@ -206,7 +206,11 @@ impl Client {
     pub(super) fn advance_command(&mut self) {
         while self.is_active() && !self.detach_requested {
             if self.commands.running.is_none() {
-                let Some(asked) = self.commands.waiting.pop_front() else { return };
+                let Some(mut asked) = self.commands.waiting.pop_front() else { return };
+                // The one that has the id now is meant, and no other when that is gone.
+                if let Command::Remove { member, store: store @ None } = &mut asked.command {
+                    *store = self.spec.as_ref().and_then(|s| s.member(*member)).map(|m| m.store);
+                }
                 let (phase, since) = (Phase::Deciding, self.now);
                 self.commands.running =
                     Some(Running { asked, phase, since, met: false, grown: MemberSet::EMPTY });
