@@ -440,8 +440,16 @@ impl Client {
             replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
         let behind = behind.intersection(best.in_state(MemberState::Syncing));
         let absent = best.active().without(attached);
-        let (stale, mut additions) = self.reconcile(&best, &replies, absent);
-        let lost = absent.union(stale).union(behind);
+        let powerless = self.lost_caches(&best);
+        let is_all = best.clean().is_subset(powerless);
+        if is_all {
+            self.lose_writes(powerless.intersection(best.clean()));
+        }
+        let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless);
+        let mut lost = absent.union(stale).union(behind);
+        if !is_all {
+            lost = lost.union(powerless);
+        }
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
         if !self.own_epochs.is_empty() && !newly_out.is_empty() {
@@ -524,6 +532,7 @@ impl Client {
         self.faults.committed(&next, attach);
         self.view = Some(next);
         self.suspended_since = None;
+        self.note_host_boots();
         self.notice(notice);
         self.stale_committed(attach);
         self.parts.raise_barriers();

@@ -47,6 +47,8 @@ pub struct PoolStatus {
     pub epoch: u64,
     /// The legs, by member.
     pub legs: Vec<LegStatus>,
+    /// Completed writes were lost, and every request fails until that is acknowledged.
+    pub lost_writes: bool,
     /// Requests that are not finished.
     pub in_flight: usize,
     /// Requests so far.
@@ -92,6 +94,7 @@ impl Client {
             view: self.view.as_ref().map_or(0, |v| v.number.0),
             epoch: self.epoch.0,
             legs: legs.collect(),
+            lost_writes: self.lost_writes,
             in_flight: self.in_flight(),
             counters: self.counters,
         }
