@@ -126,6 +126,18 @@ pub struct Options {
     #[arg(long, value_name = "SECONDS", help_heading = "Operation")]
     pub drain_timeout_s: Option<u32>,
 
+    /// Authorities, in PEM form, whose certificates are trusted on tls:// addresses. Without it those are refused.
+    #[arg(long, value_name = "FILE", help_heading = "Pool")]
+    pub tls_authorities: Option<PathBuf>,
+
+    /// Certificate to show to nodes that ask for one, in PEM form; goes with --tls-key.
+    #[arg(long, value_name = "FILE", help_heading = "Pool")]
+    pub tls_certificate: Option<PathBuf>,
+
+    /// Private key of the certificate, in PEM form.
+    #[arg(long, value_name = "FILE", help_heading = "Pool")]
+    pub tls_key: Option<PathBuf>,
+
     /// Form of the log on standard error. Its level is set with RUST_LOG, e.g. RUST_LOG=debug. [default: text]
     #[arg(long, value_name = "FORMAT", value_enum, help_heading = "Operation")]
     pub log_format: Option<LogFormat>,
@@ -181,6 +193,9 @@ impl Options {
             read_only: self.read_only.or(file.read_only),
             poll_us: self.poll_us.or(file.poll_us),
             drain_timeout_s: self.drain_timeout_s.or(file.drain_timeout_s),
+            tls_authorities: self.tls_authorities.or(file.tls_authorities),
+            tls_certificate: self.tls_certificate.or(file.tls_certificate),
+            tls_key: self.tls_key.or(file.tls_key),
             log_format: self.log_format.or(file.log_format),
         }
     }

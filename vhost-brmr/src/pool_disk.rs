@@ -8,6 +8,7 @@ use rmr_common::client::{self, Config, IoError, Notice, OverReason, PoolSelector
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
+use rmr_common::transport::tls::ClientTls;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
@@ -55,6 +56,9 @@ impl PoolDisk {
         config.force_from = pool.force_from;
         config.leg_timeout = pool.leg_timeout;
         config.suspend_timeout = pool.suspend_timeout;
+        if let Some(files) = &pool.tls {
+            config.tls = Some(ClientTls::load(&files.authorities, files.identity.as_ref())?);
+        }
         config.read_error_limit = pool.read_error_limit;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
         let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
@@ -101,6 +105,12 @@ impl PoolDisk {
                 }
                 Notice::Attached(view) => tracing::info!(pool, "attached with {view}"),
                 Notice::Committed(view) => tracing::info!(pool, "{view} is committed"),
+                Notice::Spec(spec) => {
+                    tracing::info!(pool, "{} bytes, members {}", spec.size, spec.member_set());
+                }
+                Notice::NoRoom(member, reason) => {
+                    tracing::warn!(pool, %member, "cannot come back, its store has no room for the pool: {reason}");
+                }
                 Notice::Lost(members, reason) => {
                     tracing::warn!(pool, %members, "members lost: {reason}; going on without them, what they miss is recorded");
                 }

@@ -49,6 +49,8 @@ pub struct PoolStatus {
     pub legs: Vec<LegStatus>,
     /// Completed writes were lost, and every request fails until that is acknowledged.
     pub lost_writes: bool,
+    /// The operator's command that is being carried out, and how far it has come.
+    pub command: Option<String>,
     /// Requests that are not finished.
     pub in_flight: usize,
     /// Requests so far.
@@ -95,6 +97,7 @@ impl Client {
             epoch: self.epoch.0,
             legs: legs.collect(),
             lost_writes: self.lost_writes,
+            command: self.command_phase().map(|(command, phase)| format!("{command}: {phase}")),
             in_flight: self.in_flight(),
             counters: self.counters,
         }
