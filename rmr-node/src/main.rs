@@ -190,7 +190,7 @@ mod tests {
         for (args, problem) in [
             (["--shards", "0"], "expected a whole number from 1 to 64"),
             (["--shards", "x"], "'x': expected a whole number"),
-            (["--listen", "udp://a:1"], "the scheme is neither tcp nor rdma"),
+            (["--listen", "udp://a:1"], "the scheme is neither tcp nor tls nor rdma"),
             (["--buffer-memory", "64MB"], "is no size"),
             (["--log-level", "loud"], "no such level"),
             (["--admin", "here"], "invalid socket address"),

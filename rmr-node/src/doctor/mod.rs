@@ -163,7 +163,8 @@ impl fmt::Display for Report {
         };
         let (available, total) = (size(memory.available), size(memory.total));
         writeln!(f, "memory:    {available} available of {total}; this process may lock {lock}")?;
-        for pages in &memory.huge_pages {
+        // Sizes of which none were set aside tell nobody anything.
+        for pages in memory.huge_pages.iter().filter(|pages| pages.total > 0) {
             let (unit, total, free) = (ByteSize(pages.size_kib << 10), pages.total, pages.free);
             writeln!(f, "hugepages: {total} of {unit}, {free} free; none are needed")?;
         }

@@ -77,7 +77,10 @@ fn a_build_without_verbs_and_locked_memory_below_the_buffers_are_said() {
     fixture.write("proc/self/status", "CapEff:\t0\n");
     let verdict = rdma(&fixture, &plan(&["rdma://10.77.0.1:7700"]));
     assert_eq!(verdict.level, Level::Fails);
-    assert!(verdict.findings[0].contains("may lock 8 MiB") && verdict.findings[0].contains("64 MiB"), "{verdict}");
+    assert!(
+        verdict.findings[0].contains("may lock 8 MiB") && verdict.findings[0].contains("64 MiB"),
+        "{verdict}"
+    );
 }
 
 #[test]
