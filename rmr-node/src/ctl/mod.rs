@@ -108,6 +108,20 @@ pub enum Command {
     Node(NodeCommand),
 }
 
+impl Command {
+    /// Whether it prints more than its outcome: with JSON, an object per line.
+    const fn tells_progress(&self) -> bool {
+        let Self::Pool(command) = self else { return false };
+        match command {
+            PoolCommand::AddMember(args) => args.wait.wait,
+            PoolCommand::Replace(args) => args.wait.wait,
+            PoolCommand::Maintenance(args) => args.wait.wait,
+            PoolCommand::Move(_) | PoolCommand::Resync(_) => true,
+            _ => false,
+        }
+    }
+}
+
 /// The commands on pools.
 #[derive(Clone, Debug, Subcommand)]
 pub enum PoolCommand {
@@ -313,11 +327,12 @@ pub fn run(cli: &Cli) -> u8 {
         Command::Status(args) => args.watch,
         Command::Pool(_) | Command::Node(_) => None,
     };
+    let lines = watch.is_some() || cli.command.tells_progress();
     let tty = std::io::stdout().is_terminal();
     let colour = tty && std::env::var_os("NO_COLOR").is_none();
     loop {
         let exit = match runtime.block_on(execute(cli)) {
-            Ok(outcome) => match print(&outcome, cli.json, watch.is_some(), tty, colour) {
+            Ok(outcome) => match print(&outcome, cli.json, watch.is_some(), lines, tty, colour) {
                 Ok(()) => outcome.exit,
                 // The reader went away; nobody is left to be told.
                 Err(_) => return EXIT_FAILED,
@@ -334,10 +349,17 @@ pub fn run(cli: &Cli) -> u8 {
     }
 }
 
-fn print(outcome: &Outcome, json: bool, watch: bool, tty: bool, colour: bool) -> std::io::Result<()> {
+fn print(
+    outcome: &Outcome,
+    json: bool,
+    watch: bool,
+    lines: bool,
+    tty: bool,
+    colour: bool,
+) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    match (json, watch) {
-        // One line for each round, for programs that read lines.
+    match (json, lines) {
+        // One line for each round or step, for programs that read lines.
         (true, true) => writeln!(out, "{}", outcome.json)?,
         (true, false) => writeln!(out, "{:#}", outcome.json)?,
         (false, _) => {
