@@ -30,7 +30,7 @@ fn copies_are_added_moved_and_removed_under_a_writer_that_remembers() -> Result<
         let start = create(lab, &nodes[..2])?;
         let daemon = DaemonBuilder::new(&start).start(lab)?;
         let mut promises = new_promises(31);
-        let end = under_load(&daemon, &mut promises, || {
+        let end = under_load(&start, &daemon, &mut promises, || {
             let mut pool = start.clone();
             for again in [false, true] {
                 let added = pool.operate("add-member", &["--member", &admin(c), "--wait"])?;
@@ -67,7 +67,7 @@ fn a_replaced_disk_is_filled_and_planned_maintenance_costs_what_was_missed() -> 
         let pool = create(lab, &nodes)?;
         let daemon = DaemonBuilder::new(&pool).start(lab)?;
         let mut promises = new_promises(32);
-        under_load(&daemon, &mut promises, || {
+        under_load(&pool, &daemon, &mut promises, || {
             let b = &mut nodes[1];
             b.kill()?;
             for entry in fs::read_dir(b.store_dir())? {
@@ -122,7 +122,7 @@ fn a_pool_grows_with_a_guest_and_without_one_and_while_a_copy_is_down() -> Resul
         ensure!(disk.write(0, (MIB << 20) / 512, &[1; 4096])? == Status::IoError, "beyond the end");
         for _ in 0..2 {
             pool.operate("grow", &["--size", "96M"])?;
-            ensure!(disk.capacity()? == 96 << 20, "the device has another size than the pool");
+            ensure!(disk.capacity()? * 512 == 96 << 20, "the device has another size than the pool");
             last_block(&mut disk, 96, 7)?;
         }
         let refused = pool.operate("grow", &["--size", "80M"]).unwrap_err().to_string();
@@ -148,7 +148,7 @@ fn a_pool_grows_with_a_guest_and_without_one_and_while_a_copy_is_down() -> Resul
         }
         let daemon = DaemonBuilder::new(&pool).name("later").start(lab)?;
         let mut disk = attach(&daemon)?;
-        ensure!(disk.capacity()? == 160 << 20);
+        ensure!(disk.capacity()? * 512 == 160 << 20);
         last_block(&mut disk, 160, 9)?;
         ensure!(disk.read(0, (128 << 20) / 512 - 8, 4096)? == (Status::Ok, vec![8; 4096]));
         ensure!(
@@ -213,7 +213,7 @@ fn commands_that_are_killed_or_lose_their_coordinator_or_a_node_are_finished_by_
         let pool = create(lab, &nodes[..2])?;
         let mut promises = new_promises(33);
         let mut daemon = DaemonBuilder::new(&pool).name("daemon").start(lab)?;
-        under_load(&daemon, &mut promises, || {
+        under_load(&pool, &daemon, &mut promises, || {
             thread::sleep(Duration::from_millis(200));
             Ok(())
         })?;
@@ -301,11 +301,19 @@ fn new_promises(salt: u64) -> Promises {
 }
 
 /// Does `work` while a writer is busy that remembers what it was promised, and sees no error.
-fn under_load<T>(daemon: &Daemon, promises: &mut Promises, work: impl FnOnce() -> Result<T>) -> Result<T> {
+fn under_load<T>(
+    pool: &Pool,
+    daemon: &Daemon,
+    promises: &mut Promises,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let load = scope.spawn(|| run_load(daemon, promises, &stop));
-        let outcome = work();
+        let outcome = wait_until("the writer to be attached", LIMIT, || {
+            Ok(pool.status()?.pointer("/assessment/client/state") == Some(&"attached".into()))
+        });
+        let outcome = outcome.and_then(|()| work());
         stop.store(true, Ordering::Relaxed);
         let loaded = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
         let outcome = outcome?;

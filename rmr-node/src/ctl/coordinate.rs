@@ -13,8 +13,8 @@ use super::assess::Picture;
 use super::http::{CallError, Client, NodeAddress};
 use super::{Context, CtlError, Survey};
 
-/// How often a coordinator is looked for, where clients come and go meanwhile.
-const ATTEMPTS: usize = 3;
+/// How often a coordinator is looked for, where clients come and go meanwhile. Repeating a command is harmless.
+const ATTEMPTS: usize = 5;
 /// Pause before the next look.
 const PAUSE: Duration = Duration::from_millis(300);
 
@@ -52,6 +52,7 @@ impl From<NotDone> for CtlError {
 }
 
 /// Gives a command to the coordinator of the pool, waits for its answer for at most `limit`, and gives the pool as it is then.
+/// A command that got lost with its coordinator, or with the node that passed it on, is given again.
 pub(super) async fn deliver(
     context: &Context,
     survey: &Survey,
@@ -66,9 +67,13 @@ pub(super) async fn deliver(
         if attempt > 0 {
             tokio::time::sleep(PAUSE).await;
         }
-        match ask_nodes(client, &nodes, &picture.spec, command).await? {
-            Some(spec) => return Ok(spec),
-            None => match Hold::attach(context, &picture.spec, None).await {
+        match ask_nodes(client, &nodes, &picture.spec, command).await {
+            Ok(Some(spec)) => return Ok(spec),
+            Err(NotDone::Refused { reason: Refusal::CoordinatorLost, text }) if attempt + 1 < ATTEMPTS => {
+                why = text
+            }
+            Err(error) => return Err(error),
+            Ok(None) => match Hold::attach(context, &picture.spec, None).await {
                 Ok(hold) => {
                     let reply = hold.command(command.clone()).await;
                     hold.release().await;
