@@ -90,6 +90,10 @@ pub struct Cli {
     /// Longest wait for an answer of a node, in seconds
     #[arg(long, value_name = "SECONDS", global = true, default_value = "10", value_parser = parse_timeout, help_heading = GLOBAL)]
     pub timeout: Duration,
+    /// A client that left without a goodbye is gone for good, its host is dead: rmrctl may take its place where a command needs it,
+    /// and the client is fenced should it come back
+    #[arg(long, global = true, help_heading = GLOBAL)]
+    pub client_is_gone: bool,
     /// Authorities, in PEM form, to trust on tls:// addresses, where a command attaches to a pool itself
     #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_AUTHORITIES", help_heading = GLOBAL)]
     pub tls_authorities: Option<PathBuf>,
@@ -435,7 +439,13 @@ fn colour_levels(text: &str) -> String {
 /// When it could not be carried out.
 pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
     let client = Client { timeout: cli.timeout };
-    let context = Context { client, given: cli.nodes.clone(), json: cli.json, tls: cli.tls()? };
+    let context = Context {
+        client,
+        given: cli.nodes.clone(),
+        json: cli.json,
+        tls: cli.tls()?,
+        client_is_gone: cli.client_is_gone,
+    };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,
         Command::Pool(PoolCommand::List) => pool::list(&context).await,
@@ -463,6 +473,8 @@ struct Context {
     json: bool,
     /// How `tls://` addresses are reached.
     tls: Option<ClientTls>,
+    /// A client that left without a goodbye will not come back.
+    client_is_gone: bool,
 }
 
 impl Context {
