@@ -338,6 +338,7 @@ impl World<'_> {
         for host in &mut self.hosts {
             host.partitioned.push(false);
             host.stalled_until.push(0);
+            host.host_boots.push(0);
         }
         let node = self.nodes.len() - 1;
         trace!(self, "node {node} is made with store {store} for member {member}");
@@ -370,6 +371,10 @@ impl World<'_> {
         let durable = self.nodes[node].durable.spec.size;
         if from < durable {
             return Err(format!("node {node} makes room from {from} on, and has a pool of {durable} bytes"));
+        }
+        let is_out = |v: &View| v.state(self.nodes[node].member) == Some(MemberState::Out);
+        if self.is_member(node) && self.committed.as_ref().is_some_and(is_out) {
+            self.coverage.hit("a member that was away makes room");
         }
         let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
         let most = if self.rng.percent(20) && !self.is_calm { timeout * 2 } else { 5 * MILLISECOND };
@@ -483,11 +488,10 @@ impl World<'_> {
     }
 
     /// A client meets a node whose store is not, or no longer, a member.
-    pub(super) fn cover_stranger(&mut self, host: usize, node: usize) {
-        let Some(spec) = self.hosts[host].committed.as_ref().map(|_| &self.committed_spec) else { return };
+    pub(super) fn cover_stranger(&mut self, node: usize) {
         let node = &self.nodes[node];
         let is_joining = node.durable.view.number.0 == 0;
-        match spec.member(node.member) {
+        match self.committed_spec.member(node.member) {
             None if !is_joining => self.coverage.hit("a removed store is met by a client"),
             Some(line) if line.store != node.store && !is_joining => {
                 self.coverage.hit("a replaced store is met by a client");

@@ -104,6 +104,8 @@ pub(super) enum Event {
     /// A client is about to die.
     Doom(usize),
     Operate,
+    /// A guest resets its device after writes were lost.
+    GuestReset(usize),
     Work,
     Fault,
 }
@@ -136,6 +138,8 @@ pub(super) struct Connection {
     link: LinkId,
     pub(super) node: usize,
     life: u32,
+    /// The run of the node's machine.
+    pub(super) host_boot: u8,
     is_greeted: bool,
     /// Nothing that is on its way arrives any more.
     pub(super) is_cut: bool,
@@ -181,6 +185,10 @@ pub(super) struct Host {
     pub(super) is_admin: bool,
     /// A view change is under way.
     pub(super) is_changing: bool,
+    /// The machines' runs when the view was committed.
+    pub(super) host_boots: Vec<u8>,
+    /// It said that writes were lost, and its guest has not reset the device.
+    pub(super) has_lost_writes: bool,
     pub(super) last_flush: u64,
     tick_at: u64,
     pub(super) partitioned: Vec<bool>,
@@ -476,6 +484,7 @@ impl<'a> World<'a> {
             Event::Grown { node, life, from, to } => self.grown(node, life, from, to)?,
             Event::Doom(host) => self.doom(host),
             Event::Operate => self.operate()?,
+            Event::GuestReset(host) => self.guest_reset(host),
             Event::Work => self.work()?,
             Event::Fault => self.fault()?,
             Event::Burst(host) => self.burst(host)?,
@@ -826,6 +835,7 @@ impl<'a> World<'a> {
             link,
             node,
             life: self.nodes[node].life,
+            host_boot: self.nodes[node].host_boot,
             is_greeted: false,
             is_cut: false,
             client_closed: false,
@@ -958,6 +968,8 @@ impl<'a> World<'a> {
             is_crashed: false,
             is_admin: false,
             is_changing: false,
+            host_boots: vec![0; nodes],
+            has_lost_writes: false,
             last_flush: u64::MAX,
             tick_at: u64::MAX,
             partitioned: vec![false; nodes],
@@ -1036,7 +1048,7 @@ impl<'a> World<'a> {
         if header.kind == Kind::Hello
             && let Some(connection) = connection
         {
-            self.cover_stranger(host, self.connections[connection].node);
+            self.cover_stranger(self.connections[connection].node);
         }
         let Some(connection) = connection else {
             return Err(format!("client {host} sends {:?} on {link:?}, which is not connected", header.kind));
@@ -1084,6 +1096,9 @@ impl<'a> World<'a> {
                 self.oracle.fail(write, step);
             }
             return Ok(());
+        }
+        if self.hosts[host].has_lost_writes {
+            return Err(described("served although writes were lost, and the guest does not know".into()));
         }
         match request.operation {
             Operation::Read => {
