@@ -314,8 +314,8 @@ impl World<'_> {
     fn give_up_unflushed(&mut self, members: MemberSet) -> Check {
         let clean: Vec<_> = members.iter().map(|m| self.node_index(m)).collect();
         for index in clean {
-            for sector in 0..self.nodes[index].disk.sectors.len() {
-                let value = self.nodes[index].disk.sectors[sector];
+            for sector in 0..self.sectors() {
+                let value = self.nodes[index].value(sector);
                 if self.oracle.is_current(sector, value) {
                     continue;
                 }
