@@ -118,16 +118,22 @@ fn a_client_that_goes_while_room_is_made_leaves_the_room_and_no_view() {
 }
 
 #[test]
-fn a_pool_becomes_smaller_only_by_the_operators_force() {
+fn a_pool_becomes_smaller_only_with_a_later_attachment_that_does_not_know_of_its_size() {
     let mut bench = attached();
     let size = bench.replica.spec().size;
     set(&mut bench, ViewStep::Amend, |s| s.size = size / 2, None);
     assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::IllegalView));
-    set(&mut bench, ViewStep::Force(id(0)), |s| s.size = size / 2, None);
+    bench.attach(1, 2);
     bench.durable();
+    let view = bench.replica.view().step(ViewStep::Attach(MemberSet::EMPTY), Epoch(2)).expect("a legal step");
+    let mut spec = bench.replica.spec().clone();
+    spec.size = size / 2;
+    let body = SetView { view, spec, additions: Vec::new(), more: false }.encode();
+    bench.message(1, bench.header(Kind::SetView, 2), &body);
     bench.durable();
     assert_eq!((bench.answer(Kind::SetViewReply), bench.replica.spec().size), (Some(Status::Ok), size / 2));
-    grow(&mut bench, size);
+    let header = MessageHeader { offset: size, ..bench.header(Kind::Grow, 2) };
+    bench.message(1, header, &[]);
     assert_eq!(asked(&mut bench), Some((size / 2, size)), "what was there is nobody's, and becomes zeroes");
 }
 
