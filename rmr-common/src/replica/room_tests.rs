@@ -121,6 +121,8 @@ fn a_client_that_goes_while_room_is_made_leaves_the_room_and_no_view() {
 fn a_pool_becomes_smaller_only_with_a_later_attachment_that_does_not_know_of_its_size() {
     let mut bench = attached();
     let size = bench.replica.spec().size;
+    set(&mut bench, ViewStep::Amend, |_| {}, None);
+    bench.durable();
     set(&mut bench, ViewStep::Amend, |s| s.size = size / 2, None);
     assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::IllegalView));
     bench.attach(1, 2);
