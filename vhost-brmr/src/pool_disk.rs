@@ -77,6 +77,7 @@ impl PoolDisk {
     fn log_notices(&mut self) {
         let Some(driver) = &mut self.driver else { return };
         driver.take_notices(&mut self.notices);
+        let traffic = driver.traffic();
         let pool = self.spec.name.as_str();
         for notice in self.notices.drain(..) {
             match notice {
@@ -102,7 +103,7 @@ impl PoolDisk {
                 Notice::ReadError(member, offset, length) => {
                     tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
                 }
-                Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached"),
+                Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached; {traffic}"),
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }
         }

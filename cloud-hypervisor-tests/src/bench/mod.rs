@@ -7,6 +7,7 @@
 //! * [`processes`] — processor time, context switches and memory of the processes under load.
 //! * [`systems`] — starts and stops the systems that are compared.
 //! * [`compare`] — workloads, rounds, medians and bars of `make bench`.
+//! * [`resync`] — what `make bench-resync` measures: what a resync moves, how long it takes, what the guest notices.
 //! * [`size`] — sizes as people write them.
 //! * [`histogram`] — latencies with a bounded relative error.
 
@@ -17,6 +18,7 @@ pub mod load;
 pub mod processes;
 #[cfg(test)]
 mod ram_disk;
+pub mod resync;
 mod ring;
 pub mod size;
 mod sys;

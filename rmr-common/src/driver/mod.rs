@@ -5,6 +5,7 @@
 //! wake-up, which sends everything that was queued, one system call for each leg.
 
 mod pool;
+mod traffic;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::EventSet;
 
 pub use pool::{BlockingPool, Buffers, Pool, PoolError, discover};
+pub use traffic::Traffic;
 
 use crate::buffer::{Segment, gather};
 use crate::client::{
@@ -79,6 +81,7 @@ pub struct PoolDriver {
     /// Connections that are over, kept until the loop does not watch them any more.
     closing: Vec<TcpConnection>,
     leg_timeout: Duration,
+    traffic: Traffic,
     now: Time,
     /// `now` is of this wake-up.
     is_now: bool,
@@ -120,6 +123,7 @@ impl PoolDriver {
             changes,
             closing: Vec::new(),
             leg_timeout,
+            traffic: Traffic::default(),
             now: monotonic_now(),
             is_now: false,
         };
@@ -316,6 +320,12 @@ impl PoolDriver {
         self.client.status()
     }
 
+    /// Bytes that its connections carried so far.
+    #[must_use]
+    pub const fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
     fn connected(&mut self, mark: u64, result: Result<std::net::TcpStream, String>) {
         let index = usize::try_from(mark % MAX_LINKS as u64).unwrap_or(0);
         if self.attempts[index] != mark {
@@ -341,7 +351,14 @@ impl PoolDriver {
         let Some(wire) = &mut self.wires[index] else { return };
         let link = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
         let owed = &mut self.owed[index];
-        let mut sink = Sink { client: &mut self.client, requests: &self.requests, owed, link, now: self.now };
+        let mut sink = Sink {
+            client: &mut self.client,
+            requests: &self.requests,
+            owed,
+            traffic: &mut self.traffic,
+            link,
+            now: self.now,
+        };
         if let Err(error) = wire.connection.receive(&mut sink) {
             self.lost(index, &error.to_string());
         }
@@ -369,6 +386,7 @@ impl PoolDriver {
                 Output::Send(link, header, payload) => {
                     let Some(wire) = &mut self.wires[usize::from(link.0)] else { continue };
                     self.owed[usize::from(link.0)].sent(header.kind);
+                    self.traffic.sent(&header);
                     match payload {
                         Payload::None => wire.connection.queue(&header, None),
                         Payload::Body(body) => wire.connection.queue(&header, Some(body)),
@@ -423,6 +441,7 @@ struct Sink<'a> {
     client: &'a mut Client,
     requests: &'a [Request],
     owed: &'a mut Owed,
+    traffic: &'a mut Traffic,
     link: LinkId,
     now: Time,
 }
@@ -439,6 +458,7 @@ impl Receiver for Sink<'_> {
 
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
         self.owed.received(header);
+        self.traffic.received(header);
         self.client.apply(Event::Message(self.link, header, body), self.now);
     }
 }

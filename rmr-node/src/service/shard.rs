@@ -23,7 +23,7 @@ use rmr_common::time::Time;
 use rmr_common::transport::Connection;
 use rmr_common::transport::connect::Connector;
 use rmr_common::transport::tcp::TcpConnection;
-use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
+use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MessageHeader, Status};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -645,6 +645,9 @@ impl Shard {
         let body = (header.status == Status::Ok).then(|| data.encode(&bytes));
         header.payload = body.as_ref().map_or(0, |b| u32::try_from(b.len()).unwrap_or(u32::MAX));
         peer.wire.queue(&header, body);
+        if let Some(member) = self.members[index].as_mut() {
+            member.resync_sent += HEADER_SIZE as u64 + u64::from(header.payload);
+        }
         self.queue(id);
     }
 
