@@ -75,7 +75,6 @@ struct PullUnderWay {
 /// Pulled data on its way to disk.
 pub(super) struct Writing {
     chunk: Chunk,
-    blocks: Vec<Block>,
     first: u64,
     end: u64,
 }
@@ -395,16 +394,22 @@ impl Replica {
     }
 
     /// Writes those pulled blocks that are still stale and that no guest write is about to cover.
-    fn write_pulled(&mut self, pull: &PullUnderWay, reply: &PullReply, missed: &[Block]) {
+    fn write_pulled(&mut self, pull: &PullUnderWay, reply: &PullReply<'_>, missed: &[Block]) {
         let mut data = reply.data.chunks_exact(usize::try_from(BLOCK_SIZE).unwrap_or(4096));
-        let mut pieces: Vec<(Block, Option<&[u8]>)> = Vec::new();
-        let stale: BTreeSet<Block> =
-            self.maps.missed_in(self.member, pull.offset, pull.end - pull.offset).collect();
+        // An urgent pull and the sweep over its chunk may both bring a block.
+        let mut busy: Vec<(u64, u64)> = self.writes_under_way(pull.offset, pull.end);
+        let pulled = self.pulled_writes.values().map(|w| (w.first, w.end));
+        busy.extend(pulled.filter(|(first, end)| *first < pull.end && pull.offset < *end));
+        let is_busy = |block: Block| {
+            let (start, end) = (block.0 * BLOCK_SIZE, (block.0 + 1) * BLOCK_SIZE);
+            busy.iter().any(|(first, last)| *first < end && start < *last)
+        };
+        let stale = self.maps.dirty_blocks(self.member);
+        let is_stale = |block: Block| stale.is_some_and(|map| map.contains(block));
+        let mut pieces: Vec<(Block, Option<&[u8]>)> = Vec::with_capacity(missed.len());
         for (&block, (_, is_zero)) in missed.iter().zip(&reply.blocks) {
             let bytes = if *is_zero { None } else { data.next() };
-            // An urgent pull and the sweep over its chunk may both bring a block.
-            let is_on_its_way = self.pulled_writes.values().any(|w| w.blocks.contains(&block));
-            if stale.contains(&block) && !is_on_its_way && !self.is_being_written(block) {
+            if is_stale(block) && !is_busy(block) {
                 pieces.push((block, bytes));
             }
         }
@@ -415,8 +420,8 @@ impl Replica {
             for (first, count) in runs(&blocks) {
                 let (run, after) = rest.split_at(usize::try_from(count).unwrap_or(usize::MAX));
                 rest = after;
-                let bytes: Vec<u8> = run.iter().filter_map(|(_, b)| *b).flatten().copied().collect();
-                self.write_run(pull.chunk, first, count, bytes);
+                let pieces: Vec<&[u8]> = run.iter().filter_map(|(_, bytes)| *bytes).collect();
+                self.write_run(pull.chunk, first, count, pieces.concat());
             }
         }
     }
@@ -429,7 +434,6 @@ impl Replica {
         let length = u32::try_from(count * BLOCK_SIZE).unwrap_or(u32::MAX);
         let writing = Writing {
             chunk,
-            blocks: (first.0..first.0 + count).map(Block).collect(),
             first: offset,
             end: offset + u64::from(length),
         };
@@ -445,11 +449,13 @@ impl Replica {
     pub(super) fn pulled_written(&mut self, io: IoId, result: DiskResult) -> bool {
         let Some(writing) = self.pulled_writes.remove(&io) else { return false };
         if result == DiskResult::Done {
+            let blocks = writing.first / BLOCK_SIZE..writing.end / BLOCK_SIZE;
+            let count = blocks.end - blocks.start;
             if let Some(resync) = self.resync.as_mut() {
-                resync.blocks_pulled += writing.blocks.len() as u64;
+                resync.blocks_pulled += count;
             }
-            self.counters.pulled_in_blocks += writing.blocks.len() as u64;
-            for block in writing.blocks {
+            self.counters.pulled_in_blocks += count;
+            for block in blocks.map(Block) {
                 self.maps.clear(
                     ClearTarget::Block(self.member, block),
                     ClearReason::Pulled,

@@ -265,7 +265,7 @@ fn a_block_that_an_urgent_pull_and_the_sweep_bring_is_written_once() {
     bench.durable();
     let pulls = bench.take_sent(Kind::Pull);
     assert_eq!(pulls.iter().map(|p| p.length).collect::<Vec<_>>(), vec![65536, 4096]);
-    let reply = crate::wire::PullReply { blocks: vec![(0, false)], data: vec![7; 4096] }.encode();
+    let reply = crate::wire::PullReply::encode([(0, &[7; 4096][..])].into_iter());
     for pull in pulls {
         bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::Ok), &reply));
     }

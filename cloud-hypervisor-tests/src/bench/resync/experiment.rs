@@ -150,6 +150,60 @@ fn lose_and_return(stage: &mut Stage<'_>, disk: &mut Disk, bytes: u64, under_loa
     })
 }
 
+/// A resync while the guest writes elsewhere without a pause, which makes nothing of it unnecessary.
+#[derive(Clone, Debug, Serialize)]
+pub struct Elsewhere {
+    /// Bandwidth of 4 KiB random writes, 32 in flight, with both legs, before anything was lost.
+    pub healthy_mb_s: f64,
+    /// The same while the leg was brought up to date.
+    pub during_mb_s: f64,
+    /// How long that took.
+    pub sync_s: f64,
+    /// What the leg missed.
+    pub missed_bytes: u64,
+    /// Bytes from node to node.
+    pub moved_bytes: u64,
+}
+
+/// Measures it: `mb` are missed in the first half of a disk, and the guest writes to the second half.
+pub(super) fn elsewhere(lab: &Lab, mb: u64, say: &dyn Fn(&str)) -> Result<Elsewhere> {
+    let half = disk_mib_of(mb) << 20;
+    let mut stage = Stage::start(lab, half >> 19)?;
+    let mut disk = stage.attach()?;
+    say(&format!("{mb} MB missed in one half of a disk, the guest writes to the other"));
+    run(&mut disk, &LoadSpec::fill(2 * half))?;
+    let load = LoadSpec {
+        name: "elsewhere".into(),
+        pattern: Pattern::RandWrite,
+        block_size: BLOCK,
+        depth: 32,
+        ramp_ms: 0,
+        runtime_ms: 3000,
+        offset: half,
+        size: Some(half),
+        ..LoadSpec::default()
+    };
+    let healthy = run(&mut disk, &load)?;
+    stage.lose_b()?;
+    run(&mut disk, &sequential("missed", bytes_of(mb)))?;
+    let before = stage.look()?;
+    stage.return_b()?;
+    let begin = Instant::now();
+    let load = LoadSpec { runtime_ms: LONGEST_RUN_MS, ..load };
+    let (during, end) = load_until_clean(&stage, &mut disk, &load)?;
+    let moved_bytes = stage.look()?.resync_sent_bytes - before.resync_sent_bytes;
+    drop(disk);
+    stage.stop_daemon()?;
+    stage.assert_identical()?;
+    Ok(Elsewhere {
+        healthy_mb_s: healthy.mb_s,
+        during_mb_s: during.mb_s,
+        sync_s: (end - begin).as_secs_f64(),
+        missed_bytes: before.missed_blocks * u64::from(BLOCK),
+        moved_bytes,
+    })
+}
+
 /// Runs `load` again and again until member `b` is Clean, and no longer: its figures are those of the resync's time.
 pub(super) fn load_until_clean(
     stage: &Stage<'_>,
