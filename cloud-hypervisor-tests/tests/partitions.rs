@@ -70,9 +70,7 @@ impl Cuts<'_> {
     fn all(&self) -> Result<()> {
         self.pool.wait_for_level("safe", LIMIT)?;
         let both = |x: &'static str, y: &'static str| [(x, y), (y, x)];
-        self.named("too short to be noticed", || {
-            self.during(&both(HYPERVISOR, B), || rest(UNNOTICED))
-        })?;
+        self.named("too short to be noticed", || self.during(&both(HYPERVISOR, B), || rest(UNNOTICED)))?;
         for node in [B, A] {
             self.named(&format!("daemon and node {node}"), || {
                 self.during(&both(HYPERVISOR, node), || self.becomes("degraded"))
@@ -92,7 +90,9 @@ impl Cuts<'_> {
         })?;
         for cut in [&both(A, B)[..], &[(A, B)]] {
             self.named(&format!("a resync that cannot begin: {cut:?}"), || {
-                self.during(&both(HYPERVISOR, B), || self.becomes("degraded").and_then(|()| self.apply(cut)))?;
+                self.during(&both(HYPERVISOR, B), || {
+                    self.becomes("degraded").and_then(|()| self.apply(cut))
+                })?;
                 // The daemon reaches both nodes, and B no source.
                 thread::sleep(LOST);
                 ensure!(self.pool.level()? != "safe", "member B was made Clean without its source");

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use rmr_common::client::{Config, IoError, OverReason, PoolSelector};
 use rmr_common::driver::{Pool, PoolError};
 use rmr_common::pool::{
-    Address, ChunkSize, ClientId, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, Sequence, Slot, StoreId,
-    View, ViewNumber,
+    Address, ChunkSize, ClientId, Command as PoolCommand, CommandReply, Epoch, MemberId, MemberSpec, PoolId,
+    PoolSpec, Refusal, Sequence, Slot, StoreId, View, ViewNumber,
 };
+use rmr_common::transport::tls::{ClientTls, IdentityFiles};
 use rmr_common::wire::{
     Attach, FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Hello, HelloReply, Kind, MessageHeader, Role,
     Status, frame_crc,
@@ -147,7 +148,7 @@ fn create_pool(dir: &tempfile::TempDir, index: usize, port: u16) -> PoolSpec {
         size: POOL_SIZE,
         chunk_size: ChunkSize::default(),
         logical_block_size: 512,
-        members: vec![MemberSpec { id: member, store, address: Address::tcp("127.0.0.1", port) }],
+        members: vec![MemberSpec::new(member, store, Address::tcp("127.0.0.1", port))],
     };
     let options = CreateOptions {
         spec: spec.clone(),
@@ -971,4 +972,81 @@ fn nonsense_of_one_pools_clients_never_reaches_another_pool() {
     node.assert_running();
     assert!(!node.log().contains("panicked"), "{}", node.log());
     assert!(node.load(Duration::from_secs(1)) <= 5, "it is at rest when nobody asks for anything");
+}
+
+#[test]
+fn a_pool_is_served_over_tls_to_those_who_trust_the_node_and_whom_it_trusts() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let put = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).expect("a file");
+        path
+    };
+    let key = rcgen::KeyPair::generate().expect("a key");
+    // Its own authority: enough to be trusted by whoever was given the certificate.
+    let parameters = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a certificate");
+    let certificate = parameters.self_signed(&key).expect("a certificate");
+    let (certificate, key) = (put("own.pem", certificate.pem()), put("own.key", key.serialize_pem()));
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+    let address = format!("tls://127.0.0.1:{port}");
+    let text = |path: &PathBuf| path.display().to_string();
+    let (certificate_text, key_text) = (text(&certificate), text(&key));
+    let flags = ["--listen", &address, "--tls-certificate", &certificate_text, "--tls-key", &key_text];
+    let verify = ["--tls-authorities", &certificate_text, "--tls-verify-clients", "true"];
+    let node = Node::start(1, &[&flags[..], &verify[..]].concat());
+    let identity = IdentityFiles { certificate: certificate.clone(), key };
+    let connect = |identity: Option<&IdentityFiles>| {
+        let mut config = Node::config("over tls");
+        config.tls = Some(ClientTls::load(&certificate, identity).expect("certificates"));
+        let seeds = [address.parse().expect("an address")];
+        Pool::connect(config, PoolSelector::Id(node.pools[0].id), &seeds, Duration::from_secs(3))
+    };
+    let error = connect(None).map(drop).expect_err("a stranger comes in").to_string();
+    assert!(error.contains("within 3s"), "{error}");
+    let pool = connect(Some(&identity)).expect("the pool");
+    let data: Vec<u8> = (0..3 * MIB).map(|i| u8::try_from(i % 251).expect("small")).collect();
+    pool.blocking().write_at(&data, 4096).expect("a write");
+    pool.blocking().flush().expect("a flush");
+    let mut back = vec![0; data.len()];
+    pool.blocking().read_at(&mut back, 4096).expect("a read");
+    assert!(back == data, "what is read is what was written");
+}
+
+#[test]
+fn an_operators_command_from_another_node_reaches_the_client_and_its_answer_comes_back() {
+    let node = Node::start(1, &[]);
+    let command = PoolCommand::Grow { size: 1 << 30 };
+    let body = serde_json::to_vec(&command).expect("JSON");
+    let length = u32::try_from(body.len()).expect("short");
+    let mut other = Raw::greeted(&node, 0);
+    let mut ask = |sequence: u64| {
+        let header = MessageHeader { sequence: Sequence(sequence), ..other.header(Kind::Command, 0, length) };
+        other.send(&[(header, &body)]);
+        let (header, body) = other.receive();
+        assert_eq!((header.kind, header.sequence), (Kind::CommandReply, Sequence(sequence)));
+        serde_json::from_slice::<CommandReply>(&body).expect("a reply")
+    };
+    let reason = |reply| match reply {
+        CommandReply::Refused { reason, .. } => reason,
+        CommandReply::Done { .. } => panic!("it cannot be done"),
+    };
+    assert_eq!(reason(ask(7)), Refusal::NoCoordinator);
+
+    let mut holder = Raw::attached(&node, 0);
+    let answers = std::thread::spawn(move || {
+        let (given, body) = holder.receive();
+        assert_eq!(given.kind, Kind::Command);
+        assert_eq!(serde_json::from_slice::<PoolCommand>(&body).expect("a command"), command);
+        let reply = CommandReply::refused(Refusal::NoRoom, "not today");
+        let reply = serde_json::to_vec(&reply).expect("JSON");
+        let mut header = given.reply(Kind::CommandReply, Status::Ok);
+        header.payload = u32::try_from(reply.len()).expect("short");
+        holder.send(&[(header, &reply)]);
+        // The next one is not answered: the client goes away instead.
+        assert_eq!(holder.receive().0.kind, Kind::Command);
+    });
+    assert_eq!(ask(8), CommandReply::refused(Refusal::NoRoom, "not today"));
+    assert_eq!(reason(ask(9)), Refusal::CoordinatorLost);
+    answers.join().expect("the client");
+    assert_eq!(reason(ask(10)), Refusal::NoCoordinator);
 }

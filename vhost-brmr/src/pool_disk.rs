@@ -8,6 +8,7 @@ use rmr_common::client::{self, Config, IoError, Notice, OverReason, PoolSelector
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
+use rmr_common::transport::tls::ClientTls;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
@@ -25,6 +26,7 @@ const MAX_RANGES: u32 = 16;
 /// A pool as a disk. Its specification is learned at the start; the pool is claimed when a guest uses it.
 pub struct PoolDisk {
     config: Config,
+    /// As of the newest view that was seen: members may come and go, and the size may grow.
     spec: PoolSpec,
     seeds: Vec<Address>,
     driver: Option<PoolDriver>,
@@ -52,6 +54,10 @@ impl PoolDisk {
         config.force_from = pool.force_from;
         config.leg_timeout = pool.leg_timeout;
         config.suspend_timeout = pool.suspend_timeout;
+        if let Some(files) = &pool.tls {
+            config.tls = Some(ClientTls::load(&files.authorities, files.identity.as_ref())?);
+        }
+        config.read_error_limit = pool.read_error_limit;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
         let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
         anyhow::ensure!(
@@ -77,7 +83,14 @@ impl PoolDisk {
     fn log_notices(&mut self) {
         let Some(driver) = &mut self.driver else { return };
         driver.take_notices(&mut self.notices);
-        let traffic = driver.traffic();
+        let traffic = *driver.traffic();
+        let changed = |n: &Notice| matches!(n, Notice::Attached(_) | Notice::Committed(_));
+        if self.notices.iter().any(changed)
+            && let Some(spec) = driver.spec().filter(|spec| **spec != self.spec)
+        {
+            // The next attachment begins with what this one learned: members may have moved.
+            self.spec = spec.clone();
+        }
         let pool = self.spec.name.as_str();
         for notice in self.notices.drain(..) {
             match notice {
@@ -262,7 +275,7 @@ mod tests {
             size: 1 << 20,
             chunk_size: ChunkSize::default(),
             logical_block_size: 512,
-            members: vec![MemberSpec { id: member, store: StoreId::random(), address: address.clone() }],
+            members: vec![MemberSpec::new(member, StoreId::random(), address.clone())],
         };
         let mut config = Config::new(ClientId::random(), "a test");
         config.suspend_timeout = suspend_timeout;

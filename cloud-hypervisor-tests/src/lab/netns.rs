@@ -157,8 +157,17 @@ impl Network {
     fn set_neighbour(&self, from: &Host, to: &Host, hardware_address: &str) -> Result<()> {
         let to = to.address().to_string();
         ip(&[
-            "-n", &from.namespace, "neighbour", "replace", &to, "lladdr", hardware_address, "dev", "eth0",
-            "nud", "permanent",
+            "-n",
+            &from.namespace,
+            "neighbour",
+            "replace",
+            &to,
+            "lladdr",
+            hardware_address,
+            "dev",
+            "eth0",
+            "nud",
+            "permanent",
         ])
     }
 }
@@ -202,10 +211,8 @@ mod tests {
 
     fn reaches(from: &Host, to: &Host) -> Result<bool> {
         // A UDP packet to a port that nobody has is answered by ICMP, which a connected socket reports as refused.
-        let script = format!(
-            "exec 3<>/dev/udp/{}/9; echo x >&3; read -t 1 -u 3; [ $? -le 128 ]",
-            to.address()
-        );
+        let script =
+            format!("exec 3<>/dev/udp/{}/9; echo x >&3; read -t 1 -u 3; [ $? -le 128 ]", to.address());
         let status = from.command(Path::new("/bin/bash"))?.args(["-c", &script]).output()?.status;
         Ok(status.success())
     }

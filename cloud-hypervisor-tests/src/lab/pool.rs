@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::stores::{self, Area};
 use super::netns::command_on;
+use super::stores::{self, Area};
 use super::{Host, Lab, Node, Transport, programs, wait_until};
 
 /// Runs `rmrctl` against the node whose admin address is `admin`.

@@ -18,15 +18,16 @@ pub use traffic::Traffic;
 
 use crate::buffer::{Segment, gather};
 use crate::client::{
-    Client, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason, Payload,
-    PoolSelector, PoolStatus, Token,
+    Client, CommandToken, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason,
+    Payload, PoolSelector, PoolStatus, Token,
 };
 use crate::clock::monotonic_now;
-use crate::pool::{Address, PoolSpec};
+use crate::pool::{Address, Command, CommandReply, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
-use crate::transport::connect::Connector;
+use crate::transport::connect::{Connector, Dialled};
 use crate::transport::tcp::TcpConnection;
+use crate::transport::tls::ClientTls;
 use crate::transport::{Connection, Place, Receiver};
 use crate::wire::{Kind, MessageHeader};
 
@@ -36,24 +37,54 @@ struct Wire {
     watched: EventSet,
 }
 
+/// While requests come faster than this, a link that owes nothing is looked at only together with the others.
+const QUIET: Duration = Duration::from_millis(2);
+
 /// Answers that a link owes. Decides which links may wake the loop: see [`PoolDriver::watch_wires`].
 #[derive(Clone, Copy, Default)]
 struct Owed {
+    /// Answers to requests.
     answers: u32,
     /// Those of them that only this link will give.
     reads: u32,
+    /// Kinds of other messages that are not answered, as bits.
+    control: u64,
 }
 
 impl Owed {
-    const fn sent(&mut self, kind: Kind) {
-        self.answers += 1;
-        self.reads += matches!(kind, Kind::Read) as u32;
+    fn sent(&mut self, kind: Kind) {
+        if kind.is_request() {
+            self.answers += 1;
+            self.reads += u32::from(kind == Kind::Read);
+        } else if !matches!(kind, Kind::ClearDirty | Kind::Goodbye | Kind::CommandReply) {
+            self.control |= 1 << (kind as u16 % 64);
+        }
     }
 
     fn received(&mut self, header: &MessageHeader) {
-        self.answers = self.answers.saturating_sub(1);
-        let is_read = header.kind == Kind::IoReply && header.payload > 0;
-        self.reads = self.reads.saturating_sub(is_read.into());
+        match header.kind {
+            Kind::IoReply | Kind::FlushReply => {
+                self.answers = self.answers.saturating_sub(1);
+                let is_read = header.kind == Kind::IoReply && header.payload > 0;
+                self.reads = self.reads.saturating_sub(is_read.into());
+            }
+            // An answer has the code that follows that of its question. What nobody asked for follows none.
+            kind => self.control &= !(1 << ((kind as u16 - 1) % 64)),
+        }
+    }
+
+    /// Whether the link is to wake the loop. `led` is what the leading link owes; `is_watched` whether the link wakes the
+    /// loop now; `is_quiet` whether no request came or was answered of late.
+    const fn wakes(self, is_leading: bool, led: u32, is_watched: bool, is_quiet: bool) -> bool {
+        if self.control != 0 {
+            return true;
+        }
+        match self.answers {
+            // The next request would only change it back. But a node may say something unasked, and nobody else wakes the
+            // loop for it when no request comes.
+            0 => is_watched || is_quiet,
+            answers => is_leading || self.reads > 0 || answers > led,
+        }
     }
 }
 
@@ -76,12 +107,15 @@ pub struct PoolDriver {
     requests: Vec<Request>,
     free_requests: Vec<u32>,
     done: Vec<(Token, Result<(), IoError>)>,
+    replies: Vec<(CommandToken, CommandReply)>,
     notices: Vec<Notice>,
     changes: Vec<WatchChange>,
     /// Connections that are over, kept until the loop does not watch them any more.
     closing: Vec<TcpConnection>,
     leg_timeout: Duration,
     traffic: Traffic,
+    /// When a request was last sent or answered.
+    last_request: Time,
     now: Time,
     /// `now` is of this wake-up.
     is_now: bool,
@@ -93,8 +127,8 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
-        let leg_timeout = config.leg_timeout;
-        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout)
+        let (leg_timeout, tls) = (config.leg_timeout, config.tls.clone());
+        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout, tls)
     }
 
     /// Starts to attach to a pool whose specification is known from [`discover`].
@@ -102,12 +136,12 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
-        let leg_timeout = config.leg_timeout;
-        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout)
+        let (leg_timeout, tls) = (config.leg_timeout, config.tls.clone());
+        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout, tls)
     }
 
-    fn start(client: Client, leg_timeout: Duration) -> io::Result<Self> {
-        let connector = Connector::new(leg_timeout)?;
+    fn start(client: Client, leg_timeout: Duration, tls: Option<ClientTls>) -> io::Result<Self> {
+        let connector = Connector::new(leg_timeout, tls)?;
         let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
         let mut driver = Self {
             client,
@@ -119,11 +153,13 @@ impl PoolDriver {
             requests: Vec::new(),
             free_requests: Vec::new(),
             done: Vec::new(),
+            replies: Vec::new(),
             notices: Vec::new(),
             changes,
             closing: Vec::new(),
             leg_timeout,
             traffic: Traffic::default(),
+            last_request: Time(0),
             now: monotonic_now(),
             is_now: false,
         };
@@ -163,6 +199,19 @@ impl PoolDriver {
     #[must_use]
     pub fn has_completions(&self) -> bool {
         !self.done.is_empty()
+    }
+
+    /// Takes in an operator's command: this client is the coordinator. It is answered once, in
+    /// [`PoolDriver::take_replies`].
+    pub fn command(&mut self, token: CommandToken, command: Command) {
+        self.look_at_clock();
+        self.client.command(token, command, self.now);
+        self.carry_out();
+    }
+
+    /// Moves the answers to commands to `replies`.
+    pub fn take_replies(&mut self, replies: &mut Vec<(CommandToken, CommandReply)>) {
+        replies.append(&mut self.replies);
     }
 
     /// Moves what operators want to know to `notices`.
@@ -230,21 +279,19 @@ impl PoolDriver {
     /// Lets as few links wake the loop as will do. A write is complete when every leg answered it, so a wake-up for the
     /// first answer is wasted: only the leading link is watched, which is the one that was last to answer of late, and
     /// the others are looked at when it has something. A link is watched by itself while it owes a read, or more answers
-    /// than the leading one. The end of any connection is always noticed.
+    /// than the leading one, or an answer to something else than a request. The end of any connection is always noticed.
     fn watch_wires(&mut self) {
         let most = (0..MAX_LINKS).max_by_key(|&i| (self.owed[i].answers, i == self.leading)).unwrap_or(0);
         if self.owed[most].answers > self.owed[self.leading].answers {
             self.leading = most;
         }
         let led = self.owed[self.leading].answers;
+        let is_quiet = self.now - self.last_request >= QUIET;
         for (index, wire) in self.wires.iter_mut().enumerate() {
             let Some(wire) = wire else { continue };
             let owed = self.owed[index];
-            // A link that owes nothing stays as it is: the next request would only change it back.
-            let watches = match owed.answers {
-                0 => wire.watched.contains(EventSet::IN),
-                answers => index == self.leading || owed.reads > 0 || answers > led,
-            };
+            let is_watched = wire.watched.contains(EventSet::IN);
+            let watches = owed.wakes(index == self.leading, led, is_watched, is_quiet);
             let mut set = EventSet::READ_HANG_UP;
             set.set(EventSet::IN, watches);
             set.set(EventSet::OUT, wire.connection.wants_to_send());
@@ -265,7 +312,15 @@ impl PoolDriver {
     /// How long the loop may wait before it calls [`PoolDriver::upkeep`] again.
     #[must_use]
     pub fn timeout(&self) -> Duration {
-        self.client.deadline() - monotonic_now()
+        let now = monotonic_now();
+        // Once it is quiet, links that owe nothing are watched again.
+        let is_deaf = |(wire, owed): (&Option<Wire>, &Owed)| {
+            owed.answers == 0 && wire.as_ref().is_some_and(|w| !w.watched.contains(EventSet::IN))
+        };
+        let deadline = self.client.deadline();
+        let has_deaf = self.wires.iter().zip(&self.owed).any(is_deaf);
+        let due = if has_deaf { deadline.min(self.last_request + QUIET) } else { deadline };
+        due - now
     }
 
     /// Leaves the pool in good order; [`PoolDriver::over`] tells when that is done.
@@ -326,15 +381,13 @@ impl PoolDriver {
         &self.traffic
     }
 
-    fn connected(&mut self, mark: u64, result: Result<std::net::TcpStream, String>) {
+    fn connected(&mut self, mark: u64, result: Result<Dialled, String>) {
         let index = usize::try_from(mark % MAX_LINKS as u64).unwrap_or(0);
         if self.attempts[index] != mark {
             return; // The link was given up meanwhile; the stream closes itself.
         }
         let id = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
-        let connection =
-            result.and_then(|stream| TcpConnection::new(stream, self.leg_timeout).map_err(|e| e.to_string()));
-        match connection {
+        match result.and_then(|dialled| dialled.into_connection(self.leg_timeout)) {
             Ok(connection) => {
                 let Some(descriptor) = connection.descriptor() else { return };
                 let watched = EventSet::IN | EventSet::READ_HANG_UP;
@@ -359,7 +412,12 @@ impl PoolDriver {
             link,
             now: self.now,
         };
-        if let Err(error) = wire.connection.receive(&mut sink) {
+        let owed_before = sink.owed.answers;
+        let received = wire.connection.receive(&mut sink);
+        if self.owed[index].answers != owed_before {
+            self.last_request = self.now;
+        }
+        if let Err(error) = received {
             self.lost(index, &error.to_string());
         }
     }
@@ -387,6 +445,9 @@ impl PoolDriver {
                     let Some(wire) = &mut self.wires[usize::from(link.0)] else { continue };
                     self.owed[usize::from(link.0)].sent(header.kind);
                     self.traffic.sent(&header);
+                    if header.kind.is_request() {
+                        self.last_request = self.now;
+                    }
                     match payload {
                         Payload::None => wire.connection.queue(&header, None),
                         Payload::Body(body) => wire.connection.queue(&header, Some(body)),
@@ -400,6 +461,7 @@ impl PoolDriver {
                     }
                 }
                 Output::Complete(token, result) => self.complete(token, result),
+                Output::CommandDone(token, reply) => self.replies.push((token, reply)),
                 Output::Connect(link, address) => {
                     let index = usize::from(link.0);
                     let attempt = &mut self.attempts[index];
@@ -467,6 +529,46 @@ impl Receiver for Sink<'_> {
 mod tests {
     use super::*;
     use crate::pool::{ClientId, PoolId};
+
+    fn header(kind: Kind) -> MessageHeader {
+        MessageHeader::new(kind, PoolId::random())
+    }
+
+    #[test]
+    fn a_link_wakes_the_loop_for_what_no_other_link_will_say() {
+        let write = |owed: &mut Owed| owed.sent(Kind::Write);
+        let mut owed = Owed::default();
+        write(&mut owed);
+        assert!(owed.wakes(true, 1, false, false) && !owed.wakes(false, 1, true, false));
+        write(&mut owed);
+        assert!(owed.wakes(false, 1, false, false), "it owes more than the leading one");
+        owed.received(&header(Kind::IoReply));
+        owed.received(&header(Kind::IoReply));
+        assert!(!owed.wakes(false, 0, false, false) && owed.wakes(false, 0, true, false));
+        assert!(owed.wakes(false, 0, false, true), "nothing else wakes the loop for what it may say unasked");
+        owed.sent(Kind::SetView);
+        assert!(owed.wakes(false, 9, false, false));
+        owed.received(&header(Kind::SetViewReply));
+        assert!(!owed.wakes(false, 9, false, false));
+    }
+
+    #[test]
+    fn messages_that_are_not_answered_or_not_asked_for_change_nothing_of_what_is_owed() {
+        let mut owed = Owed::default();
+        owed.sent(Kind::Write);
+        for kind in [Kind::ClearDirty, Kind::Goodbye, Kind::CommandReply] {
+            owed.sent(kind);
+        }
+        for kind in [Kind::ChunksDone, Kind::Goodbye, Kind::Command, Kind::SourceFailed] {
+            owed.received(&header(kind));
+        }
+        assert!((owed.answers, owed.control) == (1, 0), "{} {}", owed.answers, owed.control);
+        // A view in several parts is answered once.
+        owed.sent(Kind::SetView);
+        owed.sent(Kind::SetView);
+        owed.received(&header(Kind::SetViewReply));
+        assert!((owed.answers, owed.control) == (1, 0), "{} {}", owed.answers, owed.control);
+    }
 
     #[test]
     fn a_request_is_timed_from_when_it_was_made_and_not_from_the_last_wake_up() {

@@ -5,7 +5,7 @@ use super::{
 };
 use crate::map::{ClearReason, ClearTarget};
 use crate::pool::{Chunk, Epoch, MemberState, Sequence, View, ViewNumber};
-use crate::wire::{Attach, AttachReply, ChunkList, Kind, MessageHeader, SetView, Status};
+use crate::wire::{Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
 pub(super) struct PendingAttach {
@@ -59,6 +59,8 @@ impl Replica {
             Kind::ClearDirty => self.clear_dirty(connection, header, body),
             Kind::PullMap => self.pull_map(connection, header),
             Kind::Pull => self.pull(connection, header),
+            Kind::CommandReply => self.command_reply(connection, header, body),
+            Kind::Grow => self.make_room(connection, header),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_watermark(header.watermark);
@@ -122,6 +124,7 @@ impl Replica {
         if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection) {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
+        self.lose_commands("another client attached");
         self.epoch = header.epoch;
         self.session += 1;
         self.set_view = None;
@@ -197,7 +200,14 @@ impl Replica {
             let text = b"its metadata cannot be written".to_vec();
             return self.answer(connection, &header, Kind::AttachReply, Status::IoError, text);
         }
-        let slots = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
+        let mut slots: Vec<_> = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
+        slots.extend(&self.failed_writes);
+        if slots.len() > usize::from(MAX_SLOTS) {
+            // More than can be told: as if nothing were known, but for how far the sequences have come.
+            slots.sort_unstable_by_key(|s| std::cmp::Reverse(s.sequence));
+            slots.truncate(MAX_SLOTS.into());
+            self.tables_lost = true;
+        }
         let reply = AttachReply {
             view: self.view.clone(),
             last_client: self.previous_client,
@@ -442,6 +452,7 @@ impl Replica {
     pub(super) fn detach_durable(&mut self, epoch: Epoch) {
         let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
+        self.lose_commands("the client detached");
         self.drop_resync();
         // A client that gave a write up does not leave in good order: members may differ in it.
         self.clean_detach = self.maps.intent().count() == 0;
@@ -458,6 +469,7 @@ impl Replica {
         self.attach = None;
         self.set_view = None;
         self.detach = None;
+        self.lose_commands("the client is gone");
         self.notice(Notice::ClientLost(self.epoch, who));
         self.session += 1;
         self.drop_resync();

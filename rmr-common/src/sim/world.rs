@@ -250,10 +250,9 @@ impl<'a> World<'a> {
             _ => 8,
         };
         let size = rng.range(1, 4) << 20;
-        let member = |i: u8| MemberSpec {
-            id: MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members")),
-            store: StoreId::from_bytes([i + 1; 16]),
-            address: Address::tcp(format!("node-{i}"), 7700),
+        let member = |i: u8| {
+            let id = MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members"));
+            MemberSpec::new(id, StoreId::from_bytes([i + 1; 16]), Address::tcp(format!("node-{i}"), 7700))
         };
         let spec = PoolSpec {
             id: PoolId::from_bytes([0xaa; 16]),
@@ -265,7 +264,8 @@ impl<'a> World<'a> {
         };
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
         let all_write_back = rng.percent(40);
-        let state = DurableState { view: view.clone(), epoch: Epoch(0), last_client: None };
+        let state =
+            DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None };
         let nodes: Vec<_> = spec
             .members
             .iter()
@@ -278,6 +278,7 @@ impl<'a> World<'a> {
         client.attach_grace = milliseconds(&mut rng, &[0, 50, 500]);
         client.reconnect_interval = milliseconds(&mut rng, &[10, 50, 300]);
         client.ping_interval = milliseconds(&mut rng, &[50, 200, 1000]);
+        client.read_error_limit = u32::try_from(rng.pick(&[0, 1, 16])).unwrap_or(1);
         let max_io = rng.pick(&[4096, 16384, 65536, 262_144, 1 << 20]);
         let limits =
             Limits { max_io, slots: rng.pick(&[2, 8, 32, 256]), max_bytes: max_io * rng.pick(&[1, 2, 8]) };
@@ -378,7 +379,11 @@ impl<'a> World<'a> {
             Event::Connected { host, link, node } => self.connected(host, link, node)?,
             Event::DiskEffect { node, life, io } if self.nodes[node].life == life => {
                 let (step, rng) = (self.step, &mut self.rng);
+                let healed = self.nodes[node].disk.healed;
                 let found = self.nodes[node].disk.apply(io, step, rng);
+                if self.nodes[node].disk.healed > healed {
+                    self.coverage.hit("unreadable block healed by a resync");
+                }
                 if !found.is_empty() {
                     self.nodes[node].reads.insert(io, found);
                 }
@@ -511,6 +516,7 @@ impl<'a> World<'a> {
                         self.node_closes(connection.0 as usize);
                     }
                 }
+                replica::Output::Grow { .. } | replica::Output::CommandDone(..) => {}
                 replica::Output::Notice(notice) => {
                     trace!(self, "node {node}: {notice:?}");
                     self.node_notice(node, &notice);
@@ -587,7 +593,8 @@ impl<'a> World<'a> {
         } else {
             self.check_disk(index, operation, offset, length)?;
         }
-        let is_bad = self.rng.percent(self.nodes[index].disk_errors);
+        let is_unreadable = operation == DiskOperation::Read && self.nodes[index].disk.is_bad(offset, length);
+        let is_bad = self.rng.percent(self.nodes[index].disk_errors) || is_unreadable;
         let no_space = self.rng.percent(30) && !matches!(operation, DiskOperation::Read);
         let result = match (is_bad, no_space) {
             (false, _) => DiskResult::Done,
@@ -919,6 +926,7 @@ impl<'a> World<'a> {
                     self.client_sends(host, link, header, payload)?;
                 }
                 client::Output::Complete(token, result) => self.complete(host, token, result)?,
+                client::Output::CommandDone(..) => {}
                 client::Output::Notice(notice) => {
                     trace!(self, "client {host}: {notice:?}");
                     self.client_notice(host, notice)?;

@@ -53,6 +53,8 @@ pub enum Kind {
     Discard = 19,
     /// Make `length` bytes at `offset` read as zeroes.
     WriteZeroes = 20,
+    /// A Syncing member tells the coordinator that it cannot get what it misses from its source.
+    SourceFailed = 21,
     /// A stale member asks its source for a page of a dirty map.
     PullMap = 24,
     /// Answer to [`Kind::PullMap`].
@@ -65,6 +67,15 @@ pub enum Kind {
     IoReply = 32,
     /// Answer to [`Kind::Flush`].
     FlushReply = 33,
+    /// A node passes an operator's command to the client that is attached; the body is the JSON of a
+    /// [`crate::pool::Command`].
+    Command = 40,
+    /// Answer to [`Kind::Command`], from the client; the body is the JSON of a [`crate::pool::CommandReply`].
+    CommandReply = 41,
+    /// The coordinator asks whether the member can hold a pool of `offset` bytes, and to make room for it.
+    Grow = 42,
+    /// Answer to [`Kind::Grow`]: there is room, and it reads as zeroes.
+    GrowReply = 43,
 }
 
 impl Kind {
@@ -92,12 +103,17 @@ impl Kind {
             18 => Self::Flush,
             19 => Self::Discard,
             20 => Self::WriteZeroes,
+            21 => Self::SourceFailed,
             24 => Self::PullMap,
             25 => Self::PullMapReply,
             26 => Self::Pull,
             27 => Self::PullReply,
             32 => Self::IoReply,
             33 => Self::FlushReply,
+            40 => Self::Command,
+            41 => Self::CommandReply,
+            42 => Self::Grow,
+            43 => Self::GrowReply,
             _ => return None,
         })
     }

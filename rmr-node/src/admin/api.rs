@@ -106,6 +106,17 @@ pub struct PoolStatus {
     pub latency: Option<LatencySummary>,
     /// The resync that brings this member up to date, where one is needed.
     pub resync: Option<ResyncStatus>,
+    /// The size up to which the pool can grow in this store.
+    #[serde(default)]
+    pub max_size_bytes: Option<u64>,
+}
+
+impl PoolStatus {
+    /// Whether the store was made for a member that has not joined the pool: it has seen no view yet.
+    #[must_use]
+    pub const fn is_prepared(&self) -> bool {
+        self.view.number.0 == 0
+    }
 }
 
 /// Whether a store works.
@@ -216,6 +227,8 @@ pub struct IoCounters {
     pub flushes: u64,
     /// Requests that were answered with an error.
     pub errors: u64,
+    /// Reads that the disk failed, those for other members' resync included.
+    pub read_errors: u64,
     /// Requests taken and not answered yet.
     pub in_flight: u64,
     /// Bytes of answers to members that are brought up to date from here: data, and the lists of what it is.
@@ -403,7 +416,7 @@ impl From<StoreError> for ControlError {
         let code = match &error {
             StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
             StoreError::Busy { .. } => ErrorCode::InUse,
-            StoreError::TooSmall { .. } => ErrorCode::NoSpace,
+            StoreError::TooSmall { .. } | StoreError::NoMapRoom { .. } => ErrorCode::NoSpace,
             StoreError::Io { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorCode::NoSpace,
                 io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => ErrorCode::Invalid,

@@ -3,10 +3,14 @@
 //! Each command gives an [`Outcome`], the same facts as text and as JSON; only [`run`] prints.
 
 pub mod assess;
+mod change;
+pub mod change_args;
+mod coordinate;
 pub mod format;
 pub mod http;
 mod pool;
 mod status;
+mod sync;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -15,12 +19,17 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use rmr_common::pool::TransportKind;
+use rmr_common::transport::tls::{ClientTls, IdentityFiles};
 use serde_json::{Value, json};
 use thiserror::Error;
 use tokio::task::JoinSet;
 
 use crate::admin::api::{NodeInfo, PoolKey, PoolList, PoolStatus};
 use crate::store::ByteSize;
+use change_args::{
+    AddMemberArgs, ForceFromArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs,
+    ResyncArgs,
+};
 use http::{CallError, Client, NodeAddress};
 
 /// Exit code of a command that failed.
@@ -55,7 +64,20 @@ Examples:
 Name every node that holds a member: a pool is SAFE only when all its copies were seen.
 Exit codes: 0 every copy current, 3 degraded, 4 suspended or unknown (the worst pool counts)";
 
-/// Creates, shows and deletes replicated disks on storage nodes.
+const ADD_EXAMPLES: &str = "\
+Examples:
+  rmrctl --node node-a pool add-member vm-1 --member node-c --wait
+  rmrctl --node node-a pool add-member vm-1 --member node-c=/dev/vdb
+
+Run the same command again after a failure: what is done is not done twice.";
+
+const REPLACE_EXAMPLES: &str = "\
+Examples:
+  rmrctl --node node-a pool replace vm-1 1 --member node-b=/dev/vdc --wait
+
+Run the same command again after a failure: what is done is not done twice.";
+
+/// Creates, changes, shows and deletes replicated disks on storage nodes.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "rmrctl", version, after_help = EXAMPLES, propagate_version = true)]
 pub struct Cli {
@@ -68,15 +90,45 @@ pub struct Cli {
     /// Longest wait for an answer of a node, in seconds
     #[arg(long, value_name = "SECONDS", global = true, default_value = "10", value_parser = parse_timeout, help_heading = GLOBAL)]
     pub timeout: Duration,
+    /// Authorities, in PEM form, to trust on tls:// addresses, where a command attaches to a pool itself
+    #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_AUTHORITIES", help_heading = GLOBAL)]
+    pub tls_authorities: Option<PathBuf>,
+    /// Certificate to show to nodes that ask for one, in PEM form
+    #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_CERTIFICATE", help_heading = GLOBAL)]
+    pub tls_certificate: Option<PathBuf>,
+    /// Private key of the certificate, in PEM form
+    #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_KEY", help_heading = GLOBAL)]
+    pub tls_key: Option<PathBuf>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
+impl Cli {
+    fn tls(&self) -> Result<Option<ClientTls>, CtlError> {
+        let identity = match (&self.tls_certificate, &self.tls_key) {
+            (Some(certificate), Some(key)) => {
+                Some(IdentityFiles { certificate: certificate.clone(), key: key.clone() })
+            }
+            (None, None) => None,
+            _ => return Err(CtlError::failed("expected --tls-certificate and --tls-key, found one of them")),
+        };
+        match &self.tls_authorities {
+            Some(path) => ClientTls::load(path, identity.as_ref())
+                .map(Some)
+                .map_err(|e| CtlError::failed(e.to_string())),
+            None if identity.is_some() => {
+                Err(CtlError::failed("expected --tls-authorities beside --tls-certificate"))
+            }
+            None => Ok(None),
+        }
+    }
+}
+
 /// The commands.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Create, show, list and delete pools
+    /// Create, show, list, change and delete pools
     #[command(subcommand)]
     Pool(PoolCommand),
     /// Is the data safe, and how long until it is
@@ -103,6 +155,24 @@ pub enum PoolCommand {
     },
     /// Delete a pool and all its data
     Delete(DeleteArgs),
+    /// Add a copy, while the pool is in use
+    #[command(after_help = ADD_EXAMPLES)]
+    AddMember(AddMemberArgs),
+    /// Remove a copy, while the pool is in use
+    RemoveMember(RemoveMemberArgs),
+    /// Give a member a new, empty store: its disk or its node was lost, or is exchanged
+    #[command(after_help = REPLACE_EXAMPLES)]
+    Replace(ReplaceArgs),
+    /// Move a copy to another node: add it there, wait until it is current, remove the old one
+    Move(MoveArgs),
+    /// Take a member out by plan, so that its node can be stopped, or bring it back in
+    Maintenance(MaintenanceArgs),
+    /// Make a pool larger, while it is in use
+    Grow(GrowArgs),
+    /// Go on with one member although others may have newer data, which is lost then
+    ForceFrom(ForceFromArgs),
+    /// Wait until every copy is current. Without a guest, rmrctl holds the pool meanwhile, so that it is brought up to date
+    Resync(ResyncArgs),
 }
 
 /// Arguments of `pool create`.
@@ -144,6 +214,8 @@ pub struct CreateArgs {
 pub enum TransportArg {
     /// TCP.
     Tcp,
+    /// TLS over TCP.
+    Tls,
     /// RDMA verbs.
     Rdma,
 }
@@ -152,6 +224,7 @@ impl From<TransportArg> for TransportKind {
     fn from(arg: TransportArg) -> Self {
         match arg {
             TransportArg::Tcp => Self::Tcp,
+            TransportArg::Tls => Self::Tls,
             TransportArg::Rdma => Self::Rdma,
         }
     }
@@ -339,12 +412,21 @@ fn colour_levels(text: &str) -> String {
 /// # Errors
 /// When it could not be carried out.
 pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
-    let context = Context { client: Client { timeout: cli.timeout }, given: cli.nodes.clone() };
+    let client = Client { timeout: cli.timeout };
+    let context = Context { client, given: cli.nodes.clone(), json: cli.json, tls: cli.tls()? };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,
         Command::Pool(PoolCommand::List) => pool::list(&context).await,
         Command::Pool(PoolCommand::Show { pool }) => pool::show(&context, pool).await,
         Command::Pool(PoolCommand::Delete(args)) => pool::delete(&context, args).await,
+        Command::Pool(PoolCommand::AddMember(args)) => change::add(&context, args).await,
+        Command::Pool(PoolCommand::RemoveMember(args)) => change::remove(&context, args).await,
+        Command::Pool(PoolCommand::Replace(args)) => change::replace(&context, args).await,
+        Command::Pool(PoolCommand::Move(args)) => change::move_member(&context, args).await,
+        Command::Pool(PoolCommand::Maintenance(args)) => change::maintenance(&context, args).await,
+        Command::Pool(PoolCommand::Grow(args)) => change::grow(&context, args).await,
+        Command::Pool(PoolCommand::ForceFrom(args)) => sync::force_from(&context, args).await,
+        Command::Pool(PoolCommand::Resync(args)) => sync::resync(&context, args).await,
         Command::Status(args) => status::status(&context, args.pool.as_ref()).await,
         Command::Node(NodeCommand::Show) => show_nodes(&context).await,
     }
@@ -355,6 +437,10 @@ struct Context {
     client: Client,
     /// Nodes named on the command line or in the environment; may be empty.
     given: Vec<NodeAddress>,
+    /// Print JSON for programs.
+    json: bool,
+    /// How `tls://` addresses are reached.
+    tls: Option<ClientTls>,
 }
 
 impl Context {
@@ -513,5 +599,7 @@ async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
     Ok(Outcome { text: table.print(0), json: json!({ "nodes": nodes }), warnings, exit })
 }
 
+#[cfg(test)]
+mod change_tests;
 #[cfg(test)]
 mod tests;

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use rmr_common::map::{ChunkMap, MapId, MemberMaps};
 use rmr_common::pool::{BLOCK_SIZE, MemberState, PoolId};
 use rmr_common::replica::{
-    Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica, ReplicaStatus,
-    ResyncLimits, Ticket,
+    CommandId, Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica,
+    ReplicaStatus, ResyncLimits, Ticket,
 };
 use rmr_common::time::Time;
 use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 
 use super::Shared;
+use super::command::Asker;
 use super::source_link::SourceLink;
 use crate::admin::api::{
     ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus, ResyncState,
@@ -64,6 +65,10 @@ pub(super) struct Member {
     pub(super) resync_received: u64,
     /// Pages of metadata that were written.
     metadata_pages: u64,
+    /// Operators' commands that are not answered.
+    pub(super) commands: Vec<(CommandId, Asker)>,
+    /// A thread makes room in the store.
+    pub(super) makes_room: bool,
 }
 
 /// Data from another member that is to be written.
@@ -113,6 +118,7 @@ impl Member {
         };
         let state = DurableState {
             view: superblock.view.clone(),
+            spec: spec.clone(),
             epoch: superblock.epoch,
             last_client: superblock.client.as_ref().map(|c| LastClient {
                 client: c.id,
@@ -120,7 +126,7 @@ impl Member {
                 attached: c.attached,
             }),
         };
-        let replica = Replica::new(config, spec, superblock.member, state, maps);
+        let replica = Replica::new(config, superblock.member, state, maps);
         let writer = store.metadata_writer();
         Self {
             replica,
@@ -143,6 +149,8 @@ impl Member {
             resync_sent: 0,
             resync_received: 0,
             metadata_pages: 0,
+            commands: Vec::new(),
+            makes_room: false,
         }
     }
 
@@ -175,6 +183,7 @@ impl Member {
             Metadata::State(state) => {
                 let mut superblock = self.writer.superblock().clone();
                 superblock.view = state.view.clone();
+                superblock.spec = state.spec.clone();
                 superblock.epoch = state.epoch;
                 superblock.client = state.last_client.as_ref().map(|c| ClientRecord {
                     id: c.client,
@@ -382,6 +391,7 @@ impl Member {
                 zeroes: counters.zeroes,
                 flushes: counters.flushes,
                 errors: counters.errors,
+                read_errors: counters.read_errors,
                 in_flight: status.in_flight as u64,
                 resync_sent_bytes: self.resync_sent,
                 resync_received_bytes: self.resync_received,
@@ -390,6 +400,7 @@ impl Member {
             },
             latency: None,
             resync,
+            max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
         }
     }
 }

@@ -1,11 +1,12 @@
 //! What a resync moves, compared with what was missed, for several kinds of writes, with an idle guest; and what of that
 //! goes over the hypervisor's connections.
 
+use std::any::Any;
+
 use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use super::stage::{Stage, run};
-use crate::bench::disk::Disk;
 use crate::bench::load::{LoadSpec, Pattern};
 use crate::lab::{FrontendBuilder, Lab, Status};
 
@@ -92,16 +93,14 @@ fn measure_one(
     kills_holder: bool,
 ) -> Result<Case> {
     // Attached all the while: a daemon without a guest leaves the pool, and the member would not rejoin.
-    let missed_bytes;
-    let guest: Guest;
-    match missed {
+    let guest: Box<dyn Any> = match missed {
         Missed::Loads(loads) => {
             let mut disk = stage.attach()?;
             stage.lose_b()?;
             for load in loads {
                 run(&mut disk, load)?;
             }
-            guest = Guest::Disk(disk);
+            Box::new(disk)
         }
         Missed::Zeroes => {
             let mut front_end = FrontendBuilder::new(stage.daemon.socket()).connect()?;
@@ -117,11 +116,11 @@ fn measure_one(
                 };
                 ensure!(status == Status::Ok, "a range of zeroes ended with {status:?}");
             }
-            guest = Guest::FrontEnd(front_end);
+            Box::new(front_end)
         }
-    }
+    };
     let look = stage.look()?;
-    missed_bytes = look.missed_blocks * BLOCK;
+    let missed_bytes = look.missed_blocks * BLOCK;
     ensure!(missed_bytes > 0, "{what}: nothing was missed");
     let chunk_bytes = look.missed_chunks * look.chunk_bytes;
     let mut sent_before = look.resync_sent_bytes;
@@ -146,12 +145,6 @@ fn measure_one(
     };
     drop(guest);
     Ok(case)
-}
-
-/// Keeps the daemon's pool attached.
-enum Guest {
-    Disk(#[expect(dead_code, reason = "held for its connection")] Disk),
-    FrontEnd(#[expect(dead_code, reason = "held for its connection")] crate::lab::Frontend),
 }
 
 fn load(pattern: Pattern, block_size: u32, count: u64, seed: u64) -> LoadSpec {

@@ -8,8 +8,8 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use serde::Serialize;
 
-use super::stage::{ClientTraffic, DEPTH, Stage, run, run_until};
 use super::median;
+use super::stage::{ClientTraffic, DEPTH, Stage, run, run_until};
 use crate::bench::disk::Disk;
 use crate::bench::load::{LoadSpec, Pattern, Report};
 use crate::lab::Lab;

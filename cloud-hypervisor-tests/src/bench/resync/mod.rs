@@ -149,8 +149,7 @@ pub fn measure(plan: &Plan, say: &dyn Fn(&str)) -> Result<Outcome> {
     let fabric = lab::Fabric::from_environment()?;
     if plan.has(Part::Amplification) {
         say("amplification");
-        outcome.amplification =
-            lab::run_on(fabric, "amplification", |lab| amplification::measure(lab, say))?;
+        outcome.amplification = lab::run_on(fabric, "amplification", |lab| amplification::measure(lab, say))?;
     }
     if plan.has(Part::Experiment) {
         let largest = plan.sizes_mb.iter().copied().max().unwrap_or(0);

@@ -46,12 +46,17 @@ impl Outcome {
                 [("one leg down, as published", run.initial_mb_s), ("both legs up", run.healthy_mb_s)]
             {
                 let kept = run.during_mb_s / figure.max(f64::MIN_POSITIVE);
-                let text = format!("{gb} GB: guest keeps at least {KEPT} of its bandwidth before ({before}), found {kept:.2}");
+                let text = format!(
+                    "{gb} GB: guest keeps at least {KEPT} of its bandwidth before ({before}), found {kept:.2}"
+                );
                 bar(kept >= KEPT, text);
             }
             bar(
                 run.client_resync_bytes == 0,
-                format!("{gb} GB: no byte of resync through the hypervisor, found {}", run.client_resync_bytes),
+                format!(
+                    "{gb} GB: no byte of resync through the hypervisor, found {}",
+                    run.client_resync_bytes
+                ),
             );
         }
         let find = |gb: f64| self.runs.iter().find(|run| (run.gb - gb).abs() < 1e-9);
@@ -65,8 +70,9 @@ impl Outcome {
         if let (Some(small), Some(large)) = (self.runs.first(), &self.larger_disk) {
             for (how, time) in TIMES {
                 let ratio = time(large) / time(small).max(f64::MIN_POSITIVE);
-                let text =
-                    format!("the same data on a disk 4 times as large takes as long within 10 %, {how}: found {ratio:.2}");
+                let text = format!(
+                    "the same data on a disk 4 times as large takes as long within 10 %, {how}: found {ratio:.2}"
+                );
                 bar((ratio - 1.0).abs() <= INDEPENDENT, text);
             }
         }
@@ -101,7 +107,10 @@ impl Outcome {
         if self.amplification.is_empty() {
             return;
         }
-        line(text, "\nmissed                                     missed MiB  written MiB  moved MiB  moved/missed  daemon KiB");
+        line(
+            text,
+            "\nmissed                                     missed MiB  written MiB  moved MiB  moved/missed  daemon KiB",
+        );
         for case in &self.amplification {
             let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
             line(
@@ -172,9 +181,15 @@ impl Outcome {
 
     fn cost_table(&self, text: &mut String) {
         let Some(costs) = &self.costs else { return };
-        line(text, "\nmemory of its own                                KiB   more for each GiB of the pool, bytes");
+        line(
+            text,
+            "\nmemory of its own                                KiB   more for each GiB of the pool, bytes",
+        );
         for memory in &costs.memory {
-            line(text, &format!("{:46} {:6} {:10}", memory.what, memory.bytes >> 10, memory.more_bytes_per_gib));
+            line(
+                text,
+                &format!("{:46} {:6} {:10}", memory.what, memory.bytes >> 10, memory.more_bytes_per_gib),
+            );
         }
         line(text, "\nmetadata pages of 4 KiB for each GiB of writes, on each node      share of the data");
         for metadata in &costs.metadata {
@@ -184,9 +199,10 @@ impl Outcome {
     }
 }
 
+type Time = fn(&Run) -> f64;
+
 /// The two times of a run, and under what they were measured.
-const TIMES: [(&str, fn(&Run) -> f64); 2] =
-    [("run repeated", |run| run.sync_s), ("guest idle", |run| run.idle_sync_s)];
+const TIMES: [(&str, Time); 2] = [("run repeated", |run| run.sync_s), ("guest idle", |run| run.idle_sync_s)];
 
 fn line(text: &mut String, line: &str) {
     // Writing to a string cannot fail.
@@ -238,7 +254,8 @@ mod tests {
         };
         let slow = missed(Outcome { runs: vec![run(1.0, 79.0, 1.0)], ..Outcome::default() });
         assert!(slow.len() == 2 && slow[0].contains("as published") && slow[0].contains("0.79"), "{slow:?}");
-        let long = missed(Outcome { runs: vec![run(1.0, 95.0, 1.0), run(5.0, 95.0, 6.1)], ..Outcome::default() });
+        let long =
+            missed(Outcome { runs: vec![run(1.0, 95.0, 1.0), run(5.0, 95.0, 6.1)], ..Outcome::default() });
         assert!(long.len() == 2 && long[0].contains("6.10"), "{long:?}");
         let pause = Pause { event: "x", p50_ms: 1.0, p99_ms: 50.1, n: 50, bar_ms: Some(50.0) };
         assert_eq!(missed(Outcome { pauses: vec![pause], ..Outcome::default() }).len(), 1);

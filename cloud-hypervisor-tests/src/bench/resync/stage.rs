@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::bench::disk::{Disk, DiskError, DiskOptions};
-use crate::bench::load::{LoadSpec, Report, Surroundings, run_on};
+use crate::bench::load::{LoadSpec, Pattern, Report, Surroundings, run_on};
 use crate::lab::{Daemon, DaemonBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder, programs, wait_until};
 
 /// How long a member may take to be missed, or to be back.
@@ -70,7 +70,13 @@ impl<'a> Stage<'a> {
         let begin = Instant::now();
         loop {
             match Disk::attach(options.clone()) {
-                Ok(disk) => return Ok(disk),
+                Ok(mut disk) => {
+                    // A daemon claims its pool when it is first used; nothing may be taken away before it has it.
+                    let claim =
+                        LoadSpec { pattern: Pattern::Read, max_requests: Some(1), ..LoadSpec::default() };
+                    run(&mut disk, &LoadSpec { ramp_ms: 0, ..claim })?;
+                    return Ok(disk);
+                }
                 Err(DiskError::Attach { .. }) if begin.elapsed() < REATTACH => std::thread::sleep(LOOK),
                 Err(error) => return Err(error.into()),
             }
