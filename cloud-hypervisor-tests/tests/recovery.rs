@@ -91,7 +91,7 @@ fn everything_killed_at_once_comes_back_with_all_that_was_promised() -> Result<(
 #[test]
 fn a_guest_whose_nodes_and_daemon_are_killed_again_and_again_verifies_what_it_wrote() -> Result<()> {
     /// What fio does meanwhile; emulated, it is slow enough as it is.
-    const FIO: &str = "fio --name=verified --filename=/dev/vda --size=24m --rw=randwrite --bsrange=4k-64k --direct=1 \
+    const FIO: &str = "fio --name=verified --filename=/dev/vda --size=24m --rw=randwrite --bs=8k --direct=1 \
                        --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --verify_backlog=128 \
                        --time_based --runtime=40";
     const FIO_LIMIT: Duration = Duration::from_secs(150);

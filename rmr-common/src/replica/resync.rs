@@ -22,6 +22,8 @@ use crate::wire::{ChunkList, Kind, MessageHeader, PullReply, Status};
 
 /// Pause before a link to the source is tried again, and before a chunk whose pull failed is.
 const RETRY: Duration = Duration::from_millis(500);
+/// Pause before a source is asked again that does not have the view yet in which this member is Syncing.
+const SOURCE_BEHIND: Duration = Duration::from_millis(2);
 /// Finished chunks are flushed and reported at the latest after this long, or when this many are waiting.
 const REPORT_AFTER: Duration = Duration::from_millis(100);
 const REPORT_CHUNKS: usize = 256;
@@ -29,6 +31,8 @@ const REPORT_CHUNKS: usize = 256;
 const GUEST_ACTIVE: Duration = Duration::from_millis(50);
 /// A yielding resync pauses after each pull for this many times as long as the pull took.
 const YIELD_FACTOR: u32 = 2;
+/// But no longer than this: it is never starved.
+const LONGEST_YIELD: Duration = Duration::from_millis(5);
 
 /// How hard a resync may work.
 #[derive(Clone, Copy, Debug)]
@@ -389,6 +393,11 @@ impl Replica {
         let (Status::Ok, Ok(reply), Some(covered)) = (header.status, reply, covered) else {
             let reason = format!("pull of {} answered {:?}", pull.chunk, header.status);
             resync.busy_chunks.remove(&pull.chunk);
+            if header.status == Status::StaleView {
+                // The view is durable here before it is there; both are about to have it.
+                resync.next_pull_at = now + SOURCE_BEHIND;
+                return;
+            }
             resync.next_pull_at = now + RETRY;
             // Its disk failed: another member may have what is missed. Every other refusal passes.
             if header.status == Status::IoError {
@@ -526,7 +535,8 @@ impl Replica {
         let (now, limit) = (self.now, self.config.resync.bytes_per_s);
         let Some(resync) = self.resync.as_mut() else { return };
         if now - resync.last_guest_write < GUEST_ACTIVE {
-            resync.next_pull_at = resync.next_pull_at.max(now + took * YIELD_FACTOR);
+            let pause = (took * YIELD_FACTOR).min(LONGEST_YIELD);
+            resync.next_pull_at = resync.next_pull_at.max(now + pause);
         }
         if let Some(limit) = limit {
             let nanos = bytes.saturating_mul(1_000_000_000) / limit.max(1);
