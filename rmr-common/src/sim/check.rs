@@ -250,7 +250,7 @@ impl World<'_> {
                 Ok(())
             }
             Notice::Over(reason) => self.ended(host, &reason),
-            Notice::LegUp(..) | Notice::LinkLost(..) => Ok(()), // Of interest to people only.
+            Notice::LegUp(..) | Notice::LinkLost(..) | Notice::Spec(_) | Notice::NoRoom(..) => Ok(()), // Of interest to people only.
         }
     }
 
