@@ -37,7 +37,7 @@ struct Wire {
     watched: EventSet,
 }
 
-/// While requests come faster than this, a link that owes nothing is looked at only together with the others.
+/// While requests come or are answered faster than this, the leading link alone may wake the loop.
 const QUIET: Duration = Duration::from_millis(2);
 
 /// Answers that a link owes. Decides which links may wake the loop: see [`PoolDriver::watch_wires`].
@@ -76,13 +76,14 @@ impl Owed {
     /// Whether the link is to wake the loop. `led` is what the leading link owes; `is_watched` whether the link wakes the
     /// loop now; `is_quiet` whether no request came or was answered of late.
     const fn wakes(self, is_leading: bool, led: u32, is_watched: bool, is_quiet: bool) -> bool {
-        if self.control != 0 {
+        // A leading link that hangs must not keep the others' answers from being heard, which would make all of them late;
+        // and a node may say something unasked.
+        if is_quiet || self.control != 0 {
             return true;
         }
         match self.answers {
-            // The next request would only change it back. But a node may say something unasked, and nobody else wakes the
-            // loop for it when no request comes.
-            0 => is_watched || is_quiet,
+            // The next request would only change it back.
+            0 => is_watched,
             answers => is_leading || self.reads > 0 || answers > led,
         }
     }
@@ -253,6 +254,10 @@ impl PoolDriver {
             self.closing.clear();
         }
         if self.client.deadline() <= self.now {
+            // What has arrived is not late, however long nobody had the time to look.
+            for index in 0..MAX_LINKS {
+                self.receive(index);
+            }
             self.client.apply(Event::Tick, self.now);
             self.carry_out();
         }
@@ -279,7 +284,8 @@ impl PoolDriver {
     /// Lets as few links wake the loop as will do. A write is complete when every leg answered it, so a wake-up for the
     /// first answer is wasted: only the leading link is watched, which is the one that was last to answer of late, and
     /// the others are looked at when it has something. A link is watched by itself while it owes a read, or more answers
-    /// than the leading one, or an answer to something else than a request. The end of any connection is always noticed.
+    /// than the leading one, or an answer to something else than a request; and all are when nothing happened for a while. The
+    /// end of any connection is always noticed.
     fn watch_wires(&mut self) {
         let most = (0..MAX_LINKS).max_by_key(|&i| (self.owed[i].answers, i == self.leading)).unwrap_or(0);
         if self.owed[most].answers > self.owed[self.leading].answers {
@@ -313,12 +319,10 @@ impl PoolDriver {
     #[must_use]
     pub fn timeout(&self) -> Duration {
         let now = monotonic_now();
-        // Once it is quiet, links that owe nothing are watched again.
-        let is_deaf = |(wire, owed): (&Option<Wire>, &Owed)| {
-            owed.answers == 0 && wire.as_ref().is_some_and(|w| !w.watched.contains(EventSet::IN))
-        };
+        // Once it is quiet, all links are watched.
+        let is_deaf = |wire: &Wire| !wire.watched.contains(EventSet::IN);
         let deadline = self.client.deadline();
-        let has_deaf = self.wires.iter().zip(&self.owed).any(is_deaf);
+        let has_deaf = self.wires.iter().flatten().any(is_deaf);
         let due = if has_deaf { deadline.min(self.last_request + QUIET) } else { deadline };
         due - now
     }
@@ -546,12 +550,13 @@ mod tests {
         let mut owed = Owed::default();
         write(&mut owed);
         assert!(owed.wakes(true, 1, false, false) && !owed.wakes(false, 1, true, false));
+        assert!(owed.wakes(false, 1, false, true), "the leading link says nothing");
         write(&mut owed);
         assert!(owed.wakes(false, 1, false, false), "it owes more than the leading one");
         owed.received(&header(Kind::IoReply));
         owed.received(&header(Kind::IoReply));
         assert!(!owed.wakes(false, 0, false, false) && owed.wakes(false, 0, true, false));
-        assert!(owed.wakes(false, 0, false, true), "nothing else wakes the loop for what it may say unasked");
+        assert!(owed.wakes(false, 0, false, true), "what it says unasked is heard");
         owed.sent(Kind::SetView);
         assert!(owed.wakes(false, 9, false, false));
         owed.received(&header(Kind::SetViewReply));
