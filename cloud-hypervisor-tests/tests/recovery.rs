@@ -111,12 +111,10 @@ fn a_guest_whose_nodes_and_daemon_are_killed_again_and_again_verifies_what_it_wr
             node.restart(lab)?;
             if rounds % 2 == 1 {
                 // The member is still away, or in the middle of its return.
-                daemon.kill()?;
-                daemon = builder.start(lab)?;
+                daemon = kill_and_start(lab, &builder, &daemon)?;
             }
             pool.wait_for_level("safe", LIMIT).with_context(|| format!("round {rounds}"))?;
-            daemon.kill()?;
-            daemon = builder.start(lab)?;
+            daemon = kill_and_start(lab, &builder, &daemon)?;
             pool.wait_for_level("safe", LIMIT).with_context(|| format!("daemon of round {rounds}"))?;
             rounds += 1;
         }
@@ -129,6 +127,14 @@ fn a_guest_whose_nodes_and_daemon_are_killed_again_and_again_verifies_what_it_wr
         daemon.stop()?;
         pool.assert_identical_within(LIMIT)
     })
+}
+
+/// Kills a daemon and starts the next one; returns when the guest's hypervisor has found it, and it has the pool.
+fn kill_and_start(lab: &Lab, builder: &DaemonBuilder, daemon: &Daemon) -> Result<Daemon> {
+    daemon.kill()?;
+    let next = builder.start(lab)?;
+    next.process().wait_for_log("attached with", LIMIT)?;
+    Ok(next)
 }
 
 fn start_nodes(lab: &Lab) -> Result<Vec<Node>> {
