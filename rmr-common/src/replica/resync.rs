@@ -253,6 +253,8 @@ impl Replica {
         let Some(resync) = self.resync.as_mut().filter(|r| r.link == Link::Up) else { return false };
         let members: Vec<_> =
             view.members.iter().filter(|m| m.state != MemberState::Clean).map(|m| m.id).collect();
+        let members: Vec<_> =
+            members.into_iter().filter(|&m| m == self.member || !mutant!(HandoverOfOwnMapOnly)).collect();
         resync.handover = Some(Handover {
             maps: members.iter().map(|m| (*m, ChunkMap::new(chunks))).collect(),
             left: members.len() * pages as usize,
@@ -435,6 +437,9 @@ impl Replica {
         let mut data = reply.data.chunks_exact(usize::try_from(BLOCK_SIZE).unwrap_or(4096));
         // An urgent pull and the sweep over its chunk may both bring a block.
         let mut busy: Vec<(u64, u64)> = self.writes_under_way(pull.offset, pull.end);
+        if mutant!(PulledOverGuestWrite) {
+            busy.clear();
+        }
         let pulled = self.pulled_writes.values().map(|w| (w.first, w.end));
         busy.extend(pulled.filter(|(first, end)| *first < pull.end && pull.offset < *end));
         let is_busy = |block: Block| {
@@ -481,7 +486,7 @@ impl Replica {
     /// True if the disk request was for pulled data.
     pub(super) fn pulled_written(&mut self, io: IoId, result: DiskResult) -> bool {
         let Some(writing) = self.pulled_writes.remove(&io) else { return false };
-        if result == DiskResult::Done {
+        if result == DiskResult::Done || mutant!(FreshWhenPullFailed) {
             let blocks = writing.first / BLOCK_SIZE..writing.end / BLOCK_SIZE;
             let count = blocks.end - blocks.start;
             if let Some(resync) = self.resync.as_mut() {
@@ -562,6 +567,9 @@ impl Replica {
         if let Some(resync) = self.resync.as_mut() {
             resync.flush = Some((io, chunks));
         }
+        if mutant!(ReportBeforeFlush) {
+            self.report_flushed(io, Status::Ok);
+        }
     }
 
     /// True if the flush was that before a report.
@@ -569,7 +577,7 @@ impl Replica {
         let (member, stale) = (self.member, self.maps.missed(self.member).0);
         let Some(resync) = self.resync.as_mut() else { return false };
         let Some((_, chunks)) = resync.flush.take_if(|(flush, _)| *flush == io) else { return false };
-        if status != Status::Ok {
+        if status != Status::Ok && !mutant!(ReportAfterFailedFlush) {
             resync.last_error = Some("the disk failed to flush pulled data".into());
             resync.finished.extend(chunks);
             resync.finished_since = self.now + RETRY;
@@ -606,8 +614,11 @@ impl Replica {
         let wanted: BTreeSet<Block> = edges
             .map(|edge| Block(edge / BLOCK_SIZE))
             .filter(|b| self.maps.dirty_blocks(self.member).is_some_and(|m| m.contains(*b)))
+            .filter(|_| !mutant!(PartialWriteNotHeld))
+            .filter(|_| !mutant!(FreshWhenPartlyWritten))
             .collect();
-        let overlaps = self.pulled_writes.values().any(|w| w.first < end && offset < w.end);
+        let overlaps = self.pulled_writes.values().any(|w| w.first < end && offset < w.end)
+            && !mutant!(GuestWriteOverPulled);
         if wanted.is_empty() && !overlaps {
             return false;
         }
@@ -636,7 +647,11 @@ impl Replica {
         if self.maps.missed(member).0 == 0 {
             return;
         }
-        let blocks = offset.div_ceil(BLOCK_SIZE)..(offset + length) / BLOCK_SIZE;
+        let blocks = if mutant!(FreshWhenPartlyWritten) {
+            offset / BLOCK_SIZE..(offset + length).div_ceil(BLOCK_SIZE)
+        } else {
+            offset.div_ceil(BLOCK_SIZE)..(offset + length) / BLOCK_SIZE
+        };
         let mut chunks = BTreeSet::new();
         for block in blocks.map(Block) {
             self.maps.clear(ClearTarget::Block(member, block), ClearReason::Overwritten, &mut self.changed);

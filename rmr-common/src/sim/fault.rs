@@ -4,7 +4,7 @@ use super::oracle::SECTOR;
 use super::peers::pair;
 use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::{self, Operation};
-use crate::pool::{MemberState, View};
+use crate::pool::MemberState;
 
 impl World<'_> {
     /// Submits a few requests, and comes back later.
@@ -42,9 +42,19 @@ impl World<'_> {
         Ok(())
     }
 
+    /// The guest is busy a moment from now.
+    pub(super) fn burst_soon(&mut self, host: usize) {
+        let delay = self.rng.range(1, self.profile.network_delay * 3);
+        self.after(delay, Event::Burst(host));
+    }
+
     fn start_some_host(&mut self) {
         let id = u8::try_from(self.rng.range(1, 3)).unwrap_or(1);
         let takeover = self.rng.percent(50);
+        if self.profile.client_crashes && self.rng.percent(20) {
+            // Two at the same time, for one place.
+            self.start_host(id % 3 + 1, true);
+        }
         let last = self.hosts.last().and_then(|h| h.client.over());
         if last == Some(&client::OverReason::Detached) {
             self.coverage.hit("client started after a detach");
@@ -71,6 +81,14 @@ impl World<'_> {
             _ => self.rng.range(1, sectors as u64),
         };
         let length = usize::try_from(length).unwrap_or(1);
+        let in_flight: Vec<_> = self.hosts[host].requests.values().filter(|r| r.write.is_some()).collect();
+        if !in_flight.is_empty() && self.rng.percent(25) {
+            let near = &in_flight[self.rng.index(in_flight.len())];
+            let (first, count) = (near.first, near.count);
+            let count = if self.rng.percent(50) { count } else { length.min(sectors - first) };
+            self.cover_submit(operation, count);
+            return self.submit(host, operation, first, count);
+        }
         // Most requests go to few places, so that they meet.
         let first = match self.rng.range(0, 9) {
             0..=5 => self.rng.index(48),
@@ -118,11 +136,18 @@ impl World<'_> {
                     self.crash_node(node, power)?;
                 }
             }
-            10 if self.profile.client_crashes => self.crash_host(host),
+            10 if self.profile.client_crashes => {
+                self.burst(host)?;
+                let delay = self.rng.range(1, self.profile.network_delay * 3);
+                self.after(delay, Event::HostCrash(host));
+            }
             11 => self.client(host, client::Event::Detach)?,
             12 => {
                 let takeover = self.profile.client_crashes && self.rng.percent(60);
                 let id = self.hosts[host].id % 3 + 1;
+                for _ in 0..self.rng.range(0, 3) {
+                    self.burst_soon(host);
+                }
                 self.start_host(id, takeover);
             }
             13 => {
@@ -170,6 +195,7 @@ impl World<'_> {
                 // A new client, as a daemon that is started again.
                 if self.profile.client_crashes {
                     let id = self.hosts[host].id;
+                    self.burst(host)?;
                     self.crash_host(host);
                     self.start_host(id, false);
                 }
@@ -227,18 +253,25 @@ impl World<'_> {
     /// Starts a node again. After a power cut its cache is gone.
     pub(super) fn restart(&mut self, index: usize) {
         let member = self.nodes[index].member;
-        // A member that is not known to be absent would come back Clean and stale. To find that out is for the version
-        // that reconciles; until then the cache of such a member survives by luck.
-        let is_out = self.committed.as_ref().map(View::out).is_some_and(|out| out.contains(member));
-        let is_out = is_out
-            && self.nodes[index].durable.view.state(member) != Some(MemberState::Syncing)
+        let loses = self.nodes[index].durable.view.state(member) != Some(MemberState::Syncing)
             && !self.resyncs.is_unflushed_unknown;
-        if self.nodes[index].lost_power && is_out && self.nodes[index].disk.lose_cache(&mut self.rng) {
+        if self.nodes[index].lost_power && loses && self.nodes[index].disk.lose_cache(&mut self.rng) {
             trace!(self, "node {index} has lost its cache");
             self.coverage.hit("cache lost in a power cut");
+            if self.committed.as_ref().is_some_and(|v| v.clean().contains(member)) {
+                self.coverage.hit("cache of a Clean member lost in a power cut");
+            }
         }
         self.coverage.hit("node restarted");
         self.start_node(index);
+    }
+
+    /// The guest resets its device: it knows that writes were lost.
+    pub(super) fn guest_reset(&mut self, host: usize) {
+        if self.hosts[host].is_live() && std::mem::take(&mut self.hosts[host].has_lost_writes) {
+            trace!(self, "the guest of client {host} resets its device");
+            self.hosts[host].client.acknowledge_loss();
+        }
     }
 
     /// A member that is being brought back in is struck, or its source.
@@ -247,7 +280,7 @@ impl World<'_> {
             return Ok(());
         }
         let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
-        match self.rng.range(0, 9) {
+        match self.rng.range(0, 10) {
             0..=2 => self.cut_some(host, Some(node)),
             3..=4 => self.links_of(node).into_iter().for_each(|link| self.cut_peer(link)),
             5 => self.crash_node(node, false)?,
@@ -261,6 +294,13 @@ impl World<'_> {
                 self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 4, timeout * 2);
             }
             8 => self.cut_some(host, None),
+            9 if self.profile.client_crashes => {
+                self.burst(host)?;
+                if self.rng.percent(50) {
+                    self.crash_node(node, false)?;
+                }
+                self.after(1, Event::HostCrash(host));
+            }
             _ => self.crash_in_resync()?,
         }
         Ok(())
@@ -288,7 +328,7 @@ impl World<'_> {
         Ok(())
     }
 
-    fn crash_host(&mut self, host: usize) {
+    pub(super) fn crash_host(&mut self, host: usize) {
         trace!(self, "client {host} crashes");
         self.hosts[host].is_crashed = true;
         self.resyncs.is_unflushed_unknown = true;

@@ -87,12 +87,15 @@ pub(super) enum Event {
         node: usize,
     },
     Burst(usize),
+    HostCrash(usize),
     NodeStart(usize),
     Heal {
         host: usize,
         node: usize,
     },
     ErrorsEnd(usize),
+    /// A guest resets its device after writes were lost.
+    GuestReset(usize),
     Work,
     Fault,
 }
@@ -125,6 +128,8 @@ pub(super) struct Connection {
     link: LinkId,
     pub(super) node: usize,
     life: u32,
+    /// The run of the node's machine.
+    pub(super) host_boot: u8,
     is_greeted: bool,
     /// Nothing that is on its way arrives any more.
     pub(super) is_cut: bool,
@@ -134,6 +139,13 @@ pub(super) struct Connection {
     is_forgotten: bool,
     last_to_node: u64,
     last_to_client: u64,
+}
+
+impl Connection {
+    /// Whether the node still listens to it.
+    pub(super) const fn is_open(&self) -> bool {
+        !self.is_cut && !self.client_closed && !self.node_closed
+    }
 }
 
 /// A request that a client has not finished.
@@ -161,6 +173,10 @@ pub(super) struct Host {
     pub(super) is_crashed: bool,
     /// A view change is under way.
     pub(super) is_changing: bool,
+    /// The machines' runs when the view was committed.
+    pub(super) host_boots: Vec<u8>,
+    /// It said that writes were lost, and its guest has not reset the device.
+    pub(super) has_lost_writes: bool,
     pub(super) last_flush: u64,
     tick_at: u64,
     pub(super) partitioned: Vec<bool>,
@@ -240,7 +256,7 @@ macro_rules! trace {
 pub(super) use trace;
 
 impl<'a> World<'a> {
-    pub(super) fn new(seed: u64, reconcile_expected: bool, trace: Option<&'a mut dyn Write>) -> Self {
+    pub(super) fn new(seed: u64, trace: Option<&'a mut dyn Write>) -> Self {
         let mut rng = Rng::new(seed);
         let members = match rng.range(0, 19) {
             0..=1 => 1,
@@ -321,7 +337,7 @@ impl<'a> World<'a> {
             parted: BTreeSet::new(),
             stalled: BTreeMap::new(),
             resyncs: super::resync::Resyncs::default(),
-            oracle: Oracle::new(sectors, reconcile_expected),
+            oracle: Oracle::new(sectors),
             coverage: Coverage::default(),
             next_token: 1,
             submitted: 0,
@@ -439,9 +455,12 @@ impl<'a> World<'a> {
             }
             Event::Heal { host, node } => self.hosts[host].partitioned[node] = false,
             Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
+            Event::GuestReset(host) => self.guest_reset(host),
             Event::Work => self.work()?,
             Event::Fault => self.fault()?,
             Event::Burst(host) => self.burst(host)?,
+            Event::HostCrash(host) if self.is_calm || !self.hosts[host].is_live() => {} // Too late.
+            Event::HostCrash(host) => self.crash_host(host),
             Event::Strike { host, node } => self.strike(host, node)?,
         }
         if self.step.is_multiple_of(16) {
@@ -556,6 +575,7 @@ impl<'a> World<'a> {
             self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
         }
         self.check_answer(node, &header)?;
+        self.check_attach_answer(node, connection, &header)?;
         if connection.0 >= FIRST_PEER {
             return self.peer_answer(connection, message);
         }
@@ -732,7 +752,9 @@ impl<'a> World<'a> {
         let connection = ConnectionId(u32::try_from(index).unwrap_or(u32::MAX));
         let event = replica::Event::Message { connection, header: &header, body: &message.body, buffer };
         let before = self.before_message(node, &header, &message.body);
+        let held = self.held_against(node, &header, &message.body);
         self.replica(node, event)?;
+        self.check_held(node, held)?;
         self.after_message(node, before)
     }
 
@@ -783,6 +805,7 @@ impl<'a> World<'a> {
             link,
             node,
             life: self.nodes[node].life,
+            host_boot: self.nodes[node].host_boot,
             is_greeted: false,
             is_cut: false,
             client_closed: false,
@@ -889,6 +912,8 @@ impl<'a> World<'a> {
             is_fenced: false,
             is_crashed: false,
             is_changing: false,
+            host_boots: vec![0; nodes],
+            has_lost_writes: false,
             last_flush: u64::MAX,
             tick_at: u64::MAX,
             partitioned: vec![false; nodes],
@@ -1007,6 +1032,9 @@ impl<'a> World<'a> {
                 self.oracle.fail(write, step);
             }
             return Ok(());
+        }
+        if self.hosts[host].has_lost_writes {
+            return Err(described("served although writes were lost, and the guest does not know".into()));
         }
         match request.operation {
             Operation::Read => {
