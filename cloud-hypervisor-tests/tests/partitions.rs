@@ -106,7 +106,8 @@ impl Cuts<'_> {
                 self.during(&both(A, B), || rest(LOST))
             })?;
         }
-        self.named("the cable of B", || self.unplugged(&[B], || self.becomes("degraded")))?;
+        // Nobody is asked meanwhile: the operator's questions to B would wait for answers.
+        self.named("the cable of B", || self.unplugged(&[B], || rest(LOST)))?;
         self.named("the cables of both nodes", || self.unplugged(&[A, B], || rest(LOST)))?;
         self.named("the cable of the hypervisor", || self.unplugged(&[HYPERVISOR], || rest(LOST)))
     }
