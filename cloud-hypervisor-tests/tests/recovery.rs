@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use cloud_hypervisor_tests::bench::disk::{Disk, DiskOptions};
@@ -103,7 +103,12 @@ fn a_guest_whose_nodes_and_daemon_are_killed_again_and_again_verifies_what_it_wr
         let vm = VmBuilder::new("guest").disk(VmDisk::vhost_user(daemon.socket()).reconnect()).boot(lab)?;
         let load = vm.start(FIO)?;
         let mut rounds = 0;
-        while load.poll().is_none() {
+        let begin = Instant::now();
+        let ended = loop {
+            if let Some(ended) = load.poll() {
+                break ended;
+            }
+            ensure!(begin.elapsed() < FIO_LIMIT, "fio still runs after {FIO_LIMIT:?} and {rounds} rounds");
             let node = &mut nodes[rounds % 3];
             node.kill()?;
             pool.wait_for_level("degraded", LIMIT)?;
@@ -117,8 +122,8 @@ fn a_guest_whose_nodes_and_daemon_are_killed_again_and_again_verifies_what_it_wr
             daemon = kill_and_start(lab, &builder, &daemon)?;
             pool.wait_for_level("safe", LIMIT).with_context(|| format!("daemon of round {rounds}"))?;
             rounds += 1;
-        }
-        vm.wait_within(FIO_LIMIT, load)?.success().context("fio in the guest")?;
+        };
+        ended.success().context("fio in the guest")?;
         ensure!(rounds >= 3, "only {rounds} rounds of kills in the time of the load");
         eprintln!("  {rounds} rounds: a node and the daemon killed in each");
         let log = vm.run("dmesg")?;
