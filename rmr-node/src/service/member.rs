@@ -392,6 +392,7 @@ impl Member {
                 flushes: counters.flushes,
                 errors: counters.errors,
                 read_errors: counters.read_errors,
+                digest_mismatches: counters.digest_mismatches,
                 in_flight: status.in_flight as u64,
                 resync_sent_bytes: self.resync_sent,
                 resync_received_bytes: self.resync_received,
