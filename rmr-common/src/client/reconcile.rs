@@ -32,9 +32,7 @@ impl Client {
                 .collect()
         };
         let newest = |r: &AttachReply| open(r).iter().map(|s| u128::from(s.sequence.0)).sum::<u128>();
-        let has_table =
-            |r: &AttachReply| if mutant!(ReferenceOfRestarted) { r.tables_lost } else { !r.tables_lost };
-        let reference = clean().max_by_key(|(m, r)| (has_table(r), newest(r), std::cmp::Reverse(*m)));
+        let reference = clean().max_by_key(|(m, r)| (!r.tables_lost, newest(r), std::cmp::Reverse(*m)));
         let in_order = in_order || mutant!(NotReconciled);
         let Some((reference, source)) = reference.filter(|_| !in_order) else {
             return (MemberSet::EMPTY, Vec::new());

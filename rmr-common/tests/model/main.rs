@@ -1,0 +1,84 @@
+//! Views, epochs and recovery, explored exhaustively to a bounded depth (`docs/model.md`).
+//!
+//! `make model` goes deeper: `RMR_MODEL_DEEP=1`.
+
+mod pool;
+
+use pool::{Bug, Limits, Pool};
+use stateright::{Checker, Model};
+
+const SMALL: Limits =
+    Limits { members: 2, writes: 2, crashes: 1, cuts: 1, epoch: 3, view: 6, takeover: true };
+
+/// How the properties begin that must hold always.
+const RULES: [&str; 3] = ["one client", "a completed write", "whoever"];
+
+fn check(bug: Bug, limits: Limits) -> impl Checker<Pool> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    Pool { limits, bug }.checker().threads(threads).spawn_bfs().join()
+}
+
+fn assert_holds(name: &str, limits: Limits) {
+    let begun = std::time::Instant::now();
+    let checker = check(Bug::None, limits);
+    println!(
+        "{name}: {} states, {} different, depth {}, {:.1} s",
+        checker.state_count(),
+        checker.unique_state_count(),
+        checker.max_depth(),
+        begun.elapsed().as_secs_f64()
+    );
+    for (name, path) in checker.discoveries() {
+        if RULES.iter().any(|rule| name.starts_with(rule)) {
+            println!("{}", path.last_state());
+            panic!("not \"{name}\" after {:?}", path.into_actions());
+        }
+    }
+    checker.assert_properties();
+}
+
+fn assert_found(bug: Bug, limits: Limits) {
+    let checker = check(bug, limits);
+    let found = checker.discoveries().into_iter();
+    let (name, path) = { found }
+        .find(|(name, _)| RULES.iter().any(|rule| name.starts_with(rule)))
+        .unwrap_or_else(|| panic!("{bug:?} breaks no rule in {} states", checker.unique_state_count()));
+    println!("{bug:?}: not \"{name}\" after {:?}", path.into_actions());
+}
+
+#[test]
+fn two_members_and_two_clients_that_take_over() {
+    assert_holds("2 members, takeover", SMALL);
+}
+
+#[test]
+fn two_members_and_two_clients_that_do_not() {
+    assert_holds("2 members", Limits { takeover: false, ..SMALL });
+}
+
+#[test]
+fn every_mistake_is_found() {
+    for bug in [
+        Bug::OneCleanMemberWillDo,
+        Bug::OrderByNumber,
+        Bug::EqualEpoch,
+        Bug::ViewNotDurable,
+        Bug::CommitWithoutAll,
+        Bug::PromotionKept,
+        Bug::NothingRecorded,
+    ] {
+        assert_found(bug, SMALL);
+    }
+}
+
+#[test]
+fn what_the_environment_asks_for() {
+    let Ok(text) = std::env::var("RMR_MODEL") else { return };
+    let numbers: Vec<u8> =
+        text.split(',').map(|n| n.parse().expect("RMR_MODEL: a list of numbers")).collect();
+    let [members, writes, crashes, cuts, epoch, view, takeover] = numbers[..] else {
+        panic!("RMR_MODEL: expected members,writes,crashes,cuts,epoch,view,takeover, found {text}")
+    };
+    let (epoch, view, takeover) = (epoch.into(), view.into(), takeover != 0);
+    assert_holds(&text, Limits { members, writes, crashes, cuts, epoch, view, takeover });
+}
