@@ -21,6 +21,8 @@ pub(super) enum Bug {
     CommitWithoutAll,
     /// A promotion that was not committed is kept when a member is lost.
     PromotionKept,
+    /// The same, when the next client attaches.
+    PromotionKeptByAttach,
     /// What a lost member missed is not recorded with the view.
     NothingRecorded,
 }
@@ -305,7 +307,7 @@ impl Pool {
     /// The view from which a new attachment goes on.
     fn base(&self, latest: &View, views: &[(MemberId, View)]) -> View {
         match self.bug {
-            Bug::PromotionKept => latest.clone(),
+            Bug::PromotionKeptByAttach => latest.clone(),
             _ => recovery::base_of_attach(latest, views.iter().map(|(m, v)| (*m, v))),
         }
     }
@@ -370,9 +372,12 @@ impl Pool {
         else {
             return;
         };
-        let client = &mut s.clients[c];
         // News that is late: another client has attached since, without the member that answered last.
         let is_late = next.order() < s.committed.order();
+        if next.active().iter().any(|m| s.member(m).durable.order() < next.order()) {
+            s.broken = Some("a view was committed that is not durable on all its active members");
+        }
+        let client = &mut s.clients[c];
         if next.order() == s.committed.order() {
             s.broken = Some("two views of one epoch and number were committed");
         }
