@@ -109,6 +109,7 @@ impl Client {
             // A client that was displaced must not displace in turn.
             takeover: self.config.takeover && self.own_epochs.is_empty(),
             rejoin: false,
+            yields: self.config.yields,
             description: self.config.description.clone(),
         }
         .encode();

@@ -64,6 +64,9 @@ pub struct Config {
     pub description: String,
     /// Displace a live client of another identity.
     pub takeover: bool,
+    /// Let any client displace this one that does not yield itself: for tools that attach for a moment, and must not keep a
+    /// guest from its disk.
+    pub yields: bool,
     /// The operator's override of the recovery rule: go on with this member alone, whatever it has, and take all others as
     /// wholly stale. Writes that only others have are lost. It is done once; later attaches of the client keep the rule.
     pub force_from: Option<MemberId>,
@@ -94,6 +97,7 @@ impl Config {
             client,
             description: description.into(),
             takeover: false,
+            yields: false,
             force_from: None,
             observe: false,
             leg_timeout: Duration::from_secs(5),

@@ -251,6 +251,8 @@ struct Holder {
     /// `None` once the connection is gone.
     connection: Option<ConnectionId>,
     since: Time,
+    /// Whoever comes and does not yield may have its place.
+    yields: bool,
 }
 
 #[derive(Clone, Copy)]
