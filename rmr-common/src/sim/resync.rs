@@ -246,8 +246,9 @@ impl World<'_> {
     fn check_rejoined(&self, member: MemberId, view: &View) -> Check {
         let index = self.node_index(member);
         let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
-        for (sector, &value) in self.nodes[index].disk.sectors.iter().enumerate() {
-            let differs = |&k: &usize| self.nodes[k].disk.sectors[sector] != value;
+        for sector in 0..self.sectors() {
+            let value = self.nodes[index].value(sector);
+            let differs = |&k: &usize| self.nodes[k].value(sector) != value;
             let is_known = |&k: &usize| self.has_record(k, member, sector);
             if !self.oracle.is_in_flight(sector) && clean.iter().any(differs) && !clean.iter().all(is_known) {
                 return Err(format!(
