@@ -24,12 +24,15 @@ use crate::pool::{Address, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
 use crate::transport::connect::Connector;
-use crate::transport::tcp::TcpConnection;
-use crate::transport::{Connection, Place, Receiver};
-use crate::wire::{Kind, MessageHeader};
+use crate::transport::rdma::Fabric;
+use crate::transport::{Connection, Counters, Place, Receiver, Wire as AnyConnection};
+use crate::wire::{Kind, MessageHeader, Status};
+
+/// Slot memory that a connection over RDMA did not use for so long goes back.
+const BEAT: Duration = Duration::from_secs(1);
 
 struct Wire {
-    connection: TcpConnection,
+    connection: AnyConnection,
     descriptor: RawFd,
     watched: EventSet,
 }
@@ -77,34 +80,41 @@ pub struct PoolDriver {
     notices: Vec<Notice>,
     changes: Vec<WatchChange>,
     /// Connections that are over, kept until the loop does not watch them any more.
-    closing: Vec<TcpConnection>,
-    leg_timeout: Duration,
+    closing: Vec<AnyConnection>,
+    /// What connections that are over have done.
+    closed: Counters,
+    next_beat: Time,
     now: Time,
     /// `now` is of this wake-up.
     is_now: bool,
 }
 
 impl PoolDriver {
-    /// Starts to look for a pool at the nodes `seeds`.
+    /// Starts to look for a pool at the nodes `seeds`. Connections over RDMA are of `fabric`.
     ///
     /// # Errors
     /// When no eventfd can be made.
-    pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
+    pub fn new(
+        config: Config,
+        selector: PoolSelector,
+        seeds: &[Address],
+        fabric: &Fabric,
+    ) -> io::Result<Self> {
         let leg_timeout = config.leg_timeout;
-        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout)
+        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout, fabric)
     }
 
     /// Starts to attach to a pool whose specification is known from [`discover`].
     ///
     /// # Errors
     /// When no eventfd can be made.
-    pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
+    pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address], fabric: &Fabric) -> io::Result<Self> {
         let leg_timeout = config.leg_timeout;
-        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout)
+        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout, fabric)
     }
 
-    fn start(client: Client, leg_timeout: Duration) -> io::Result<Self> {
-        let connector = Connector::new(leg_timeout)?;
+    fn start(client: Client, leg_timeout: Duration, fabric: &Fabric) -> io::Result<Self> {
+        let connector = Connector::new(leg_timeout, fabric.clone())?;
         let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
         let mut driver = Self {
             client,
@@ -119,7 +129,8 @@ impl PoolDriver {
             notices: Vec::new(),
             changes,
             closing: Vec::new(),
-            leg_timeout,
+            closed: Counters::default(),
+            next_beat: monotonic_now() + BEAT,
             now: monotonic_now(),
             is_now: false,
         };
@@ -203,6 +214,14 @@ impl PoolDriver {
             self.client.apply(Event::Tick, self.now);
             self.carry_out();
         }
+        if self.next_beat <= self.now {
+            self.next_beat = self.now + BEAT;
+            for wire in self.wires.iter_mut().flatten() {
+                if let Some(connection) = wire.connection.rdma() {
+                    connection.beat();
+                }
+            }
+        }
         // A connection that is lost gives the others something to send, also those that were flushed before it.
         while self.flush_all() {}
         self.watch_wires();
@@ -237,10 +256,12 @@ impl PoolDriver {
             let Some(wire) = wire else { continue };
             let owed = self.owed[index];
             // A link that owes nothing stays as it is: the next request would only change it back.
-            let watches = match owed.answers {
-                0 => wire.watched.contains(EventSet::IN),
-                answers => index == self.leading || owed.reads > 0 || answers > led,
-            };
+            // Over RDMA a completion may also be a slot that is free, for which a write waits.
+            let watches = wire.connection.is_rdma()
+                || match owed.answers {
+                    0 => wire.watched.contains(EventSet::IN),
+                    answers => index == self.leading || owed.reads > 0 || answers > led,
+                };
             let mut set = EventSet::READ_HANG_UP;
             set.set(EventSet::IN, watches);
             set.set(EventSet::OUT, wire.connection.wants_to_send());
@@ -310,21 +331,29 @@ impl PoolDriver {
         self.client.in_flight()
     }
 
+    /// What the connections have done so far.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let mut counters = self.closed;
+        for wire in self.wires.iter().flatten() {
+            counters += wire.connection.counters();
+        }
+        counters
+    }
+
     /// What the client is doing.
     #[must_use]
     pub fn status(&self) -> PoolStatus {
         self.client.status()
     }
 
-    fn connected(&mut self, mark: u64, result: Result<std::net::TcpStream, String>) {
+    fn connected(&mut self, mark: u64, result: Result<AnyConnection, String>) {
         let index = usize::try_from(mark % MAX_LINKS as u64).unwrap_or(0);
         if self.attempts[index] != mark {
-            return; // The link was given up meanwhile; the stream closes itself.
+            return; // The link was given up meanwhile; the connection closes itself.
         }
         let id = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
-        let connection =
-            result.and_then(|stream| TcpConnection::new(stream, self.leg_timeout).map_err(|e| e.to_string()));
-        match connection {
+        match result {
             Ok(connection) => {
                 let Some(descriptor) = connection.descriptor() else { return };
                 let watched = EventSet::IN | EventSet::READ_HANG_UP;
@@ -357,6 +386,7 @@ impl PoolDriver {
         self.owed[index] = Owed::default();
         if let Some(mut wire) = self.wires[index].take() {
             wire.connection.shut_down();
+            self.closed += wire.connection.counters();
             self.changes.push(WatchChange::Remove(wire.descriptor));
             self.closing.push(wire.connection);
         }
@@ -370,6 +400,18 @@ impl PoolDriver {
                     let Some(wire) = &mut self.wires[usize::from(link.0)] else { continue };
                     self.owed[usize::from(link.0)].sent(header.kind);
                     match payload {
+                        Payload::None if header.kind == Kind::Read => {
+                            // The answer's data may come by itself, to where it will be asked for.
+                            wire.connection.queue_read(&header, &mut |parts| {
+                                let mut answer = header.reply(Kind::IoReply, Status::Ok);
+                                answer.payload = header.length;
+                                let target = self.client.payload_target(link, &answer);
+                                let Some((token, offset)) = target else { return };
+                                let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+                                let segments = segments_of(&self.requests, token);
+                                gather(segments, offset, header.length as usize, parts);
+                            });
+                        }
                         Payload::None => wire.connection.queue(&header, None),
                         Payload::Body(body) => wire.connection.queue(&header, Some(body)),
                         Payload::Request { token, offset } => {
@@ -447,12 +489,19 @@ impl Receiver for Sink<'_> {
 mod tests {
     use super::*;
     use crate::pool::{ClientId, PoolId};
+    use crate::transport::rdma::ReadMode;
 
     #[test]
     fn a_request_is_timed_from_when_it_was_made_and_not_from_the_last_wake_up() {
         let config = Config::new(ClientId::random(), "a test");
         let selector = PoolSelector::Id(PoolId::random());
-        let mut driver = PoolDriver::new(config, selector, &[Address::tcp("127.0.0.1", 1)]).unwrap();
+        let mut driver = PoolDriver::new(
+            config,
+            selector,
+            &[Address::tcp("127.0.0.1", 1)],
+            &Fabric::new(ReadMode::Direct),
+        )
+        .unwrap();
         driver.upkeep();
         let pause = Duration::from_millis(50);
         std::thread::sleep(pause);

@@ -16,6 +16,7 @@ use crate::buffer::{Segment, segments_of_buffers};
 use crate::client::{Config, IoError, Notice, Operation, OverReason, PoolSelector, PoolStatus, Token};
 use crate::pool::{Address, PoolSpec};
 use crate::reactor::WatchChange;
+use crate::transport::rdma::{Fabric, ReadMode};
 
 /// A scatter/gather list that its request owns while it is under way.
 pub type Buffers = Vec<Vec<u8>>;
@@ -111,7 +112,8 @@ impl Pool {
         let observe = config.observe;
         let work = move || {
             let failed = attached.clone();
-            let result = PoolDriver::new(config, selector, &seeds)
+            let fabric = Fabric::new(ReadMode::Direct);
+            let result = PoolDriver::new(config, selector, &seeds, &fabric)
                 .map_err(|e| e.to_string())
                 .and_then(|driver| Owner::new(driver, observe, event, inbox, attached).run());
             if let Err(error) = result {

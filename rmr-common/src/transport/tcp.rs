@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Duration;
 
 use super::socket::{self, MAX_SEGMENTS};
-use super::{Connection, ConnectionError, Place, Receiver};
+use super::{Connection, ConnectionError, Counters, Place, Receiver};
 use crate::buffer::Segment;
 use crate::wire::{
     FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Kind, MAX_FRAME_MESSAGES, MAX_SLOTS, MessageHeader,
@@ -34,6 +34,7 @@ pub struct TcpConnection {
     stream: TcpStream,
     sender: Sender,
     receiver: ReceiveState,
+    counters: Counters,
 }
 
 impl TcpConnection {
@@ -49,7 +50,18 @@ impl TcpConnection {
         // An algorithm that paces what it sends (BBR, where that is the system's default) makes short exchanges wait for
         // timers. These two do not; where neither is allowed, the system's stays.
         let _ = ["cubic", "reno"].iter().find(|name| socket::set_congestion(stream.as_fd(), name).is_ok());
-        Ok(Self { stream, sender: Sender::default(), receiver: ReceiveState::new() })
+        Ok(Self {
+            stream,
+            sender: Sender::default(),
+            receiver: ReceiveState::new(),
+            counters: Counters::default(),
+        })
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub const fn counters(&self) -> Counters {
+        self.counters
     }
 
     /// Ends the connection at once for the peer, and touches no memory of requests any more, while the descriptor stays
@@ -83,11 +95,11 @@ impl Connection for TcpConnection {
     }
 
     fn flush(&mut self) -> Result<(), ConnectionError> {
-        self.sender.flush(&self.stream)
+        self.sender.flush(&self.stream, &mut self.counters)
     }
 
     fn receive(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
-        self.receiver.run(&self.stream, receiver)
+        self.receiver.run(&self.stream, receiver, &mut self.counters)
     }
 
     fn take_sent(&mut self, tags: &mut Vec<u32>) {
@@ -184,12 +196,13 @@ impl Sender {
         }
     }
 
-    fn flush(&mut self, stream: &TcpStream) -> Result<(), ConnectionError> {
+    fn flush(&mut self, stream: &TcpStream, counters: &mut Counters) -> Result<(), ConnectionError> {
         self.close_open();
         while !self.frames.is_empty() {
             let wanted = self.collect();
             match socket::send(stream.as_fd(), &self.scratch) {
                 Ok(sent) => {
+                    counters.tcp_sent_bytes += sent as u64;
                     self.advance(sent);
                     if sent < wanted {
                         return Ok(());
@@ -292,7 +305,12 @@ impl ReceiveState {
         }
     }
 
-    fn run(&mut self, stream: &TcpStream, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+    fn run(
+        &mut self,
+        stream: &TcpStream,
+        receiver: &mut dyn Receiver,
+        counters: &mut Counters,
+    ) -> Result<(), ConnectionError> {
         let mut budget = RECEIVE_BUDGET;
         self.starved = false;
         loop {
@@ -309,6 +327,7 @@ impl ReceiveState {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error.into()),
             };
+            counters.tcp_received_bytes += received as u64;
             self.take(received, receiver)?;
             budget = budget.saturating_sub(received);
             // A lone message without payload is mostly the only thing there; asking again would only be told so.
