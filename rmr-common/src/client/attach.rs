@@ -140,6 +140,7 @@ impl Client {
                     Kind::PrepareReply => self.prepare_reply(member, header),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::DetachReply => self.detach_reply(member),
+                    Kind::Command => self.command_message(id, header, body),
                     Kind::Pong => {
                         if let Some(link) = self.link_mut(id) {
                             link.ping_since = None;

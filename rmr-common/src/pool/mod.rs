@@ -2,10 +2,12 @@
 //!
 //! No I/O happens here; everything is a plain value that can be compared, printed and put into a message.
 
+mod command;
 mod id;
 mod spec;
 mod view;
 
+pub use command::{Command, CommandReply, Refusal};
 pub use id::{
     Block, BootId, Chunk, ClientId, Epoch, MemberId, MemberSet, PoolId, Sequence, Slot, StoreId, ViewNumber,
 };

@@ -59,6 +59,8 @@ impl Replica {
             Kind::ClearDirty => self.clear_dirty(connection, header, body),
             Kind::PullMap => self.pull_map(connection, header),
             Kind::Pull => self.pull(connection, header),
+            Kind::CommandReply => self.command_reply(connection, header, body),
+            Kind::Grow => self.make_room(connection, header),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_watermark(header.watermark);
@@ -122,6 +124,7 @@ impl Replica {
         if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection) {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
+        self.lose_commands("another client attached");
         self.epoch = header.epoch;
         self.session += 1;
         self.set_view = None;
@@ -442,6 +445,7 @@ impl Replica {
     pub(super) fn detach_durable(&mut self, epoch: Epoch) {
         let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
+        self.lose_commands("the client detached");
         self.drop_resync();
         // A client that gave a write up does not leave in good order: members may differ in it.
         self.clean_detach = self.maps.intent().count() == 0;
@@ -458,6 +462,7 @@ impl Replica {
         self.attach = None;
         self.set_view = None;
         self.detach = None;
+        self.lose_commands("the client is gone");
         self.notice(Notice::ClientLost(self.epoch, who));
         self.session += 1;
         self.drop_resync();

@@ -106,6 +106,17 @@ pub struct PoolStatus {
     pub latency: Option<LatencySummary>,
     /// The resync that brings this member up to date, where one is needed.
     pub resync: Option<ResyncStatus>,
+    /// The size up to which the pool can grow in this store.
+    #[serde(default)]
+    pub max_size_bytes: Option<u64>,
+}
+
+impl PoolStatus {
+    /// Whether the store was made for a member that has not joined the pool: it has seen no view yet.
+    #[must_use]
+    pub const fn is_prepared(&self) -> bool {
+        self.view.number.0 == 0
+    }
 }
 
 /// Whether a store works.
@@ -391,7 +402,7 @@ impl From<StoreError> for ControlError {
         let code = match &error {
             StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
             StoreError::Busy { .. } => ErrorCode::InUse,
-            StoreError::TooSmall { .. } => ErrorCode::NoSpace,
+            StoreError::TooSmall { .. } | StoreError::NoMapRoom { .. } => ErrorCode::NoSpace,
             StoreError::Io { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorCode::NoSpace,
                 io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => ErrorCode::Invalid,

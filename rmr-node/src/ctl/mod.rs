@@ -3,10 +3,14 @@
 //! Each command gives an [`Outcome`], the same facts as text and as JSON; only [`run`] prints.
 
 pub mod assess;
+mod change;
+pub mod change_args;
+mod coordinate;
 pub mod format;
 pub mod http;
 mod pool;
 mod status;
+mod sync;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -21,6 +25,10 @@ use tokio::task::JoinSet;
 
 use crate::admin::api::{NodeInfo, PoolKey, PoolList, PoolStatus};
 use crate::store::ByteSize;
+use change_args::{
+    AddMemberArgs, ForceFromArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs,
+    ResyncArgs,
+};
 use http::{CallError, Client, NodeAddress};
 
 /// Exit code of a command that failed.
@@ -55,7 +63,20 @@ Examples:
 Name every node that holds a member: a pool is SAFE only when all its copies were seen.
 Exit codes: 0 every copy current, 3 degraded, 4 suspended or unknown (the worst pool counts)";
 
-/// Creates, shows and deletes replicated disks on storage nodes.
+const ADD_EXAMPLES: &str = "\
+Examples:
+  rmrctl --node node-a pool add-member vm-1 --member node-c --wait
+  rmrctl --node node-a pool add-member vm-1 --member node-c=/dev/vdb
+
+Run the same command again after a failure: what is done is not done twice.";
+
+const REPLACE_EXAMPLES: &str = "\
+Examples:
+  rmrctl --node node-a pool replace vm-1 1 --member node-b=/dev/vdc --wait
+
+Run the same command again after a failure: what is done is not done twice.";
+
+/// Creates, changes, shows and deletes replicated disks on storage nodes.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "rmrctl", version, after_help = EXAMPLES, propagate_version = true)]
 pub struct Cli {
@@ -76,7 +97,7 @@ pub struct Cli {
 /// The commands.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Create, show, list and delete pools
+    /// Create, show, list, change and delete pools
     #[command(subcommand)]
     Pool(PoolCommand),
     /// Is the data safe, and how long until it is
@@ -103,6 +124,24 @@ pub enum PoolCommand {
     },
     /// Delete a pool and all its data
     Delete(DeleteArgs),
+    /// Add a copy, while the pool is in use
+    #[command(after_help = ADD_EXAMPLES)]
+    AddMember(AddMemberArgs),
+    /// Remove a copy, while the pool is in use
+    RemoveMember(RemoveMemberArgs),
+    /// Give a member a new, empty store: its disk or its node was lost, or is exchanged
+    #[command(after_help = REPLACE_EXAMPLES)]
+    Replace(ReplaceArgs),
+    /// Move a copy to another node: add it there, wait until it is current, remove the old one
+    Move(MoveArgs),
+    /// Take a member out by plan, so that its node can be stopped, or bring it back in
+    Maintenance(MaintenanceArgs),
+    /// Make a pool larger, while it is in use
+    Grow(GrowArgs),
+    /// Go on with one member although others may have newer data, which is lost then
+    ForceFrom(ForceFromArgs),
+    /// Wait until every copy is current. Without a guest, rmrctl holds the pool meanwhile, so that it is brought up to date
+    Resync(ResyncArgs),
 }
 
 /// Arguments of `pool create`.
@@ -339,12 +378,21 @@ fn colour_levels(text: &str) -> String {
 /// # Errors
 /// When it could not be carried out.
 pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
-    let context = Context { client: Client { timeout: cli.timeout }, given: cli.nodes.clone() };
+    let client = Client { timeout: cli.timeout };
+    let context = Context { client, given: cli.nodes.clone(), json: cli.json };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,
         Command::Pool(PoolCommand::List) => pool::list(&context).await,
         Command::Pool(PoolCommand::Show { pool }) => pool::show(&context, pool).await,
         Command::Pool(PoolCommand::Delete(args)) => pool::delete(&context, args).await,
+        Command::Pool(PoolCommand::AddMember(args)) => change::add(&context, args).await,
+        Command::Pool(PoolCommand::RemoveMember(args)) => change::remove(&context, args).await,
+        Command::Pool(PoolCommand::Replace(args)) => change::replace(&context, args).await,
+        Command::Pool(PoolCommand::Move(args)) => change::move_member(&context, args).await,
+        Command::Pool(PoolCommand::Maintenance(args)) => change::maintenance(&context, args).await,
+        Command::Pool(PoolCommand::Grow(args)) => change::grow(&context, args).await,
+        Command::Pool(PoolCommand::ForceFrom(args)) => sync::force_from(&context, args).await,
+        Command::Pool(PoolCommand::Resync(args)) => sync::resync(&context, args).await,
         Command::Status(args) => status::status(&context, args.pool.as_ref()).await,
         Command::Node(NodeCommand::Show) => show_nodes(&context).await,
     }
@@ -355,6 +403,8 @@ struct Context {
     client: Client,
     /// Nodes named on the command line or in the environment; may be empty.
     given: Vec<NodeAddress>,
+    /// Print JSON for programs.
+    json: bool,
 }
 
 impl Context {
@@ -513,5 +563,7 @@ async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
     Ok(Outcome { text: table.print(0), json: json!({ "nodes": nodes }), warnings, exit })
 }
 
+#[cfg(test)]
+mod change_tests;
 #[cfg(test)]
 mod tests;
