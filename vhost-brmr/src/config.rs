@@ -9,6 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rmr_common::pool::{Address, AddressError, MemberId, PoolId, PoolSpec};
+use rmr_common::transport::rdma::ReadMode;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -86,6 +87,8 @@ pub struct PoolSettings {
     pub leg_timeout: Duration,
     /// No writes will be sent.
     pub read_only: bool,
+    /// How data of reads comes into guest memory over RDMA.
+    pub rdma_read_mode: ReadMode,
 }
 
 /// Everything that was configured, checked.
@@ -214,6 +217,7 @@ impl Settings {
                 suspend_timeout: suspend_timeout_s,
                 leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
                 read_only,
+                rdma_read_mode: options.rdma_read_mode.unwrap_or_default().into(),
             },
             device: DeviceOptions { queues, queue_size, serial, read_only },
             event_loop: LoopOptions {

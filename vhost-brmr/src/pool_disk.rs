@@ -8,6 +8,7 @@ use rmr_common::client::{self, Config, IoError, Notice, OverReason, PoolSelector
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
+use rmr_common::transport::rdma::Fabric;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
@@ -37,6 +38,8 @@ pub struct PoolDisk {
     done: Vec<(client::Token, Result<(), IoError>)>,
     notices: Vec<Notice>,
     failed: Vec<Token>,
+    /// Guest memory, for legs over RDMA.
+    fabric: Fabric,
 }
 
 impl PoolDisk {
@@ -72,6 +75,7 @@ impl PoolDisk {
             done: Vec::new(),
             notices: Vec::new(),
             failed: Vec::new(),
+            fabric: Fabric::new(pool.rdma_read_mode),
         })
     }
 
@@ -110,7 +114,9 @@ impl PoolDisk {
                 Notice::ReadError(member, offset, length) => {
                     tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
                 }
-                Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached"),
+                Notice::Over(OverReason::Detached) => {
+                    tracing::info!(pool, transport = ?driver.counters(), "detached");
+                }
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }
         }
@@ -159,7 +165,7 @@ impl Disk for PoolDisk {
         let config = self.config.clone();
         // Forced once: what other members get from now on is not to be thrown away by the next guest.
         self.config.force_from = None;
-        match PoolDriver::with_spec(config, self.spec.clone(), &self.seeds)
+        match PoolDriver::with_spec(config, self.spec.clone(), &self.seeds, &self.fabric)
             .context("cannot start the pool client")
         {
             Ok(driver) => self.driver = Some(driver),
@@ -232,6 +238,10 @@ impl Disk for PoolDisk {
         self.settle();
     }
 
+    fn fabric(&self) -> Option<Fabric> {
+        Some(self.fabric.clone())
+    }
+
     fn timeout(&self) -> Option<Duration> {
         // Some are finished by what is done after completions were taken, and nothing else wakes the loop for them.
         if !self.failed.is_empty() || self.driver.as_ref().is_some_and(PoolDriver::has_completions) {
@@ -256,6 +266,8 @@ mod tests {
 
     use rmr_common::buffer::Segment;
     use rmr_common::pool::{ChunkSize, MemberId, MemberSpec, PoolId, StoreId};
+
+    use rmr_common::transport::rdma::ReadMode;
 
     use super::*;
 
@@ -285,6 +297,7 @@ mod tests {
             done: Vec::new(),
             notices: Vec::new(),
             failed: Vec::new(),
+            fabric: Fabric::new(ReadMode::Direct),
         }
     }
 

@@ -118,6 +118,12 @@ impl Address {
         Self { transport: TransportKind::Tcp, host: host.into(), port }
     }
 
+    /// An address on either transport; `host` as in [`Address::tcp`].
+    #[must_use]
+    pub fn new(transport: TransportKind, host: impl Into<String>, port: u16) -> Self {
+        Self { transport, host: host.into(), port }
+    }
+
     /// The binding to use.
     #[must_use]
     pub const fn transport(&self) -> TransportKind {

@@ -19,6 +19,7 @@ mod wire;
 use std::io;
 use std::os::fd::RawFd;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::buffer::Segment;
@@ -47,7 +48,7 @@ pub enum ConnectionError {
 }
 
 /// What a connection did so far: system calls and work for the network, and what was copied on the way.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Counters {
     /// Bytes given to the kernel by a TCP connection, which copies them.
     pub tcp_sent_bytes: u64,

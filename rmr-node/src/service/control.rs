@@ -42,6 +42,7 @@ impl Control {
             connections: sum(self.shared.connections.load(Ordering::Relaxed)),
             max_connections: sum(config.max_connections),
             buffer_bytes: config.buffer_memory * config.shards as u64,
+            transport: self.shared.counters(),
             buffer_used_bytes: self.shared.buffer_used.iter().map(|u| u.load(Ordering::Relaxed)).sum(),
         }
     }

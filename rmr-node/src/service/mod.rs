@@ -15,15 +15,18 @@ mod member;
 mod room;
 mod shard;
 mod source_link;
+mod windows;
 
 use std::collections::HashMap;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{TcpListener, ToSocketAddrs};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use anyhow::Context;
 use rmr_common::pool::{Address, BootId, PoolId, TransportKind};
+use rmr_common::transport::rdma::{Fabric, RdmaListener, ReadMode};
+use rmr_common::transport::{Counters, Listener};
 
 use crate::admin::AdminServer;
 use crate::admin::api::UnixMs;
@@ -43,6 +46,9 @@ pub(crate) struct Shared {
     pools: Mutex<HashMap<PoolId, PoolPlace>>,
     connections: AtomicUsize,
     buffer_used: Vec<AtomicU64>,
+    /// What the connections of each shard have done.
+    counters: Mutex<Vec<Counters>>,
+    fabric: Fabric,
 }
 
 /// Where a pool's store is served.
@@ -57,6 +63,20 @@ impl Shared {
     /// The list of pools. A panic elsewhere cannot have left it half changed: each change is one insert or remove.
     pub(crate) fn pools(&self) -> MutexGuard<'_, HashMap<PoolId, PoolPlace>> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_counters(&self, shard: usize, counters: Counters) {
+        let mut all = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = all.get_mut(shard) {
+            *own = counters;
+        }
+    }
+
+    /// What all connections have done, as of a second ago at most.
+    fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|c| sum += *c);
+        sum
     }
 
     fn advertised(&self) -> MutexGuard<'_, Vec<Address>> {
@@ -78,9 +98,8 @@ impl Shared {
 /// # Errors
 /// When an address, a store or a thread cannot be had at start, or a shard failed while running.
 pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
-    let listeners = listen(&config)?;
-    let bound: Vec<Address> =
-        listeners.iter().map(|(_, at)| Address::tcp(at.ip().to_string(), at.port())).collect();
+    let fabric = Fabric::new(ReadMode::Direct);
+    let (listeners, bound) = listen(&config, &fabric)?;
     let shared = Arc::new(Shared {
         host_boot: host_boot()?,
         process_boot: BootId::random(),
@@ -89,6 +108,8 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         pools: Mutex::default(),
         connections: AtomicUsize::new(0),
         buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
+        counters: Mutex::new(vec![Counters::default(); config.shards]),
+        fabric,
         config,
     });
     let stores = open_stores(&shared)?;
@@ -115,7 +136,7 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     drop(opening);
     // A client that came before would be told that there is no such pool, and believe it.
     while opened.recv().is_ok() {}
-    handles[0].send(Command::Listen(listeners.into_iter().map(|(l, _)| l).collect()));
+    handles[0].send(Command::Listen(listeners));
     let control = Arc::new(Control::new(Arc::clone(&shared), handles));
     let admin = AdminServer::start(shared.config.admin, shared.config.admin_limits, control)?;
     let addresses: Vec<String> = shared.advertised().iter().map(ToString::to_string).collect();
@@ -134,24 +155,34 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     outcome
 }
 
-fn listen(config: &Config) -> anyhow::Result<Vec<(TcpListener, SocketAddr)>> {
-    let mut listeners = Vec::new();
+fn listen(config: &Config, fabric: &Fabric) -> anyhow::Result<(Vec<Listener>, Vec<Address>)> {
+    let (mut listeners, mut bound) = (Vec::new(), Vec::new());
+    let dead_after = config.leg_timeout;
     for address in &config.listen {
-        anyhow::ensure!(
-            address.transport() == TransportKind::Tcp,
-            "listen address {address}: this build has no RDMA transport; use tcp://"
-        );
         let candidates: Vec<_> = (address.host(), address.port())
             .to_socket_addrs()
             .with_context(|| format!("listen address {address}"))?
             .collect();
-        let listener =
-            TcpListener::bind(&candidates[..]).with_context(|| format!("listen address {address}"))?;
-        listener.set_nonblocking(true)?;
-        let at = listener.local_addr()?;
-        listeners.push((listener, at));
+        let (listener, at) = match address.transport() {
+            TransportKind::Tcp => {
+                let listener = TcpListener::bind(&candidates[..])
+                    .with_context(|| format!("listen address {address}"))?;
+                listener.set_nonblocking(true)?;
+                let at = listener.local_addr()?;
+                (Listener::Tcp(listener, dead_after), at)
+            }
+            TransportKind::Rdma => {
+                let first = *candidates.first().with_context(|| format!("listen address {address}"))?;
+                let listener = RdmaListener::bind(fabric, first, dead_after)
+                    .with_context(|| format!("listen address {address}"))?;
+                let at = listener.local_addr().unwrap_or(first);
+                (Listener::Rdma(Box::new(listener)), at)
+            }
+        };
+        bound.push(Address::new(address.transport(), at.ip().to_string(), at.port()));
+        listeners.push(listener);
     }
-    Ok(listeners)
+    Ok((listeners, bound))
 }
 
 /// The run of this machine's kernel: what it has in its caches is lost when this changes.

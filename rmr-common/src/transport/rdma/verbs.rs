@@ -620,10 +620,6 @@ impl Endpoint {
         Ok(endpoint)
     }
 
-    pub(super) fn peer(&self) -> Option<SocketAddr> {
-        self.id.peer()
-    }
-
     /// Receives of the shared queue that this connection has used up go back to the others.
     fn give_back_receives(&mut self) {
         if let Receives::Own(_) = self.receives {
