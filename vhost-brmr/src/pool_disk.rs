@@ -9,6 +9,7 @@ use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
 use rmr_common::transport::rdma::Fabric;
+use rmr_common::transport::tls::ClientTls;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
@@ -38,8 +39,6 @@ pub struct PoolDisk {
     done: Vec<(client::Token, Result<(), IoError>)>,
     notices: Vec<Notice>,
     failed: Vec<Token>,
-    /// Guest memory, for legs over RDMA.
-    fabric: Fabric,
 }
 
 impl PoolDisk {
@@ -56,6 +55,11 @@ impl PoolDisk {
         config.force_from = pool.force_from;
         config.leg_timeout = pool.leg_timeout;
         config.suspend_timeout = pool.suspend_timeout;
+        if let Some(files) = &pool.tls {
+            config.tls = Some(ClientTls::load(&files.authorities, files.identity.as_ref())?);
+        }
+        config.fabric = Fabric::new(pool.rdma_read_mode);
+        config.read_error_limit = pool.read_error_limit;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
         let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
         anyhow::ensure!(
@@ -75,7 +79,6 @@ impl PoolDisk {
             done: Vec::new(),
             notices: Vec::new(),
             failed: Vec::new(),
-            fabric: Fabric::new(pool.rdma_read_mode),
         })
     }
 
@@ -165,7 +168,7 @@ impl Disk for PoolDisk {
         let config = self.config.clone();
         // Forced once: what other members get from now on is not to be thrown away by the next guest.
         self.config.force_from = None;
-        match PoolDriver::with_spec(config, self.spec.clone(), &self.seeds, &self.fabric)
+        match PoolDriver::with_spec(config, self.spec.clone(), &self.seeds)
             .context("cannot start the pool client")
         {
             Ok(driver) => self.driver = Some(driver),
@@ -239,7 +242,7 @@ impl Disk for PoolDisk {
     }
 
     fn fabric(&self) -> Option<Fabric> {
-        Some(self.fabric.clone())
+        Some(self.config.fabric.clone())
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -266,8 +269,6 @@ mod tests {
 
     use rmr_common::buffer::Segment;
     use rmr_common::pool::{ChunkSize, MemberId, MemberSpec, PoolId, StoreId};
-
-    use rmr_common::transport::rdma::ReadMode;
 
     use super::*;
 
@@ -297,7 +298,6 @@ mod tests {
             done: Vec::new(),
             notices: Vec::new(),
             failed: Vec::new(),
-            fabric: Fabric::new(ReadMode::Direct),
         }
     }
 

@@ -139,6 +139,7 @@ impl Client {
                     Kind::SetViewReply => self.set_view_reply(member, header, body),
                     Kind::PrepareReply => self.prepare_reply(member, header),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
+                    Kind::SourceFailed => self.source_failed(member, header),
                     Kind::DetachReply => self.detach_reply(member),
                     Kind::Command => self.command_message(id, header, body),
                     Kind::Pong => {
@@ -463,8 +464,9 @@ impl Client {
     }
 
     /// Makes `next` durable on every member that is active in it.
-    pub(super) fn change_view(&mut self, next: View, additions: Vec<DirtyAddition>, attach: bool) {
+    pub(super) fn change_view(&mut self, next: View, mut additions: Vec<DirtyAddition>, attach: bool) {
         let waiting = next.active();
+        self.faults.tell(&next, &mut additions);
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();
         if batches.is_empty() {
@@ -519,6 +521,7 @@ impl Client {
             self.note_view(member, &next);
             self.note_epoch(member, self.epoch);
         }
+        self.faults.committed(&next, attach);
         self.view = Some(next);
         self.suspended_since = None;
         self.notice(notice);
@@ -598,6 +601,7 @@ impl Client {
     /// anew, so that no message of the old attachment touches a request's memory any more.
     pub(super) fn gather(&mut self) {
         self.forget_rejoin();
+        self.faults.forget_leaving();
         self.parts.unsend_all();
         let retry_at = self.now + self.config.reconnect_interval / 4;
         for (link, id) in self.links.iter_mut().zip(0u8..) {

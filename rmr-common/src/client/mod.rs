@@ -19,6 +19,7 @@
 mod attach;
 mod change;
 mod data;
+mod faults;
 mod parts;
 mod reconcile;
 mod rejoin;
@@ -37,6 +38,8 @@ use crate::pool::{
     Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Sequence, Slot, View,
 };
 use crate::time::Time;
+use crate::transport::rdma::{Fabric, ReadMode};
+use crate::transport::tls::ClientTls;
 use crate::wire::{AttachReply, HelloReply, MAX_SLOTS, MessageHeader};
 use parts::{OpIndex, Parts};
 
@@ -45,6 +48,9 @@ use parts::{OpIndex, Parts};
 pub const MAX_LINKS: usize = 2 * MAX_MEMBERS;
 /// Most requests that wait for a slot. A device queue never has more; other callers get [`IoError::TooMany`].
 pub const MAX_QUEUED: usize = 64 * 1024;
+
+/// [`Config::read_error_limit`] unless told otherwise: more than the odd bad sector, fewer than a dying disk makes in an hour.
+pub const DEFAULT_READ_ERROR_LIMIT: u32 = 16;
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
@@ -70,6 +76,13 @@ pub struct Config {
     pub reconnect_interval: Duration,
     /// A silent link is probed this often.
     pub ping_interval: Duration,
+    /// How drivers connect to `tls://` addresses; without it they refuse them. The state machine itself has no use for it.
+    pub tls: Option<ClientTls>,
+    /// What connections over RDMA have in common, with the memory that is registered for them; for drivers as well.
+    pub fabric: Fabric,
+    /// A leg whose disk fails reads is resynchronised so many times within an hour; after that it is left out until the
+    /// client attaches anew. Errors that come together count once.
+    pub read_error_limit: u32,
 }
 
 impl Config {
@@ -87,6 +100,9 @@ impl Config {
             attach_grace: Duration::from_secs(1),
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
+            tls: None,
+            fabric: Fabric::new(ReadMode::Direct),
+            read_error_limit: DEFAULT_READ_ERROR_LIMIT,
         }
     }
 }
@@ -398,6 +414,7 @@ pub struct Client {
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
     stale: rejoin::Stale,
+    faults: faults::Faults,
     detach_requested: bool,
     /// Since when requests wait for the pool, after it was active.
     suspended_since: Option<Time>,
@@ -418,8 +435,8 @@ pub struct Counters {
     pub views: u64,
     /// Writes that waited for an overlapping one.
     pub overlapping: u64,
-    /// Reads repeated on another leg.
-    pub reads_repeated: u64,
+    /// Reads that a leg's disk failed, and that were repeated on another one.
+    pub read_errors: u64,
 }
 
 impl Client {
@@ -454,6 +471,7 @@ impl Client {
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
             stale: rejoin::Stale::default(),
+            faults: faults::Faults::default(),
             detach_requested: false,
             suspended_since: None,
             next_tick: now,

@@ -24,7 +24,6 @@ use crate::pool::{Address, Command, CommandReply, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
 use crate::transport::connect::Connector;
-use crate::transport::rdma::Fabric;
 use crate::transport::{Connection, Counters, Place, Receiver, Wire as AnyConnection};
 use crate::wire::{Kind, MessageHeader, Status};
 
@@ -91,31 +90,29 @@ pub struct PoolDriver {
 }
 
 impl PoolDriver {
-    /// Starts to look for a pool at the nodes `seeds`. Connections over RDMA are of `fabric`.
+    /// Starts to look for a pool at the nodes `seeds`.
     ///
     /// # Errors
     /// When no eventfd can be made.
-    pub fn new(
-        config: Config,
-        selector: PoolSelector,
-        seeds: &[Address],
-        fabric: &Fabric,
-    ) -> io::Result<Self> {
-        let leg_timeout = config.leg_timeout;
-        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout, fabric)
+    pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
+        let connector = Self::connector(&config)?;
+        Ok(Self::start(Client::new(config, selector, seeds, monotonic_now()), connector))
     }
 
     /// Starts to attach to a pool whose specification is known from [`discover`].
     ///
     /// # Errors
     /// When no eventfd can be made.
-    pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address], fabric: &Fabric) -> io::Result<Self> {
-        let leg_timeout = config.leg_timeout;
-        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout, fabric)
+    pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
+        let connector = Self::connector(&config)?;
+        Ok(Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), connector))
     }
 
-    fn start(client: Client, leg_timeout: Duration, fabric: &Fabric) -> io::Result<Self> {
-        let connector = Connector::new(leg_timeout, fabric.clone())?;
+    fn connector(config: &Config) -> io::Result<Connector> {
+        Connector::new(config.leg_timeout, config.tls.clone(), config.fabric.clone())
+    }
+
+    fn start(client: Client, connector: Connector) -> Self {
         let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
         let mut driver = Self {
             client,
@@ -137,7 +134,7 @@ impl PoolDriver {
             is_now: false,
         };
         driver.carry_out();
-        Ok(driver)
+        driver
     }
 
     /// Takes in a request. `segments` have the length of the range for a read or a write, and their memory must stay
@@ -505,19 +502,12 @@ impl Receiver for Sink<'_> {
 mod tests {
     use super::*;
     use crate::pool::{ClientId, PoolId};
-    use crate::transport::rdma::ReadMode;
 
     #[test]
     fn a_request_is_timed_from_when_it_was_made_and_not_from_the_last_wake_up() {
         let config = Config::new(ClientId::random(), "a test");
         let selector = PoolSelector::Id(PoolId::random());
-        let mut driver = PoolDriver::new(
-            config,
-            selector,
-            &[Address::tcp("127.0.0.1", 1)],
-            &Fabric::new(ReadMode::Direct),
-        )
-        .unwrap();
+        let mut driver = PoolDriver::new(config, selector, &[Address::tcp("127.0.0.1", 1)]).unwrap();
         driver.upkeep();
         let pause = Duration::from_millis(50);
         std::thread::sleep(pause);

@@ -18,7 +18,6 @@ use crate::client::{
 };
 use crate::pool::{self, Address, CommandReply, MemberId, MemberState, PoolSpec, Refusal};
 use crate::reactor::WatchChange;
-use crate::transport::rdma::{Fabric, ReadMode};
 
 /// A scatter/gather list that its request owns while it is under way.
 pub type Buffers = Vec<Vec<u8>>;
@@ -115,8 +114,7 @@ impl Pool {
         let observe = config.observe;
         let work = move || {
             let failed = attached.clone();
-            let fabric = Fabric::new(ReadMode::Direct);
-            let result = PoolDriver::new(config, selector, &seeds, &fabric)
+            let result = PoolDriver::new(config, selector, &seeds)
                 .map_err(|e| e.to_string())
                 .and_then(|driver| Owner::new(driver, observe, event, inbox, attached).run());
             if let Err(error) = result {

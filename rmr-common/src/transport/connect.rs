@@ -11,29 +11,39 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::Wire;
 use super::rdma::{Fabric, RdmaConnection};
 use super::tcp::TcpConnection;
+use super::tls::ClientTls;
 use crate::pool::{Address, TransportKind};
 
 /// An attempt that ended: the owner's mark for it, and the connection or the words of the failure.
 pub type Attempt = (u64, Result<Wire, String>);
+
+/// How connections are made.
+#[derive(Clone)]
+struct Ways {
+    timeout: Duration,
+    tls: Option<ClientTls>,
+    fabric: Fabric,
+}
 
 /// Opens connections; results are collected when the descriptor becomes readable.
 pub struct Connector {
     results: mpsc::Receiver<Attempt>,
     sender: mpsc::Sender<Attempt>,
     event: EventFd,
-    timeout: Duration,
-    fabric: Fabric,
+    ways: Ways,
 }
 
 impl Connector {
     /// A connector whose attempts end within about `timeout` for each address that a name has. On the connections, what was
-    /// sent may stay unacknowledged as long; those over RDMA are of `fabric`.
+    /// sent may stay unacknowledged as long. Without `tls` it refuses `tls://` addresses; connections over RDMA are of
+    /// `fabric`.
     ///
     /// # Errors
     /// When no eventfd can be made.
-    pub fn new(timeout: Duration, fabric: Fabric) -> io::Result<Self> {
+    pub fn new(timeout: Duration, tls: Option<ClientTls>, fabric: Fabric) -> io::Result<Self> {
         let (sender, results) = mpsc::channel();
-        Ok(Self { results, sender, event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?, timeout, fabric })
+        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        Ok(Self { results, sender, event, ways: Ways { timeout, tls, fabric } })
     }
 
     /// Readable when an attempt has ended.
@@ -44,8 +54,8 @@ impl Connector {
 
     /// Starts an attempt.
     pub fn connect(&self, mark: u64, address: &Address) {
-        let (address, timeout, sender) = (address.clone(), self.timeout, self.sender.clone());
-        let (fallback, fabric) = (self.sender.clone(), self.fabric.clone());
+        let (address, ways, sender) = (address.clone(), self.ways.clone(), self.sender.clone());
+        let fallback = self.sender.clone();
         let Ok(event) = self.event.try_clone() else {
             let _ = fallback.send((mark, Err("no file descriptor is left".into())));
             let _ = self.event.write(1);
@@ -53,7 +63,7 @@ impl Connector {
         };
         let work = move || {
             // The receiver may be gone when the owner shut down meanwhile; nobody waits for the result then.
-            let _ = sender.send((mark, open(&address, timeout, &fabric)));
+            let _ = sender.send((mark, open(&address, &ways)));
             let _ = event.write(1);
         };
         if let Err(error) = std::thread::Builder::new().name("connect".into()).spawn(work) {
@@ -71,13 +81,13 @@ impl Connector {
     }
 }
 
-fn open(address: &Address, timeout: Duration, fabric: &Fabric) -> Result<Wire, String> {
+fn open(address: &Address, ways: &Ways) -> Result<Wire, String> {
     let candidates = (address.host(), address.port())
         .to_socket_addrs()
         .map_err(|e| format!("no address for the name: {e}"))?;
     let mut last = "the name has no address".to_owned();
     for candidate in candidates {
-        match open_one(address.transport(), candidate, timeout, fabric) {
+        match open_one(address, candidate, ways) {
             Ok(wire) => return Ok(wire),
             Err(error) => last = error,
         }
@@ -85,18 +95,18 @@ fn open(address: &Address, timeout: Duration, fabric: &Fabric) -> Result<Wire, S
     Err(last)
 }
 
-fn open_one(
-    transport: TransportKind,
-    address: SocketAddr,
-    timeout: Duration,
-    fabric: &Fabric,
-) -> Result<Wire, String> {
-    match transport {
-        TransportKind::Tcp => TcpStream::connect_timeout(&address, timeout)
-            .and_then(|stream| TcpConnection::new(stream, timeout))
-            .map(Wire::Tcp)
-            .map_err(|e| e.to_string()),
-        TransportKind::Rdma => RdmaConnection::connect(fabric, address, timeout)
+fn open_one(address: &Address, candidate: SocketAddr, ways: &Ways) -> Result<Wire, String> {
+    let text = |error: io::Error| error.to_string();
+    let dial = || TcpStream::connect_timeout(&candidate, ways.timeout).map_err(text);
+    match address.transport() {
+        TransportKind::Tcp => TcpConnection::new(dial()?, ways.timeout).map(Wire::Tcp).map_err(text),
+        TransportKind::Tls => {
+            let tls = ways.tls.as_ref();
+            let tls =
+                tls.ok_or("the address asks for TLS, and no certificate authority is configured here")?;
+            TcpConnection::with_tls(dial()?, ways.timeout, tls, address.host()).map(Wire::Tcp).map_err(text)
+        }
+        TransportKind::Rdma => RdmaConnection::connect(&ways.fabric, candidate, ways.timeout)
             .map(|connection| Wire::Rdma(Box::new(connection)))
             .map_err(|e| e.to_string()),
     }

@@ -2,8 +2,8 @@
 //!
 //! A [`Connection`] belongs to one thread, never blocks, and is driven by that thread's event loop. Messages are queued
 //! while work is done and sent together by [`Connection::flush`]; data goes from and to the memory of whoever asked
-//! for it. [`tcp`] binds it to TCP, [`rdma`] to verbs, and [`memory`] to a pair of buffers in one process, for tests without
-//! sockets. [`Wire`] is a connection of either of the first two kinds.
+//! for it. [`tcp`] binds it to TCP, with [`tls`] under it or without, [`rdma`] to verbs, and [`memory`] to a pair of buffers
+//! in one process, for tests without sockets. [`Wire`] is a connection of either of the first two kinds.
 
 pub mod connect;
 pub mod memory;
@@ -14,6 +14,7 @@ pub mod rdma;
 pub mod rdma;
 mod socket;
 pub mod tcp;
+pub mod tls;
 mod wire;
 
 use std::io;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::rdma::{RdmaConnection, RdmaListener};
 use super::tcp::TcpConnection;
+use super::tls::ServerTls;
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
 use crate::wire::MessageHeader;
@@ -170,8 +171,15 @@ impl Connection for Wire {
 
 /// Where peers connect to, over TCP or RDMA.
 pub enum Listener {
-    /// Over TCP; the stream's peer may leave sent data unacknowledged for the given time.
-    Tcp(TcpListener, Duration),
+    /// Over TCP.
+    Tcp {
+        /// Where peers come.
+        socket: TcpListener,
+        /// What was sent may stay unacknowledged so long.
+        dead_after: Duration,
+        /// They have to speak TLS.
+        tls: Option<ServerTls>,
+    },
     /// Over RDMA.
     Rdma(Box<RdmaListener>),
 }
@@ -184,9 +192,12 @@ impl Listener {
     /// others may.
     pub fn accept(&mut self) -> io::Result<(Wire, SocketAddr)> {
         match self {
-            Self::Tcp(listener, dead_after) => {
-                let (stream, address) = listener.accept()?;
-                let connection = TcpConnection::new(stream, *dead_after);
+            Self::Tcp { socket, dead_after, tls } => {
+                let (stream, address) = socket.accept()?;
+                let connection = match tls {
+                    Some(tls) => TcpConnection::accepted_with_tls(stream, *dead_after, tls),
+                    None => TcpConnection::new(stream, *dead_after),
+                };
                 let connection =
                     connection.map_err(|e| io::Error::new(io::ErrorKind::ConnectionAborted, e))?;
                 Ok((Wire::Tcp(connection), address))
@@ -203,7 +214,7 @@ impl Listener {
 impl AsRawFd for Listener {
     fn as_raw_fd(&self) -> RawFd {
         match self {
-            Self::Tcp(listener, _) => listener.as_raw_fd(),
+            Self::Tcp { socket, .. } => socket.as_raw_fd(),
             Self::Rdma(listener) => listener.as_raw_fd(),
         }
     }

@@ -66,7 +66,7 @@ impl Page {
 
     fn stores(&mut self, pools: &[PoolStatus]) {
         type Value = fn(&PoolStatus) -> Option<u64>;
-        let families: [(&str, &str, &str, Value); 20] = [
+        let families: [(&str, &str, &str, Value); 21] = [
             ("rmr_pool_size_bytes", "gauge", "Size of the pool.", |p| Some(p.spec.size)),
             ("rmr_store_serving", "gauge", "1 if the store serves, 0 if it waits or failed.", |p| {
                 Some(u64::from(p.store_state == StoreState::Serving))
@@ -91,6 +91,9 @@ impl Page {
             }),
             ("rmr_store_flushes_total", "counter", "Flushes answered.", |p| Some(p.io.flushes)),
             ("rmr_store_errors_total", "counter", "Requests answered with an error.", |p| Some(p.io.errors)),
+            ("rmr_store_read_errors_total", "counter", "Reads that the disk failed.", |p| {
+                Some(p.io.read_errors)
+            }),
             ("rmr_store_in_flight", "gauge", "Requests taken and not answered.", |p| Some(p.io.in_flight)),
             ("rmr_store_read_p99_microseconds", "gauge", "99th percentile of read latency.", |p| {
                 p.latency.map(|l| l.read_p99_us)

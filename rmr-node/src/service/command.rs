@@ -111,6 +111,7 @@ pub(super) fn ask_others(shared: &Arc<Shared>, asked: Answered, command: &PoolCo
             connect_timeout: CONNECT_TIMEOUT.min(shared.config.leg_timeout),
             answer_timeout: ANSWER_TIMEOUT,
             fabric: &shared.fabric,
+            tls: shared.client_tls.clone(),
         };
         match forward.run(command) {
             Forwarded::Answered(CommandReply::Refused { reason: Refusal::NoCoordinator, .. }) => {

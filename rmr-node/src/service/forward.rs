@@ -9,6 +9,7 @@ use rmr_common::buffer::Segment;
 use rmr_common::pool::{Address, ClientId, Command, CommandReply, PoolId, Sequence};
 use rmr_common::transport::connect::Connector;
 use rmr_common::transport::rdma::Fabric;
+use rmr_common::transport::tls::ClientTls;
 use rmr_common::transport::{Connection, Place, Receiver, Wire};
 use rmr_common::wire::{Hello, Kind, MessageHeader, PROTOCOL_VERSION, Role, Status};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -27,6 +28,8 @@ pub(super) struct Forward<'a> {
     pub(super) connect_timeout: Duration,
     pub(super) answer_timeout: Duration,
     pub(super) fabric: &'a Fabric,
+    /// How a `tls://` address is reached.
+    pub(super) tls: Option<ClientTls>,
 }
 
 /// What became of it.
@@ -69,7 +72,8 @@ impl Forward<'_> {
     /// Connects and says hello.
     fn connect(&self) -> Result<Talk, String> {
         let text = |error: io::Error| error.to_string();
-        let connector = Connector::new(self.connect_timeout, self.fabric.clone()).map_err(text)?;
+        let connector =
+            Connector::new(self.connect_timeout, self.tls.clone(), self.fabric.clone()).map_err(text)?;
         connector.connect(1, self.address);
         let waits = Waits::on(connector.descriptor()).map_err(text)?;
         // A name may have several addresses, each with the time allowed.

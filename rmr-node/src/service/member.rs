@@ -380,6 +380,7 @@ impl Member {
                 zeroes: counters.zeroes,
                 flushes: counters.flushes,
                 errors: counters.errors,
+                read_errors: counters.read_errors,
                 in_flight: status.in_flight as u64,
             },
             latency: None,

@@ -26,11 +26,12 @@ use std::thread::JoinHandle;
 use anyhow::Context;
 use rmr_common::pool::{Address, BootId, PoolId, TransportKind};
 use rmr_common::transport::rdma::{Fabric, RdmaListener, ReadMode};
+use rmr_common::transport::tls::{ClientTls, ServerTls};
 use rmr_common::transport::{Counters, Listener};
 
 use crate::admin::AdminServer;
 use crate::admin::api::UnixMs;
-use crate::config::Config;
+use crate::config::{Config, TlsConfig};
 use crate::lifecycle::{Shutdown, ready};
 use crate::store::Store;
 use control::Control;
@@ -49,6 +50,8 @@ pub(crate) struct Shared {
     /// What the connections of each shard have done.
     counters: Mutex<Vec<Counters>>,
     fabric: Fabric,
+    /// How other nodes at `tls://` addresses are reached.
+    client_tls: Option<ClientTls>,
 }
 
 /// Where a pool's store is served.
@@ -99,7 +102,8 @@ impl Shared {
 /// When an address, a store or a thread cannot be had at start, or a shard failed while running.
 pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let fabric = Fabric::new(ReadMode::Direct);
-    let (listeners, bound) = listen(&config, &fabric)?;
+    let (server_tls, client_tls) = load_tls(&config.tls)?;
+    let (listeners, bound) = listen(&config, server_tls.as_ref(), &fabric)?;
     let shared = Arc::new(Shared {
         host_boot: host_boot()?,
         process_boot: BootId::random(),
@@ -110,6 +114,7 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
         counters: Mutex::new(vec![Counters::default(); config.shards]),
         fabric,
+        client_tls,
         config,
     });
     let stores = open_stores(&shared)?;
@@ -155,7 +160,19 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     outcome
 }
 
-fn listen(config: &Config, fabric: &Fabric) -> anyhow::Result<(Vec<Listener>, Vec<Address>)> {
+fn load_tls(config: &TlsConfig) -> anyhow::Result<(Option<ServerTls>, Option<ClientTls>)> {
+    let clients = config.authorities.as_deref().filter(|_| config.verify_clients);
+    let server = config.identity.as_ref().map(|own| ServerTls::load(own, clients)).transpose()?;
+    let authorities = config.authorities.as_deref();
+    let client = authorities.map(|path| ClientTls::load(path, config.identity.as_ref())).transpose()?;
+    Ok((server, client))
+}
+
+fn listen(
+    config: &Config,
+    tls: Option<&ServerTls>,
+    fabric: &Fabric,
+) -> anyhow::Result<(Vec<Listener>, Vec<Address>)> {
     let (mut listeners, mut bound) = (Vec::new(), Vec::new());
     let dead_after = config.leg_timeout;
     for address in &config.listen {
@@ -164,12 +181,13 @@ fn listen(config: &Config, fabric: &Fabric) -> anyhow::Result<(Vec<Listener>, Ve
             .with_context(|| format!("listen address {address}"))?
             .collect();
         let (listener, at) = match address.transport() {
-            TransportKind::Tcp => {
-                let listener = TcpListener::bind(&candidates[..])
+            TransportKind::Tcp | TransportKind::Tls => {
+                let socket = TcpListener::bind(&candidates[..])
                     .with_context(|| format!("listen address {address}"))?;
-                listener.set_nonblocking(true)?;
-                let at = listener.local_addr()?;
-                (Listener::Tcp(listener, dead_after), at)
+                socket.set_nonblocking(true)?;
+                let at = socket.local_addr()?;
+                let tls = tls.filter(|_| address.transport() == TransportKind::Tls).cloned();
+                (Listener::Tcp { socket, dead_after, tls }, at)
             }
             TransportKind::Rdma => {
                 let first = *candidates.first().with_context(|| format!("listen address {address}"))?;

@@ -214,7 +214,8 @@ impl Shard {
         // The pool's mapping stays for the life of the process, so there is nothing to keep.
         let register = |region| shared.fabric.register(region, Arc::new(()), Exposure::Peers);
         let registrations = buffers.regions().into_iter().map(register).collect::<Result<_, _>>()?;
-        let connector = Connector::new(shared.config.leg_timeout, shared.fabric.clone())?;
+        let (tls, fabric) = (shared.client_tls.clone(), shared.fabric.clone());
+        let connector = Connector::new(shared.config.leg_timeout, tls, fabric)?;
         let now = monotonic_now();
         let mut shard = Self {
             index,

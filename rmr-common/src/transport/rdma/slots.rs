@@ -227,7 +227,7 @@ mod tests {
         }
         let mut idle = Vec::new();
         windows.take_idle(&mut idle);
-        assert_eq!(idle, [], "they are new");
+        assert!(idle.is_empty(), "they are new");
         let slot = windows.take(4096, 96).unwrap();
         windows.take_idle(&mut idle);
         assert_eq!(idle, [1, 2]);
