@@ -50,8 +50,14 @@ impl Control {
 
 impl NodeControl for Control {
     fn node_info(&self) -> Reply<NodeInfo> {
-        let info = self.info();
-        Box::pin(async { Ok(info) })
+        // Shards note their counters when they are asked for their pools.
+        let (pools, info) = (self.pools(), self.info());
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move {
+            // A shard that has ended has noted its last ones.
+            let _ = pools.await;
+            Ok(NodeInfo { transport: shared.counters(), ..info })
+        })
     }
 
     fn pools(&self) -> Reply<Vec<PoolStatus>> {
