@@ -8,6 +8,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -161,9 +162,13 @@ impl CmEvent {
             cm::RDMA_CM_EVENT_DISCONNECTED => "the peer disconnected".to_owned(),
             cm::RDMA_CM_EVENT_DEVICE_REMOVAL => "the RDMA device was removed".to_owned(),
             cm::RDMA_CM_EVENT_ADDR_CHANGE => "the address moved to another device".to_owned(),
-            cm::RDMA_CM_EVENT_REJECTED => {
-                "the peer refused: nobody listens there, or it serves no more".to_owned()
-            }
+            // Reasons of the InfiniBand connection manager (IBTA 12.6.7.2).
+            cm::RDMA_CM_EVENT_REJECTED => match self.status {
+                8 => "nobody listens there".to_owned(),
+                10 => "the peer still has an older connection of this queue pair".to_owned(),
+                28 => "the peer refused".to_owned(),
+                reason => format!("the peer refused, reason {reason}"),
+            },
             cm::RDMA_CM_EVENT_UNREACHABLE => "the peer cannot be reached".to_owned(),
             cm::RDMA_CM_EVENT_ADDR_ERROR => {
                 "no RDMA device has a route to the address: use tcp:// or see docs/rdma.md".to_owned()
@@ -400,7 +405,7 @@ pub(super) struct SharedReceives {
     /// Slabs of `per_slab` buffers; a buffer's number is its place in all of them.
     slabs: Mutex<Vec<Arc<Slab>>>,
     per_slab: usize,
-    users: std::sync::atomic::AtomicUsize,
+    users: AtomicUsize,
 }
 
 // SAFETY: libibverbs may be called from any thread at the same time.
@@ -540,7 +545,16 @@ fn completion(found: &rdma_sys::ibv_wc) -> Completion {
 /// Where receives are posted.
 enum Receives {
     Own(Slab),
-    Shared(Arc<SharedReceives>),
+    Shared(Share),
+}
+
+/// One user's part in the shared receives.
+struct Share(Arc<SharedReceives>);
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A connection's queue pair with all that it needs.
@@ -574,7 +588,7 @@ impl Endpoint {
         loop {
             wanted.send_cq = completions.cq.as_ptr();
             wanted.recv_cq = completions.cq.as_ptr();
-            wanted.srq = shared.as_ref().map_or(ptr::null_mut(), |s| s.srq.as_ptr());
+            wanted.srq = shared.as_ref().map_or(ptr::null_mut(), |s| s.0.srq.as_ptr());
             wanted.qp_type = ibv_qp_type::IBV_QPT_RC;
             wanted.cap = rdma_sys::ibv_qp_cap {
                 max_send_wr: sizes.sends,
@@ -694,8 +708,8 @@ impl Verbs for Endpoint {
     fn post_receive(&mut self, number: u32) -> Result<(), RdmaError> {
         let slab = match &self.receives {
             Receives::Shared(shared) => {
-                let slab = shared.slab_of(number).ok_or(RdmaError::Over)?;
-                return shared.post(&slab, number);
+                let slab = shared.0.slab_of(number).ok_or(RdmaError::Over)?;
+                return shared.0.post(&slab, number);
             }
             Receives::Own(slab) => slab,
         };
@@ -716,7 +730,7 @@ impl Verbs for Endpoint {
         let size = self.sizes.receive_size as usize;
         match &self.receives {
             Receives::Own(slab) => Some((Arc::clone(&slab.pages), number as usize * size, size)),
-            Receives::Shared(shared) => {
+            Receives::Shared(Share(shared)) => {
                 let slab = shared.slab_of(number)?;
                 Some((Arc::clone(&slab.pages), number as usize % shared.per_slab * shared.size, shared.size))
             }
@@ -777,9 +791,6 @@ impl Verbs for Endpoint {
 impl Drop for Endpoint {
     fn drop(&mut self) {
         self.close();
-        if let Receives::Shared(shared) = &self.receives {
-            shared.users.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
-        }
     }
 }
 
@@ -801,8 +812,7 @@ impl Domain {
     }
 
     /// The shared receives, with room for one connection more.
-    fn shared_receives(self: &Arc<Self>, sizes: QueueSizes) -> Result<Arc<SharedReceives>, RdmaError> {
-        use std::sync::atomic::Ordering::Relaxed;
+    fn shared_receives(self: &Arc<Self>, sizes: QueueSizes) -> Result<Share, RdmaError> {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let receives = if let Some(receives) = &*shared {
             Arc::clone(receives)
@@ -824,12 +834,10 @@ impl Domain {
             receives
         };
         drop(shared);
-        let users = receives.users.fetch_add(1, Relaxed) + 1;
-        if let Err(error) = self.grow(&receives, users) {
-            receives.users.fetch_sub(1, Relaxed);
-            return Err(error);
-        }
-        Ok(receives)
+        let users = receives.users.fetch_add(1, Ordering::Relaxed) + 1;
+        let share = Share(receives);
+        self.grow(&share.0, users)?;
+        Ok(share)
     }
 }
 
