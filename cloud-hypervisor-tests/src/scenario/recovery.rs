@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::system::LIMIT;
-use super::{Counts, Effort, System};
+use super::{Counters, Counts, Effort, System};
 use crate::lab::{Daemon, Lab, Node};
 
 /// How long a load runs before something happens to it.

@@ -70,6 +70,9 @@ impl Client {
         if self.is_quiescing() {
             self.try_quiesced();
         }
+        if self.is_command_quiescing() {
+            self.advance_command();
+        }
         self.try_leave();
         if !self.is_active() || self.is_quiescing() {
             return;
@@ -134,7 +137,8 @@ impl Client {
                 .wrapping_mul(0x9e37_79b9_7f4a_7c15);
             (key ^ (key >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32
         };
-        self.view_clean().without(but).iter().max_by_key(score)
+        let readable = if mutant!(ReadFromSyncing) { self.view_active() } else { self.view_clean() };
+        readable.without(but).iter().max_by_key(score)
     }
 
     /// The first bytes of a range that have one home leg, at most `length`.
@@ -150,6 +154,10 @@ impl Client {
 
     fn send_part(&mut self, slot: Slot) {
         let Some(part) = self.parts.get(slot).copied() else { return };
+        if self.spec.as_ref().is_some_and(|s| part.offset + u64::from(part.length) > s.size) {
+            // The operator forced a pool into use that had not been made larger yet.
+            return self.part_failed(slot, IoError::BadRange);
+        }
         let legs = if part.operation == Operation::Read {
             let chunk = self.spec.as_ref().map_or(Chunk(0), |s| s.chunk_size.chunk_of(part.offset));
             match self.home(chunk, part.failed) {
@@ -269,11 +277,13 @@ impl Client {
     /// Completes a part when every leg answered, and those that did not are Out in the committed view.
     fn part_progress(&mut self, slot: Slot) {
         let Some(part) = self.parts.get(slot) else { return };
-        if part.state != PartState::Sent || !part.pending.is_empty() {
+        let is_answered =
+            part.pending.is_empty() || mutant!(WriteByOneLeg) && part.pending != self.view_active();
+        if part.state != PartState::Sent || !is_answered {
             return;
         }
         if part.operation.is_write() {
-            if !part.failed.is_subset(self.view_out()) {
+            if !part.failed.is_subset(self.view_out()) && !mutant!(CompleteBeforeCommit) {
                 return; // Completes at the commit of the view that has them Out.
             }
             let (offset, length) = (part.offset, part.length);
@@ -353,13 +363,13 @@ impl Client {
     /// but not flushed.
     pub(super) fn missed_by(&self, members: MemberSet) -> Vec<DirtyAddition> {
         let was_sent = |p: &Part| p.operation.is_write() && (p.state == PartState::Sent || p.barrier);
-        let in_flight = self.parts.slots().filter(|(_, p)| was_sent(p));
+        let in_flight = self.parts.slots().filter(|(_, p)| was_sent(p) && !mutant!(InFlightForgotten));
         let mut additions: Vec<_> = in_flight
             .map(|(_, p)| DirtyAddition { members, offset: p.offset, length: p.length.into() })
             .collect();
         // A store that is gone can not be asked any more; what its last hello said is kept with the link.
         let write_back = members.without(self.write_through);
-        if !write_back.is_empty() {
+        if !write_back.is_empty() && !mutant!(UnflushedForgotten) {
             let unflushed = self.unflushed.ranges().chain(self.flushing.ranges());
             additions.extend(unflushed.map(|(offset, length)| DirtyAddition {
                 members: write_back,
@@ -371,16 +381,19 @@ impl Client {
     }
 
     /// Starts a flush round for every flush that waits. Flushes that arrive while one is under way share the next.
-    fn start_flush(&mut self) {
-        if self.flush.is_some() || self.flush_queue.is_empty() {
+    pub(super) fn start_flush(&mut self) {
+        let is_wanted = !self.flush_queue.is_empty() || self.commands.wants_flush;
+        if self.flush.is_some() || !is_wanted || !self.is_active() {
             return;
         }
+        let for_command = std::mem::take(&mut self.commands.wants_flush);
         let sequence = self.next_sequence();
         let ops = std::mem::take(&mut self.flush_queue);
         self.flushing.append(&mut self.unflushed);
         let (epoch, since) = (self.epoch, self.now);
         let none = MemberSet::EMPTY;
-        self.flush = Some(FlushRound { sequence, epoch, pending: none, failed: none, since, ops });
+        self.flush =
+            Some(FlushRound { sequence, epoch, pending: none, failed: none, since, ops, for_command });
         self.send_flush();
     }
 
@@ -429,7 +442,9 @@ impl Client {
     fn flush_progress(&mut self) {
         let done =
             self.flush.as_ref().is_some_and(|f| f.pending.is_empty() && f.failed.is_subset(self.view_out()));
-        if done {
+        let by_one =
+            mutant!(FlushByOneLeg) && self.flush.as_ref().is_some_and(|f| f.pending != self.view_active());
+        if done || by_one {
             self.finish_flush(None);
         }
     }
@@ -437,6 +452,10 @@ impl Client {
     fn finish_flush(&mut self, error: Option<IoError>) {
         let Some(flush) = self.flush.take() else { return };
         match error {
+            None if mutant!(FlushCoversTooMuch) => {
+                self.flushing.clear();
+                self.unflushed.clear();
+            }
             None => self.flushing.clear(),
             // Nothing is known to be durable; what was to be flushed stays unflushed.
             Some(_) => self.unflushed.append(&mut self.flushing),
@@ -446,6 +465,12 @@ impl Client {
                 op.error = error;
                 self.finish_op(index);
             }
+        }
+        if flush.for_command {
+            self.command_flushed();
+        }
+        if self.commands.wants_flush {
+            self.start_flush();
         }
     }
 

@@ -100,6 +100,12 @@ impl Faults {
         self.leaving = self.leaving.filter(|&m| !attach && view.clean().contains(m));
     }
 
+    /// The member is gone, or has another store.
+    pub(super) fn forget(&mut self, member: MemberId) {
+        *self.leg_mut(member) = LegFaults::default();
+        self.leaving = self.leaving.filter(|m| *m != member);
+    }
+
     /// The attachment is over.
     pub(super) fn forget_leaving(&mut self) {
         self.leaving = None;
@@ -135,7 +141,7 @@ impl Client {
             return;
         };
         // One barrier at a time.
-        if self.is_rejoin_quiescing() {
+        if self.is_rejoin_quiescing() || self.is_command_quiescing() {
             return;
         }
         self.faults.leaving = Some(member);

@@ -20,8 +20,10 @@ mod attach;
 mod change;
 mod data;
 mod faults;
+mod links;
 mod parts;
 mod reconcile;
+pub mod recovery;
 mod rejoin;
 mod status;
 
@@ -35,7 +37,8 @@ pub use status::{LegStatus, LinkSummary, PoolStatus};
 
 use crate::map::BlockMap;
 use crate::pool::{
-    Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Sequence, Slot, View,
+    Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Refusal, Sequence, Slot,
+    StoreId, View, ViewNumber,
 };
 use crate::time::Time;
 use crate::transport::rdma::{Fabric, ReadMode};
@@ -298,6 +301,8 @@ pub enum Notice {
     Attached(View),
     /// A view was committed.
     Committed(View),
+    /// The pool is as this says from now on: its size, its members. Told with the first view, and after each change.
+    Spec(Box<PoolSpec>),
     /// Members are lost; the pool goes on without them.
     Lost(MemberSet, String),
     /// No Clean member can be reached; requests wait.
@@ -306,6 +311,8 @@ pub enum Notice {
     Waiting(String),
     /// A copy's disk answered a read with an error; another copy served it.
     ReadError(MemberId, u64, u32),
+    /// A member cannot come back, because its store cannot hold the pool as it is now.
+    NoRoom(MemberId, String),
     /// The client is over.
     Over(OverReason),
 }
@@ -327,13 +334,18 @@ enum LinkState {
 #[derive(Debug)]
 struct Link {
     address: Address,
+    /// The member whose leg it is.
     member: Option<MemberId>,
+    /// The store that the node showed last.
+    store: Option<StoreId>,
     state: LinkState,
     last_sent: Time,
     ping_since: Option<Time>,
     last_error: String,
     /// The node said that it has no such pool.
     denied: bool,
+    /// It leads to nobody who is of interest, and may be made to lead elsewhere.
+    retired: bool,
 }
 
 enum State {
@@ -346,7 +358,7 @@ enum State {
     /// Members are asked for the new epoch.
     Attaching { waiting: MemberSet, replies: Vec<(MemberId, AttachReply)>, since: Time },
     /// A view is being made durable.
-    Changing { next: View, waiting: MemberSet, since: Time, attach: bool },
+    Changing { next: View, spec: PoolSpec, waiting: MemberSet, since: Time, attach: bool },
     /// Requests flow.
     Active,
     /// The goodbye is under way.
@@ -375,6 +387,8 @@ struct FlushRound {
     failed: MemberSet,
     since: Time,
     ops: Vec<OpIndex>,
+    /// A command waits for it as well.
+    for_command: bool,
 }
 
 /// The coordinator and data path of one pool.
@@ -385,7 +399,12 @@ pub struct Client {
     links: Vec<Link>,
     /// The link of each member.
     legs: [Option<LinkId>; MAX_MEMBERS],
+    /// The pool as it is in the committed view, or before that in the highest one seen.
     spec: Option<PoolSpec>,
+    /// The order of the view that it goes with, if that is known.
+    spec_order: Option<(Epoch, ViewNumber)>,
+    /// The one that was told last.
+    told_spec: Option<PoolSpec>,
     /// The committed view, or before that the highest one seen.
     view: Option<View>,
     epoch: Epoch,
@@ -414,6 +433,7 @@ pub struct Client {
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
     stale: rejoin::Stale,
+    commands: change::Commands,
     faults: faults::Faults,
     detach_requested: bool,
     /// Since when requests wait for the pool, after it was active.
@@ -450,6 +470,8 @@ impl Client {
             links: Vec::new(),
             legs: [None; MAX_MEMBERS],
             spec: None,
+            spec_order: None,
+            told_spec: None,
             view: None,
             epoch: Epoch(0),
             own_epochs: Vec::new(),
@@ -471,6 +493,7 @@ impl Client {
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
             stale: rejoin::Stale::default(),
+            commands: change::Commands::default(),
             faults: faults::Faults::default(),
             detach_requested: false,
             suspended_since: None,
@@ -490,7 +513,7 @@ impl Client {
     #[must_use]
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address], now: Time) -> Self {
         let mut client = Self::new(config, PoolSelector::Id(spec.id), seeds, now);
-        client.adopt_spec(spec);
+        client.adopt_spec(spec, None);
         client.connect_members();
         client
     }
@@ -508,6 +531,11 @@ impl Client {
             Event::Tick => self.tick(),
             Event::Detach => {
                 self.detach_requested = true;
+                let was_held = self.is_command_quiescing() && self.is_active();
+                self.give_up_commands(Refusal::NoCoordinator, "the client is leaving");
+                if was_held {
+                    self.resume_requests();
+                }
                 self.try_detach();
             }
             Event::Cancel => self.cancel(),
@@ -544,6 +572,13 @@ impl Client {
         if let State::Over(reason) = &self.state { Some(reason) } else { None }
     }
 
+    /// Whether every link was tried, so that no node is known that could tell of a later specification.
+    #[must_use]
+    pub fn has_asked_all(&self) -> bool {
+        let is_open = |l: &Link| matches!(l.state, LinkState::Connecting | LinkState::Greeting { .. });
+        !self.links.iter().any(is_open)
+    }
+
     /// How many requests are not finished.
     #[must_use]
     pub fn in_flight(&self) -> usize {
@@ -567,7 +602,10 @@ impl Client {
     }
 
     fn tick(&mut self) {
-        let busy = self.parts.in_flight() > 0 || self.flush.is_some() || !self.is_active();
+        let busy = self.parts.in_flight() > 0
+            || self.flush.is_some()
+            || self.commands.is_running()
+            || !self.is_active();
         let interval = if busy {
             self.config.leg_timeout.min(Duration::from_millis(800)) / 8
         } else {
@@ -578,6 +616,7 @@ impl Client {
         self.tick_requests();
         self.tick_state();
         self.tick_stale();
+        self.tick_commands();
     }
 }
 

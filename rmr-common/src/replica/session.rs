@@ -4,7 +4,7 @@ use super::{
     BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
 };
 use crate::map::{ClearReason, ClearTarget};
-use crate::pool::{Chunk, Epoch, MemberState, Sequence, View, ViewNumber};
+use crate::pool::{Chunk, Epoch, MemberId, MemberState, PoolSpec, Sequence, View, ViewNumber};
 use crate::wire::{Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
@@ -28,7 +28,10 @@ pub(super) struct PendingView {
     connection: ConnectionId,
     header: MessageHeader,
     pub(super) view: View,
+    pub(super) spec: PoolSpec,
     pages: usize,
+    /// Room has to be made for the pool before anything else.
+    pub(super) needs_room: bool,
     adopted: bool,
 }
 
@@ -107,21 +110,27 @@ impl Replica {
             && holder.connection.is_some_and(|c| c != connection)
             && holder.client != attach.client
             && !attach.takeover
+            && !mutant!(TakeoverNotNeeded)
         {
             let text = holder.description.clone();
             self.notice(Notice::Refused(attach.description, text.clone()));
             return self.answer(connection, header, Kind::AttachReply, Status::Held, text.into_bytes());
         }
         // The client of the present epoch may come back under it, with a new connection, to bring a member back in.
-        let is_its = self.last_client.as_ref().is_some_and(|c| c.attached && c.client == attach.client);
-        if header.epoch < self.epoch || (header.epoch == self.epoch && !is_its) {
+        let is_its = attach.rejoin
+            && self.last_client.as_ref().is_some_and(|c| c.attached && c.client == attach.client);
+        let is_older = header.epoch < self.epoch && !mutant!(OldEpochAccepted);
+        let is_taken = header.epoch == self.epoch && !is_its && !mutant!(EqualEpochAccepted);
+        if is_older || is_taken {
             return self.answer(connection, header, Kind::AttachReply, Status::StaleEpoch, Vec::new());
         }
         if self.broken {
             let text = b"its metadata cannot be written".to_vec();
             return self.answer(connection, header, Kind::AttachReply, Status::IoError, text);
         }
-        if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection) {
+        if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection)
+            && !mutant!(OldConnectionStaysOpen)
+        {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
         self.lose_commands("another client attached");
@@ -147,6 +156,9 @@ impl Replica {
         self.attach =
             Some(PendingAttach { connection, header: *header, durable: false, flush: AttachFlush::Due });
         self.persist_state(Waiter::Attach(self.epoch));
+        if mutant!(AttachBeforeDurable) {
+            self.attach_durable(self.epoch);
+        }
     }
 
     /// The intent map as runs of chunks, coarsened to what fits an answer.
@@ -178,10 +190,12 @@ impl Replica {
 
     /// Answers an attach when its epoch is durable and no disk request of an older epoch can change anything any more.
     pub(super) fn check_drained(&mut self) {
-        if !self.attach.as_ref().is_some_and(|a| a.durable) || self.older_ios() > 0 {
+        let is_drained = self.older_ios() == 0 || mutant!(AttachBeforeDrained);
+        if !self.attach.as_ref().is_some_and(|a| a.durable) || !is_drained {
             return;
         }
         match self.attach.as_ref().map(|a| &a.flush) {
+            Some(AttachFlush::Due) if mutant!(AttachWithoutFlush) => {} // The old client's writes stay in the cache.
             Some(AttachFlush::Due) if !self.config.write_through && !self.broken => {
                 let io = self.own_flush();
                 if let Some(attach) = &mut self.attach {
@@ -210,12 +224,17 @@ impl Replica {
         }
         let reply = AttachReply {
             view: self.view.clone(),
+            spec: self.spec.clone(),
             last_client: self.previous_client,
             clean_detach: self.clean_detach,
             slots,
             watermark: self.watermark,
             tables_lost: self.tables_lost,
-            intents: if self.clean_detach { Vec::new() } else { self.intent_runs() },
+            intents: if self.clean_detach || mutant!(IntentsNotTold) {
+                Vec::new()
+            } else {
+                self.intent_runs()
+            },
         };
         if !self.clean_detach {
             self.frozen.extend(self.maps.intent().iter());
@@ -264,24 +283,64 @@ impl Replica {
             let text = format!("{} does not follow {} on member {}", set.view, self.view, self.member);
             return refuse(self, Status::IllegalView, text);
         }
-        for addition in &set.additions {
-            let end = addition.offset.saturating_add(addition.length).min(self.spec.size);
-            let length = end.saturating_sub(addition.offset);
-            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
+        // A pool is smaller than before only when the operator forced it into use from a member that had not grown.
+        let is_forced = set.view.number.0.saturating_sub(self.view.number.0) >= crate::pool::FORCED_JUMP / 2;
+        if !self.spec.is_same_pool(&set.spec) || set.spec.size < self.spec.size && !is_forced {
+            let text = format!(
+                "{} of {} bytes does not follow {} of {} bytes",
+                set.spec, set.spec.size, self.spec, self.spec.size
+            );
+            return refuse(self, Status::IllegalView, text);
         }
         self.additions.extend_from_slice(&set.additions);
         if set.more {
             return;
         }
-        let next = set.view.clone();
+        let needs_room = set.spec.size > self.room.bytes();
+        let (view, spec) = (set.view, set.spec);
+        let header = *header;
         self.set_view =
-            Some(PendingView { connection, header: *header, view: set.view, pages: 0, adopted: false });
-        if !self.needs_handover(&next) {
+            Some(PendingView { connection, header, view, spec, pages: 0, needs_room, adopted: false });
+        if needs_room {
+            self.pump_room();
+        } else {
+            self.begin_view();
+        }
+    }
+
+    /// There is room for the pool as the view has it: records what is missed, then takes over maps if need be.
+    pub(super) fn begin_view(&mut self) {
+        let Some(pending) = &mut self.set_view else { return };
+        pending.needs_room = false;
+        let next = pending.view.clone();
+        self.maps.resize(&pending.spec, &mut self.changed);
+        if !mutant!(AdditionsIgnored) {
+            self.record_additions();
+        }
+        if !self.needs_handover(&next) || mutant!(NoHandover) {
             self.additions.clear();
             self.persist_view_pages();
         } else if !self.begin_handover(&next) {
             self.fail_handover("no link to a source was prepared");
         }
+    }
+
+    /// Puts on record what came with the view that is pending.
+    fn record_additions(&mut self) {
+        let Some(size) = self.set_view.as_ref().map(|p| p.spec.size) else { return };
+        for addition in &self.additions {
+            let end = addition.offset.saturating_add(addition.length).min(size);
+            let length = end.saturating_sub(addition.offset);
+            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
+        }
+    }
+
+    /// There is no room for the pool as the view has it.
+    pub(super) fn refuse_room(&mut self, reason: &str) {
+        let Some(pending) = self.set_view.take() else { return };
+        self.additions.clear();
+        let text = format!("there is no room for {} bytes: {reason}", pending.spec.size).into_bytes();
+        self.answer(pending.connection, &pending.header, Kind::SetViewReply, Status::NoSpace, text);
     }
 
     /// Whether this member has to take over maps before it may be Syncing: always but when it was so in the view before.
@@ -297,11 +356,10 @@ impl Replica {
     /// The maps are taken over.
     pub(super) fn handover_done(&mut self) {
         // What came with the view is not yet in the maps that were taken over.
-        for addition in std::mem::take(&mut self.additions) {
-            let end = addition.offset.saturating_add(addition.length).min(self.spec.size);
-            let length = end.saturating_sub(addition.offset);
-            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
+        if !mutant!(HandoverForgetsAdditions) {
+            self.record_additions();
         }
+        self.additions.clear();
         self.persist_view_pages();
     }
 
@@ -315,6 +373,7 @@ impl Replica {
     fn persist_view_pages(&mut self) {
         let Some(view) = self.set_view.as_ref().map(|p| p.view.number) else { return };
         let pages = self.persist_changed(Waiter::ViewPages(self.epoch, view));
+        let pages = if mutant!(ViewBeforeDirtyBits) { 0 } else { pages };
         if let Some(pending) = &mut self.set_view {
             pending.pages = pages;
         }
@@ -373,8 +432,13 @@ impl Replica {
         let Some(pending) = &mut self.set_view else { return };
         pending.adopted = true;
         self.view = pending.view.clone();
+        let old = std::mem::replace(&mut self.spec, pending.spec.clone());
+        self.room.fit(old.size, self.spec.size);
         self.view_session = self.session;
         self.persist_state(Waiter::View(self.view.number));
+        if mutant!(ViewBeforeDurable) {
+            self.view_durable(self.view.number);
+        }
     }
 
     pub(super) fn view_durable(&mut self, view: ViewNumber) {
@@ -390,8 +454,12 @@ impl Replica {
             self.activity.entry(chunk).or_insert(settled);
         }
         self.tables_lost = false;
-        for member in pending.view.clean().iter() {
+        let done = if mutant!(SyncingMapCleared) { pending.view.active() } else { pending.view.clean() };
+        for member in done.iter() {
             self.maps.clear(ClearTarget::Member(member), ClearReason::CleanInView, &mut self.changed);
+        }
+        for member in MemberId::all().filter(|m| pending.view.member(*m).is_none()) {
+            self.maps.clear(ClearTarget::Member(member), ClearReason::Removed, &mut self.changed);
         }
         self.persist_cleared();
         if pending.view.state(self.member) == Some(MemberState::Clean) {
@@ -408,6 +476,9 @@ impl Replica {
         self.note_watermark(header.watermark);
         let flush = Some(self.own_flush());
         self.detach = Some(PendingDetach { connection, header: *header, flush, pages: 0 });
+        if mutant!(DetachWithoutFlush) {
+            self.detach_flushed(Status::Ok);
+        }
     }
 
     pub(super) fn detach_flushed(&mut self, status: Status) {
@@ -468,6 +539,7 @@ impl Replica {
         let who = holder.description.clone();
         self.attach = None;
         self.set_view = None;
+        self.additions.clear();
         self.detach = None;
         self.lose_commands("the client is gone");
         self.notice(Notice::ClientLost(self.epoch, who));

@@ -90,6 +90,10 @@ pub struct Cli {
     /// Longest wait for an answer of a node, in seconds
     #[arg(long, value_name = "SECONDS", global = true, default_value = "10", value_parser = parse_timeout, help_heading = GLOBAL)]
     pub timeout: Duration,
+    /// A client that left without a goodbye is gone for good, its host is dead: rmrctl may take its place where a command needs it,
+    /// and the client is fenced should it come back
+    #[arg(long, global = true, help_heading = GLOBAL)]
+    pub client_is_gone: bool,
     /// Authorities, in PEM form, to trust on tls:// addresses, where a command attaches to a pool itself
     #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_AUTHORITIES", help_heading = GLOBAL)]
     pub tls_authorities: Option<PathBuf>,
@@ -137,6 +141,20 @@ pub enum Command {
     /// Facts of nodes
     #[command(subcommand)]
     Node(NodeCommand),
+}
+
+impl Command {
+    /// Whether it prints more than its outcome: with JSON, an object per line.
+    const fn tells_progress(&self) -> bool {
+        let Self::Pool(command) = self else { return false };
+        match command {
+            PoolCommand::AddMember(args) => args.wait.wait,
+            PoolCommand::Replace(args) => args.wait.wait,
+            PoolCommand::Maintenance(args) => args.wait.wait,
+            PoolCommand::Move(_) | PoolCommand::Resync(_) => true,
+            _ => false,
+        }
+    }
 }
 
 /// The commands on pools.
@@ -347,11 +365,12 @@ pub fn run(cli: &Cli) -> u8 {
         Command::Status(args) => args.watch,
         Command::Pool(_) | Command::Node(_) => None,
     };
+    let lines = watch.is_some() || cli.command.tells_progress();
     let tty = std::io::stdout().is_terminal();
     let colour = tty && std::env::var_os("NO_COLOR").is_none();
     loop {
         let exit = match runtime.block_on(execute(cli)) {
-            Ok(outcome) => match print(&outcome, cli.json, watch.is_some(), tty, colour) {
+            Ok(outcome) => match print(&outcome, cli.json, watch.is_some(), lines, tty, colour) {
                 Ok(()) => outcome.exit,
                 // The reader went away; nobody is left to be told.
                 Err(_) => return EXIT_FAILED,
@@ -368,10 +387,17 @@ pub fn run(cli: &Cli) -> u8 {
     }
 }
 
-fn print(outcome: &Outcome, json: bool, watch: bool, tty: bool, colour: bool) -> std::io::Result<()> {
+fn print(
+    outcome: &Outcome,
+    json: bool,
+    watch: bool,
+    lines: bool,
+    tty: bool,
+    colour: bool,
+) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    match (json, watch) {
-        // One line for each round, for programs that read lines.
+    match (json, lines) {
+        // One line for each round or step, for programs that read lines.
         (true, true) => writeln!(out, "{}", outcome.json)?,
         (true, false) => writeln!(out, "{:#}", outcome.json)?,
         (false, _) => {
@@ -413,7 +439,13 @@ fn colour_levels(text: &str) -> String {
 /// When it could not be carried out.
 pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
     let client = Client { timeout: cli.timeout };
-    let context = Context { client, given: cli.nodes.clone(), json: cli.json, tls: cli.tls()? };
+    let context = Context {
+        client,
+        given: cli.nodes.clone(),
+        json: cli.json,
+        tls: cli.tls()?,
+        client_is_gone: cli.client_is_gone,
+    };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,
         Command::Pool(PoolCommand::List) => pool::list(&context).await,
@@ -441,6 +473,8 @@ struct Context {
     json: bool,
     /// How `tls://` addresses are reached.
     tls: Option<ClientTls>,
+    /// A client that left without a goodbye will not come back.
+    client_is_gone: bool,
 }
 
 impl Context {
