@@ -212,7 +212,7 @@ mod tests {
         let slots: Vec<_> = std::iter::from_fn(|| windows.take(4096, 96)).collect();
         assert_eq!(slots.len(), 8);
         assert_eq!(slots[1].address, 0x3000_0000 + 8192);
-        assert_eq!(slots[1].mark, 2 << 16 | (8192 + 4096) / 16);
+        assert_eq!(slots[1].mark, (2 << 16) + (8192 + 4096) / 16);
         windows.release(slots[1].mark).unwrap();
         assert!(windows.release(slots[1].mark).is_err());
         assert_eq!(windows.take(4096, 96), Some(slots[1]));

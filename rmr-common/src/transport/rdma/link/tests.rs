@@ -807,7 +807,7 @@ fn data_outside_of_free_slots_is_refused() {
         (good(), 4096, at(4096), "in use"),
         (good(), 4112, at(4112), "no page"),
         (good(), 2048, at(2048), "before its window"),
-        (good(), 12288, 3 << 16 | 12288 / 16, "not lent"),
+        (good(), 12288, (3 << 16) + 12288 / 16, "not lent"),
         (good(), 65536 - 16, at(65536 - 16), "end of its window"),
         (tail(PacketKind::Message, header(Kind::Write, 0, 4096, 4096)), 20480, at(20480), "no write"),
         (tail(PacketKind::Tail, header(Kind::Ping, 0, 0, 0)), 20480, at(20480), "no write"),
