@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::endpoint::Keys;
-use super::verbs::{self, Domain, MemoryRegion};
+use super::verbs::{Domain, MemoryRegion};
 use super::{Exposure, RdmaError, ReadMode};
 use crate::buffer::Segment;
 
@@ -108,7 +108,7 @@ impl Fabric {
         if let Some(domain) = state.domains.iter().find(|domain| domain.is_of(context)) {
             return Ok(Arc::clone(domain));
         }
-        let domain = Arc::new(verbs::open_domain(context)?);
+        let domain = Arc::new(Domain::new(context)?);
         let mut regions = Vec::with_capacity(state.memory.len());
         for memory in &state.memory {
             regions.push(domain.register(memory.segment, Arc::clone(&memory.owner), memory.exposure)?);

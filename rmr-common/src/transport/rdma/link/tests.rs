@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::super::endpoint::{Keys, QueueSizes};
+use super::super::endpoint::{Done, Keys, LinkEvent, QueueSizes};
 use super::super::memory::Pages;
 use super::*;
-use crate::buffer::for_tests;
+use crate::buffer::{copy_from_segments, copy_to_segments, for_tests};
 use crate::pool::{PoolId, Sequence, Slot as RequestSlot};
-use crate::wire::{MAX_BODY, Status};
+use crate::wire::{Kind, MAX_BODY, Status};
 
 /// One side of the wire.
 struct Side {
