@@ -54,6 +54,8 @@ pub(super) struct Disk {
     /// The sector's unflushed content came from another member.
     pub(super) pulled: Vec<bool>,
     pub(super) write_back: bool,
+    /// Sectors whose content went with the cache in a power cut, and were not written since.
+    pub(super) lost: BTreeSet<usize>,
     /// Blocks that cannot be read until they are written.
     pub(super) bad: BTreeSet<usize>,
     /// How many of them pulled data has healed.
@@ -69,6 +71,7 @@ impl Disk {
             unflushed_since: vec![0; sectors],
             pulled: vec![false; sectors],
             write_back,
+            lost: BTreeSet::new(),
             bad: BTreeSet::new(),
             healed: 0,
             running: BTreeMap::new(),
@@ -174,6 +177,7 @@ impl Disk {
                 continue;
             }
             self.sectors[sector] = data.get(i).copied().unwrap_or(0);
+            self.lost.remove(&sector);
             if self.write_back {
                 let since = &mut self.unflushed_since[sector];
                 *since = if *since == 0 { now } else { *since };
@@ -203,7 +207,10 @@ impl Disk {
             let drop = rng.percent(70);
             for sector in range {
                 if drop {
-                    lost |= self.sectors[sector] != self.durable[sector];
+                    if self.sectors[sector] != self.durable[sector] {
+                        lost = true;
+                        self.lost.insert(sector);
+                    }
                     self.sectors[sector] = self.durable[sector];
                 } else {
                     self.durable[sector] = self.sectors[sector];

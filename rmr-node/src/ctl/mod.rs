@@ -25,6 +25,7 @@ use thiserror::Error;
 use tokio::task::JoinSet;
 
 use crate::admin::api::{NodeInfo, PoolKey, PoolList, PoolStatus};
+use crate::doctor::Report;
 use crate::store::ByteSize;
 use change_args::{
     AddMemberArgs, ForceFromArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs,
@@ -141,6 +142,10 @@ pub enum Command {
     /// Facts of nodes
     #[command(subcommand)]
     Node(NodeCommand),
+    /// Say which transports this machine can use to reach nodes, and what is missing; asks no node
+    #[command(after_help = "On a storage node, `rmr-node doctor` also looks at disks and memory.
+Exit codes: 0 what there is works, 3 it works with limits")]
+    Doctor,
 }
 
 impl Command {
@@ -363,7 +368,7 @@ pub fn run(cli: &Cli) -> u8 {
     };
     let watch = match &cli.command {
         Command::Status(args) => args.watch,
-        Command::Pool(_) | Command::Node(_) => None,
+        Command::Pool(_) | Command::Node(_) | Command::Doctor => None,
     };
     let lines = watch.is_some() || cli.command.tells_progress();
     let tty = std::io::stdout().is_terminal();
@@ -461,6 +466,7 @@ pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
         Command::Pool(PoolCommand::Resync(args)) => sync::resync(&context, args).await,
         Command::Status(args) => status::status(&context, args.pool.as_ref()).await,
         Command::Node(NodeCommand::Show) => show_nodes(&context).await,
+        Command::Doctor => doctor(),
     }
 }
 
@@ -587,6 +593,12 @@ fn once_each(nodes: &[NodeAddress]) -> Vec<NodeAddress> {
         }
     }
     once
+}
+
+fn doctor() -> Result<Outcome, CtlError> {
+    let report = Report::for_client();
+    let json = serde_json::to_value(&report).map_err(|e| CtlError::failed(e.to_string()))?;
+    Ok(Outcome { text: report.to_string(), json, warnings: Vec::new(), exit: report.exit_code() })
 }
 
 async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
