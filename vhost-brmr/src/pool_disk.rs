@@ -62,6 +62,8 @@ impl PoolDisk {
         }
         config.fabric = Fabric::new(pool.rdma_read_mode);
         config.read_error_limit = pool.read_error_limit;
+        config.data_digest = pool.data_digest;
+        config.bounce_memory = pool.bounce_memory;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
         let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
         anyhow::ensure!(

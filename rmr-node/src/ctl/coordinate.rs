@@ -78,7 +78,14 @@ pub(super) async fn deliver(
                 Ok(hold) => {
                     let reply = hold.command(command.clone()).await;
                     hold.release().await;
-                    return settle(reply?);
+                    match settle(reply?) {
+                        // A guest's client came meanwhile.
+                        Err(NotDone::Refused {
+                            reason: Refusal::CoordinatorLost | Refusal::NoCoordinator,
+                            text,
+                        }) => why = text,
+                        settled => return settled,
+                    }
                 }
                 // Somebody was faster: it is the one to ask.
                 Err(NotHeld::HeldBy(holder)) => why = format!("the pool is held by {holder}"),
@@ -154,6 +161,8 @@ impl Hold {
         let who = format!("rmrctl on {}, process {}", host.trim(), std::process::id());
         let mut config = Config::new(ClientId::random(), who);
         config.force_from = force_from;
+        // A guest that starts now gets its disk.
+        config.yields = true;
         config.tls.clone_from(&context.tls);
         let selector = PoolSelector::Id(spec.id);
         let seeds: Vec<Address> = spec.members.iter().map(|m| m.address.clone()).collect();

@@ -381,6 +381,7 @@ impl Member {
                 flushes: counters.flushes,
                 errors: counters.errors,
                 read_errors: counters.read_errors,
+                digest_mismatches: counters.digest_mismatches,
                 in_flight: status.in_flight as u64,
             },
             latency: None,

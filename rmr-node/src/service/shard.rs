@@ -20,9 +20,14 @@ use rmr_common::replica::{
 };
 use rmr_common::time::Time;
 use rmr_common::transport::connect::Connector;
+<<<<<<< HEAD
 use rmr_common::transport::rdma::{Exposure, Registration};
 use rmr_common::transport::{Connection, Counters, Listener};
 use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
+=======
+use rmr_common::transport::tcp::TcpConnection;
+use rmr_common::wire::{Hello, Kind, MessageHeader, Status, data_digest};
+>>>>>>> main
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -631,6 +636,9 @@ impl Shard {
             (ReplyPayload::Body(body), _) => peer.wire.queue(header, Some(body)),
             (_, Some(buffer)) => {
                 let segment = buffer.segment();
+                let mut header = *header;
+                header.digest = header.digest.map(|_| data_digest(buffer.bytes()));
+                let header = &header;
                 let tag = self.free_tags.pop().unwrap_or_else(|| {
                     self.sending.push(None);
                     u32::try_from(self.sending.len() - 1).unwrap_or(u32::MAX)

@@ -333,3 +333,31 @@ impl AsRawFd for RdmaListener {
 pub fn available() -> Result<(), RdmaError> {
     verbs::device_present()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_without_a_device_says_so_in_one_sentence() {
+        if available().is_ok() {
+            return; // It has one; the tests in a guest with Soft-RoCE are for that.
+        }
+        let fabric = Fabric::new(ReadMode::Direct);
+        let (address, second) = (SocketAddr::from(([127, 0, 0, 1], 1)), Duration::from_secs(1));
+        let connecting = RdmaConnection::connect(&fabric, address, second).err();
+        let listening = RdmaListener::bind(&fabric, address, second).err();
+        for error in [connecting, listening] {
+            let text = error.map(|e| e.to_string()).unwrap_or_default();
+            assert!(text.contains("no RDMA device") && text.contains("use tcp://"), "{text}");
+        }
+    }
+
+    #[test]
+    fn memory_that_cannot_be_pinned_is_told_with_the_limit() {
+        let source = io::Error::from_raw_os_error(libc::ENOMEM);
+        let text = RdmaError::pinning(4096, "mlx5_0", source).to_string();
+        assert!(text.contains("mlx5_0 cannot pin 4096 bytes") && text.contains("LimitMEMLOCK"), "{text}");
+        assert!(!text.contains("unknown"), "the limit of this process is known: {text}");
+    }
+}
