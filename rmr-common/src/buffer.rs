@@ -88,7 +88,6 @@ pub fn gather(segments: &[Segment], offset: usize, length: usize, parts: &mut Ve
     }
 }
 
-<<<<<<< HEAD
 /// Copies the bytes of `segments` to `bytes`, as far as both go; returns how many.
 pub fn copy_from_segments(segments: &[Segment], bytes: &mut [u8]) -> usize {
     let mut done = 0;
@@ -120,7 +119,8 @@ pub fn copy_to_segments(bytes: &[u8], segments: &[Segment]) -> usize {
 pub(crate) fn for_tests(base: usize, length: usize) -> Segment {
     // SAFETY: the memory is never accessed.
     unsafe { Segment::new(base as *mut u8, length) }
-=======
+}
+
 /// Bytes that are copied out of segments at a time, to be looked at: they stay in the processor's nearest cache.
 const PIECE: usize = 16 << 10;
 
@@ -175,7 +175,6 @@ pub fn copy_in(bytes: &[u8], segments: &[Segment], offset: usize) {
 pub(crate) fn segment_of_bytes(bytes: &mut [u8]) -> Segment {
     // SAFETY: the one caller keeps the buffer until the part that it is for has ended, with every connection that may use it.
     unsafe { Segment::new(bytes.as_mut_ptr(), bytes.len()) }
->>>>>>> main
 }
 
 /// Appends a segment for each buffer. The caller keeps the buffers, unmoved in content, until the I/O completed.

@@ -25,21 +25,13 @@ use crate::clock::monotonic_now;
 use crate::pool::{Address, Command, CommandReply, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
-<<<<<<< HEAD
 use crate::transport::connect::Connector;
 use crate::transport::{Connection, Counters, Place, Receiver, Wire as AnyConnection};
-use crate::wire::{Kind, MessageHeader, Status};
+use crate::wire::{Kind, MessageHeader, Status, data_digest};
+use bounce::Bounces;
 
 /// Slot memory that a connection over RDMA did not use for so long goes back.
 const BEAT: Duration = Duration::from_secs(1);
-=======
-use crate::transport::connect::{Connector, Dialled};
-use crate::transport::tcp::TcpConnection;
-use crate::transport::tls::ClientTls;
-use crate::transport::{Connection, Place, Receiver};
-use crate::wire::{Kind, MessageHeader, Status, data_digest};
-use bounce::Bounces;
->>>>>>> main
 
 struct Wire {
     connection: AnyConnection,
@@ -468,6 +460,9 @@ impl PoolDriver {
                                 answer.payload = header.length;
                                 let target = self.client.payload_target(link, &answer);
                                 let Some((token, offset)) = target else { return };
+                                if self.client.is_bounced(header.slot) {
+                                    return parts.push(self.bounces.room(&answer));
+                                }
                                 let offset = usize::try_from(offset).unwrap_or(usize::MAX);
                                 let segments = segments_of(&self.requests, token);
                                 gather(segments, offset, header.length as usize, parts);

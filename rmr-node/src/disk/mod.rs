@@ -12,7 +12,8 @@ mod uring;
 
 use std::os::fd::RawFd;
 
-use rmr_common::buffer::Segment;
+use rmr_common::buffer::{Segment, digest as buffer_digest};
+use rmr_common::wire::data_digest;
 use thiserror::Error;
 
 pub use buffer::{AlignedPage, Buffer, BufferPool, MAX_BUFFER, MIN_BUFFER};
@@ -232,6 +233,22 @@ impl Payload {
             Self::Page(_) => 4096,
         };
         length as u64
+    }
+
+    /// CRC32C of the memory as it is now. Not to be called while I/O into it is under way.
+    #[must_use]
+    pub fn digest(&self) -> u32 {
+        let mut list: Vec<Segment> = Vec::new();
+        match self {
+            Self::None => {}
+            Self::Page(page) => return data_digest(page.bytes()),
+            Self::Segment(segment) => list.push(*segment),
+            Self::Segments(segments) => list.extend_from_slice(segments),
+            Self::Buffer(buffer) => list.push(buffer.segment()),
+            Self::Buffers(buffers) => list.extend(buffers.iter().map(Buffer::segment)),
+            Self::Part(part) => list.push(part.segment()),
+        }
+        buffer_digest(&list, 0, list.iter().map(Segment::length).sum())
     }
 
     /// Appends the memory to `list`; the segments are valid for as long as the payload is held.

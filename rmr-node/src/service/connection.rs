@@ -8,14 +8,8 @@ use rmr_common::buffer::Segment;
 use rmr_common::pool::PoolId;
 use rmr_common::replica::{BufferToken, ConnectionId, Event};
 use rmr_common::time::Time;
-<<<<<<< HEAD
 use rmr_common::transport::{Connection, Place, Receiver, Wire};
-use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader};
-=======
-use rmr_common::transport::tcp::TcpConnection;
-use rmr_common::transport::{Connection, Place, Receiver};
-use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader, Status, data_digest};
->>>>>>> main
+use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader, Status};
 use vmm_sys_util::epoll::EventSet;
 
 use super::member::Member;
@@ -119,7 +113,7 @@ impl WriteBuffers {
     /// Whether a buffer's data is not what the digest says.
     fn differs(&self, token: BufferToken, digest: u32) -> bool {
         let buffer = self.buffers.get(token.0 as usize).and_then(Option::as_ref);
-        buffer.is_some_and(|buffer| data_digest(buffer.bytes()) != digest)
+        buffer.is_some_and(|buffer| buffer.digest() != digest)
     }
 
     /// Ends the life of a token.

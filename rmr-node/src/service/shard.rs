@@ -20,14 +20,9 @@ use rmr_common::replica::{
 };
 use rmr_common::time::Time;
 use rmr_common::transport::connect::Connector;
-<<<<<<< HEAD
 use rmr_common::transport::rdma::{Exposure, Registration};
 use rmr_common::transport::{Connection, Counters, Listener};
-use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
-=======
-use rmr_common::transport::tcp::TcpConnection;
 use rmr_common::wire::{Hello, Kind, MessageHeader, Status, data_digest};
->>>>>>> main
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
