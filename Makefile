@@ -12,11 +12,11 @@ SEEDS := 20000
 START := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint fmt docs audit sim sim-mutants deps clean
+.PHONY: help demo test bench bench-resync lint fmt docs audit sim sim-mutants model deps clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do \
-		printf '  make %-11s %s\n' "$$name" "$$text"; done
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: ## two nodes, a pool, real I/O; a node is killed and comes back: the main job in a minute, every claim checked
 	@./cloud-hypervisor-tests/install-deps.sh build
@@ -32,6 +32,10 @@ test: deps ## all tests: units, documentation, whole systems with guests in QEMU
 bench: deps ## side by side with what a user would pick instead (docs/benchmarks.md); about 6 minutes
 	$(CARGO) build $(LOCKED) --release --workspace --bins
 	$(TARGET_DIR)/release/bench-compare
+
+bench-resync: deps ## what a resync moves and takes, and what the guest notices of it (docs/benchmarks.md); about 10 minutes
+	$(CARGO) build $(LOCKED) --release --workspace --bins
+	$(TARGET_DIR)/release/bench-resync
 
 lint: ## format and clippy, no warning allowed
 	$(CARGO) fmt --all --check
@@ -53,6 +57,10 @@ sim: ## simulated pools with faults: SEEDS=20000 runs from seed START=1 (docs/si
 
 sim-mutants: ## makes deliberate mistakes in the protocol, each of which the simulator must find (docs/simulator.md)
 	$(CARGO) test $(LOCKED) --release -p rmr-common --features mutants --test mutants
+
+model: ## the model checker further than in the tests (docs/model.md); minutes, and some GiB of memory
+	for limits in 2,1,1,0,3,6,1 2,1,2,0,2,6,1 2,1,1,1,2,5,1; do RMR_MODEL=$$limits \
+		$(CARGO) test $(LOCKED) --release -p rmr-common --test model what_the -- --nocapture || exit 1; done
 
 deps: ## installs what Debian 12 lacks for tests and benchmarks; does nothing twice
 	@./cloud-hypervisor-tests/install-deps.sh

@@ -90,6 +90,7 @@ impl PoolDisk {
     fn log_notices(&mut self) {
         let Some(driver) = &mut self.driver else { return };
         driver.take_notices(&mut self.notices);
+        let traffic = *driver.traffic();
         let changed = |n: &Notice| matches!(n, Notice::Attached(_) | Notice::Committed(_));
         if self.notices.iter().any(changed)
             && let Some(spec) = driver.spec().filter(|spec| **spec != self.spec)
@@ -136,7 +137,7 @@ impl PoolDisk {
                     );
                 }
                 Notice::Over(OverReason::Detached) => {
-                    tracing::info!(pool, transport = ?driver.counters(), "detached");
+                    tracing::info!(pool, transport = ?driver.counters(), "detached; {traffic}");
                 }
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }
