@@ -110,7 +110,7 @@ impl Bench {
     }
 
     /// The tickets of metadata that was asked for and not looked at.
-    fn take_tickets(&mut self) -> Vec<(Ticket, Metadata)> {
+    pub(super) fn take_tickets(&mut self) -> Vec<(Ticket, Metadata)> {
         let (persists, rest) = std::mem::take(&mut self.outputs)
             .into_iter()
             .partition::<Vec<_>, _>(|o| matches!(o, Output::Persist(..)));
@@ -131,7 +131,7 @@ impl Bench {
         if let Output::Disk { io, .. } = self.outputs.remove(at) { Some(io) } else { None }
     }
 
-    fn answer(&self, kind: Kind) -> Option<Status> {
+    pub(super) fn answer(&self, kind: Kind) -> Option<Status> {
         self.outputs.iter().rev().find_map(|o| match o {
             Output::Send(_, header, _) if header.kind == kind => Some(header.status),
             _ => None,
