@@ -102,6 +102,7 @@ impl PoolDisk {
                 Notice::ReadError(member, offset, length) => {
                     tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
                 }
+                Notice::Verify(text) => tracing::info!(pool, "verify {text}"),
                 Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached"),
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }

@@ -140,6 +140,8 @@ impl Client {
                     Kind::PrepareReply => self.prepare_reply(member, header),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::DetachReply => self.detach_reply(member),
+                    Kind::CompareReply => self.compare_reply(member, header, body),
+                    Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Pong => {
                         if let Some(link) = self.link_mut(id) {
                             link.ping_since = None;
@@ -463,6 +465,7 @@ impl Client {
 
     /// Makes `next` durable on every member that is active in it.
     pub(super) fn change_view(&mut self, next: View, additions: Vec<DirtyAddition>, attach: bool) {
+        self.verify_disturbed();
         let waiting = next.active();
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();
@@ -530,15 +533,7 @@ impl Client {
 
     /// Members can not be reached any more. The pool goes on with the others if a Clean one is left.
     pub(super) fn lose(&mut self, members: MemberSet, reason: &str) {
-        self.stale_lost(members);
-        for member in members.iter() {
-            self.parts.fail_member(member);
-            if let Some(flush) = &mut self.flush
-                && flush.pending.remove(member)
-            {
-                flush.failed.insert(member);
-            }
-        }
+        self.fail_members(members);
         let (base, mut gone) = match &self.state {
             State::Gathering { .. } | State::Over(_) => return,
             State::Attaching { waiting, replies, .. } => {
@@ -587,6 +582,32 @@ impl Client {
         }
     }
 
+    /// Members answer no more, or what they answer is of no interest.
+    fn fail_members(&mut self, members: MemberSet) {
+        self.stale_lost(members);
+        for member in members.iter() {
+            self.parts.fail_member(member);
+            if let Some(flush) = &mut self.flush
+                && flush.pending.remove(member)
+            {
+                flush.failed.insert(member);
+            }
+        }
+    }
+
+    /// Takes members out of the view that are connected, with ranges on record in which they are wrong. They come back by
+    /// the usual rejoin, which copies these. False when that cannot be done now.
+    pub(super) fn expel(&mut self, members: MemberSet, wrong: Vec<DirtyAddition>, reason: &str) -> bool {
+        let step = self.view.as_ref().map(|v| v.step(ViewStep::Lose(members), self.epoch));
+        let Some(Ok(next)) = step.filter(|_| self.is_active() && !self.is_quiescing()) else { return false };
+        self.fail_members(members);
+        let mut additions = wrong;
+        additions.extend(self.missed_by(members));
+        self.notice(Notice::Lost(members, reason.to_owned()));
+        self.change_view(next, additions, false);
+        true
+    }
+
     /// Starts over and fails every request.
     pub(super) fn cancel(&mut self) {
         self.gather();
@@ -597,6 +618,7 @@ impl Client {
     /// anew, so that no message of the old attachment touches a request's memory any more.
     pub(super) fn gather(&mut self) {
         self.forget_rejoin();
+        self.verify_disturbed();
         self.parts.unsend_all();
         let retry_at = self.now + self.config.reconnect_interval / 4;
         for (link, id) in self.links.iter_mut().zip(0u8..) {
@@ -613,6 +635,7 @@ impl Client {
     }
 
     pub(super) fn end(&mut self, reason: OverReason) {
+        self.interrupt_verify(&reason.to_string());
         for i in 0..self.links.len() {
             if !matches!(self.links[i].state, LinkState::Down { .. }) {
                 self.links[i].state = LinkState::Down { retry_at: Time(u64::MAX) };

@@ -2,7 +2,7 @@
 
 use super::{Client, FlushRound, IoError, Notice, Op, Operation, Output, Payload, State, Token};
 use crate::client::parts::{OpIndex, Part, PartState};
-use crate::pool::{Chunk, MemberId, MemberSet, Slot};
+use crate::pool::{Chunk, MemberId, MemberSet, Sequence, Slot};
 use crate::time::Time;
 use crate::wire::{DirtyAddition, Kind, MessageHeader, Status};
 
@@ -16,6 +16,7 @@ impl Client {
     /// `offset` and `length` are bytes, multiples of the pool's logical block size; a flush has neither.
     pub fn submit(&mut self, token: Token, operation: Operation, offset: u64, length: u64, now: Time) {
         self.now = now;
+        self.last_request = now;
         if let Err(error) = self.check(operation, offset, length) {
             self.counters.failed += 1;
             self.outputs.push_back(Output::Complete(token, Err(error)));
@@ -92,7 +93,8 @@ impl Client {
             }
             let length = self.part_length(operation, at, left);
             let credit = if operation.has_data() { u64::from(length) } else { 0 };
-            let full = self.parts.in_flight() >= self.slot_limit || !self.parts.has_free();
+            let full =
+                self.parts.in_flight() - self.held_slots() >= self.slot_limit || !self.parts.has_free();
             if full || (self.bytes_in_flight > 0 && self.bytes_in_flight + credit > self.max_bytes) {
                 return false;
             }
@@ -148,6 +150,9 @@ impl Client {
     }
 
     fn send_part(&mut self, slot: Slot) {
+        if self.is_hold(slot) {
+            return; // Its range is quiet now.
+        }
         let Some(part) = self.parts.get(slot).copied() else { return };
         let legs = if part.operation == Operation::Read {
             let chunk = self.spec.as_ref().map_or(Chunk(0), |s| s.chunk_size.chunk_of(part.offset));
@@ -288,12 +293,7 @@ impl Client {
         if part.operation.has_data() {
             self.bytes_in_flight -= u64::from(part.length);
         }
-        let mut ready = std::mem::take(&mut self.ready_slots);
-        self.parts.release(slot, |s| ready.push(s));
-        for slot in ready.drain(..) {
-            self.send_if_active(slot);
-        }
-        self.ready_slots = ready;
+        self.release_part(slot);
         if let Some(op) = self.op_mut(part.op) {
             op.parts -= 1;
             op.error = op.error.or(error);
@@ -301,6 +301,16 @@ impl Client {
                 self.finish_op(part.op);
             }
         }
+    }
+
+    /// Frees a slot, and sends what waited for it alone.
+    pub(super) fn release_part(&mut self, slot: Slot) {
+        let mut ready = std::mem::take(&mut self.ready_slots);
+        self.parts.release(slot, |s| ready.push(s));
+        for slot in ready.drain(..) {
+            self.send_if_active(slot);
+        }
+        self.ready_slots = ready;
     }
 
     fn finish_op(&mut self, index: OpIndex) {
@@ -323,7 +333,7 @@ impl Client {
         slots.extend(self.parts.slots().map(|(slot, p)| (p.sequence, slot)));
         slots.sort_unstable();
         for (_, slot) in slots.drain(..) {
-            let Some(part) = self.parts.get(slot).copied() else { continue };
+            let Some(part) = self.parts.get(slot).copied().filter(|_| !self.is_hold(slot)) else { continue };
             let is_lost =
                 part.state == PartState::Unsent || (part.state == PartState::Sent && part.pending.is_empty());
             if part.operation == Operation::Read && is_lost {
@@ -370,13 +380,19 @@ impl Client {
         if self.flush.is_some() || self.flush_queue.is_empty() {
             return;
         }
-        let sequence = self.next_sequence();
         let ops = std::mem::take(&mut self.flush_queue);
+        self.begin_flush(ops);
+    }
+
+    /// Starts a flush round, which completes these operations.
+    pub(super) fn begin_flush(&mut self, ops: Vec<OpIndex>) -> Sequence {
+        let sequence = self.next_sequence();
         self.flushing.append(&mut self.unflushed);
         let (epoch, since) = (self.epoch, self.now);
         let none = MemberSet::EMPTY;
         self.flush = Some(FlushRound { sequence, epoch, pending: none, failed: none, since, ops });
         self.send_flush();
+        sequence
     }
 
     fn send_flush(&mut self) {

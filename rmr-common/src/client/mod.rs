@@ -22,6 +22,7 @@ mod parts;
 mod reconcile;
 mod rejoin;
 mod status;
+mod verify;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -68,6 +69,8 @@ pub struct Config {
     pub reconnect_interval: Duration,
     /// A silent link is probed this often.
     pub ping_interval: Duration,
+    /// A verify that looks at a range again holds writes to it for so long at most.
+    pub verify_hold: Duration,
 }
 
 impl Config {
@@ -85,6 +88,7 @@ impl Config {
             attach_grace: Duration::from_secs(1),
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
+            verify_hold: Duration::from_millis(20),
         }
     }
 }
@@ -286,6 +290,8 @@ pub enum Notice {
     Waiting(String),
     /// A copy's disk answered a read with an error; another copy served it.
     ReadError(MemberId, u64, u32),
+    /// A verify began, or ended; how, in words.
+    Verify(String),
     /// The client is over.
     Over(OverReason),
 }
@@ -394,6 +400,9 @@ pub struct Client {
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
     stale: rejoin::Stale,
+    verify: Option<Box<verify::Verify>>,
+    /// When the guest last asked for something.
+    last_request: Time,
     detach_requested: bool,
     /// Since when requests wait for the pool, after it was active.
     suspended_since: Option<Time>,
@@ -450,6 +459,8 @@ impl Client {
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
             stale: rejoin::Stale::default(),
+            verify: None,
+            last_request: Time(0),
             detach_requested: false,
             suspended_since: None,
             next_tick: now,
@@ -486,11 +497,13 @@ impl Client {
             Event::Tick => self.tick(),
             Event::Detach => {
                 self.detach_requested = true;
+                self.interrupt_verify("the client detaches");
                 self.try_detach();
             }
             Event::Cancel => self.cancel(),
         }
         self.pump();
+        self.pump_verify();
     }
 
     /// The next thing to do, if any.
@@ -500,8 +513,8 @@ impl Client {
 
     /// When [`Event::Tick`] is due at the latest.
     #[must_use]
-    pub const fn deadline(&self) -> Time {
-        self.next_tick
+    pub fn deadline(&self) -> Time {
+        self.verify_deadline().map_or(self.next_tick, |due| due.min(self.next_tick))
     }
 
     /// The pool's specification, known once a node has answered.

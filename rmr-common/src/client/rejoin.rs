@@ -157,7 +157,9 @@ impl Client {
     fn name_source(&mut self, member: MemberId) {
         let clean = self.view_clean();
         let exact = clean.without(self.stale.inexact);
-        let source = exact.iter().chain(clean.iter()).next();
+        let wrong = self.known_wrong();
+        let best = [exact.without(wrong), clean.without(wrong), exact, clean];
+        let source = best.iter().find_map(|set| set.iter().next());
         let address = source.and_then(|s| self.spec.as_ref()?.member(s)).map(|m| m.address.clone());
         let (Some(source), Some(address)) = (source, address) else { return };
         self.stale.sources[member.index()] = Some(source);

@@ -4,6 +4,7 @@
 
 mod id;
 mod spec;
+mod verify;
 mod view;
 
 pub use id::{
@@ -12,6 +13,9 @@ pub use id::{
 pub use spec::{
     Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,
     MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
+};
+pub use verify::{
+    VerifiedMember, VerifyDifference, VerifyOptions, VerifyOutcome, VerifyReport, VerifyState,
 };
 pub(crate) use view::FORCED_JUMP;
 pub use view::{IllegalStep, MemberState, MemberView, View, ViewError, ViewStep};

@@ -59,6 +59,8 @@ impl Replica {
             Kind::ClearDirty => self.clear_dirty(connection, header, body),
             Kind::PullMap => self.pull_map(connection, header),
             Kind::Pull => self.pull(connection, header),
+            Kind::Compare => self.compare(connection, header, body),
+            Kind::Digest => self.digest(connection, header),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_watermark(header.watermark);
@@ -128,6 +130,7 @@ impl Replica {
         self.additions.clear();
         self.detach = None;
         self.drop_resync();
+        self.drop_verify();
         self.fail_held_writes();
         self.holder = Some(Holder {
             client: attach.client,
@@ -443,6 +446,7 @@ impl Replica {
         let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
         self.drop_resync();
+        self.drop_verify();
         // A client that gave a write up does not leave in good order: members may differ in it.
         self.clean_detach = self.maps.intent().count() == 0;
         self.notice(Notice::Detached(self.epoch, who));
@@ -461,6 +465,7 @@ impl Replica {
         self.notice(Notice::ClientLost(self.epoch, who));
         self.session += 1;
         self.drop_resync();
+        self.drop_verify();
         self.fail_held_writes();
     }
 }

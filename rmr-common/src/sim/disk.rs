@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use super::oracle::{SECTOR, Step};
 use super::rng::Rng;
+use super::verify::{Rot, strip};
 use crate::pool::{BLOCK_SIZE, Block};
 use crate::replica::{BufferToken, DiskOperation, DiskResult, IoId};
 
@@ -53,6 +54,8 @@ pub(super) struct Disk {
     pub(super) unflushed_since: Vec<Step>,
     /// The sector's unflushed content came from another member.
     pub(super) pulled: Vec<bool>,
+    /// Where the medium returns something else than was written.
+    pub(super) rot: Rot,
     pub(super) write_back: bool,
     pub(super) running: BTreeMap<u32, Running>,
 }
@@ -64,6 +67,7 @@ impl Disk {
             durable: vec![0; sectors],
             unflushed_since: vec![0; sectors],
             pulled: vec![false; sectors],
+            rot: Rot::default(),
             write_back,
             running: BTreeMap::new(),
         }
@@ -112,7 +116,9 @@ impl Disk {
         running.is_applied = true;
         let (first, count, failed) = (running.first, running.count, running.result != DiskResult::Done);
         match running.operation {
-            DiskOperation::Read => self.sectors[first..first + count].to_vec(),
+            DiskOperation::Read | DiskOperation::Digest => {
+                (first..first + count).map(|s| self.sectors[s] | self.rot.mark(s)).collect()
+            }
             DiskOperation::Flush => {
                 for (sector, value) in if failed { Vec::new() } else { std::mem::take(&mut running.snapshot) }
                 {
@@ -156,7 +162,9 @@ impl Disk {
             if skipped.1 {
                 continue;
             }
-            self.sectors[sector] = data.get(i).copied().unwrap_or(0);
+            let value = data.get(i).copied().unwrap_or(0);
+            self.sectors[sector] = strip(value);
+            self.rot.written(sector, value, now);
             if self.write_back {
                 let since = &mut self.unflushed_since[sector];
                 *since = if *since == 0 { now } else { *since };

@@ -12,6 +12,7 @@ mod oracle;
 mod peers;
 mod resync;
 mod rng;
+mod verify;
 mod world;
 
 use std::io::Write;
@@ -80,9 +81,10 @@ fn play(world: &mut World<'_>) -> Check {
     world.calm()?;
     let deadline = world.now + MAX_REST;
     let host = rest(world, deadline)?;
-    verify(world, host, deadline)?;
+    read_all(world, host, deadline)?;
     // What was lost without being noticed is found out by the flush.
     let host = rest(world, deadline)?;
+    let host = verify::audit_end(world, host, deadline)?;
     world.check_data()?;
     world.client(host, client::Event::Detach)?;
     let is_busy = |world: &World<'_>| {
@@ -127,7 +129,7 @@ fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
 }
 
 /// Reads the whole pool and flushes it.
-fn verify(world: &mut World<'_>, host: usize, deadline: u64) -> Check {
+fn read_all(world: &mut World<'_>, host: usize, deadline: u64) -> Check {
     world.is_verifying = true;
     let sectors = world.nodes[0].disk.sectors.len();
     world.submit(host, client::Operation::Read, 0, sectors)?;

@@ -69,6 +69,8 @@ pub(super) enum Event {
         at: u64,
     },
     HostTick(usize, u64),
+    /// Somebody has the pool verified, or a disk rots.
+    Audit,
     /// A stale member's link to its source, and what goes over it.
     PeerConnected {
         node: usize,
@@ -191,6 +193,10 @@ pub(super) struct Profile {
     pub(super) fault_pause: u64,
     /// Whether clients may die with writes in flight.
     pub(super) client_crashes: bool,
+    /// How often the pool is verified while the run goes on.
+    pub(super) audits: u64,
+    /// Whether disks rot.
+    pub(super) rot: bool,
 }
 
 pub(super) struct World<'a> {
@@ -210,6 +216,7 @@ pub(super) struct World<'a> {
     /// Messages between two nodes arrive no earlier than this.
     pub(super) stalled: BTreeMap<(usize, usize), u64>,
     pub(super) resyncs: super::resync::Resyncs,
+    pub(super) audit: super::verify::Audit,
     pub(super) oracle: Oracle,
     pub(super) coverage: Coverage,
     pub(super) next_token: u64,
@@ -278,6 +285,7 @@ impl<'a> World<'a> {
         client.attach_grace = milliseconds(&mut rng, &[0, 50, 500]);
         client.reconnect_interval = milliseconds(&mut rng, &[10, 50, 300]);
         client.ping_interval = milliseconds(&mut rng, &[50, 200, 1000]);
+        client.verify_hold = milliseconds(&mut rng, &[5, 20, 200]);
         let max_io = rng.pick(&[4096, 16384, 65536, 262_144, 1 << 20]);
         let limits =
             Limits { max_io, slots: rng.pick(&[2, 8, 32, 256]), max_bytes: max_io * rng.pick(&[1, 2, 8]) };
@@ -304,6 +312,8 @@ impl<'a> World<'a> {
                 1000 * MILLISECOND,
             ]),
             client_crashes: rng.percent(40),
+            audits: if rng.percent(35) { rng.range(1, 8) } else { 0 },
+            rot: rng.percent(60),
         };
         let sectors = usize::try_from(size / SECTOR).unwrap_or(0);
         let mut world = Self {
@@ -320,6 +330,7 @@ impl<'a> World<'a> {
             parted: BTreeSet::new(),
             stalled: BTreeMap::new(),
             resyncs: super::resync::Resyncs::default(),
+            audit: super::verify::Audit::default(),
             oracle: Oracle::new(sectors, reconcile_expected),
             coverage: Coverage::default(),
             next_token: 1,
@@ -339,6 +350,7 @@ impl<'a> World<'a> {
         }
         world.start_host(1, false);
         world.after(MILLISECOND, Event::Work);
+        world.after(2 * MILLISECOND, Event::Audit);
         let pause = world.profile.fault_pause;
         world.after(pause, Event::Fault);
         world
@@ -390,7 +402,7 @@ impl<'a> World<'a> {
                     self.nodes[node].reads.remove(&io);
                 }
                 let stale = self.own_stale(node);
-                self.replica(node, replica::Event::Disk(IoId(io), running.result))?;
+                self.disk_ended(node, io, &running)?;
                 self.cover_disk_done(node, &running, stale);
             }
             Event::MetadataDone { node, life, target } if self.nodes[node].life == life => {
@@ -435,6 +447,7 @@ impl<'a> World<'a> {
             Event::Heal { host, node } => self.hosts[host].partitioned[node] = false,
             Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
             Event::Work => self.work()?,
+            Event::Audit => self.audit_some()?,
             Event::Fault => self.fault()?,
             Event::Burst(host) => self.burst(host)?,
             Event::Strike { host, node } => self.strike(host, node)?,
@@ -538,7 +551,8 @@ impl<'a> World<'a> {
             }
             ReplyPayload::Data(io) => {
                 let found = self.nodes[node].reads.remove(&io.0);
-                message.data = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
+                let found = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
+                message.data = found.into_iter().map(super::verify::strip).collect();
             }
             ReplyPayload::Body(body) => message.body = body,
         }
@@ -588,7 +602,8 @@ impl<'a> World<'a> {
             self.check_disk(index, operation, offset, length)?;
         }
         let is_bad = self.rng.percent(self.nodes[index].disk_errors);
-        let no_space = self.rng.percent(30) && !matches!(operation, DiskOperation::Read);
+        let is_read = matches!(operation, DiskOperation::Read | DiskOperation::Digest);
+        let no_space = self.rng.percent(30) && !is_read;
         let result = match (is_bad, no_space) {
             (false, _) => DiskResult::Done,
             (true, true) => DiskResult::NoSpace,
@@ -897,6 +912,7 @@ impl<'a> World<'a> {
         let now = Time(self.now);
         self.cover_client_event(host, &event);
         self.hosts[host].client.apply(event, now);
+        self.check_verify(host)?;
         self.client_outputs(host)
     }
 

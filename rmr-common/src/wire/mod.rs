@@ -6,6 +6,7 @@
 mod body;
 mod frame;
 mod header;
+mod verify;
 
 pub use body::{
     Attach, AttachReply, ChunkList, Decoder, DirtyAddition, Encoder, Hello, HelloReply, Limits, Prepare,
@@ -13,6 +14,7 @@ pub use body::{
 };
 pub use frame::{FRAME_HEADER_SIZE, FRAME_MAGIC, FrameHeader, MAX_FRAME_MESSAGES, frame_crc};
 pub use header::{HEADER_SIZE, Kind, MessageHeader, Status};
+pub use verify::{Compare, CompareReply, DigestReply, MAX_COMPARE, block_digest, block_digests};
 
 use thiserror::Error;
 
