@@ -8,7 +8,8 @@ set -eu
 
 qemu_packages="qemu-system-x86 qemu-system-common qemu-utils"
 build_packages="build-essential pkg-config libibverbs-dev librdmacm-dev libclang-dev"
-test_packages="busybox-static kmod cpio fio e2fsprogs util-linux procps nbdkit iproute2 git ca-certificates"
+test_packages="busybox-static kmod cpio fio e2fsprogs util-linux procps nbdkit iproute2 git ca-certificates \
+	ibverbs-providers ibverbs-utils rdmacm-utils"
 
 say() { echo "install-deps: $*"; }
 die() {
@@ -107,7 +108,7 @@ elif [ "$release" = bookworm ] && ! qemu_is_complete; then
 fi
 
 [ -n "$qemu_packages" ] || exit 0
-for program in qemu-system-x86_64 qemu-storage-daemon nbdkit fio busybox cpio depmod mkfs.ext4 blkdiscard; do
+for program in qemu-system-x86_64 qemu-storage-daemon nbdkit fio busybox cpio depmod mkfs.ext4 blkdiscard rdma rping; do
 	PATH=$PATH:/usr/sbin:/sbin command -v $program >/dev/null || die "$program is still missing after the installation"
 done
 say "done; QEMU is $(version_of qemu-system-x86)"

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rmr_common::client::{Config, IoError, OverReason, PoolSelector};
 use rmr_common::driver::{Pool, PoolError};
 use rmr_common::pool::{
-    Address, ChunkSize, ClientId, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, Sequence, Slot, StoreId,
-    View, ViewNumber,
+    Address, ChunkSize, ClientId, Command as PoolCommand, CommandReply, Epoch, MemberId, MemberSpec, PoolId,
+    PoolSpec, Refusal, Sequence, Slot, StoreId, View, ViewNumber,
 };
 use rmr_common::wire::{
     Attach, FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Hello, HelloReply, Kind, MessageHeader, Role,
@@ -147,7 +147,7 @@ fn create_pool(dir: &tempfile::TempDir, index: usize, port: u16) -> PoolSpec {
         size: POOL_SIZE,
         chunk_size: ChunkSize::default(),
         logical_block_size: 512,
-        members: vec![MemberSpec { id: member, store, address: Address::tcp("127.0.0.1", port) }],
+        members: vec![MemberSpec::new(member, store, Address::tcp("127.0.0.1", port))],
     };
     let options = CreateOptions {
         spec: spec.clone(),
@@ -971,4 +971,43 @@ fn nonsense_of_one_pools_clients_never_reaches_another_pool() {
     node.assert_running();
     assert!(!node.log().contains("panicked"), "{}", node.log());
     assert!(node.load(Duration::from_secs(1)) <= 5, "it is at rest when nobody asks for anything");
+}
+
+#[test]
+fn an_operators_command_from_another_node_reaches_the_client_and_its_answer_comes_back() {
+    let node = Node::start(1, &[]);
+    let command = PoolCommand::Grow { size: 1 << 30 };
+    let body = serde_json::to_vec(&command).expect("JSON");
+    let length = u32::try_from(body.len()).expect("short");
+    let mut other = Raw::greeted(&node, 0);
+    let mut ask = |sequence: u64| {
+        let header = MessageHeader { sequence: Sequence(sequence), ..other.header(Kind::Command, 0, length) };
+        other.send(&[(header, &body)]);
+        let (header, body) = other.receive();
+        assert_eq!((header.kind, header.sequence), (Kind::CommandReply, Sequence(sequence)));
+        serde_json::from_slice::<CommandReply>(&body).expect("a reply")
+    };
+    let reason = |reply| match reply {
+        CommandReply::Refused { reason, .. } => reason,
+        CommandReply::Done { .. } | CommandReply::Verify { .. } => panic!("it cannot be done"),
+    };
+    assert_eq!(reason(ask(7)), Refusal::NoCoordinator);
+
+    let mut holder = Raw::attached(&node, 0);
+    let answers = std::thread::spawn(move || {
+        let (given, body) = holder.receive();
+        assert_eq!(given.kind, Kind::Command);
+        assert_eq!(serde_json::from_slice::<PoolCommand>(&body).expect("a command"), command);
+        let reply = CommandReply::refused(Refusal::NoRoom, "not today");
+        let reply = serde_json::to_vec(&reply).expect("JSON");
+        let mut header = given.reply(Kind::CommandReply, Status::Ok);
+        header.payload = u32::try_from(reply.len()).expect("short");
+        holder.send(&[(header, &reply)]);
+        // The next one is not answered: the client goes away instead.
+        assert_eq!(holder.receive().0.kind, Kind::Command);
+    });
+    assert_eq!(ask(8), CommandReply::refused(Refusal::NoRoom, "not today"));
+    assert_eq!(reason(ask(9)), Refusal::CoordinatorLost);
+    answers.join().expect("the client");
+    assert_eq!(reason(ask(10)), Refusal::NoCoordinator);
 }

@@ -96,6 +96,17 @@ impl Device {
         &self.options
     }
 
+    /// Size of the disk in bytes.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.geometry.size
+    }
+
+    /// The disk has another size now; true if that is new.
+    pub fn resize(&mut self, size: u64) -> bool {
+        std::mem::replace(&mut self.geometry.size, size) != size
+    }
+
     /// The virtio features on offer.
     #[must_use]
     pub fn features(&self) -> u64 {
@@ -131,6 +142,7 @@ impl Device {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 

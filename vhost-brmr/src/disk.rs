@@ -187,7 +187,7 @@ pub enum Attachment<'a> {
 /// be spurious), [`completions`](Self::completions), any number of [`submit`](Self::submit)s, one
 /// [`upkeep`](Self::upkeep), [`watch_changes`](Self::watch_changes), [`timeout`](Self::timeout).
 pub trait Disk {
-    /// Size and limits; the same from construction on.
+    /// Size and limits. Only the size may change after construction: a disk can be grown while it is in use.
     fn geometry(&self) -> Geometry;
 
     /// Begins to claim the disk; called when a guest starts its first ring, and only while [`Attachment::Detached`],

@@ -14,6 +14,7 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use rmr_common::reactor::WatchChange;
 use thiserror::Error;
 use tracing::{debug, error, info, warn};
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vmm_sys_util::epoll::EventSet;
 
@@ -333,6 +334,7 @@ impl<D: Disk> Worker<D> {
             }
         }
         let turn = self.engine.turn(&mut session, &mut self.disk, serve, !polls);
+        session.set_size(self.disk.geometry().size);
         if !self.options.poll.is_zero() {
             self.pace.note(self.engine.in_flight(), Instant::now);
         }
@@ -429,6 +431,12 @@ impl<D: Disk> Worker<D> {
                         return false;
                     }
                     Ok(Peeked::Message { code, need_reply, index, value }) => {
+                        if code == FrontendReq::SET_BACKEND_REQ_FD as u32 {
+                            match sys::peek_descriptor(&connection.handler) {
+                                Ok(socket) => self.session().set_channel(socket),
+                                Err(error) => warn!("no channel to the front end: {error}"),
+                            }
+                        }
                         let need_reply = need_reply && frontend::is_acknowledged(code);
                         let scope = Drain::needed(code, index, value);
                         if scope != Drain::Nothing && self.session().in_flight(scope) > 0 {

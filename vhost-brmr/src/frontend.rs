@@ -9,11 +9,13 @@
 //! socket before the event loop has seen these requests complete.
 
 use std::fs::File;
-use std::os::fd::RawFd;
+use std::io::Write;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 
 use tracing::{info, warn};
 use vhost::vhost_user::message::{
-    FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    BackendReq, FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
     VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
@@ -96,6 +98,10 @@ pub struct Session {
     incarnations: u32,
     protocol_features: u64,
     announced: bool,
+    /// The channel on which this side speaks first.
+    channel: Option<UnixStream>,
+    /// The size that the front end knows of, as far as can be told.
+    told_size: Option<u64>,
 }
 
 impl Session {
@@ -119,6 +125,8 @@ impl Session {
             incarnations: 0,
             protocol_features: 0,
             announced: false,
+            channel: None,
+            told_size: None,
         })
     }
 
@@ -131,6 +139,38 @@ impl Session {
         self.inflight = None;
         self.protocol_features = 0;
         self.announced = false;
+        self.channel = None;
+        self.told_size = None;
+    }
+
+    /// The front end can be told of changes on this socket.
+    pub fn set_channel(&mut self, socket: OwnedFd) {
+        let channel = UnixStream::from(socket);
+        // Nothing here may block; what cannot be sent at once is given up.
+        self.channel = channel.set_nonblocking(true).ok().map(|()| channel);
+    }
+
+    /// The disk has this size now. Requests are checked against it from here on, and the front end is told of it as soon as
+    /// the guest runs: before that a front end takes no notice, as it does of a size that it knows already.
+    pub fn set_size(&mut self, size: u64) {
+        let before = self.device.size();
+        if self.device.resize(size) {
+            info!(before, size, "the disk has another size");
+            if self.channel.is_none() && self.is_running() {
+                warn!("the front end has no channel for changes; it sees the new size when it asks again");
+            }
+        }
+        if self.told_size == Some(size) || self.channel.is_none() || !self.is_running() {
+            return;
+        }
+        self.told_size = Some(size);
+        // A message without payload: code, flags (version 1, no answer wanted), length.
+        let message = [BackendReq::CONFIG_CHANGE_MSG as u32, 1, 0].map(u32::to_ne_bytes).concat();
+        let sent = self.channel.as_ref().map(|mut channel| channel.write(&message));
+        if !matches!(sent, Some(Ok(length)) if length == message.len()) {
+            warn!(size, "the front end cannot be told of the new size: {sent:?}");
+            self.channel = None;
+        }
     }
 
     /// Takes the changes of what is to be watched.
@@ -355,6 +395,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        if offset == 0 && size >= 8 {
+            self.told_size = Some(self.device.size());
+        }
         Ok(self.device.read_config(offset, size))
     }
 

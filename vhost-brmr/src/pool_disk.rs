@@ -25,6 +25,7 @@ const MAX_RANGES: u32 = 16;
 /// A pool as a disk. Its specification is learned at the start; the pool is claimed when a guest uses it.
 pub struct PoolDisk {
     config: Config,
+    /// As of the newest view that was seen: members may come and go, and the size may grow.
     spec: PoolSpec,
     seeds: Vec<Address>,
     driver: Option<PoolDriver>,
@@ -77,6 +78,13 @@ impl PoolDisk {
     fn log_notices(&mut self) {
         let Some(driver) = &mut self.driver else { return };
         driver.take_notices(&mut self.notices);
+        let changed = |n: &Notice| matches!(n, Notice::Attached(_) | Notice::Committed(_));
+        if self.notices.iter().any(changed)
+            && let Some(spec) = driver.spec().filter(|spec| **spec != self.spec)
+        {
+            // The next attachment begins with what this one learned: members may have moved.
+            self.spec = spec.clone();
+        }
         let pool = self.spec.name.as_str();
         for notice in self.notices.drain(..) {
             match notice {
@@ -262,7 +270,7 @@ mod tests {
             size: 1 << 20,
             chunk_size: ChunkSize::default(),
             logical_block_size: 512,
-            members: vec![MemberSpec { id: member, store: StoreId::random(), address: address.clone() }],
+            members: vec![MemberSpec::new(member, StoreId::random(), address.clone())],
         };
         let mut config = Config::new(ClientId::random(), "a test");
         config.suspend_timeout = suspend_timeout;

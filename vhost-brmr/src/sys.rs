@@ -78,6 +78,49 @@ pub fn peek(socket: &impl AsRawFd) -> io::Result<Peeked> {
     })
 }
 
+/// Control data of one message with one descriptor, aligned as the kernel wants it.
+#[repr(C, align(8))]
+struct Control([u8; 64]);
+
+/// A descriptor of our own for the one that comes with the next message, which is left where it is. The `vhost` crate hands the
+/// channel to the front end on in a type that can neither send a change of the configuration nor be asked for its socket.
+///
+/// # Errors
+/// When the socket is broken, or the message brings no descriptor.
+pub fn peek_descriptor(socket: &impl AsRawFd) -> io::Result<OwnedFd> {
+    let mut byte = 0u8;
+    let mut control = Control([0; 64]);
+    let mut part = libc::iovec { iov_base: std::ptr::from_mut(&mut byte).cast(), iov_len: 1 };
+    // SAFETY: `msghdr` is plain data, for which zeroes are valid.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = &mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = control.0.len();
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: the message refers to `byte` and `control`, which outlive the call, with their lengths.
+    if unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut found = Vec::new();
+    // SAFETY: the kernel filled in the control data and its length; CMSG_* stay within them, and the descriptors that come
+    // with it are new ones of this process.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(&message);
+        while !header.is_null() {
+            if (*header).cmsg_level == libc::SOL_SOCKET && (*header).cmsg_type == libc::SCM_RIGHTS {
+                let bytes = (*header).cmsg_len.saturating_sub(libc::CMSG_LEN(0) as usize);
+                let data: *const RawFd = libc::CMSG_DATA(header).cast();
+                for index in 0..bytes / mem::size_of::<RawFd>() {
+                    found.push(OwnedFd::from_raw_fd(data.add(index).read_unaligned()));
+                }
+            }
+            header = libc::CMSG_NXTHDR(&message, header);
+        }
+    }
+    found.into_iter().next().ok_or_else(|| io::Error::other("the message brings no descriptor"))
+}
+
 /// SIGTERM and SIGINT as a descriptor.
 #[derive(Debug)]
 pub struct StopSignals(OwnedFd);

@@ -141,6 +141,11 @@ impl Handle {
         self.change(|state| state.keeps_log = false);
     }
 
+    /// The disk has this size now.
+    pub fn resize(&self, size: usize) {
+        self.change(|state| state.data.resize(size, 0));
+    }
+
     /// What happened, in order.
     #[must_use]
     pub fn log(&self) -> Vec<Event> {
@@ -232,7 +237,7 @@ impl State {
 
 impl Disk for MemoryDisk {
     fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry { size: lock(&self.state).data.len() as u64, ..self.geometry }
     }
 
     fn attach(&mut self) {

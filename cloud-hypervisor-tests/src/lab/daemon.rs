@@ -106,7 +106,7 @@ impl DaemonBuilder {
         let mut command = Command::new(programs::own("vhost-brmr")?);
         command.arg("--socket-path").arg(socket).args(["--pool", self.pool.name()]);
         for address in self.pool.data_addresses() {
-            command.args(["--node", &address.to_string()]);
+            command.args(["--node", address]);
         }
         command.args(["--num-queues", &self.queues.to_string()]);
         if let Some(serial) = &self.serial {

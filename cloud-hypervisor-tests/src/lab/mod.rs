@@ -21,6 +21,7 @@
 
 pub mod checks;
 pub mod daemon;
+pub mod fabric;
 pub mod frontend;
 pub mod guest;
 pub mod node;
@@ -28,6 +29,7 @@ pub mod pool;
 pub mod process;
 pub mod programs;
 pub mod qmp;
+pub mod roce;
 pub mod storage_daemon;
 pub mod stores;
 mod sys;
@@ -36,11 +38,13 @@ mod workspace;
 
 pub use checks::Checks;
 pub use daemon::{Daemon, DaemonBuilder};
+pub use fabric::{Fabric, Transport};
 pub use frontend::{Frontend, FrontendBuilder, Status};
-pub use guest::{Command, Image, Output};
+pub use guest::{Command, Image, ImageBuilder, Output};
 pub use node::{Node, NodeBuilder};
 pub use pool::{Pool, PoolBuilder};
 pub use process::Process;
+pub use roce::{Roce, RoceBuilder};
 pub use storage_daemon::StorageDaemonBuilder;
 pub use vm::{Disk, Hypervisor, Vm, VmBuilder};
-pub use workspace::{Lab, free_port, run, wait_until};
+pub use workspace::{Lab, free_port, run, run_on, wait_until};

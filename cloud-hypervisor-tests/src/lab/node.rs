@@ -1,5 +1,6 @@
-//! Storage nodes of a test: `rmr-node` processes on free ports of 127.0.0.1, which can be killed and started again.
+//! Storage nodes of a test: `rmr-node` processes on free ports of the test's fabric, which can be killed and started again.
 
+use std::fmt;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{Lab, Process, free_port, programs};
+use super::{Fabric, Lab, Process, Transport, free_port, programs};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// The node's own bound for a graceful stop is 20 s.
@@ -64,8 +65,8 @@ impl NodeBuilder {
     /// # Errors
     /// When the program is missing or does not come up.
     pub fn start(&self, lab: &Lab) -> Result<Node> {
-        let address = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let (data, admin) = (address(free_port()?), address(free_port()?));
+        let data = DataAddress { fabric: lab.fabric(), port: free_port()? };
+        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let directory = format!("{}.stores", self.name);
         let store_dir = if self.on_disk { lab.path(directory) } else { lab.memory_path(directory) };
         fs::create_dir(&store_dir).with_context(|| format!("making {}", store_dir.display()))?;
@@ -73,7 +74,7 @@ impl NodeBuilder {
         let engine =
             self.engine.as_ref().map_or_else(String::new, |engine| format!("engine = \"{engine}\"\n"));
         let text = format!(
-            "node_name = \"{}\"\nlisten = [\"tcp://{data}\"]\nadvertise = [\"tcp://{data}\"]\nadmin = \"{admin}\"\n\
+            "node_name = \"{}\"\nlisten = [\"{data}\"]\nadvertise = [\"{data}\"]\nadmin = \"{admin}\"\n\
              store_dir = \"{}\"\nshards = {}\n{engine}{}\n",
             self.name,
             store_dir.display(),
@@ -86,11 +87,27 @@ impl NodeBuilder {
     }
 }
 
-fn launch(lab: &Lab, name: &str, config: &Path, data: SocketAddr, admin: SocketAddr) -> Result<Process> {
+/// Where a node listens for clients and peers.
+#[derive(Clone, Copy, Debug)]
+struct DataAddress {
+    fabric: Fabric,
+    port: u16,
+}
+
+impl fmt::Display for DataAddress {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.fabric.endpoint(self.port))
+    }
+}
+
+fn launch(lab: &Lab, name: &str, config: &Path, data: DataAddress, admin: SocketAddr) -> Result<Process> {
     let mut command = Command::new(programs::own("rmr-node")?);
     command.arg("--config").arg(config);
     let process = Process::spawn(lab, &format!("node-{name}"), command)?;
-    process.wait_for_port(data, START_LIMIT)?;
+    // A node listens for data before it does for operators; a verbs address cannot be probed as cheaply.
+    if data.fabric.transport() == Transport::Tcp {
+        process.wait_for_port(SocketAddr::new(data.fabric.host(), data.port), START_LIMIT)?;
+    }
     process.wait_for_port(admin, START_LIMIT)?;
     Ok(process)
 }
@@ -99,7 +116,7 @@ fn launch(lab: &Lab, name: &str, config: &Path, data: SocketAddr, admin: SocketA
 #[derive(Debug)]
 pub struct Node {
     name: String,
-    data: SocketAddr,
+    data: DataAddress,
     admin: SocketAddr,
     store_dir: PathBuf,
     config: PathBuf,
@@ -113,10 +130,16 @@ impl Node {
         &self.name
     }
 
-    /// Where it listens for clients and peers.
+    /// Where it listens for clients and peers, as `vhost-brmr --node` takes it.
     #[must_use]
-    pub fn data_address(&self) -> SocketAddr {
-        self.data
+    pub fn data_address(&self) -> String {
+        self.data.to_string()
+    }
+
+    /// What carries its data.
+    #[must_use]
+    pub fn transport(&self) -> Transport {
+        self.data.fabric.transport()
     }
 
     /// Where it listens for admin requests.

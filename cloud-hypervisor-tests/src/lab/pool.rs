@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::stores::{self, Area};
-use super::{Lab, Node, programs, wait_until};
+use super::{Lab, Node, Transport, programs, wait_until};
 
 /// Runs `rmrctl` against the node whose admin address is `admin`.
 ///
@@ -35,7 +35,8 @@ pub struct PoolBuilder {
 struct Member {
     node: String,
     admin: SocketAddr,
-    data: SocketAddr,
+    data: String,
+    transport: Transport,
     store_dir: PathBuf,
 }
 
@@ -67,6 +68,7 @@ impl PoolBuilder {
             node: node.name().to_owned(),
             admin: node.admin_address(),
             data: node.data_address(),
+            transport: node.transport(),
             store_dir: node.store_dir().to_owned(),
         });
         self
@@ -83,6 +85,10 @@ impl PoolBuilder {
         }
         if let Some(bytes) = self.block_size {
             arguments.extend(["--block-size".to_owned(), bytes.to_string()]);
+        }
+        // TCP is the default; most operators will never write it.
+        if let Some(member) = self.members.iter().find(|member| member.transport != Transport::Tcp) {
+            arguments.extend(["--transport".to_owned(), member.transport.to_string()]);
         }
         arguments
     }
@@ -121,8 +127,8 @@ impl Pool {
     }
 
     /// Where its members' nodes listen for clients.
-    pub fn data_addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
-        self.members.iter().map(|member| member.data)
+    pub fn data_addresses(&self) -> impl Iterator<Item = &str> {
+        self.members.iter().map(|member| member.data.as_str())
     }
 
     /// What `rmrctl status` says of the pool when it asks the nodes of all members.

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
+use super::Fabric;
+
 /// How much of the end of each log is shown when a test fails.
 const LOG_TAIL_BYTES: u64 = 6 << 10;
 /// Pause between two looks at a condition: short against every wait in the lab, long enough to cost nothing.
@@ -22,8 +24,16 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// # Errors
 /// What `body` returned, or a directory that cannot be made.
 pub fn run(name: &str, body: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
+    run_on(Fabric::from_environment()?, name, body)
+}
+
+/// As [`run`], with nodes that listen on `fabric` whatever the environment says.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on<T>(fabric: Fabric, name: &str, body: impl FnOnce(&Lab) -> Result<T>) -> Result<T> {
     let started = Instant::now();
-    let lab = Lab::new(name)?;
+    let lab = Lab::new(name, fabric)?;
     let result = body(&lab);
     if result.is_err() {
         lab.show_logs();
@@ -36,13 +46,14 @@ pub fn run(name: &str, body: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
 #[derive(Debug)]
 pub struct Lab {
     name: String,
+    fabric: Fabric,
     disk: TempDir,
     memory: TempDir,
     logs: Mutex<Vec<PathBuf>>,
 }
 
 impl Lab {
-    fn new(name: &str) -> Result<Self> {
+    fn new(name: &str, fabric: Fabric) -> Result<Self> {
         let keep = std::env::var_os("RMR_KEEP").is_some();
         let make = |base: &str| {
             tempfile::Builder::new()
@@ -53,6 +64,7 @@ impl Lab {
         };
         let lab = Self {
             name: name.to_owned(),
+            fabric,
             disk: make("/tmp")?,
             memory: make("/dev/shm")?,
             logs: Mutex::default(),
@@ -71,6 +83,12 @@ impl Lab {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What carries the data of the test's nodes.
+    #[must_use]
+    pub fn fabric(&self) -> Fabric {
+        self.fabric
     }
 
     /// A path in the test's directory on disk: sockets, configuration, logs, stores that want O_DIRECT.

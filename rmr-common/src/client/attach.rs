@@ -142,6 +142,7 @@ impl Client {
                     Kind::DetachReply => self.detach_reply(member),
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
+                    Kind::Command => self.command_message(id, header, body),
                     Kind::Pong => {
                         if let Some(link) = self.link_mut(id) {
                             link.ping_since = None;

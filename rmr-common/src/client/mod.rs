@@ -17,6 +17,7 @@
 //! ```
 
 mod attach;
+mod change;
 mod data;
 mod parts;
 mod reconcile;
@@ -29,6 +30,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+pub use change::CommandToken;
 pub use status::{LegStatus, LinkSummary, PoolStatus};
 
 use crate::map::BlockMap;
@@ -267,6 +269,8 @@ pub enum Output {
     Send(LinkId, MessageHeader, Payload),
     /// A request is finished.
     Complete(Token, Result<(), IoError>),
+    /// A command of [`Client::command`] is answered.
+    CommandDone(CommandToken, crate::pool::CommandReply),
     /// Something that operators want to know.
     Notice(Notice),
 }

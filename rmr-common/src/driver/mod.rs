@@ -16,11 +16,11 @@ pub use pool::{BlockingPool, Buffers, Pool, PoolError, discover};
 
 use crate::buffer::{Segment, gather};
 use crate::client::{
-    Client, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason, Payload,
-    PoolSelector, PoolStatus, Token,
+    Client, CommandToken, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason,
+    Payload, PoolSelector, PoolStatus, Token,
 };
 use crate::clock::monotonic_now;
-use crate::pool::{Address, PoolSpec};
+use crate::pool::{Address, Command, CommandReply, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
 use crate::transport::connect::Connector;
@@ -74,6 +74,7 @@ pub struct PoolDriver {
     requests: Vec<Request>,
     free_requests: Vec<u32>,
     done: Vec<(Token, Result<(), IoError>)>,
+    replies: Vec<(CommandToken, CommandReply)>,
     notices: Vec<Notice>,
     changes: Vec<WatchChange>,
     /// Connections that are over, kept until the loop does not watch them any more.
@@ -116,6 +117,7 @@ impl PoolDriver {
             requests: Vec::new(),
             free_requests: Vec::new(),
             done: Vec::new(),
+            replies: Vec::new(),
             notices: Vec::new(),
             changes,
             closing: Vec::new(),
@@ -159,6 +161,19 @@ impl PoolDriver {
     #[must_use]
     pub fn has_completions(&self) -> bool {
         !self.done.is_empty()
+    }
+
+    /// Takes in an operator's command: this client is the coordinator. It is answered once, in
+    /// [`PoolDriver::take_replies`].
+    pub fn command(&mut self, token: CommandToken, command: Command) {
+        self.look_at_clock();
+        self.client.command(token, command, self.now);
+        self.carry_out();
+    }
+
+    /// Moves the answers to commands to `replies`.
+    pub fn take_replies(&mut self, replies: &mut Vec<(CommandToken, CommandReply)>) {
+        replies.append(&mut self.replies);
     }
 
     /// Moves what operators want to know to `notices`.
@@ -382,6 +397,7 @@ impl PoolDriver {
                     }
                 }
                 Output::Complete(token, result) => self.complete(token, result),
+                Output::CommandDone(token, reply) => self.replies.push((token, reply)),
                 Output::Connect(link, address) => {
                     let index = usize::from(link.0);
                     let attempt = &mut self.attempts[index];

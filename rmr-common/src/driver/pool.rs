@@ -13,8 +13,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::PoolDriver;
 use crate::buffer::{Segment, segments_of_buffers};
-use crate::client::{Config, IoError, Notice, Operation, OverReason, PoolSelector, PoolStatus, Token};
-use crate::pool::{Address, PoolSpec};
+use crate::client::{
+    CommandToken, Config, IoError, Notice, Operation, OverReason, PoolSelector, PoolStatus, Token,
+};
+use crate::pool::{self, Address, CommandReply, MemberId, MemberState, PoolSpec, Refusal};
 use crate::reactor::WatchChange;
 
 /// A scatter/gather list that its request owns while it is under way.
@@ -78,6 +80,7 @@ impl Drop for Done {
 enum Command {
     Submit { operation: Operation, offset: u64, length: u64, buffers: Buffers, done: Done },
     Status(Sender<PoolStatus>),
+    Operator(pool::Command, Sender<CommandReply>),
     Detach,
 }
 
@@ -195,6 +198,15 @@ impl Pool {
         receiver.recv().ok()
     }
 
+    /// Carries out an operator's command, as the coordinator that this client is; the answer comes over the channel,
+    /// which is closed without one when the pool's thread ends.
+    #[must_use]
+    pub fn command(&self, command: pool::Command) -> Receiver<CommandReply> {
+        let (sender, receiver) = mpsc::channel();
+        self.send(Command::Operator(command, sender));
+        receiver
+    }
+
     /// The same pool with calls that wait for their completion.
     #[must_use]
     pub const fn blocking(&self) -> BlockingPool<'_> {
@@ -289,6 +301,31 @@ impl BlockingPool<'_> {
         self.wait(|pool, done| pool.discard(offset, length, done))
     }
 
+    /// Carries out an operator's command. An administrative tool is the coordinator for a moment in this way, when no
+    /// other client is attached.
+    #[must_use]
+    pub fn command(self, command: pool::Command) -> CommandReply {
+        let gone = || CommandReply::refused(Refusal::CoordinatorLost, "the client ended before it answered");
+        self.0.command(command).recv().unwrap_or_else(|_| gone())
+    }
+
+    /// Waits until a member is Clean; false when it is not within `patience`, or the client has ended. Members are
+    /// brought up to date by themselves while the pool is attached.
+    #[must_use]
+    pub fn wait_until_clean(self, member: MemberId, patience: Duration) -> bool {
+        let deadline = std::time::Instant::now() + patience;
+        loop {
+            let Some(status) = self.0.status() else { return false };
+            if status.legs.iter().any(|l| l.member == member && l.data == Some(MemberState::Clean)) {
+                return true;
+            }
+            if std::time::Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// Makes a range read as zeroes.
     ///
     /// # Errors
@@ -320,6 +357,9 @@ struct Owner {
     attached: Option<Sender<Result<Progress, PoolError>>>,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
+    /// Commands that are not answered.
+    commands: Vec<(CommandToken, Sender<CommandReply>)>,
+    next_command: u64,
     done: Vec<(Token, Result<(), IoError>)>,
     segments: Vec<Segment>,
     /// The owner of the handle wants the specification only.
@@ -336,7 +376,8 @@ impl Owner {
     ) -> Self {
         let attached = Some(attached);
         let (pending, free, done, segments) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { driver, wake, inbox, attached, pending, free, done, segments, observe }
+        let (commands, next_command) = (Vec::new(), 0);
+        Self { driver, wake, inbox, attached, pending, free, commands, next_command, done, segments, observe }
     }
 
     fn run(self) -> Result<(), String> {
@@ -373,6 +414,14 @@ impl Owner {
             // As in `tell`.
             let _ = attached.send(Ok(Progress::Attached(Box::new(spec.clone()))));
             self.attached = None;
+        }
+        let mut replies = Vec::new();
+        self.driver.take_replies(&mut replies);
+        for (token, reply) in replies {
+            if let Some(at) = self.commands.iter().position(|(t, _)| *t == token) {
+                // Whoever asked may be gone.
+                let _ = self.commands.swap_remove(at).1.send(reply);
+            }
         }
         let mut notices = Vec::new();
         self.driver.take_notices(&mut notices);
@@ -428,6 +477,12 @@ impl Owner {
             Command::Status(sender) => {
                 // Whoever asked may be gone.
                 let _ = sender.send(self.driver.status());
+            }
+            Command::Operator(command, sender) => {
+                self.next_command += 1;
+                let token = CommandToken(self.next_command);
+                self.commands.push((token, sender));
+                self.driver.command(token, command);
             }
             Command::Detach => self.driver.detach(),
         }

@@ -267,7 +267,7 @@ mod tests {
             size: 64 << 20,
             chunk_size: ChunkSize::from_bytes(64 << 10).unwrap(),
             logical_block_size: 512,
-            members: vec![MemberSpec { id, store: StoreId::random(), address: Address::tcp("h", 1) }],
+            members: vec![MemberSpec::new(id, StoreId::random(), Address::tcp("h", 1))],
         })
     }
 

@@ -2,11 +2,13 @@
 //!
 //! No I/O happens here; everything is a plain value that can be compared, printed and put into a message.
 
+mod command;
 mod id;
 mod spec;
 mod verify;
 mod view;
 
+pub use command::{Command, CommandReply, Refusal};
 pub use id::{
     Block, BootId, Chunk, ClientId, Epoch, MemberId, MemberSet, PoolId, Sequence, Slot, StoreId, ViewNumber,
 };
@@ -14,8 +16,6 @@ pub use spec::{
     Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,
     MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
 };
-pub use verify::{
-    VerifiedMember, VerifyDifference, VerifyOptions, VerifyOutcome, VerifyReport, VerifyState,
-};
+pub use verify::{VerifiedMember, VerifyDifference, VerifyOptions, VerifyOutcome, VerifyReport, VerifyState};
 pub(crate) use view::FORCED_JUMP;
 pub use view::{IllegalStep, MemberState, MemberView, View, ViewError, ViewStep};

@@ -212,6 +212,16 @@ pub struct MemberSpec {
     pub store: StoreId,
     /// Where the node that holds the store listens for clients and peers.
     pub address: Address,
+    /// The operator wants the member to be Out: nobody brings it back in while this is set.
+    pub maintenance: bool,
+}
+
+impl MemberSpec {
+    /// A member that is not in maintenance.
+    #[must_use]
+    pub const fn new(id: MemberId, store: StoreId, address: Address) -> Self {
+        Self { id, store, address, maintenance: false }
+    }
 }
 
 /// What a pool is, apart from the state of its members.
@@ -347,10 +357,8 @@ mod tests {
     use super::*;
 
     fn spec() -> PoolSpec {
-        let member = |id, port| MemberSpec {
-            id: MemberId::new(id).unwrap(),
-            store: StoreId::random(),
-            address: Address::tcp("127.0.0.1", port),
+        let member = |id, port| {
+            MemberSpec::new(MemberId::new(id).unwrap(), StoreId::random(), Address::tcp("127.0.0.1", port))
         };
         PoolSpec {
             id: PoolId::random(),

@@ -24,7 +24,7 @@ pub struct VerifyOptions {
 
 /// What a verify is doing.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "state", content = "reason")]
+#[serde(rename_all = "snake_case", tag = "name", content = "reason")]
 pub enum VerifyState {
     /// Chunks are compared.
     Running,
@@ -102,7 +102,6 @@ pub struct VerifyReport {
     /// What was asked for.
     pub options: VerifyOptions,
     /// What it is doing.
-    #[serde(flatten)]
     pub state: VerifyState,
     /// Time since it began, or the time that it took, in milliseconds.
     pub elapsed_ms: u64,

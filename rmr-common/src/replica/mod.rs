@@ -4,8 +4,10 @@
 //! for. What a write needs for recovery is durable before the write is answered: first the intent bit of its chunk and
 //! the dirty bits of the members that miss it, then the data, then the answer.
 
+mod command;
 mod io;
 mod resync;
+mod room;
 mod session;
 mod source;
 mod status;
@@ -14,12 +16,15 @@ mod verify;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
+pub use command::CommandId;
 pub use resync::{ResyncLimits, ResyncStatus};
 pub use source::PulledData;
 pub use status::{HolderStatus, MissedStatus, ReplicaCounters, ReplicaStatus};
 
 use crate::map::{MapPage, MemberMaps};
-use crate::pool::{BootId, Chunk, ClientId, Epoch, MemberId, PoolSpec, Sequence, View, ViewNumber};
+use crate::pool::{
+    BootId, Chunk, ClientId, CommandReply, Epoch, MemberId, PoolSpec, Sequence, View, ViewNumber,
+};
 use crate::time::Time;
 use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, SlotEntry};
 use io::Io;
@@ -58,6 +63,8 @@ pub struct LastClient {
 pub struct DurableState {
     /// The member's view.
     pub view: View,
+    /// The pool as it is in that view; both change together, in one write.
+    pub spec: PoolSpec,
     /// The highest epoch accepted.
     pub epoch: Epoch,
     /// The client of that epoch.
@@ -152,6 +159,8 @@ pub enum Event<'a> {
     PeerDown(&'a str),
     /// A message arrived on it.
     PeerMessage(&'a MessageHeader, &'a [u8]),
+    /// [`Output::Grow`] has ended: there is room, or there is not, in words.
+    Grown(Result<(), &'a str>),
     /// Time has passed; due once a second, and at [`Replica::deadline`].
     Tick,
 }
@@ -193,6 +202,16 @@ pub enum Output {
     Release(BufferToken),
     /// Close a connection; [`Event::Closed`] is not needed.
     Close(ConnectionId, &'static str),
+    /// Make room for a pool of `to` bytes, up to now `from`: the store holds that much, its maps cover it, and everything
+    /// from `from` on reads as zeroes, durably. Ends with [`Event::Grown`]; there is one at a time.
+    Grow {
+        /// Bytes that there is room for. What lies beyond them is nobody's.
+        from: u64,
+        /// Bytes that there is to be room for.
+        to: u64,
+    },
+    /// What became of a command that [`Replica::command`] took.
+    CommandDone(CommandId, CommandReply),
     /// Something that operators want to know.
     Notice(Notice),
 }
@@ -267,6 +286,9 @@ pub struct Replica {
     /// The client before the one that is attached, whose writes the slot table may hold.
     previous_client: Option<ClientId>,
     holder: Option<Holder>,
+    /// Commands that the client was given and has not answered.
+    commands: command::Commands,
+    room: room::Room,
     /// Whether the last client left in good order, so that the slot table needs no look.
     clean_detach: bool,
     maps: MemberMaps,
@@ -312,30 +334,27 @@ pub struct Replica {
 impl Replica {
     /// A member as its store has it. `maps` hold the bits read from disk.
     #[must_use]
-    pub fn new(
-        config: Config,
-        spec: PoolSpec,
-        member: MemberId,
-        state: DurableState,
-        maps: MemberMaps,
-    ) -> Self {
+    pub fn new(config: Config, member: MemberId, state: DurableState, maps: MemberMaps) -> Self {
+        let spec = state.spec;
         let is_detached = state.last_client.as_ref().is_none_or(|c| !c.attached);
         let clean_detach = is_detached && maps.intent().count() == 0;
         let none =
             |slot| SlotEntry { slot: crate::pool::Slot(slot), sequence: Sequence(0), offset: 0, length: 0 };
         Self {
             config,
-            spec,
             member,
             view: state.view,
             epoch: state.epoch,
             last_client: state.last_client,
             previous_client: None,
             holder: None,
+            commands: command::Commands::default(),
+            room: room::Room::new(spec.size),
             clean_detach,
             maps,
             additions: Vec::new(),
             tables_lost: !clean_detach,
+            spec,
             slots: (0..MAX_SLOTS).map(none).collect(),
             watermark: Sequence(0),
             activity: HashMap::new(),
@@ -408,6 +427,7 @@ impl Replica {
                 self.reference_message(header, body);
             }
             Event::PeerMessage(header, body) => self.peer_message(header, body),
+            Event::Grown(result) => self.grown(result),
             Event::Tick => {
                 self.clear_intents();
                 self.pump_resync();
@@ -470,7 +490,12 @@ impl Replica {
     }
 
     fn durable_state(&self) -> DurableState {
-        DurableState { view: self.view.clone(), epoch: self.epoch, last_client: self.last_client.clone() }
+        DurableState {
+            view: self.view.clone(),
+            spec: self.spec.clone(),
+            epoch: self.epoch,
+            last_client: self.last_client.clone(),
+        }
     }
 
     fn persist(&mut self, metadata: Metadata, waiters: Vec<Waiter>) -> Ticket {

@@ -61,6 +61,8 @@ impl Replica {
             Kind::Pull => self.pull(connection, header),
             Kind::Compare => self.compare(connection, header, body),
             Kind::Digest => self.digest(connection, header),
+            Kind::CommandReply => self.command_reply(connection, header, body),
+            Kind::Grow => self.make_room(connection, header),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_watermark(header.watermark);
@@ -124,6 +126,7 @@ impl Replica {
         if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection) {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
+        self.lose_commands("another client attached");
         self.epoch = header.epoch;
         self.session += 1;
         self.set_view = None;
@@ -445,6 +448,7 @@ impl Replica {
     pub(super) fn detach_durable(&mut self, epoch: Epoch) {
         let Some(detach) = self.detach.take_if(|d| d.header.epoch == epoch) else { return };
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
+        self.lose_commands("the client detached");
         self.drop_resync();
         self.drop_verify();
         // A client that gave a write up does not leave in good order: members may differ in it.
@@ -462,6 +466,7 @@ impl Replica {
         self.attach = None;
         self.set_view = None;
         self.detach = None;
+        self.lose_commands("the client is gone");
         self.notice(Notice::ClientLost(self.epoch, who));
         self.session += 1;
         self.drop_resync();

@@ -13,17 +13,16 @@ fn member(index: u8) -> MemberId {
 }
 
 /// A replica with the outputs that nobody has looked at yet.
-struct Bench {
-    replica: Replica,
-    outputs: Vec<Output>,
+pub(super) struct Bench {
+    pub(super) replica: Replica,
+    pub(super) outputs: Vec<Output>,
 }
 
 impl Bench {
-    fn new(write_through: bool) -> Self {
-        let line = |i: u8| MemberSpec {
-            id: member(i),
-            store: StoreId::from_bytes([i + 1; 16]),
-            address: Address::tcp("node", 1 + u16::from(i)),
+    pub(super) fn new(write_through: bool) -> Self {
+        let line = |i: u8| {
+            let store = StoreId::from_bytes([i + 1; 16]);
+            MemberSpec::new(member(i), store, Address::tcp("node", 1 + u16::from(i)))
         };
         let spec = PoolSpec {
             id: PoolId::from_bytes([9; 16]),
@@ -42,25 +41,34 @@ impl Bench {
             process_boot: BootId::from_bytes([1; 16]),
             write_through,
         };
-        let state = DurableState { view, epoch: Epoch(0), last_client: None };
+        let state = DurableState { view, spec: spec.clone(), epoch: Epoch(0), last_client: None };
         let maps = MemberMaps::new(&spec);
-        Self { replica: Replica::new(config, spec, member(0), state, maps), outputs: Vec::new() }
+        Self { replica: Replica::new(config, member(0), state, maps), outputs: Vec::new() }
     }
 
-    fn apply(&mut self, event: Event<'_>) {
+    pub(super) fn apply(&mut self, event: Event<'_>) {
         self.replica.apply(event, Time(0));
+        self.collect();
+    }
+
+    pub(super) fn command(&mut self, id: CommandId, command: &crate::pool::Command) {
+        self.replica.command(id, command);
+        self.collect();
+    }
+
+    fn collect(&mut self) {
         while let Some(output) = self.replica.take_output() {
             self.outputs.push(output);
         }
     }
 
-    fn message(&mut self, connection: u32, header: MessageHeader, body: &[u8]) {
+    pub(super) fn message(&mut self, connection: u32, header: MessageHeader, body: &[u8]) {
         let is_write = header.kind == Kind::Write;
         let buffer = is_write.then_some(BufferToken(u32::from(header.slot.0)));
         self.apply(Event::Message { connection: ConnectionId(connection), header: &header, body, buffer });
     }
 
-    fn header(&self, kind: Kind, epoch: u64) -> MessageHeader {
+    pub(super) fn header(&self, kind: Kind, epoch: u64) -> MessageHeader {
         MessageHeader {
             epoch: Epoch(epoch),
             view: self.replica.view().number,
@@ -68,7 +76,7 @@ impl Bench {
         }
     }
 
-    fn attach(&mut self, connection: u32, epoch: u64) {
+    pub(super) fn attach(&mut self, connection: u32, epoch: u64) {
         let client = ClientId::from_bytes([1; 16]);
         let body = Attach { client, takeover: false, description: "test".into() }.encode();
         self.message(connection, self.header(Kind::Attach, epoch), &body);
@@ -93,7 +101,7 @@ impl Bench {
         persists.into_iter().filter_map(ticket).collect()
     }
 
-    fn durable(&mut self) {
+    pub(super) fn durable(&mut self) {
         for (ticket, _) in self.take_tickets() {
             self.apply(Event::Durable(ticket, Ok(())));
         }
@@ -234,8 +242,7 @@ fn a_view_of_an_earlier_session_is_no_reason_to_report_that_nothing_is_stale() {
     let mut again = Bench::new(true);
     let maps = MemberMaps::new(bench.replica.spec());
     let state = bench.replica.durable_state();
-    again.replica =
-        Replica::new(bench.replica.config.clone(), bench.replica.spec.clone(), member(0), state, maps);
+    again.replica = Replica::new(bench.replica.config.clone(), member(0), state, maps);
     again.prepare();
     again.replica.apply(Event::Tick, Time(5_000_000_000));
     again.apply(Event::Tick);

@@ -88,8 +88,7 @@ impl Replica {
         }
         self.verify.next += 1;
         let number = self.verify.next;
-        let comparing =
-            Comparing { connection, header: *header, since: self.now, here: None, there: None };
+        let comparing = Comparing { connection, header: *header, since: self.now, here: None, there: None };
         self.verify.compares.insert(number, comparing);
         match &self.verify.link {
             Some(link) if link.is_up => self.begin_compare(number),
@@ -159,8 +158,7 @@ impl Replica {
         match purpose {
             Purpose::Compare(number) => {
                 if let Some(comparing) = self.verify.compares.get_mut(&number) {
-                    comparing.here =
-                        Some(digests.map_or(Found::Unreadable, |d| Found::Digests(d.to_vec())));
+                    comparing.here = Some(digests.map_or(Found::Unreadable, |d| Found::Digests(d.to_vec())));
                 }
                 self.finish_compare(number);
             }
@@ -270,5 +268,128 @@ impl Replica {
         if self.verify.link.take().is_some() {
             self.outputs.push_back(Output::PeerClose);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{Bench, member};
+    use super::super::{DiskResult, Event, ReplyPayload};
+    use super::*;
+    use crate::pool::Sequence;
+
+    /// Attached; member 2 is the reference.
+    fn bench() -> Bench {
+        let mut bench = Bench::new(true);
+        bench.attach(1, 1);
+        bench.durable();
+        bench
+    }
+
+    fn ask(bench: &mut Bench, number: u64, blocks: u32) {
+        let body = Compare { reference: member(2), address: Address::tcp("node", 3) }.encode();
+        let sequence = Sequence(number);
+        let header =
+            MessageHeader { sequence, offset: 8192, length: blocks * 4096, ..bench.header(Kind::Compare, 1) };
+        bench.message(1, header, &body);
+    }
+
+    fn take_read(bench: &mut Bench) -> Option<IoId> {
+        let is_read = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Digest, .. });
+        let at = bench.outputs.iter().position(is_read)?;
+        if let Output::Disk { io, .. } = bench.outputs.remove(at) { Some(io) } else { None }
+    }
+
+    fn replies(bench: &Bench) -> Vec<(Status, Option<CompareReply>)> {
+        let reply = |o: &Output| match o {
+            Output::Send(_, header, payload) if header.kind == Kind::CompareReply => {
+                let body = if let ReplyPayload::Body(body) = payload { &body[..] } else { &[] };
+                Some((header.status, CompareReply::decode(body).ok()))
+            }
+            _ => None,
+        };
+        bench.outputs.iter().filter_map(reply).collect()
+    }
+
+    #[test]
+    fn a_member_compares_itself_with_the_reference_and_names_the_blocks_that_differ() {
+        let mut bench = bench();
+        ask(&mut bench, 7, 3);
+        assert!(bench.outputs.contains(&Output::PeerConnect(Address::tcp("node", 3))));
+        assert_eq!(take_read(&mut bench), None, "nothing is read before there is somebody to compare with");
+        bench.apply(Event::PeerUp);
+        let asked = bench.take_sent(Kind::Digest);
+        assert_eq!(asked.iter().map(|h| (h.offset, h.length)).collect::<Vec<_>>(), vec![(8192, 12288)]);
+        let io = take_read(&mut bench).unwrap();
+        bench.apply(Event::Digested(io, &[1, 2, 3]));
+        assert_eq!(replies(&bench), vec![]);
+        let body = DigestReply(vec![1, 9, 9]).encode();
+        bench.apply(Event::PeerMessage(&asked[0].reply(Kind::DigestReply, Status::Ok), &body));
+        assert_eq!(
+            replies(&bench),
+            vec![(Status::Ok, Some(CompareReply { differs: 0b110, unreadable: false }))]
+        );
+        // The link stays for the next one.
+        ask(&mut bench, 8, 1);
+        assert_eq!(bench.take_sent(Kind::Digest).len(), 1);
+    }
+
+    #[test]
+    fn what_one_of_the_two_cannot_read_is_no_difference() {
+        let mut bench = bench();
+        ask(&mut bench, 7, 2);
+        bench.apply(Event::PeerUp);
+        let asked = bench.take_sent(Kind::Digest);
+        let io = take_read(&mut bench).unwrap();
+        bench.apply(Event::Disk(io, DiskResult::Failed));
+        let body = DigestReply(vec![1, 2]).encode();
+        bench.apply(Event::PeerMessage(&asked[0].reply(Kind::DigestReply, Status::Ok), &body));
+        assert_eq!(replies(&bench), vec![(Status::Ok, Some(CompareReply { differs: 0, unreadable: true }))]);
+    }
+
+    #[test]
+    fn a_reference_that_cannot_be_reached_or_is_silent_fails_the_comparisons() {
+        let mut bench = bench();
+        ask(&mut bench, 7, 1);
+        ask(&mut bench, 8, 1);
+        bench.apply(Event::PeerDown("connection refused"));
+        assert_eq!(replies(&bench), vec![(Status::IoError, None); 2]);
+        bench.outputs.clear();
+        ask(&mut bench, 9, 1);
+        bench.apply(Event::PeerUp);
+        bench.replica.apply(Event::Tick, Time(0) + PATIENCE + Duration::from_nanos(1));
+        bench.apply(Event::Tick);
+        assert!(bench.outputs.contains(&Output::PeerClose));
+        assert_eq!(replies(&bench), vec![(Status::IoError, None)]);
+    }
+
+    #[test]
+    fn an_attach_ends_comparisons_and_a_resync_takes_the_link_over() {
+        let mut bench = bench();
+        ask(&mut bench, 7, 1);
+        bench.apply(Event::PeerUp);
+        bench.outputs.clear();
+        bench.prepare();
+        assert!(bench.outputs.contains(&Output::PeerClose) && !bench.replica.has_compare_link());
+        ask(&mut bench, 8, 1);
+        assert_eq!(replies(&bench), vec![(Status::NotAttached, None)], "the link is for the resync now");
+    }
+
+    #[test]
+    fn only_what_is_in_the_pool_and_short_enough_is_read_and_only_by_a_clean_member() {
+        let mut bench = bench();
+        let ask = |bench: &mut Bench, epoch, view: u64, offset, length| {
+            bench.outputs.clear();
+            let view = crate::pool::ViewNumber(view);
+            let header = MessageHeader { view, offset, length, ..bench.header(Kind::Digest, epoch) };
+            bench.message(9, header, &[]);
+            (bench.answer(Kind::DigestReply), take_read(bench).is_some())
+        };
+        assert_eq!(ask(&mut bench, 1, 1, 0, 4096), (None, true), "any member may ask");
+        for (offset, length) in [(0, 0), (512, 4096), (0, 512), (0, MAX_COMPARE + 4096), (16 << 20, 4096)] {
+            assert_eq!(ask(&mut bench, 1, 1, offset, length), (Some(Status::BadRequest), false));
+        }
+        assert_eq!(ask(&mut bench, 2, 1, 0, 4096), (Some(Status::NotAttached), false), "another attachment");
+        assert_eq!(ask(&mut bench, 1, 2, 0, 4096), (Some(Status::StaleView), false), "a later view");
     }
 }

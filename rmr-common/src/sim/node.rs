@@ -128,7 +128,7 @@ impl Node {
             write_through: !self.disk.write_back,
         };
         let state = self.durable.clone();
-        self.replica = Some(Replica::new(config, spec.clone(), self.member, state, maps));
+        self.replica = Some(Replica::new(config, self.member, state, maps));
     }
 
     /// Whether the bit of a chunk is durable.

@@ -11,8 +11,7 @@ use super::oracle::{SECTOR, Step};
 use super::world::{Check, Event, MILLISECOND, World, trace};
 use super::{check_deadline, rest, step};
 use crate::pool::{
-    BLOCK_SIZE, Chunk, MemberId, MemberSet, VerifyOptions, VerifyOutcome, VerifyReport,
-    VerifyState, View,
+    BLOCK_SIZE, Chunk, MemberId, MemberSet, VerifyOptions, VerifyOutcome, VerifyReport, VerifyState, View,
 };
 use crate::replica::{self, DiskOperation, DiskResult, IoId};
 use crate::time::Time;
@@ -314,7 +313,9 @@ impl World<'_> {
             let is_named = watched.named.contains(block)
                 || report.unsettled.iter().any(|(o, l)| (*o..*o + *l).contains(&(*block * BLOCK_SIZE)));
             if was_all_the_time && watched.clean.contains(node.member) && !is_named {
-                return Err(format!("a verify is done, and did not find that node {index} has block {block} rotten"));
+                return Err(format!(
+                    "a verify is done, and did not find that node {index} has block {block} rotten"
+                ));
             }
         }
         Ok(())
@@ -368,8 +369,8 @@ pub(super) fn audit_end(world: &mut World<'_>, host: usize, deadline: u64) -> Ch
         if right.is_none() {
             left.push(block as u64);
         }
-        for node in 0..count {
-            let expected = right.unwrap_or(contents[node]);
+        for (node, content) in contents.iter().enumerate() {
+            let expected = right.unwrap_or(content);
             if world.content(node, block as u64) != *expected {
                 return Err(format!(
                     "after the repair by {options:?}, block {block} of node {node} is {:x?}, expected {expected:x?}",

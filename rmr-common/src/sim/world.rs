@@ -257,10 +257,9 @@ impl<'a> World<'a> {
             _ => 8,
         };
         let size = rng.range(1, 4) << 20;
-        let member = |i: u8| MemberSpec {
-            id: MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members")),
-            store: StoreId::from_bytes([i + 1; 16]),
-            address: Address::tcp(format!("node-{i}"), 7700),
+        let member = |i: u8| {
+            let id = MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members"));
+            MemberSpec::new(id, StoreId::from_bytes([i + 1; 16]), Address::tcp(format!("node-{i}"), 7700))
         };
         let spec = PoolSpec {
             id: PoolId::from_bytes([0xaa; 16]),
@@ -272,7 +271,8 @@ impl<'a> World<'a> {
         };
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
         let all_write_back = rng.percent(40);
-        let state = DurableState { view: view.clone(), epoch: Epoch(0), last_client: None };
+        let state =
+            DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None };
         let nodes: Vec<_> = spec
             .members
             .iter()
@@ -524,6 +524,7 @@ impl<'a> World<'a> {
                         self.node_closes(connection.0 as usize);
                     }
                 }
+                replica::Output::Grow { .. } | replica::Output::CommandDone(..) => {}
                 replica::Output::Notice(notice) => {
                     trace!(self, "node {node}: {notice:?}");
                     self.node_notice(node, &notice);
@@ -935,6 +936,7 @@ impl<'a> World<'a> {
                     self.client_sends(host, link, header, payload)?;
                 }
                 client::Output::Complete(token, result) => self.complete(host, token, result)?,
+                client::Output::CommandDone(..) => {}
                 client::Output::Notice(notice) => {
                     trace!(self, "client {host}: {notice:?}");
                     self.client_notice(host, notice)?;

@@ -66,7 +66,8 @@ impl Encoder {
             .text(&spec.name);
         self.u8(u8::try_from(spec.members.len()).unwrap_or(u8::MAX));
         for member in &spec.members {
-            self.u8(member.id.as_u8()).uuid(member.store.as_bytes()).text(&member.address.to_string());
+            self.u8(member.id.as_u8()).u8(member.maintenance.into()).uuid(member.store.as_bytes());
+            self.text(&member.address.to_string());
         }
         self
     }
@@ -190,9 +191,10 @@ impl<'a> Decoder<'a> {
         let mut members = Vec::with_capacity(usize::from(count).min(MAX_MEMBERS));
         for _ in 0..count {
             let id = self.member()?;
+            let maintenance = self.u8()? != 0;
             let store = StoreId::from_bytes(self.uuid()?);
             let address: Address = self.text()?.parse().map_err(|e| self.value_error(e))?;
-            members.push(MemberSpec { id, store, address });
+            members.push(MemberSpec { id, store, address, maintenance });
         }
         let spec = PoolSpec { id, name, size, chunk_size, logical_block_size, members };
         spec.validate().map_err(|e| self.value_error(e))?;
@@ -692,10 +694,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn spec() -> PoolSpec {
-        let member = |id, port| MemberSpec {
-            id: MemberId::new(id).unwrap(),
-            store: StoreId::random(),
-            address: Address::tcp("127.0.0.1", port),
+        let member = |id, port| {
+            MemberSpec::new(MemberId::new(id).unwrap(), StoreId::random(), Address::tcp("127.0.0.1", port))
         };
         PoolSpec {
             id: PoolId::random(),

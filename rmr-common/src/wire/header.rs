@@ -73,6 +73,15 @@ pub enum Kind {
     IoReply = 32,
     /// Answer to [`Kind::Flush`].
     FlushReply = 33,
+    /// A node passes an operator's command to the client that is attached; the body is the JSON of a
+    /// [`crate::pool::Command`].
+    Command = 40,
+    /// Answer to [`Kind::Command`], from the client; the body is the JSON of a [`crate::pool::CommandReply`].
+    CommandReply = 41,
+    /// The coordinator asks whether the member can hold a pool of `offset` bytes, and to make room for it.
+    Grow = 42,
+    /// Answer to [`Kind::Grow`]: there is room, and it reads as zeroes.
+    GrowReply = 43,
 }
 
 impl Kind {
@@ -110,6 +119,10 @@ impl Kind {
             31 => Self::DigestReply,
             32 => Self::IoReply,
             33 => Self::FlushReply,
+            40 => Self::Command,
+            41 => Self::CommandReply,
+            42 => Self::Grow,
+            43 => Self::GrowReply,
             _ => return None,
         })
     }

@@ -45,11 +45,10 @@ impl Compare {
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::Compare, body);
         let reference = d.member()?;
-        let address =
-            d.text()?.parse().map_err(|e: crate::pool::AddressError| WireError::BodyValue {
-                kind: Kind::Compare,
-                reason: e.to_string(),
-            })?;
+        let address = d.text()?.parse().map_err(|e: crate::pool::AddressError| WireError::BodyValue {
+            kind: Kind::Compare,
+            reason: e.to_string(),
+        })?;
         d.finish()?;
         Ok(Self { reference, address })
     }
@@ -130,8 +129,7 @@ mod tests {
             }
             assert!(decode(&[bytes, vec![0]].concat()).is_err());
         }
-        let compare =
-            Compare { reference: MemberId::new(2).unwrap(), address: Address::tcp("node-c", 7700) };
+        let compare = Compare { reference: MemberId::new(2).unwrap(), address: Address::tcp("node-c", 7700) };
         check(&compare, compare.encode(), Compare::decode);
         let reply = CompareReply { differs: 1 << 63 | 5, unreadable: false };
         check(&reply, reply.encode(), CompareReply::decode);

@@ -106,6 +106,17 @@ pub struct PoolStatus {
     pub latency: Option<LatencySummary>,
     /// The resync that brings this member up to date, where one is needed.
     pub resync: Option<ResyncStatus>,
+    /// The size up to which the pool can grow in this store.
+    #[serde(default)]
+    pub max_size_bytes: Option<u64>,
+}
+
+impl PoolStatus {
+    /// Whether the store was made for a member that has not joined the pool: it has seen no view yet.
+    #[must_use]
+    pub const fn is_prepared(&self) -> bool {
+        self.view.number.0 == 0
+    }
 }
 
 /// Whether a store works.
@@ -214,6 +225,9 @@ pub struct IoCounters {
     pub zeroes: u64,
     /// Flushes that were answered.
     pub flushes: u64,
+    /// Bytes that were read to be compared with other members.
+    #[serde(default)]
+    pub compared_bytes: u64,
     /// Requests that were answered with an error.
     pub errors: u64,
     /// Requests taken and not answered yet.
@@ -391,7 +405,7 @@ impl From<StoreError> for ControlError {
         let code = match &error {
             StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
             StoreError::Busy { .. } => ErrorCode::InUse,
-            StoreError::TooSmall { .. } => ErrorCode::NoSpace,
+            StoreError::TooSmall { .. } | StoreError::NoMapRoom { .. } => ErrorCode::NoSpace,
             StoreError::Io { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorCode::NoSpace,
                 io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => ErrorCode::Invalid,

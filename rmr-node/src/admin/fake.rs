@@ -1,18 +1,19 @@
 //! A node in memory for tests of the server and of `rmrctl`: it keeps statuses, and fails when told to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rmr_common::pool::{
-    Address, ChunkSize, ClientId, MemberId, MemberSpec, MemberState, PoolId, PoolSpec, StoreId, View,
+    Address, ChunkSize, ClientId, Command, CommandReply, MemberId, MemberSpec, MemberState, PoolId, PoolSpec,
+    Refusal, StoreId, View,
 };
 
 use super::api::{
     ClientState, ClientStatus, ControlError, CreateStore, DeleteStore, ErrorCode, IoCounters, LinkState,
-    Missed, NodeInfo, PeerStatus, PoolStatus, StoreCreated, StoreState, UnixMs,
+    Missed, NodeInfo, PeerStatus, PoolKey, PoolStatus, StoreCreated, StoreState, UnixMs,
 };
 use super::{AdminLimits, AdminServer, NodeControl, Reply};
 
@@ -47,11 +48,10 @@ pub(crate) fn node_info(name: &str) -> NodeInfo {
 
 /// A pool of `members` members named `n0`, `n1`, …, all Clean, as member `of` sees it.
 pub(crate) fn pool_status(name: &str, members: u8, of: u8) -> PoolStatus {
-    let line = |id| MemberSpec {
-        id: member(id),
+    let line = |id| {
         // Deterministic, so that statuses made apart for the members of one pool agree.
-        store: StoreId::from_bytes([id + 1; 16]),
-        address: Address::tcp(format!("n{id}"), 7700),
+        let store = StoreId::from_bytes([id + 1; 16]);
+        MemberSpec::new(member(id), store, Address::tcp(format!("n{id}"), 7700))
     };
     let spec = PoolSpec {
         id: PoolId::from_bytes([0xAA; 16]),
@@ -116,6 +116,7 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
         io: IoCounters::default(),
         latency: None,
         resync: None,
+        max_size_bytes: Some(8 * request.spec.size),
     }
 }
 
@@ -131,6 +132,10 @@ pub(crate) struct FakeState {
     pub(crate) create_takes: Duration,
     /// Never answer when asked for pools.
     pub(crate) pools_hang: bool,
+    /// What commands are answered with, in turn; then that nobody is attached.
+    pub(crate) replies: VecDeque<CommandReply>,
+    /// Commands so far.
+    pub(crate) commands: Vec<Command>,
     /// What was asked to be created so far.
     pub(crate) requests: Vec<CreateStore>,
 }
@@ -188,6 +193,14 @@ impl NodeControl for FakeControl {
             }
         };
         Box::pin(async move { result })
+    }
+
+    fn command(&self, _pool: PoolKey, command: Command) -> Reply<CommandReply> {
+        let mut state = self.state.lock().unwrap();
+        state.commands.push(command);
+        let nobody = || CommandReply::refused(Refusal::NoCoordinator, "nobody is attached");
+        let reply = state.replies.pop_front().unwrap_or_else(nobody);
+        Box::pin(async move { Ok(reply) })
     }
 }
 

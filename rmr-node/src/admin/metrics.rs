@@ -40,7 +40,7 @@ impl Page {
 
     fn stores(&mut self, pools: &[PoolStatus]) {
         type Value = fn(&PoolStatus) -> Option<u64>;
-        let families: [(&str, &str, &str, Value); 20] = [
+        let families: [(&str, &str, &str, Value); 21] = [
             ("rmr_pool_size_bytes", "gauge", "Size of the pool.", |p| Some(p.spec.size)),
             ("rmr_store_serving", "gauge", "1 if the store serves, 0 if it waits or failed.", |p| {
                 Some(u64::from(p.store_state == StoreState::Serving))
@@ -64,6 +64,9 @@ impl Page {
                 Some(p.io.zeroes)
             }),
             ("rmr_store_flushes_total", "counter", "Flushes answered.", |p| Some(p.io.flushes)),
+            ("rmr_store_compared_bytes_total", "counter", "Bytes read to compare members.", |p| {
+                Some(p.io.compared_bytes)
+            }),
             ("rmr_store_errors_total", "counter", "Requests answered with an error.", |p| Some(p.io.errors)),
             ("rmr_store_in_flight", "gauge", "Requests taken and not answered.", |p| Some(p.io.in_flight)),
             ("rmr_store_read_p99_microseconds", "gauge", "99th percentile of read latency.", |p| {

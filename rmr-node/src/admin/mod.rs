@@ -15,12 +15,12 @@ mod tests;
 use std::future::Future;
 use std::pin::Pin;
 
-use rmr_common::pool::StoreId;
+use rmr_common::pool::{Command, CommandReply, StoreId};
 use tokio::sync::oneshot;
 
 pub use server::{AdminLimits, AdminServer};
 
-use api::{ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolStatus, StoreCreated};
+use api::{ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated};
 
 /// The answer of the service to one request of the admin API.
 pub type Reply<T> = Pin<Box<dyn Future<Output = Result<T, ControlError>> + Send>>;
@@ -66,4 +66,8 @@ pub trait NodeControl: Send + Sync + 'static {
 
     /// Closes a store and destroys its metadata; a file that the node made in its store directory is removed.
     fn delete_store(&self, store: StoreId, request: DeleteStore) -> Reply<()>;
+
+    /// Gives a command to the client that is attached to the pool, wherever that is: to this node, or to that of another
+    /// member. A refusal of the client is a reply; it may take as long as devices take to zero themselves.
+    fn command(&self, pool: PoolKey, command: Command) -> Reply<CommandReply>;
 }

@@ -14,9 +14,9 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use rmr_common::pool::StoreId;
+use rmr_common::pool::{Command, CommandReply, StoreId};
 use serde::de::DeserializeOwned;
-use tracing::info;
+use tracing::{debug, info};
 use uuid::Uuid;
 
 use super::api::{
@@ -80,6 +80,7 @@ pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits) -> Rout
         }));
     quick
         .route("/v1/stores", post(create_store))
+        .route("/v1/pools/{key}/commands", post(command))
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(limits.max_body))
@@ -151,6 +152,26 @@ async fn create_store(
     let created = app.control.create_store(request).await?;
     info!(%pool, name, %member, store = %created.store, path = %created.path.display(), "store created");
     Ok(Json(created))
+}
+
+/// As with a creation, there is no limit of time once the request was read: a pool grows as fast as its devices can be zeroed.
+async fn command(
+    State(app): State<App>,
+    Extension(long_work): Extension<LongWork>,
+    PathOf(key): PathOf<String>,
+    request: Request,
+) -> Answer<CommandReply> {
+    let key: PoolKey = key.parse().map_err(|e| Refusal::new(ErrorCode::Invalid, format!("{e}")))?;
+    let JsonOf(command) = within(app.limits, JsonOf::<Command>::from_request(request, &app)).await??;
+    let _guard = long_work.begin();
+    let reply = app.control.command(key.clone(), command.clone()).await?;
+    match &reply {
+        CommandReply::Done { view, .. } => info!(pool = %key, view = %view.number, "done: {command}"),
+        CommandReply::Refused { text, .. } => info!(pool = %key, "refused: {command}: {text}"),
+        // Asked for again and again; the client logs how a verify begins and ends.
+        CommandReply::Verify { .. } => debug!(pool = %key, "{command}"),
+    }
+    Ok(Json(reply))
 }
 
 /// What must hold between the parts of the request, so that the service only sees consistent ones.

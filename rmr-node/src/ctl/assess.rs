@@ -90,6 +90,8 @@ pub struct MemberLine {
     pub address: String,
     /// Data: its state in the highest view.
     pub state: MemberState,
+    /// The operator keeps it out.
+    pub maintenance: bool,
     /// Since when, where a Clean member saw it change.
     pub since_unix_ms: Option<UnixMs>,
     /// Data: what it misses, by the maps of the Clean members.
@@ -109,6 +111,8 @@ pub struct MemberLine {
 pub struct Assessment {
     /// Whether the data is safe.
     pub level: Level,
+    /// All that keeps the pool from being safe are members in maintenance.
+    pub planned: bool,
     /// The same in one line of words, which begins with the level.
     pub headline: String,
     /// How many copies are Clean, seen and serving.
@@ -210,6 +214,11 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     let client = told.filter_map(|r| r.client.clone()).max_by_key(|c| c.attached_unix_ms);
     Assessment {
         level,
+        planned: level == Level::Degraded
+            && late.is_empty()
+            && members
+                .iter()
+                .all(|m| m.maintenance || m.state == MemberState::Clean && current.contains(m.member)),
         headline: format!("{}: {}", level.word(), parts.join("; ")),
         current: current.len() as usize,
         copies,
@@ -235,6 +244,7 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
             .member(id)
             .map_or_else(|| "not in the specification".into(), |m| m.address.to_string()),
         state,
+        maintenance: picture.spec.member(id).is_some_and(|m| m.maintenance),
         since_unix_ms: seen.filter_map(|p| p.state_since_unix_ms).max(),
         missed_bytes: worst.map_or(0, |m| m.bytes(chunk_size)),
         missed_exact: worst.is_none_or(|m| m.blocks.is_some()),
@@ -270,6 +280,10 @@ fn member_words(line: &MemberLine, now: UnixMs) -> Option<String> {
     let about = if line.missed_exact { "" } else { "up to " };
     let mut words = match line.state {
         MemberState::Clean => Vec::new(),
+        MemberState::Out if line.maintenance => {
+            let missed = format::bytes(line.missed_bytes);
+            vec![format!("{name} is in maintenance{since}, by plan, missed {about}{missed}")]
+        }
         MemberState::Out => {
             vec![format!("{name} is Out{since}, missed {about}{}", format::bytes(line.missed_bytes))]
         }
@@ -341,7 +355,39 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
             holders.len()
         ));
     }
-    for stray in &picture.strays {
+    let name = &picture.spec.name;
+    for line in members.iter().filter(|l| l.maintenance) {
+        notes.push(format!(
+            "member {0} stays out until its maintenance is over: rmrctl pool maintenance {name} {0} off",
+            line.member
+        ));
+    }
+    let waits = |l: &&MemberLine| l.state == MemberState::Out && !l.maintenance && l.store_state.is_some();
+    let waiting: MemberSet = members.iter().filter(waits).map(|l| l.member).collect();
+    if !waiting.is_empty() && up.is_empty() {
+        notes.push(format!(
+            "{} will be brought up to date when a client is attached, or by: rmrctl pool resync {name}",
+            names(waiting)
+        ));
+    }
+    let smaller = picture.reports.iter().filter(|r| r.spec.size < picture.spec.size);
+    for report in smaller {
+        notes.push(format!(
+            "the store of member {} has room for {} yet, and grows when it is brought in",
+            report.member,
+            format::bytes(report.spec.size)
+        ));
+    }
+    for stray in picture.strays.iter().filter(|s| s.is_prepared()) {
+        notes.push(format!(
+            "store {} ({} on {}) was made for member {}, which has not joined: run the command again that made it",
+            stray.store,
+            stray.path.display(),
+            stray.node,
+            stray.member
+        ));
+    }
+    for stray in picture.strays.iter().filter(|s| !s.is_prepared()) {
         notes.push(format!(
             "store {} ({} on {}) was member {} and is no longer in the view",
             stray.store,

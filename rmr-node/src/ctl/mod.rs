@@ -3,10 +3,15 @@
 //! Each command gives an [`Outcome`], the same facts as text and as JSON; only [`run`] prints.
 
 pub mod assess;
+mod change;
+pub mod change_args;
+mod coordinate;
 pub mod format;
 pub mod http;
 mod pool;
 mod status;
+mod sync;
+mod verify;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -21,7 +26,12 @@ use tokio::task::JoinSet;
 
 use crate::admin::api::{NodeInfo, PoolKey, PoolList, PoolStatus};
 use crate::store::ByteSize;
+use change_args::{
+    AddMemberArgs, ForceFromArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs,
+    ResyncArgs,
+};
 use http::{CallError, Client, NodeAddress};
+pub use verify::VerifyArgs;
 
 /// Exit code of a command that failed.
 pub const EXIT_FAILED: u8 = 1;
@@ -37,7 +47,7 @@ Examples:
   RMR_NODES=node-a,node-b rmrctl pool list --json
 
 Exit codes: 0 done (status: every copy current), 1 failed, 2 wrong usage,
-  3 status: degraded, 4 status: suspended or unknown";
+  3 status: degraded, 4 status: suspended or unknown, 5 verify: copies differ";
 
 const CREATE_EXAMPLES: &str = "\
 Examples:
@@ -55,7 +65,29 @@ Examples:
 Name every node that holds a member: a pool is SAFE only when all its copies were seen.
 Exit codes: 0 every copy current, 3 degraded, 4 suspended or unknown (the worst pool counts)";
 
-/// Creates, shows and deletes replicated disks on storage nodes.
+const ADD_EXAMPLES: &str = "\
+Examples:
+  rmrctl --node node-a pool add-member vm-1 --member node-c --wait
+  rmrctl --node node-a pool add-member vm-1 --member node-c=/dev/vdb
+
+Run the same command again after a failure: what is done is not done twice.";
+
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  rmrctl --node node-a --node node-b pool verify vm-1 --wait
+  rmrctl --node node-a pool verify vm-1 --rate 100M
+  rmrctl --node node-a pool verify vm-1 --repair --trust 0 --wait
+
+Exit codes: 0 begun, or done and no copy differs (any more), 1 failed or interrupted,
+  5 copies differ and were not repaired";
+
+const REPLACE_EXAMPLES: &str = "\
+Examples:
+  rmrctl --node node-a pool replace vm-1 1 --member node-b=/dev/vdc --wait
+
+Run the same command again after a failure: what is done is not done twice.";
+
+/// Creates, changes, shows and deletes replicated disks on storage nodes.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "rmrctl", version, after_help = EXAMPLES, propagate_version = true)]
 pub struct Cli {
@@ -76,7 +108,7 @@ pub struct Cli {
 /// The commands.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Create, show, list and delete pools
+    /// Create, show, list, change and delete pools
     #[command(subcommand)]
     Pool(PoolCommand),
     /// Is the data safe, and how long until it is
@@ -103,6 +135,39 @@ pub enum PoolCommand {
     },
     /// Delete a pool and all its data
     Delete(DeleteArgs),
+    /// Add a copy, while the pool is in use
+    #[command(after_help = ADD_EXAMPLES)]
+    AddMember(AddMemberArgs),
+    /// Remove a copy, while the pool is in use
+    RemoveMember(RemoveMemberArgs),
+    /// Give a member a new, empty store: its disk or its node was lost, or is exchanged
+    #[command(after_help = REPLACE_EXAMPLES)]
+    Replace(ReplaceArgs),
+    /// Move a copy to another node: add it there, wait until it is current, remove the old one
+    Move(MoveArgs),
+    /// Take a member out by plan, so that its node can be stopped, or bring it back in
+    Maintenance(MaintenanceArgs),
+    /// Make a pool larger, while it is in use
+    Grow(GrowArgs),
+    /// Go on with one member although others may have newer data, which is lost then
+    ForceFrom(ForceFromArgs),
+    /// Compare the copies with each other, while the pool is in use, and repair what differs
+    #[command(after_help = VERIFY_EXAMPLES)]
+    Verify(VerifyArgs),
+    /// How far a verify is, or what the last one found
+    VerifyStatus {
+        /// Name or uuid of the pool
+        #[arg(value_name = "NAME|UUID")]
+        pool: PoolKey,
+    },
+    /// Give a verify up
+    VerifyCancel {
+        /// Name or uuid of the pool
+        #[arg(value_name = "NAME|UUID")]
+        pool: PoolKey,
+    },
+    /// Wait until every copy is current. Without a guest, rmrctl holds the pool meanwhile, so that it is brought up to date
+    Resync(ResyncArgs),
 }
 
 /// Arguments of `pool create`.
@@ -339,12 +404,24 @@ fn colour_levels(text: &str) -> String {
 /// # Errors
 /// When it could not be carried out.
 pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
-    let context = Context { client: Client { timeout: cli.timeout }, given: cli.nodes.clone() };
+    let client = Client { timeout: cli.timeout };
+    let context = Context { client, given: cli.nodes.clone(), json: cli.json };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,
         Command::Pool(PoolCommand::List) => pool::list(&context).await,
         Command::Pool(PoolCommand::Show { pool }) => pool::show(&context, pool).await,
         Command::Pool(PoolCommand::Delete(args)) => pool::delete(&context, args).await,
+        Command::Pool(PoolCommand::AddMember(args)) => change::add(&context, args).await,
+        Command::Pool(PoolCommand::RemoveMember(args)) => change::remove(&context, args).await,
+        Command::Pool(PoolCommand::Replace(args)) => change::replace(&context, args).await,
+        Command::Pool(PoolCommand::Move(args)) => change::move_member(&context, args).await,
+        Command::Pool(PoolCommand::Maintenance(args)) => change::maintenance(&context, args).await,
+        Command::Pool(PoolCommand::Grow(args)) => change::grow(&context, args).await,
+        Command::Pool(PoolCommand::ForceFrom(args)) => sync::force_from(&context, args).await,
+        Command::Pool(PoolCommand::Resync(args)) => sync::resync(&context, args).await,
+        Command::Pool(PoolCommand::Verify(args)) => verify::verify(&context, args).await,
+        Command::Pool(PoolCommand::VerifyStatus { pool }) => verify::status(&context, pool).await,
+        Command::Pool(PoolCommand::VerifyCancel { pool }) => verify::cancel(&context, pool).await,
         Command::Status(args) => status::status(&context, args.pool.as_ref()).await,
         Command::Node(NodeCommand::Show) => show_nodes(&context).await,
     }
@@ -355,6 +432,8 @@ struct Context {
     client: Client,
     /// Nodes named on the command line or in the environment; may be empty.
     given: Vec<NodeAddress>,
+    /// Print JSON for programs.
+    json: bool,
 }
 
 impl Context {
@@ -513,5 +592,7 @@ async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
     Ok(Outcome { text: table.print(0), json: json!({ "nodes": nodes }), warnings, exit })
 }
 
+#[cfg(test)]
+mod change_tests;
 #[cfg(test)]
 mod tests;

@@ -85,7 +85,7 @@ async fn plan(context: &Context, args: &CreateArgs) -> Result<(PoolSpec, Vec<Nod
             );
             return Err(CtlError::failed(message));
         }
-        members.push(MemberSpec { id, store: StoreId::random(), address });
+        members.push(MemberSpec::new(id, StoreId::random(), address));
         infos.push(info);
     }
     let spec = PoolSpec {
@@ -100,7 +100,11 @@ async fn plan(context: &Context, args: &CreateArgs) -> Result<(PoolSpec, Vec<Nod
     Ok((spec, infos))
 }
 
-fn data_address(node: &NodeAddress, info: &NodeInfo, kind: TransportKind) -> Result<Address, CtlError> {
+pub(super) fn data_address(
+    node: &NodeAddress,
+    info: &NodeInfo,
+    kind: TransportKind,
+) -> Result<Address, CtlError> {
     info.data_addresses.iter().find(|a| a.transport() == kind).cloned().ok_or_else(|| {
         let has: Vec<_> = info.data_addresses.iter().map(ToString::to_string).collect();
         let word = match kind {
@@ -116,7 +120,7 @@ fn data_address(node: &NodeAddress, info: &NodeInfo, kind: TransportKind) -> Res
 async fn check_names(context: &Context, args: &CreateArgs, spec: &PoolSpec) -> Result<Vec<String>, CtlError> {
     let member_nodes: Vec<_> = args.members.iter().map(|m| m.node.clone()).collect();
     let all = once_each(&[member_nodes.clone(), context.given.clone()].concat());
-    let survey = Context { client: context.client, given: all }.survey().await;
+    let survey = Context { given: all, ..*context }.survey().await;
     for (node, answer) in &survey.answers {
         if let (Err(e), true) = (answer, member_nodes.contains(node)) {
             return Err(CtlError::failed(format!("nothing was created: {e}")));
@@ -162,7 +166,7 @@ fn loopback_warning(spec: &PoolSpec, infos: &[NodeInfo]) -> Option<String> {
 }
 
 /// Whether a store may have been made although its creation failed.
-fn may_exist(error: &CallError) -> bool {
+pub(super) fn may_exist(error: &CallError) -> bool {
     match error.refusal() {
         Some(refusal) => refusal.code == ErrorCode::Timeout,
         None => !error.never_arrived(),

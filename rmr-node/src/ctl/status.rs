@@ -98,7 +98,10 @@ pub(super) fn members_table(members: &[MemberLine]) -> String {
             line.member.to_string(),
             line.node.clone().unwrap_or_else(|| "?".into()),
             line.address.clone(),
-            line.state.to_string(),
+            match (line.state, line.maintenance) {
+                (MemberState::Out, true) => "Out by plan".into(),
+                (state, _) => state.to_string(),
+            },
             match (line.state, line.missed_exact) {
                 (MemberState::Clean, _) => "-".into(),
                 (_, true) => format::bytes(line.missed_bytes),

@@ -11,14 +11,19 @@ use crate::admin::fake::{FakeNode, client, pool_status, set_state};
 
 /// Runs a command line, with a short timeout and without what the environment says.
 fn rmrctl(args: &[&str]) -> Result<Outcome, String> {
-    let all = ["rmrctl", "--timeout", "5"].into_iter().chain(args.iter().copied());
+    rmrctl_within("5", args)
+}
+
+/// The same with another timeout.
+pub(super) fn rmrctl_within(timeout: &str, args: &[&str]) -> Result<Outcome, String> {
+    let all = ["rmrctl", "--timeout", timeout].into_iter().chain(args.iter().copied());
     let cli = Cli::try_parse_from(all).map_err(|e| e.to_string())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(execute(&cli)).map_err(|e| e.to_string())
 }
 
 /// Two nodes that hold the members of `vm-1`, both Clean.
-fn two_nodes() -> (FakeNode, FakeNode) {
+pub(super) fn two_nodes() -> (FakeNode, FakeNode) {
     let (a, b) = (FakeNode::start("n0"), FakeNode::start("n1"));
     a.hold(pool_status("vm-1", 2, 0));
     b.hold(pool_status("vm-1", 2, 1));
@@ -282,7 +287,7 @@ fn the_json_of_status_keeps_its_form() {
     let status = rmrctl(&[&nodes[..], &["--json", "status", "vm-1"]].concat()).unwrap();
     let member = |id: u8| {
         json!({
-            "member": id, "node": format!("n{id}"), "address": format!("tcp://n{id}:7700"), "state": "clean",
+            "member": id, "node": format!("n{id}"), "address": format!("tcp://n{id}:7700"), "state": "clean", "maintenance": false,
             "since_unix_ms": null, "missed_bytes": 0, "missed_exact": true, "leg": "none",
             "store_state": {"state": "serving"}, "resync": null,
         })
@@ -295,7 +300,7 @@ fn the_json_of_status_keeps_its_form() {
             "view": 1,
             "epoch": 0,
             "assessment": {
-                "level": "safe", "headline": "SAFE: 2 of 2 copies current", "current": 2, "copies": 2,
+                "level": "safe", "headline": "SAFE: 2 of 2 copies current", "current": 2, "copies": 2, "planned": false,
                 "members": [member(0), member(1)], "client": null, "notes": [],
             },
         }],

@@ -177,6 +177,15 @@ impl DiskEngine {
         }
     }
 
+    /// A disk has become larger: requests may go as far as `size` from now on.
+    pub fn resize_disk(&mut self, id: DiskId, size: u64) {
+        match self.disks.get_mut(usize::from(id.0)).and_then(Option::as_mut) {
+            Some(Disk::Ring(disk)) => disk.file.set_size(size),
+            Some(Disk::Inline(file)) => file.set_size(size),
+            None => {}
+        }
+    }
+
     /// Whether requests on this disk complete within [`Engine::submit`].
     #[must_use]
     pub fn is_inline(&self, id: DiskId) -> bool {

@@ -113,6 +113,11 @@ impl DiskFile {
         self.size
     }
 
+    /// It has become larger.
+    pub(super) const fn set_size(&mut self, size: u64) {
+        self.size = size;
+    }
+
     /// What it is made of.
     #[must_use]
     pub const fn medium(&self) -> Medium {

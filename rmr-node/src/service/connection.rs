@@ -136,6 +136,8 @@ pub(super) struct Sink<'a> {
     /// A message arrived.
     pub(super) delivered: &'a mut bool,
     pub(super) greeting: &'a mut Option<Greeting>,
+    /// Operators' commands that another node passes on.
+    pub(super) commands: &'a mut Vec<(MessageHeader, Vec<u8>)>,
     pub(super) error: &'a mut Option<&'static str>,
     pub(super) now: Time,
 }
@@ -191,6 +193,9 @@ impl Receiver for Sink<'_> {
                         self.writes.release(buffer);
                     }
                     return;
+                }
+                if header.kind == Kind::Command {
+                    return self.commands.push((*header, body.to_vec()));
                 }
                 if header.kind.is_request() {
                     *self.requests += 1;

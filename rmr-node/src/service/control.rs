@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rmr_common::pool::StoreId;
+use rmr_common::pool::{Command as PoolCommand, CommandReply, StoreId};
 
 use super::Shared;
+use super::command::ask_others;
 use super::shard::{Command, ShardHandle};
 use crate::admin::api::{
-    ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolStatus, StoreCreated, UnixMs,
+    ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, UnixMs,
 };
 use crate::admin::{NodeControl, Reply, Responder, reply};
 use crate::config::EngineChoice;
@@ -102,6 +103,35 @@ impl NodeControl for Control {
         let (responder, reply): (Responder<()>, _) = reply();
         self.shards[place.shard].send(Command::Delete(store, request.force, responder));
         reply
+    }
+
+    fn command(&self, pool: PoolKey, command: PoolCommand) -> Reply<CommandReply> {
+        let found = {
+            let pools = self.shared.pools();
+            let place = match &pool {
+                PoolKey::Id(id) => pools.get_key_value(id),
+                PoolKey::Name(name) => pools.iter().find(|(_, place)| place.name == *name),
+            };
+            place.map(|(id, place)| (*id, place.shard))
+        };
+        let Some((id, shard)) = found else {
+            let text = format!("there is no pool {pool} on this node");
+            return Box::pin(async { Err(ControlError::new(ErrorCode::NotFound, text)) });
+        };
+        let (responder, asked) = reply();
+        self.shards[shard].send(Command::Operator(id, command.clone(), responder));
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move {
+            let asked = asked.await?;
+            let (responder, answer) = reply();
+            let work = move || responder.send(Ok(ask_others(&shared, asked, &command)));
+            // Other nodes may keep it waiting, which the admin thread must not.
+            if let Err(error) = std::thread::Builder::new().name("ask-others".into()).spawn(work) {
+                let text = format!("no thread to ask the other nodes: {error}");
+                return Err(ControlError::new(ErrorCode::Busy, text));
+            }
+            answer.await
+        })
     }
 }
 

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use rmr_common::map::{ChunkMap, MapId, MemberMaps};
 use rmr_common::pool::{BLOCK_SIZE, MemberState, PoolId};
 use rmr_common::replica::{
-    Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica, ReplicaStatus,
-    ResyncLimits, Ticket,
+    CommandId, Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica,
+    ReplicaStatus, ResyncLimits, Ticket,
 };
 use rmr_common::time::Time;
 use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 
 use super::Shared;
+use super::command::Asker;
 use super::source_link::SourceLink;
 use crate::admin::api::{
     ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus, ResyncState,
@@ -60,6 +61,10 @@ pub(super) struct Member {
     /// Pulled data that waits for a buffer.
     pub(super) pulled: VecDeque<PulledWrite>,
     progress: Option<Progress>,
+    /// Operators' commands that are not answered.
+    pub(super) commands: Vec<(CommandId, Asker)>,
+    /// A thread makes room in the store.
+    pub(super) makes_room: bool,
 }
 
 /// Data from another member that is to be written.
@@ -109,6 +114,7 @@ impl Member {
         };
         let state = DurableState {
             view: superblock.view.clone(),
+            spec: spec.clone(),
             epoch: superblock.epoch,
             last_client: superblock.client.as_ref().map(|c| LastClient {
                 client: c.id,
@@ -116,7 +122,7 @@ impl Member {
                 attached: c.attached,
             }),
         };
-        let replica = Replica::new(config, spec, superblock.member, state, maps);
+        let replica = Replica::new(config, superblock.member, state, maps);
         let writer = store.metadata_writer();
         Self {
             replica,
@@ -136,6 +142,8 @@ impl Member {
             source_attempt: 0,
             pulled: VecDeque::new(),
             progress: None,
+            commands: Vec::new(),
+            makes_room: false,
         }
     }
 
@@ -168,6 +176,7 @@ impl Member {
             Metadata::State(state) => {
                 let mut superblock = self.writer.superblock().clone();
                 superblock.view = state.view.clone();
+                superblock.spec = state.spec.clone();
                 superblock.epoch = state.epoch;
                 superblock.client = state.last_client.as_ref().map(|c| ClientRecord {
                     id: c.client,
@@ -372,11 +381,13 @@ impl Member {
                 written_bytes: counters.written_bytes,
                 zeroes: counters.zeroes,
                 flushes: counters.flushes,
+                compared_bytes: counters.digested_blocks * BLOCK_SIZE,
                 errors: counters.errors,
                 in_flight: status.in_flight as u64,
             },
             latency: None,
             resync,
+            max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
         }
     }
 }

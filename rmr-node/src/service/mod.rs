@@ -7,9 +7,12 @@
 //! A store belongs to one shard for as long as it is open, and so does every connection of its pool. Shards share
 //! nothing but the list of which pool is where.
 
+mod command;
 mod connection;
 mod control;
+mod forward;
 mod member;
+mod room;
 mod shard;
 mod source_link;
 

@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use rmr_common::clock::monotonic_now;
-use rmr_common::pool::{PoolId, StoreId};
+use rmr_common::pool::{Command as PoolCommand, PoolId, StoreId};
 use rmr_common::reactor::WatchChange;
 use rmr_common::replica::{
-    ConnectionId, DiskOperation, DiskResult, Event, IoId, Notice, Output, PulledData, ReplyPayload,
+    CommandId, ConnectionId, DiskOperation, DiskResult, Event, IoId, Notice, Output, PulledData, ReplyPayload,
 };
 use rmr_common::time::Time;
 use rmr_common::transport::Connection;
@@ -27,6 +27,7 @@ use rmr_common::wire::{Hello, Kind, MessageHeader, Status, block_digests};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::command::Answered;
 use super::connection::{Greeting, Peer, Sink, WriteBuffers};
 use super::member::{IoTag, Member, PulledWrite, WaitingRead, buffer_share};
 use super::source_link::SourceLink;
@@ -35,10 +36,10 @@ use crate::admin::Responder;
 use crate::admin::api::{ControlError, ErrorCode, PoolStatus, StoreCreated};
 use crate::config::EngineChoice;
 use crate::disk::{
-    self, Buffer, BufferPool, Completion, DiskEngine, Engine, EngineOptions, Io, IoKind, Payload,
+    self, Buffer, BufferPool, Completion, DiskEngine, DiskId, Engine, EngineOptions, Io, IoKind, Payload,
 };
 use crate::lifecycle::Shutdown;
-use crate::store::{MetadataIo, Store};
+use crate::store::{MetadataIo, Store, StoreError};
 
 /// Connections that are accepted in one wake-up, so that a flood of them does not stop I/O.
 const ACCEPT_BATCH: usize = 16;
@@ -56,6 +57,10 @@ pub(super) enum Command {
     Status(Responder<Vec<PoolStatus>>),
     Adopt(Box<Store>, Responder<StoreCreated>),
     Delete(StoreId, bool, Responder<()>),
+    /// An operator's command for a pool.
+    Operator(PoolId, PoolCommand, Responder<Answered>),
+    /// The work that makes room in a store has ended.
+    RoomMade(StoreId, Result<u64, StoreError>),
     Connection(Box<Handover>),
     /// Clients may come now.
     Listen(Vec<TcpListener>),
@@ -169,6 +174,8 @@ pub(super) struct Shard {
     closing_sources: Vec<SourceLink>,
     /// Connections for other shards, once this one does not watch them any more.
     handovers: Vec<(usize, Box<Handover>)>,
+    /// Tells an operator's command from others.
+    next_command: u64,
     /// Whether the listeners are watched. They are not for a moment when a connection could not be accepted.
     listens: bool,
     phase: Phase,
@@ -231,6 +238,7 @@ impl Shard {
             next_attempt: 0,
             closing_sources: Vec::new(),
             handovers: Vec::new(),
+            next_command: 0,
             listens: true,
             phase: Phase::Serving,
             unmarked: 0,
@@ -356,7 +364,7 @@ impl Shard {
         }
     }
 
-    fn activate(&mut self, member: usize) {
+    pub(super) fn activate(&mut self, member: usize) {
         if let Some(Some(m)) = self.members.get_mut(member)
             && !std::mem::replace(&mut m.active, true)
         {
@@ -387,6 +395,8 @@ impl Shard {
                 Output::Persist(ticket, metadata) => member.persist(ticket, &metadata, self.now),
                 Output::Release(token) => self.writes.release(token),
                 Output::Close(connection, reason) => self.close(connection, reason),
+                Output::Grow { from, to } => self.make_room(index, from, to),
+                Output::CommandDone(id, reply) => self.command_done(index, id, reply),
                 Output::Notice(notice) => self.log(index, notice),
             }
         }
@@ -808,6 +818,7 @@ impl Shard {
     fn take_in(&mut self, id: ConnectionId) -> usize {
         let Some(peer) = self.peers.get_mut(&id) else { return 0 };
         let (mut greeting, mut error, mut found, mut delivered) = (None, None, 0, false);
+        let mut commands = Vec::new();
         let (index, was_starved) = (peer.member, peer.wire.is_starved());
         let member = index.and_then(|index| self.members[index].as_mut());
         let others = peer.sending_bytes + member.as_ref().map_or(0, |m| m.reading_bytes);
@@ -825,6 +836,7 @@ impl Shard {
             heard: &mut peer.last_heard,
             delivered: &mut delivered,
             greeting: &mut greeting,
+            commands: &mut commands,
             error: &mut error,
             now: self.now,
         };
@@ -843,6 +855,9 @@ impl Shard {
                 self.watch(id);
                 if let Some(greeting) = greeting {
                     self.greet(id, greeting);
+                }
+                for (header, body) in commands {
+                    self.node_command(id, &header, &body);
                 }
             }
         }
@@ -879,8 +894,7 @@ impl Shard {
     }
 
     fn greet_here(&mut self, id: ConnectionId, header: &MessageHeader, hello: &Hello, pool: PoolId) {
-        let index =
-            self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.pool() == pool && !m.closing));
+        let index = self.member_of_pool(pool);
         let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_ref()?))) else {
             return self.refuse(id, header, Status::NoSuchPool, "the pool is being deleted".to_owned());
         };
@@ -1040,6 +1054,8 @@ impl Shard {
                 responder.send(self.adopt(*store).map(|()| created));
             }
             Command::Delete(store, force, responder) => self.delete(store, force, responder),
+            Command::Operator(pool, command, responder) => self.admin_command(pool, &command, responder),
+            Command::RoomMade(store, result) => self.room_made(store, result),
             // One that stops already closes them here.
             Command::Listen(listeners) if matches!(self.phase, Phase::Serving) => {
                 self.changes.extend(listeners.iter().map(|l| WatchChange::Add(l.as_raw_fd(), EventSet::IN)));
@@ -1092,9 +1108,7 @@ impl Shard {
     }
 
     fn delete(&mut self, store: StoreId, force: bool, responder: Responder<()>) {
-        let index =
-            self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.store.superblock().store == store));
-        let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_mut()?))) else {
+        let Some((index, member)) = self.member_of_store(store) else {
             let text = format!("this node has no store {store}");
             return responder.send(Err(ControlError::new(ErrorCode::NotFound, text)));
         };
@@ -1116,6 +1130,7 @@ impl Shard {
         for (index, responder) in std::mem::take(&mut self.deleting) {
             let Some(Some(member)) = self.members.get(index) else { continue };
             if member.replica.is_busy()
+                || member.makes_room
                 || !member.metadata_idle()
                 || self.engine.remove_disk(member.disk).is_err()
             {
@@ -1205,6 +1220,58 @@ impl Shard {
             }
             Phase::Serving | Phase::Done => {}
         }
+    }
+}
+
+/// What the parts of the shard in other files stand on.
+impl Shard {
+    /// How other threads reach this shard.
+    pub(super) fn handle(&self) -> ShardHandle {
+        self.shards[self.index].clone()
+    }
+
+    pub(super) fn member_mut(&mut self, index: usize) -> Option<&mut Member> {
+        self.members.get_mut(index)?.as_mut()
+    }
+
+    pub(super) fn member_of_store(&mut self, store: StoreId) -> Option<(usize, &mut Member)> {
+        let is_its = |m: &Option<Member>| m.as_ref().is_some_and(|m| m.store.superblock().store == store);
+        let index = self.members.iter().position(is_its)?;
+        Some((index, self.members[index].as_mut()?))
+    }
+
+    pub(super) fn member_of_pool(&self, pool: PoolId) -> Option<usize> {
+        self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.pool() == pool && !m.closing))
+    }
+
+    pub(super) fn member_of_connection(&self, connection: ConnectionId) -> Option<usize> {
+        self.peers.get(&connection)?.member
+    }
+
+    pub(super) fn next_command(&mut self) -> CommandId {
+        self.next_command += 1;
+        CommandId(self.next_command)
+    }
+
+    pub(super) fn resize_disk(&mut self, disk: DiskId, size: u64) {
+        self.engine.resize_disk(disk, size);
+    }
+
+    /// Gives an event to a replica.
+    pub(super) fn tell_replica(&mut self, index: usize, event: Event<'_>) {
+        let now = self.now;
+        if let Some(member) = self.member_mut(index) {
+            member.replica.apply(event, now);
+        }
+        self.activate(index);
+    }
+
+    /// Queues a message with a body on a connection, if that is still there.
+    pub(super) fn send_body(&mut self, connection: ConnectionId, header: &MessageHeader, body: Vec<u8>) {
+        if let Some(peer) = self.peers.get_mut(&connection) {
+            peer.wire.queue(header, Some(body));
+        }
+        self.queue(connection);
     }
 }
 

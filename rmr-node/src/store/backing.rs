@@ -71,7 +71,8 @@ impl Backing {
         Ok((Self::with_file(path, file)?, in_use))
     }
 
-    fn with_file(path: &Path, mut file: File) -> Result<Self, StoreError> {
+    /// A file that is open and locked already.
+    pub(super) fn with_file(path: &Path, mut file: File) -> Result<Self, StoreError> {
         let medium = Medium::of(&file).during(path, "asking what it is")?;
         let size = file.seek(SeekFrom::End(0)).during(path, "asking for its size")?;
         Ok(Self { path: path.to_owned(), file, medium, size })

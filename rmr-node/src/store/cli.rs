@@ -189,7 +189,7 @@ fn spec(args: &CreateArgs) -> anyhow::Result<PoolSpec> {
     for Assignment { member, value } in &args.members {
         let given = args.store_ids.iter().find(|s| s.member == *member);
         let store = given.map_or_else(StoreId::random, |s| StoreId(s.value));
-        members.push(MemberSpec { id: *member, store, address: value.clone() });
+        members.push(MemberSpec::new(*member, store, value.clone()));
     }
     members.sort_by_key(|m| m.id);
     for (i, given) in args.store_ids.iter().enumerate() {

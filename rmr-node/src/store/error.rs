@@ -63,6 +63,16 @@ pub enum StoreError {
         /// The size that is needed in bytes.
         needed: u64,
     },
+    /// Its maps are too small for what the pool is to become.
+    #[error("{}: can hold a pool of at most {} ({largest} bytes), for which its maps were made, and the pool is to have {} ({wanted} bytes): replace this member with a store that is created with a larger maximum", path.display(), ByteSize(*largest), ByteSize(*wanted))]
+    NoMapRoom {
+        /// The device or file.
+        path: PathBuf,
+        /// The size that the pool is to have, in bytes.
+        wanted: u64,
+        /// The largest pool that it can hold, in bytes.
+        largest: u64,
+    },
     /// It cannot write as little as a guest may write.
     #[error("{}: writes sectors of {found} bytes, and the pool has logical blocks of {expected}: create the pool with --block-size {found}", path.display())]
     SectorSize {

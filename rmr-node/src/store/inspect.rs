@@ -31,6 +31,8 @@ pub struct Report {
     pub superblock: Option<Superblock>,
     /// Bytes that the store takes, metadata included; `None` as above.
     pub store_size: Option<u64>,
+    /// The largest pool that the store has room for in its maps, in bytes; `None` as above.
+    pub max_pool_size: Option<u64>,
     /// The maps; empty when there is no superblock to find them by.
     pub maps: Vec<MapReport>,
     /// What else was recognised on the device, if it is no store.
@@ -85,6 +87,7 @@ pub(super) fn inspect(path: &Path) -> Result<Report, StoreError> {
         superblock_copies: [copy(0), copy(1)],
         superblock: None,
         store_size: None,
+        max_pool_size: None,
         maps: Vec::new(),
         signatures: Vec::new(),
         problems: Vec::new(),
@@ -133,6 +136,7 @@ fn describe(backing: &Backing, superblock: Superblock, report: &mut Report) -> R
         }
     }
     report.store_size = Some(store_size);
+    report.max_pool_size = Some(superblock.layout.largest_pool(superblock.spec.chunk_size));
     report.superblock = Some(superblock);
     Ok(())
 }
@@ -196,11 +200,12 @@ impl Report {
         writeln!(f, "created: {} s after 1970-01-01 UTC", superblock.created_unix_s)?;
         writeln!(
             f,
-            "maps at {} and {}, {} pages each, room for {} chunks; data at {}",
+            "maps at {} and {}, {} pages each, room for {} chunks: the pool may grow to {}; data at {}",
             layout.map_offset,
             layout.map_offset + layout.map_stride,
             layout.pages_per_map,
             layout.chunk_capacity(),
+            ByteSize(layout.largest_pool(spec.chunk_size)),
             layout.data_offset
         )
     }

@@ -1,7 +1,7 @@
 //! Where everything lies in a store. A layout follows from one number, the pages per map, so that the offsets on disk
 //! can be checked against what they must be.
 
-use rmr_common::pool::{MAX_MEMBERS, MemberId};
+use rmr_common::pool::{ChunkSize, MAX_MEMBERS, MemberId};
 use serde::{Serialize, Serializer};
 
 /// Size of a metadata page: superblock copy or map page, in bytes.
@@ -102,6 +102,12 @@ impl Layout {
     #[must_use]
     pub fn chunk_capacity(&self) -> u64 {
         u64::from(self.pages_per_map) * CHUNKS_PER_PAGE
+    }
+
+    /// The largest pool, in bytes, that the maps have room for.
+    #[must_use]
+    pub fn largest_pool(&self, chunk_size: ChunkSize) -> u64 {
+        self.chunk_capacity().saturating_mul(chunk_size.bytes()).min(1 << 50)
     }
 
     /// Bytes that a store of a pool of `pool_size` bytes takes.

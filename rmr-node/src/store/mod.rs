@@ -1,4 +1,5 @@
-//! Stores: the on-disk format of a pool's member, and everything that is done to one: create, open, inspect, destroy.
+//! Stores: the on-disk format of a pool's member, and everything that is done to one: create, open, grow,
+//! inspect, destroy.
 //! `docs/on-disk-format.md` describes the format byte by byte and argues why it survives crashes.
 
 mod backing;
@@ -6,6 +7,7 @@ pub mod cli;
 mod create;
 mod destroy;
 mod error;
+mod grow;
 mod inspect;
 mod layout;
 mod open;
@@ -17,6 +19,7 @@ mod writer;
 
 pub use create::{CreateOptions, ZeroPolicy};
 pub use error::StoreError;
+pub use grow::Growth;
 pub use inspect::{CopyReport, MapReport, Report};
 pub use layout::{
     CHUNKS_PER_PAGE, DATA_ALIGNMENT, Layout, MapKind, PAGE_BITS_BYTES, PAGE_BYTES, PAGE_SIZE,

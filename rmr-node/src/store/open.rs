@@ -6,13 +6,14 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rmr_common::pool::{Chunk, PoolId, StoreId};
+use rmr_common::pool::{Chunk, ChunkSize, PoolId, StoreId};
 use serde::Serialize;
 
 use super::backing::Backing;
 use super::create::{self, CreateOptions};
 use super::destroy;
 use super::error::{During, StoreError};
+use super::grow::Growth;
 use super::inspect::{self, Report};
 use super::layout::{CHUNKS_PER_PAGE, Layout, MapKind, PAGE_BYTES, PAGE_SIZE, SUPERBLOCK_OFFSETS};
 use super::page::{PageBits, PageError, decode_page, encode_page, full_page, slot_of};
@@ -199,6 +200,19 @@ impl Store {
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Prepares to make room for a pool of `to` bytes. Whatever lies beyond `from` bytes of the pool is nobody's data.
+    ///
+    /// # Errors
+    /// When the maps have no room for it.
+    pub fn growth(&self, chunk_size: ChunkSize, from: u64, to: u64) -> Result<Growth, StoreError> {
+        Growth::new(&self.path, &self.file, self.superblock.layout, chunk_size, from, to)
+    }
+
+    /// The device or file has become larger, as [`Growth::run`] told.
+    pub const fn set_size(&mut self, size: u64) {
+        self.size = size;
     }
 
     /// The writer that goes on from what the store holds. There must be one at a time.

@@ -28,6 +28,9 @@ const FLAG_WRITE_THROUGH: u8 = 2;
 const FLAG_CLIENT_KNOWN: u8 = 4;
 const FLAG_CLIENT_ATTACHED: u8 = 8;
 
+/// In the flags of a member.
+const FLAG_MAINTENANCE: u8 = 1;
+
 /// The last client that this store accepted.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct ClientRecord {
@@ -142,7 +145,8 @@ struct RawMember {
     store: [u8; 16],
     id: u8,
     address_length: u8,
-    reserved: [u8; 6],
+    flags: u8,
+    reserved: [u8; 5],
     address: [u8; MAX_ADDRESS],
 }
 
@@ -261,6 +265,7 @@ impl Superblock {
         for (to, from) in raw.members.iter_mut().zip(&self.spec.members) {
             to.store = *from.store.as_bytes();
             to.id = from.id.as_u8();
+            to.flags = if from.maintenance { FLAG_MAINTENANCE } else { 0 };
             to.address_length = put_text(&mut to.address, &from.address.to_string());
         }
         for (to, from) in raw.view.iter_mut().zip(&self.view.members) {
@@ -330,7 +335,8 @@ impl RawSuperblock {
             let address: Address =
                 get_text(&raw.address, raw.address_length)?.parse().map_err(|e| format!("{e}"))?;
             let store = StoreId::from_bytes(raw.store);
-            members.push(MemberSpec { id: member_id(raw.id)?, store, address });
+            let maintenance = raw.flags & FLAG_MAINTENANCE != 0;
+            members.push(MemberSpec { id: member_id(raw.id)?, store, address, maintenance });
         }
         let spec = PoolSpec {
             id: PoolId::from_bytes(self.pool),
@@ -409,9 +415,12 @@ pub(super) mod tests {
     /// A superblock of a two-member pool of `size` bytes.
     pub(in crate::store) fn sample(size: u64) -> Superblock {
         let member = |id| MemberSpec {
-            id: MemberId::new(id).unwrap(),
-            store: StoreId::random(),
-            address: Address::tcp("node", 7700 + u16::from(id)),
+            maintenance: id == 3,
+            ..MemberSpec::new(
+                MemberId::new(id).unwrap(),
+                StoreId::random(),
+                Address::tcp("node", 7700 + u16::from(id)),
+            )
         };
         let members = vec![member(0), member(3)];
         let spec = PoolSpec {

@@ -270,6 +270,81 @@ fn a_block_device_is_claimed_zeroed_and_refused_while_in_use() {
     assert!(data.iter().all(|&b| b == 0), "the old signature at the end is still there");
 }
 
+fn grow(store: &Store, to: u64) -> Result<Growth, StoreError> {
+    store.growth(store.superblock().spec.chunk_size, POOL, to)
+}
+
+fn read(path: &Path, offset: u64, length: u64) -> Vec<u8> {
+    let mut bytes = vec![1; usize::try_from(length).unwrap()];
+    File::open(path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+    bytes
+}
+
+#[test]
+fn a_file_that_grows_keeps_its_data_and_reads_as_zeroes_behind_it() {
+    for directory in ["/dev/shm", "/tmp"] {
+        let directory = tempfile::tempdir_in(directory).unwrap();
+        let path = directory.path().join("store");
+        let options = options();
+        let layout = create(&path, &options).unwrap().layout;
+        let end = layout.store_size(POOL);
+        change(&path, end - 4096, &[7; 4096]);
+        // A file may be longer than its store, and hold anything there.
+        change(&path, end, &[9; 8192]);
+        let mut store = Store::open(&path, None).unwrap();
+        let size = grow(&store, 2 * POOL).unwrap().run().unwrap();
+        assert_eq!(size, layout.store_size(2 * POOL));
+        store.set_size(size);
+        assert_eq!(store.disk_file().unwrap().size(), size);
+        assert_eq!(read(&path, end - 4096, 4096), [7; 4096]);
+        assert!(read(&path, end, POOL).iter().all(|&byte| byte == 0));
+        // As after a crash before the superblock said so: the same again, and a smaller one, change nothing.
+        change(&path, end, &[9; 4096]);
+        grow(&store, POOL).unwrap().run().unwrap();
+        assert_eq!(read(&path, end, 4096), [9; 4096]);
+        assert_eq!(grow(&store, 2 * POOL).unwrap().run().unwrap(), size);
+        assert!(read(&path, end, POOL).iter().all(|&byte| byte == 0));
+        drop(store);
+        assert_eq!(Store::open(&path, None).unwrap().superblock().spec.size, POOL);
+    }
+}
+
+#[test]
+fn a_store_does_not_grow_beyond_what_its_maps_have_room_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let options = CreateOptions { max_size: Some(POOL), ..options() };
+    let layout = create(&path, &options).unwrap().layout;
+    let largest = layout.chunk_capacity() * options.spec.chunk_size.bytes();
+    let store = Store::open(&path, None).unwrap();
+    grow(&store, largest).unwrap();
+    let error = grow(&store, largest + 4096).unwrap_err();
+    assert!(matches!(error, StoreError::NoMapRoom { .. }));
+    let text = error.to_string();
+    assert!(text.contains(&largest.to_string()) && text.contains(&(largest + 4096).to_string()), "{text}");
+    assert_eq!(Store::inspect(&path).unwrap().max_pool_size, Some(largest));
+}
+
+#[test]
+fn a_block_device_grows_into_zeroes_as_far_as_it_goes() {
+    let options = options();
+    let Some(device) = crate::disk::tests::LoopDevice::new(16 << 20) else { return };
+    let layout = create(&device.path, &options).unwrap().layout;
+    let end = layout.store_size(POOL);
+    change(&device.path, end - 4096, &[7; 4096]);
+    change(&device.path, end, &[9; 65536]);
+    let store = Store::open(&device.path, None).unwrap();
+    let error = grow(&store, 16 << 20).unwrap().run().unwrap_err();
+    let sizes = (16 << 20, layout.store_size(16 << 20));
+    assert!(
+        matches!(error, StoreError::TooSmall { found, needed, .. } if (found, needed) == sizes),
+        "{error}"
+    );
+    grow(&store, 2 * POOL).unwrap().run().unwrap();
+    assert_eq!(read(&device.path, end - 4096, 4096), [7; 4096]);
+    assert!(read(&device.path, end, POOL).iter().all(|&byte| byte == 0));
+}
+
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]

@@ -323,7 +323,7 @@ mod tests {
     use proptest::prelude::*;
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
-    use rmr_common::pool::{Epoch, MemberId};
+    use rmr_common::pool::{Epoch, MemberId, ViewNumber};
 
     use super::super::layout::{PAGE_BITS_BYTES, PAGE_BYTES};
     use super::super::open::{PageSource, Recovered};
@@ -341,7 +341,8 @@ mod tests {
 
     impl SimDisk {
         fn format(superblock: &Superblock) -> Self {
-            let size = superblock.layout.store_size(superblock.spec.size);
+            // Room for a pool that grows.
+            let size = superblock.layout.store_size(1 << 30);
             let mut disk = Self { size, durable: BTreeMap::new(), cached: Vec::new() };
             let empty = [0; PAGE_BITS_BYTES];
             for number in [1, 2] {
@@ -425,11 +426,17 @@ mod tests {
         version
     }
 
+    /// The pool grows with every version of the superblock.
+    fn size_of(version: u64) -> u64 {
+        (64 << 20) + version * 4096
+    }
+
     /// Several lives of a store between power cuts, with requests, completions and flushes in random order.
     fn survive(seed: u64, write_through: bool) {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut first = sample(64 << 20);
         (first.write_through, first.epoch, first.view.epoch) = (write_through, Epoch(0), Epoch(0));
+        first.view.number = ViewNumber(0);
         let mut disk = SimDisk::format(&first);
         let mut version = 0;
         let mut histories: HashMap<Option<MapKind>, History> = HashMap::new();
@@ -455,6 +462,8 @@ mod tests {
                         version += 1;
                         let mut superblock = writer.superblock().clone();
                         superblock.epoch = Epoch(version);
+                        superblock.spec.size = size_of(version);
+                        superblock.view.number = ViewNumber(version);
                         let ticket = writer.request_superblock(superblock).unwrap();
                         histories.entry(None).or_default().0.push((ticket, version));
                     }
@@ -489,6 +498,8 @@ mod tests {
             }
             disk.cut_power(&mut rng);
             let after = Recovered::read(Path::new("sim"), &disk).unwrap();
+            let Superblock { spec, view, epoch, .. } = &after.superblock;
+            assert_eq!((spec.size, view.number.0), (size_of(epoch.0), epoch.0), "spec and view come apart");
             for key in [None, Some(kinds()[0]), Some(kinds()[1]), Some(kinds()[2])] {
                 let found = match key {
                     None => after.superblock.epoch.0,

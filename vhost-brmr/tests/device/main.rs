@@ -6,5 +6,6 @@
 mod cost;
 mod hostile;
 mod program;
+mod resize;
 mod session;
 mod support;

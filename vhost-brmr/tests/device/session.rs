@@ -42,6 +42,7 @@ fn the_offer_holds_every_feature_that_the_disk_can_serve_and_no_other() {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
     assert_eq!(protocol, expected);
     assert_eq!(guest.frontend.get_queue_num().unwrap(), 2);

@@ -4,7 +4,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::fs::{self, File};
 use std::hash::{Hash, Hasher};
-use std::io::BufWriter;
+use std::io::{BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use super::cpio::Archive;
 use super::kernel::{self, Kernel};
-use crate::lab::programs;
+use crate::lab::{Lab, programs};
 
 /// The guest's first program, with the agent in it.
 const INIT: &str = include_str!("init.sh");
@@ -45,6 +45,35 @@ impl Image {
     pub fn standard() -> Result<Self> {
         ImageBuilder::new().build()
     }
+
+    /// This image with more programs and their libraries in it, as a file of the test `lab` that goes when the test ends.
+    /// For programs that every build changes, such as the ones under test: in the cache they would only pile up. They
+    /// are stripped of what only a debugger needs, which is most of them.
+    ///
+    /// # Errors
+    /// When a program or a tool is missing, or the file cannot be written.
+    pub fn with_programs(&self, lab: &Lab, name: &str, programs: &[PathBuf]) -> Result<Self> {
+        let stripped = lab.path(format!("{name}.stripped"));
+        fs::create_dir(&stripped).with_context(|| format!("making {}", stripped.display()))?;
+        let initramfs = lab.path(format!("{name}.cpio"));
+        fs::copy(&self.initramfs, &initramfs).with_context(|| format!("writing {}", initramfs.display()))?;
+        // The kernel unpacks one archive after the other; newc archives end at a multiple of four, where the next begins.
+        let end = File::options().append(true).open(&initramfs)?;
+        let mut archive = Archive::new(BufWriter::new(end));
+        for program in programs {
+            let path = guest_path(program);
+            let small = stripped.join(path.file_name().unwrap_or_default());
+            let mut strip = Command::new(programs::system("strip")?);
+            programs::output_of(strip.arg("-o").arg(&small).arg(program))?;
+            add_file(&mut archive, &small, &path)?;
+            for library in libraries_of(program)? {
+                add_file(&mut archive, &library, &library)?;
+            }
+        }
+        archive.finish().with_context(|| format!("writing {}", initramfs.display()))?;
+        fs::remove_dir_all(&stripped).with_context(|| format!("removing {}", stripped.display()))?;
+        Ok(Self { kernel: self.kernel.clone(), initramfs })
+    }
 }
 
 /// An image with more in it than the standard one.
@@ -52,13 +81,18 @@ impl Image {
 pub struct ImageBuilder {
     modules: Vec<String>,
     programs: Vec<PathBuf>,
+    files: Vec<PathBuf>,
 }
 
 impl ImageBuilder {
     /// The standard image.
     #[must_use]
     pub fn new() -> Self {
-        Self { modules: MODULES.map(String::from).into(), programs: PROGRAMS.map(PathBuf::from).into() }
+        Self {
+            modules: MODULES.map(String::from).into(),
+            programs: PROGRAMS.map(PathBuf::from).into(),
+            files: Vec::new(),
+        }
     }
 
     /// Adds a kernel module, loaded at boot with all it depends on.
@@ -73,6 +107,14 @@ impl ImageBuilder {
     #[must_use]
     pub fn program(mut self, program: impl Into<PathBuf>) -> Self {
         self.programs.push(program.into());
+        self
+    }
+
+    /// Adds a file of this machine under its own path: a configuration, or a library that programs load by name, with the
+    /// libraries that it needs itself.
+    #[must_use]
+    pub fn file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.files.push(path.into());
         self
     }
 
@@ -91,15 +133,16 @@ impl ImageBuilder {
         let busybox = programs::system("busybox")?;
         let mut stamp = DefaultHasher::new();
         (INIT, &kernel.version, &modules).hash(&mut stamp);
-        for program in programs.iter().chain([&busybox]) {
-            let metadata = fs::metadata(program)?;
+        for program in programs.iter().chain(&self.files).chain([&busybox]) {
+            let metadata =
+                fs::metadata(program).with_context(|| format!("looking at {}", program.display()))?;
             (program, metadata.len(), metadata.mtime(), metadata.mtime_nsec()).hash(&mut stamp);
         }
         let initramfs = cache.join(format!("initramfs-{:016x}.cpio", stamp.finish()));
         let _lock = kernel::lock(&cache.join("initramfs.lock"))?;
         if !initramfs.is_file() {
             remove_outdated(&cache)?;
-            write_initramfs(&initramfs, &busybox, &modules, &programs)?;
+            write_initramfs(&initramfs, &busybox, &modules, &programs, &self.files)?;
         }
         Ok(Image { kernel: kernel.bzimage(), initramfs })
     }
@@ -124,13 +167,15 @@ fn remove_outdated(cache: &Path) -> Result<()> {
     Ok(())
 }
 
-fn write_initramfs(target: &Path, busybox: &Path, modules: &[PathBuf], programs: &[PathBuf]) -> Result<()> {
+fn write_initramfs(
+    target: &Path,
+    busybox: &Path,
+    modules: &[PathBuf],
+    programs: &[PathBuf],
+    files: &[PathBuf],
+) -> Result<()> {
     let unfinished = target.with_extension("unfinished");
     let mut archive = Archive::new(BufWriter::new(File::create(&unfinished)?));
-    let add_file = |archive: &mut Archive<_>, from: &Path, to: &Path| -> Result<()> {
-        let content = fs::read(from).with_context(|| format!("reading {}", from.display()))?;
-        archive.add(to, &content).with_context(|| format!("writing {}", unfinished.display()))
-    };
     archive.add(Path::new("init"), INIT.as_bytes())?;
     add_file(&mut archive, busybox, Path::new("bin/busybox"))?;
     if !libraries_of(busybox)?.is_empty() {
@@ -144,14 +189,20 @@ fn write_initramfs(target: &Path, busybox: &Path, modules: &[PathBuf], programs:
         order.push('\n');
     }
     archive.add(Path::new("modules/order"), order.as_bytes())?;
-    for program in programs {
-        add_file(&mut archive, program, &guest_path(program))?;
-        for library in libraries_of(program)? {
+    let in_place = files.iter().map(|file| (file, file.clone()));
+    for (file, to) in programs.iter().map(|program| (program, guest_path(program))).chain(in_place) {
+        add_file(&mut archive, file, &to)?;
+        for library in libraries_of(file)? {
             add_file(&mut archive, &library, &library)?;
         }
     }
-    archive.finish()?;
+    archive.finish().with_context(|| format!("writing {}", unfinished.display()))?;
     fs::rename(&unfinished, target).with_context(|| format!("renaming {}", unfinished.display()))
+}
+
+fn add_file<W: Write>(archive: &mut Archive<W>, from: &Path, to: &Path) -> Result<()> {
+    let content = fs::read(from).with_context(|| format!("reading {}", from.display()))?;
+    archive.add(to, &content).with_context(|| format!("adding {} to the archive", from.display()))
 }
 
 /// Where a program goes inside the guest: its own path if the guest's PATH has it, else `/usr/bin`.
@@ -170,7 +221,7 @@ fn locate(program: &Path) -> Result<PathBuf> {
     programs::system(program.to_str().context("the name of a program is not UTF-8")?)
 }
 
-/// The shared libraries that `ldd` finds for a program; none if it is static.
+/// The shared libraries that `ldd` finds for a program or library; none if it is static, or neither of the two.
 fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
     let output = Command::new("ldd").arg(program).output().context("starting ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);

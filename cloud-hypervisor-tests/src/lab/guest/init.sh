@@ -12,6 +12,8 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
+mkdir /dev/shm
+mount -t tmpfs tmpfs /dev/shm
 while read -r module; do
 	insmod "/modules/$module" || echo "rmr-init: $module was not loaded"
 done </modules/order

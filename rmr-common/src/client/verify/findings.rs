@@ -212,7 +212,8 @@ mod tests {
 
     #[test]
     fn more_than_half_decide_and_a_trusted_member_decides_alone() {
-        let table: [(&[Option<u64>], Option<u8>, u8); 14] = [
+        type Row = (&'static [Option<u64>], Option<u8>, u8);
+        let table: [Row; 14] = [
             // What each member has; whom to trust; who is wrong, a bit each (none: it cannot be told).
             (&[Some(1), Some(1), Some(2)], None, 0b100),
             (&[Some(2), Some(1), Some(1)], None, 0b001),
@@ -253,7 +254,8 @@ mod tests {
         findings.found(Block(7), &open, MemberSet::EMPTY, VerifyOutcome::Reported);
         findings.found(Block(7), &open, MemberSet::EMPTY, VerifyOutcome::Reported);
         let (ranges, more) = findings.differences();
-        let places: Vec<_> = ranges.iter().map(|d| (d.offset / 4096, d.length / 4096, d.wrong.len())).collect();
+        let places: Vec<_> =
+            ranges.iter().map(|d| (d.offset / 4096, d.length / 4096, d.wrong.len())).collect();
         assert_eq!((places, more), (vec![(5, 2, 1), (7, 1, 0), (8, 1, 1)], false));
         assert_eq!((findings.differing(), findings.figures().0), (4, 1));
         let differing = [0, 1, 2].map(|i| findings.member(id(i)).blocks_differing);

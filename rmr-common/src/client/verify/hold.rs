@@ -69,8 +69,7 @@ pub(super) fn suspects(offset: u64, blocks: u64, bits: u64) -> Vec<Suspect> {
             _ => runs.push((bit, bit)),
         }
     }
-    let suspect =
-        |(first, last)| Suspect::new(offset + u64::from(first) * BLOCK_SIZE, last - first + 1, 0);
+    let suspect = |(first, last)| Suspect::new(offset + u64::from(first) * BLOCK_SIZE, last - first + 1, 0);
     runs.into_iter().map(suspect).collect()
 }
 
@@ -185,8 +184,8 @@ impl Client {
     pub(in crate::client) fn digest_reply(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) {
         let is_of_now = self.is_of_now(header);
         let Some(hold) = self.verify.as_mut().and_then(|v| v.hold.as_mut()) else { return };
-        let is_awaited = hold.number == header.sequence.0
-            && hold.pending.is_some_and(|pending| pending.contains(member));
+        let is_awaited =
+            hold.number == header.sequence.0 && hold.pending.is_some_and(|pending| pending.contains(member));
         if !is_awaited || !is_of_now {
             return;
         }

@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use super::{Client, Notice, State};
 use crate::pool::{
-    BLOCK_SIZE, Chunk, MemberId, MemberSet, PoolSpec, Sequence, VerifyOptions, VerifyReport, VerifyState,
+    BLOCK_SIZE, Chunk, Command, CommandReply, MemberId, MemberSet, PoolSpec, Refusal, Sequence,
+    VerifyOptions, VerifyReport, VerifyState,
 };
 use crate::time::Time;
 use crate::wire::{Compare, CompareReply, Kind, MAX_COMPARE, MessageHeader, Status};
@@ -68,6 +69,8 @@ pub(super) struct Verify {
     phase: Phase,
     started: Time,
     ended: Time,
+    /// Bytes of the pool when it began. What the pool grows by meanwhile holds nothing old.
+    size: u64,
     /// First byte that no piece was made of yet.
     cursor: u64,
     /// Pieces to be compared again: their comparison failed, or the view changed meanwhile.
@@ -115,6 +118,23 @@ impl Verify {
 }
 
 impl Client {
+    /// Carries out a command if it is about a verify.
+    pub(super) fn verify_command(&mut self, command: &Command) -> Option<CommandReply> {
+        match command {
+            Command::Verify { options } => {
+                if let Err(text) = self.start_verify(*options, self.now) {
+                    return Some(CommandReply::refused(Refusal::CannotVerify, text));
+                }
+            }
+            Command::VerifyStatus => {}
+            Command::VerifyCancel => {
+                self.cancel_verify(self.now);
+            }
+            _ => return None,
+        }
+        Some(CommandReply::Verify { report: self.verify_report(self.now).map(Box::new) })
+    }
+
     /// Begins a verify.
     ///
     /// # Errors
@@ -148,6 +168,7 @@ impl Client {
             phase: Phase::Running,
             started: now,
             ended: now,
+            size: spec.size,
             cursor: options.from_chunk.0 * spec.chunk_size.bytes(),
             again: VecDeque::new(),
             under_way: BTreeMap::new(),
@@ -186,7 +207,7 @@ impl Client {
         let (verify, spec) = (self.verify.as_ref()?, self.spec.as_ref()?);
         let is_running = verify.is_running();
         let end = if is_running { now } else { verify.ended };
-        let left = spec.size - verify.position().min(spec.size);
+        let left = verify.size - verify.position().min(verify.size);
         let (differences, more_differences) = verify.findings.differences();
         let (undecided, repaired, unsettled) = verify.findings.figures();
         Some(VerifyReport {
@@ -194,7 +215,7 @@ impl Client {
             state: self.verify_state(verify),
             elapsed_ms: milliseconds(end - verify.started),
             ended_ms_ago: (!is_running).then(|| milliseconds(now - verify.ended)),
-            chunks: spec.chunk_count(),
+            chunks: verify.size.div_ceil(spec.chunk_size.bytes()),
             next_chunk: Chunk(verify.position() / spec.chunk_size.bytes()),
             bytes_compared: verify.bytes_compared,
             bytes_left: left,
@@ -365,14 +386,14 @@ impl Client {
         let size = Verify::piece_size(spec);
         let offset = match verify.again.pop_front() {
             Some(offset) => offset,
-            None if verify.cursor < spec.size => {
+            None if verify.cursor < verify.size => {
                 let offset = verify.cursor;
-                verify.cursor = (offset + size).min(spec.size);
+                verify.cursor = (offset + size).min(verify.size);
                 offset
             }
             None => return false,
         };
-        let length = u32::try_from(size.min(spec.size - offset)).unwrap_or(MAX_COMPARE);
+        let length = u32::try_from(size.min(verify.size - offset)).unwrap_or(MAX_COMPARE);
         if let Some(limit) = verify.options.bytes_per_s {
             let nanos = u64::from(length).saturating_mul(1_000_000_000) / limit.max(1);
             verify.next_at = now + Duration::from_nanos(nanos);
@@ -447,11 +468,10 @@ impl Client {
 
     /// All was compared: repairs what is to be repaired, or ends.
     fn finish_pass(&mut self) {
-        let size = self.spec.as_ref().map_or(0, |s| s.size);
         let Some(verify) = self.verify.as_ref().filter(|v| v.is_running()) else { return };
         let is_drained = verify.under_way.is_empty() && verify.hold.is_none();
         let is_compared = is_drained
-            && verify.cursor >= size
+            && verify.cursor >= verify.size
             && verify.again.is_empty()
             && verify.suspects.is_empty();
         if is_compared && verify.repairs.is_empty() {

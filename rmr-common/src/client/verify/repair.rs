@@ -142,7 +142,9 @@ impl Client {
             return true;
         }
         let blocks = verify.round.take().map(|r| r.blocks).unwrap_or_default();
-        verify.suspects.extend(runs(blocks.into_iter().map(|(block, repairs)| (block, repairs + 1)).collect()));
+        verify
+            .suspects
+            .extend(runs(blocks.into_iter().map(|(block, repairs)| (block, repairs + 1)).collect()));
         false
     }
 }
@@ -154,9 +156,7 @@ fn runs(mut blocks: Vec<(Block, u32)>) -> Vec<Suspect> {
     for (block, repairs) in blocks {
         let offset = block.0 * BLOCK_SIZE;
         match runs.last_mut() {
-            Some(run)
-                if run.offset + run.length() == offset && run.repairs == repairs && run.blocks < 64 =>
-            {
+            Some(run) if run.offset + run.length() == offset && run.repairs == repairs && run.blocks < 64 => {
                 run.blocks += 1;
             }
             _ => runs.push(Suspect::new(offset, 1, repairs)),

@@ -1,0 +1,64 @@
+//! Room for a pool that grows: asked for by the coordinator ahead of the view, and made sure of before a view is adopted.
+
+use super::{ConnectionId, Output, Replica};
+use crate::wire::{Kind, MessageHeader, Status};
+
+/// How large a pool the store can hold.
+pub(super) struct Room {
+    /// Bytes that there is room for; from the pool's size on, they read as zeroes.
+    bytes: u64,
+    /// What the node makes room for at present.
+    making: Option<u64>,
+    /// Who waits for it.
+    asked: Vec<(ConnectionId, MessageHeader)>,
+}
+
+impl Room {
+    pub(super) const fn new(bytes: u64) -> Self {
+        Self { bytes, making: None, asked: Vec::new() }
+    }
+}
+
+impl Replica {
+    /// The coordinator wants to know whether the member can hold a pool of this size.
+    pub(super) fn make_room(&mut self, connection: ConnectionId, header: &MessageHeader) {
+        if self.holder_connection() != Some(connection) || header.epoch != self.epoch || self.attach.is_some()
+        {
+            return self.answer(connection, header, Kind::GrowReply, Status::NotAttached, Vec::new());
+        }
+        if header.offset <= self.room.bytes {
+            return self.answer(connection, header, Kind::GrowReply, Status::Ok, Vec::new());
+        }
+        self.room.asked.push((connection, *header));
+        self.pump_room();
+    }
+
+    /// Makes room for the largest size that anybody waits for.
+    fn pump_room(&mut self) {
+        let wanted = self.room.asked.iter().map(|(_, h)| h.offset).max();
+        let Some(to) = wanted.filter(|to| *to > self.room.bytes && self.room.making.is_none()) else {
+            return;
+        };
+        self.room.making = Some(to);
+        self.outputs.push_back(Output::Grow { from: self.room.bytes, to });
+    }
+
+    /// The node has made room, or cannot.
+    pub(super) fn grown(&mut self, result: Result<(), &str>) {
+        let Some(made) = self.room.making.take() else { return };
+        if result.is_ok() {
+            self.room.bytes = self.room.bytes.max(made);
+        }
+        for (connection, header) in std::mem::take(&mut self.room.asked) {
+            if header.offset <= self.room.bytes {
+                self.answer(connection, &header, Kind::GrowReply, Status::Ok, Vec::new());
+            } else if let (Err(text), true) = (result, header.offset <= made) {
+                let text = text.as_bytes().to_vec();
+                self.answer(connection, &header, Kind::GrowReply, Status::NoSpace, text);
+            } else {
+                self.room.asked.push((connection, header));
+            }
+        }
+        self.pump_room();
+    }
+}

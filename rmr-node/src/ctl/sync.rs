@@ -1,0 +1,266 @@
+//! Waiting for copies to become current: how far they are, and `rmrctl` as the coordinator where no client is attached, since
+//! without one nothing is brought up to date. Also the operator's override of the recovery rule.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use rmr_common::pool::{MemberId, MemberState, PoolSpec};
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::Instant;
+
+use super::assess::{self, Assessment, MemberLine, Picture};
+use super::change_args::{ForceFromArgs, ResyncArgs};
+use super::coordinate::{Hold, NotHeld};
+use super::status::{client_words, members_table};
+use super::{Context, CtlError, Outcome, Survey, format};
+use crate::admin::api::{ClientState, PoolKey, UnixMs};
+
+/// How often progress is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// Where nobody watches, a line is enough this often.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Waits until the copies of a pool are current: that of `member`, or all that are to be.
+pub(super) async fn wait_until_current(
+    context: &Context,
+    pool: &PoolKey,
+    member: Option<MemberId>,
+    limit: Option<Duration>,
+) -> Result<(Survey, Picture), CtlError> {
+    let interrupts =
+        |kind| signal(kind).map_err(|e| CtlError::failed(format!("interrupts cannot be watched: {e}")));
+    let mut stop = (interrupts(SignalKind::interrupt())?, interrupts(SignalKind::terminate())?);
+    let mut hold = None;
+    let result = follow(context, pool, member, limit, &mut hold, &mut stop).await;
+    // Whatever happened: a pool that is left in good order can be attached to at once.
+    if let Some(hold) = hold {
+        hold.release().await;
+    }
+    result
+}
+
+async fn follow(
+    context: &Context,
+    pool: &PoolKey,
+    member: Option<MemberId>,
+    limit: Option<Duration>,
+    hold: &mut Option<Hold>,
+    stop: &mut (Signal, Signal),
+) -> Result<(Survey, Picture), CtlError> {
+    let (start, mut progress) = (Instant::now(), Progress::new(context.json));
+    loop {
+        let survey = context.survey().await;
+        let picture = survey.picture(pool)?;
+        let assessment = assess::assess(&picture, survey.all_answered(), UnixMs::now());
+        let left = wanted(&assessment, member)?;
+        if left.is_empty() && picture.contradiction.is_none() {
+            progress.end();
+            return Ok((survey, picture));
+        }
+        if hold.as_ref().is_some_and(|hold| !hold.is_held()) {
+            *hold = None;
+        }
+        let mut obstacle = None;
+        if hold.is_none() && !is_attached(&picture) {
+            match Hold::attach(context, &picture.spec, None).await {
+                Ok(held) => *hold = Some(held),
+                Err(NotHeld::HeldBy(_)) => {}
+                Err(NotHeld::Failed(reason)) => obstacle = Some(reason),
+            }
+        }
+        progress.tell(&picture.spec, &left, obstacle.as_deref());
+        if let Some(limit) = limit.filter(|limit| start.elapsed() >= *limit) {
+            progress.end();
+            let seconds = limit.as_secs_f64();
+            let names: Vec<_> = left.iter().map(line_words).collect();
+            let why = obstacle.map(|reason| format!(" ({reason})")).unwrap_or_default();
+            return Err(CtlError::failed(format!(
+                "not done within {seconds} s: {}{why}; it goes on while a client is attached, and when this command is run again",
+                names.join("; ")
+            )));
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            _ = stop.0.recv() => return Err(interrupted(&mut progress)),
+            _ = stop.1.recv() => return Err(interrupted(&mut progress)),
+        }
+    }
+}
+
+fn interrupted(progress: &mut Progress) -> CtlError {
+    progress.end();
+    CtlError::failed("interrupted; it goes on while a client is attached, and when this command is run again")
+}
+
+/// The members that are waited for and not Clean yet.
+fn wanted(assessment: &Assessment, member: Option<MemberId>) -> Result<Vec<MemberLine>, CtlError> {
+    let lines = assessment.members.iter();
+    let Some(member) = member else {
+        return Ok(lines.filter(|l| l.state != MemberState::Clean && !l.maintenance).cloned().collect());
+    };
+    let line = lines.clone().find(|l| l.member == member).ok_or_else(|| {
+        CtlError::failed(format!("member {member} is no longer in the pool: somebody else has removed it"))
+    })?;
+    if line.maintenance {
+        let text = format!("member {member} is in maintenance, and stays out until that is switched off");
+        return Err(CtlError::failed(text));
+    }
+    Ok(if line.state == MemberState::Clean { Vec::new() } else { vec![line.clone()] })
+}
+
+/// Whether a client is attached as the active members see it.
+pub(super) fn is_attached(picture: &Picture) -> bool {
+    let active = picture.view.active();
+    let told = picture.reports.iter().filter(|r| active.contains(r.member));
+    told.filter_map(|r| r.client.as_ref()).any(|c| c.state == ClientState::Attached)
+}
+
+/// What is told of copies that are not current yet.
+struct Progress {
+    json: bool,
+    terminal: bool,
+    told: Option<(Instant, Vec<(MemberId, MemberState)>)>,
+}
+
+impl Progress {
+    fn new(json: bool) -> Self {
+        Self { json, terminal: std::io::stderr().is_terminal(), told: None }
+    }
+
+    fn tell(&mut self, spec: &PoolSpec, left: &[MemberLine], obstacle: Option<&str>) {
+        let states: Vec<_> = left.iter().map(|l| (l.member, l.state)).collect();
+        let is_due = match &self.told {
+            None => true,
+            Some((at, before)) => {
+                self.json || self.terminal || *before != states || at.elapsed() >= LINE_EVERY
+            }
+        };
+        if !is_due {
+            return;
+        }
+        self.told = Some((Instant::now(), states));
+        if self.json {
+            let members: Vec<_> = left.iter().map(|l| json!(l)).collect();
+            let line = json!({"progress": {"pool": spec.id, "members": members, "obstacle": obstacle}});
+            // Whoever reads may be gone; the work goes on.
+            let _ = writeln!(std::io::stdout(), "{line}");
+            return;
+        }
+        let words: Vec<_> = left.iter().map(line_words).chain(obstacle.map(str::to_owned)).collect();
+        let text = format::plain(&words.join("; "));
+        // As above.
+        let _ = if self.terminal {
+            write!(std::io::stderr(), "\r\x1b[K{text}")
+        } else {
+            writeln!(std::io::stderr(), "{text}")
+        };
+    }
+
+    fn end(&mut self) {
+        if self.terminal && !self.json && self.told.take().is_some() {
+            eprintln!();
+        }
+    }
+}
+
+/// How far one member is.
+fn line_words(line: &MemberLine) -> String {
+    let name = line.node.as_ref().unwrap_or(&line.address);
+    let about = if line.missed_exact { "" } else { "up to " };
+    let missed = format::bytes(line.missed_bytes);
+    let words = match (&line.resync, line.state) {
+        (Some(resync), MemberState::Syncing) => assess::resync_words(resync),
+        (None, MemberState::Syncing) => format!("{about}{missed} left"),
+        (_, MemberState::Out) => format!("waits to be brought in, missed {about}{missed}"),
+        (_, MemberState::Clean) => "current".to_owned(),
+    };
+    format!("member {} ({name}) {}: {words}", line.member, line.state)
+}
+
+/// Both tables of a pool after a change, below a headline of the command's.
+pub(super) fn outcome(
+    survey: &Survey,
+    picture: &Picture,
+    headline: &str,
+    mut json: serde_json::Value,
+) -> Outcome {
+    let now = UnixMs::now();
+    let a = assess::assess(picture, survey.all_answered(), now);
+    let text = format!("{headline}\n  {}\n{}", a.headline, members_table(&a.members));
+    json["pool"] = json!(picture.spec.id);
+    json["spec"] = json!(picture.spec);
+    json["view"] = json!(picture.view);
+    json["assessment"] = json!(a);
+    Outcome { text, json, warnings: survey.errors(), exit: 0 }
+}
+
+pub(super) async fn resync(context: &Context, args: &ResyncArgs) -> Result<Outcome, CtlError> {
+    let (survey, picture) = wait_until_current(context, &args.pool, None, args.wait_timeout).await?;
+    let headline = format!("pool {}: every copy that is to be current is", picture.spec.name);
+    Ok(outcome(&survey, &picture, &headline, json!({})))
+}
+
+pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Result<Outcome, CtlError> {
+    let survey = context.survey().await;
+    let picture = survey.picture(&args.pool)?;
+    let member = args.member.0;
+    let now = UnixMs::now();
+    let a = assess::assess(&picture, survey.all_answered(), now);
+    let name = &picture.spec.name;
+    let Some(line) = a.members.iter().find(|l| l.member == member) else {
+        return Err(CtlError::failed(format!("nothing was done: pool '{name}' has no member {member}")));
+    };
+    if is_attached(&picture) {
+        let who = client_words(a.client.as_ref(), now);
+        return Err(CtlError::failed(format!("nothing was done: {who}; stop it first")));
+    }
+    if !args.yes_lose_what_others_have {
+        return Err(CtlError::failed(format!(
+            "nothing was done. This would go on with member {member} alone:\n{}add --yes-lose-what-others-have if you mean it",
+            what_is_lost(line, &a)
+        )));
+    }
+    let hold = match Hold::attach(context, &picture.spec, Some(member)).await {
+        Ok(hold) => hold,
+        Err(NotHeld::HeldBy(who)) => {
+            return Err(CtlError::failed(format!("nothing was done: {who} is attached; stop it first")));
+        }
+        Err(NotHeld::Failed(reason)) => return Err(CtlError::failed(format!("not done: {reason}"))),
+    };
+    hold.release().await;
+    let survey = context.survey().await;
+    let picture = survey.picture(&args.pool)?;
+    let headline = format!(
+        "pool {name} goes on with member {member}; the others are copied over in full when a client is attached, or with\n  \
+         rmrctl pool resync {name}"
+    );
+    Ok(outcome(&survey, &picture, &headline, json!({"forced_from": member})))
+}
+
+/// In words, what an override costs.
+fn what_is_lost(line: &MemberLine, assessment: &Assessment) -> String {
+    let mut text = match line.state {
+        MemberState::Clean => format!(
+            "  member {} is Clean in the newest view that was seen. What was written since then to members that were not seen is lost.\n",
+            line.member
+        ),
+        MemberState::Syncing | MemberState::Out => format!(
+            "  member {} is {}: {}{} of it are known to be old, AND WOULD BE SERVED AS CURRENT. File systems on it may be damaged.\n",
+            line.member,
+            line.state,
+            if line.missed_exact { "" } else { "up to " },
+            format::bytes(line.missed_bytes)
+        ),
+    };
+    for other in assessment.members.iter().filter(|l| l.member != line.member) {
+        let seen =
+            if other.node.is_some() { "seen" } else { "not seen: it may have newer data than is known" };
+        let node = other.node.as_ref().unwrap_or(&other.address);
+        text += &format!(
+            "  member {} ({node}, {}, {seen}) counts as wholly old and will be overwritten.\n",
+            other.member, other.state
+        );
+    }
+    text
+}
