@@ -406,7 +406,7 @@ pub struct Client {
     stale: rejoin::Stale,
     verify: Option<Box<verify::Verify>>,
     /// When the guest last asked for something.
-    last_request: Time,
+    last_request: Option<Time>,
     detach_requested: bool,
     /// Since when requests wait for the pool, after it was active.
     suspended_since: Option<Time>,
@@ -464,7 +464,7 @@ impl Client {
             slot_scratch: Vec::new(),
             stale: rejoin::Stale::default(),
             verify: None,
-            last_request: Time(0),
+            last_request: None,
             detach_requested: false,
             suspended_since: None,
             next_tick: now,

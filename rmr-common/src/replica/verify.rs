@@ -368,6 +368,8 @@ mod tests {
         let mut bench = bench();
         ask(&mut bench, 7, 1);
         bench.apply(Event::PeerUp);
+        let io = take_read(&mut bench).unwrap();
+        bench.apply(Event::Disk(io, DiskResult::Failed));
         bench.outputs.clear();
         bench.prepare();
         assert!(bench.outputs.contains(&Output::PeerClose) && !bench.replica.has_compare_link());

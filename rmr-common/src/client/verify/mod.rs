@@ -221,7 +221,7 @@ impl Client {
             bytes_left: left,
             bytes_per_s: verify.rate,
             seconds_left: (is_running && verify.rate > 0).then(|| left.div_ceil(verify.rate.max(1))),
-            yielding: is_running && now - self.last_request < GUEST_ACTIVE,
+            yielding: is_running && self.yields_to_guest(now),
             members: spec.members.iter().map(|m| verify.findings.member(m.id)).collect(),
             blocks_differing: verify.findings.differing(),
             blocks_undecided: undecided,
@@ -252,6 +252,10 @@ impl Client {
             }
             Phase::Running => VerifyState::Running,
         }
+    }
+
+    fn yields_to_guest(&self, now: Time) -> bool {
+        self.last_request.is_some_and(|at| now - at < GUEST_ACTIVE)
     }
 
     /// Whether a view of this client was committed, and the client is not leaving.
@@ -372,7 +376,7 @@ impl Client {
     /// Starts the comparison of the next piece; false when none is due now.
     fn start_piece(&mut self) -> bool {
         let (now, clean) = (self.now, self.view_clean());
-        let is_yielding = now - self.last_request < GUEST_ACTIVE;
+        let is_yielding = self.yields_to_guest(now);
         let (Some(spec), Some(verify)) = (&self.spec, &mut self.verify) else { return false };
         let most = if is_yielding { 1 } else { MAX_UNDER_WAY };
         if !verify.is_running()
@@ -428,7 +432,7 @@ impl Client {
     pub(super) fn compare_reply(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) {
         let (now, is_of_now) = (self.now, self.is_of_now(header));
         let number = header.sequence.0;
-        let is_yielding = now - self.last_request < GUEST_ACTIVE;
+        let is_yielding = self.yields_to_guest(now);
         let Some(verify) = &mut self.verify else { return };
         let Some(piece) = verify.under_way.get_mut(&number).filter(|p| p.pending.contains(member)) else {
             return;
