@@ -1,8 +1,17 @@
 //! The whole system over real verbs: one guest with Soft-RoCE, everything inside it. First that the guest's verbs work at
-//! all, with tools of others; what fails after that is ours.
+//! all, with tools of others; what fails after that is ours. Then the scenarios, some on TCP, which must hold in the guest
+//! before verbs can be blamed for anything, and all on verbs.
 
-use anyhow::{Result, ensure};
-use cloud_hypervisor_tests::lab::{self, Checks, Roce, RoceBuilder, roce};
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use cloud_hypervisor_tests::lab::{self, Checks, Fabric, Roce, RoceBuilder, Transport, roce};
+use cloud_hypervisor_tests::scenario::{self, Outcome, Report};
+
+/// Those that are also run on TCP.
+const ON_TCP: [&str; 2] = ["io", "resync"];
+/// Longest time of one scenario: seconds on an idle machine.
+const SCENARIO_LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn the_whole_system_runs_over_the_verbs_of_soft_roce() -> Result<()> {
@@ -11,9 +20,13 @@ fn the_whole_system_runs_over_the_verbs_of_soft_roce() -> Result<()> {
             .own_program("rmr-node")?
             .own_program("rmrctl")?
             .own_program("vhost-brmr")?
+            .program(env!("CARGO_BIN_EXE_vm-scenario"))
             .boot(lab)?;
         let mut checks = Checks::new();
         check_the_guest(&roce, &mut checks);
+        check_scenarios(&roce, roce.fabric(Transport::Tcp), &ON_TCP, &mut checks);
+        let all: Vec<_> = scenario::ALL.iter().map(|scenario| scenario.name).collect();
+        check_scenarios(&roce, roce.fabric(Transport::Rdma), &all, &mut checks);
         roce.shutdown()?;
         checks.finish()
     })
@@ -49,6 +62,22 @@ fn check_the_guest(roce: &Roce, checks: &mut Checks) {
     checks.check("the project's programs find their libraries in the guest", || {
         vm.run("rmr-node --version && rmrctl --version && vhost-brmr --version").map(|_| ())
     });
+}
+
+fn check_scenarios(roce: &Roce, fabric: Fabric, names: &[&str], checks: &mut Checks) {
+    for name in names {
+        let sentence = scenario::find(name).map_or("", |scenario| scenario.sentence);
+        let sentence = format!("{name} on {fabric}: {sentence}");
+        let result = scenario::run_in_guest(roce, fabric, name, SCENARIO_LIMIT);
+        if let Ok(Report { outcome: Outcome::NotRun(why), .. }) = &result {
+            checks.not_run(&sentence, why);
+            continue;
+        }
+        checks.check(&sentence, || match result?.outcome {
+            Outcome::Failed(why) => bail!("{why}"),
+            _ => Ok(()),
+        });
+    }
 }
 
 /// A script that runs `client` beside `server`, leaving the server more time to listen when it was too slow.

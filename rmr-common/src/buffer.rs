@@ -46,6 +46,22 @@ impl Segment {
         let length = length.min(self.length() - offset);
         Self(libc::iovec { iov_base: self.base().wrapping_add(offset).cast(), iov_len: length })
     }
+
+    /// Copies from the segment's start into `bytes`, as many as both have; returns how many.
+    pub(crate) fn copy_to(&self, bytes: &mut [u8]) -> usize {
+        let length = bytes.len().min(self.length());
+        // SAFETY: readable by the promise of `new`, and `bytes` is memory of our own that no guest can name.
+        unsafe { std::ptr::copy_nonoverlapping(self.base(), bytes.as_mut_ptr(), length) };
+        length
+    }
+
+    /// Copies `bytes` to the segment's start, as many as fit; returns how many.
+    pub(crate) fn copy_from(&self, bytes: &[u8]) -> usize {
+        let length = bytes.len().min(self.length());
+        // SAFETY: writable by the promise of `new`, and `bytes` is memory of our own that no guest can name.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base(), length) };
+        length
+    }
 }
 
 impl fmt::Debug for Segment {

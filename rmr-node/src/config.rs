@@ -12,6 +12,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rmr_common::pool::{Address, MemberId, PoolId, TransportKind};
+use rmr_common::transport::tls::IdentityFiles;
 use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
@@ -207,6 +208,9 @@ pub struct Settings {
     /// Limits of the admin API.
     #[command(flatten)]
     pub admin_limits: AdminSettings,
+    /// Certificates.
+    #[command(flatten)]
+    pub tls: TlsSettings,
     /// The log.
     #[command(flatten)]
     pub log: LogSettings,
@@ -237,6 +241,24 @@ pub struct AdminSettings {
     /// Longest time of an admin request in s, 1 to 3600 [default: 60]
     #[arg(id = "admin-request-timeout-s", long = "admin-request-timeout-s", value_name = "SECONDS")]
     pub request_timeout_s: Option<Bounded<1, 3_600>>,
+}
+
+/// Table `[tls]`: files in PEM form, for `tls://` addresses.
+#[derive(Clone, Default, PartialEq, Eq, Debug, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct TlsSettings {
+    /// Certificate of this node, and those between it and the authority; it has to name the host of its addresses
+    #[arg(id = "tls-certificate", long = "tls-certificate", value_name = "FILE")]
+    pub certificate: Option<PathBuf>,
+    /// Private key of the certificate
+    #[arg(id = "tls-key", long = "tls-key", value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// Authorities whose certificates are trusted: those of other nodes, and with --tls-verify-clients those of clients
+    #[arg(id = "tls-authorities", long = "tls-authorities", value_name = "FILE")]
+    pub authorities: Option<PathBuf>,
+    /// Let nobody in over tls:// without a certificate of one of the authorities, true or false [default: false]
+    #[arg(id = "tls-verify-clients", long = "tls-verify-clients", value_name = "BOOL")]
+    pub verify_clients: Option<bool>,
 }
 
 /// Table `[log]`.
@@ -338,6 +360,12 @@ impl Settings {
                     .request_timeout_s
                     .or(base.admin_limits.request_timeout_s),
             },
+            tls: TlsSettings {
+                certificate: self.tls.certificate.or(base.tls.certificate),
+                key: self.tls.key.or(base.tls.key),
+                authorities: self.tls.authorities.or(base.tls.authorities),
+                verify_clients: self.tls.verify_clients.or(base.tls.verify_clients),
+            },
             log: LogSettings {
                 format: self.log.format.or(base.log.format),
                 level: self.log.level.or(base.log.level),
@@ -376,6 +404,8 @@ impl Settings {
                 max_body: Some(Bounded(256 << 10)),
                 request_timeout_s: Some(Bounded(60)),
             },
+            // No defaults: without certificates there are no tls:// addresses.
+            tls: TlsSettings::default(),
             log: LogSettings { format: Some(LogFormat::default()), level: Some(LogLevel("info".to_owned())) },
         }))
     }
@@ -424,10 +454,23 @@ pub struct Config {
     pub resync: ResyncConfig,
     /// Limits of the admin API.
     pub admin_limits: AdminLimits,
+    /// Certificates.
+    pub tls: TlsConfig,
     /// Form of the log.
     pub log_format: LogFormat,
     /// What to log.
     pub log_level: LogLevel,
+}
+
+/// Certificates, as files that are read at the start.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TlsConfig {
+    /// This node's own.
+    pub identity: Option<IdentityFiles>,
+    /// Authorities that are trusted.
+    pub authorities: Option<PathBuf>,
+    /// Whether clients and peers need a certificate.
+    pub verify_clients: bool,
 }
 
 /// Limits of resync.
@@ -472,6 +515,7 @@ impl Config {
                 request_timeout: given("admin_limits.request_timeout_s", s.admin_limits.request_timeout_s)?
                     .seconds(),
             },
+            tls: tls(s.tls)?,
             log_format: given("log.format", s.log.format)?,
             log_level: given("log.level", s.log.level)?,
         };
@@ -482,6 +526,11 @@ impl Config {
     fn check(&self) -> Result<(), ConfigError> {
         check_node_name(&self.node_name)?;
         check_listen(&self.listen)?;
+        let tls = self.listen.iter().find(|a| a.transport() == TransportKind::Tls);
+        if let Some(address) = tls.filter(|_| self.tls.identity.is_none()) {
+            let problem = format!("{address}: tls needs a certificate and a key, expected both in [tls]");
+            return Err(ConfigError::value("listen", problem));
+        }
         check_advertise(&self.advertise)?;
         check_distinct("stores", &self.stores, |p| p.display().to_string())?;
         let memory = ByteSize(self.buffer_memory);
@@ -565,6 +614,20 @@ fn host_name() -> Result<String, ConfigError> {
     let name = name.trim_end().to_owned();
     check_node_name(&name).map_err(|e| fail(e.to_string()))?;
     Ok(name)
+}
+
+fn tls(settings: TlsSettings) -> Result<TlsConfig, ConfigError> {
+    let TlsSettings { certificate, key, authorities, verify_clients } = settings;
+    let identity = match (certificate, key) {
+        (Some(certificate), Some(key)) => Some(IdentityFiles { certificate, key }),
+        (None, None) => None,
+        _ => return Err(ConfigError::value("tls", "expected certificate and key, found only one of them")),
+    };
+    let verify_clients = verify_clients.unwrap_or(false);
+    if verify_clients && authorities.is_none() {
+        return Err(ConfigError::value("tls", "verify_clients needs authorities, and there are none"));
+    }
+    Ok(TlsConfig { identity, authorities, verify_clients })
 }
 
 fn check_node_name(name: &str) -> Result<(), ConfigError> {
@@ -651,11 +714,7 @@ fn with_host(address: &Address, ip: IpAddr) -> Address {
         IpAddr::V4(v4) => v4.to_string(),
         IpAddr::V6(v6) => format!("[{v6}]"),
     };
-    let scheme = match address.transport() {
-        TransportKind::Tcp => "tcp",
-        TransportKind::Rdma => "rdma",
-    };
-    format!("{scheme}://{host}:{}", address.port())
+    format!("{}://{host}:{}", address.transport(), address.port())
         .parse()
         .expect("a numeric host and a port make an address")
 }
@@ -743,7 +802,7 @@ mod tests {
             ("[admin_limits]\nrequest_timeout_s = 0", "line 2", "from 1 to 3600"),
             ("buffer_memory = \"64MB\"", "line 1", "is no size"),
             ("engine = \"fast\"", "line 1", "unknown variant `fast`"),
-            ("listen = [\"http://a:1\"]", "line 1", "the scheme is neither tcp nor rdma"),
+            ("listen = [\"http://a:1\"]", "line 1", "the scheme is neither tcp nor tls nor rdma"),
             ("admin = \"localhost\"", "line 1", "invalid socket address"),
             ("[log]\nformat = \"xml\"", "line 2", "unknown variant `xml`"),
             ("[log]\nlevel = \"loud\"", "line 2", "no such level"),
@@ -763,6 +822,12 @@ mod tests {
             ("node_name = \"a b\"", "node_name: 'a b'"),
             ("listen = []", "listen: no address"),
             ("listen = [\"a:1\"]", "listen: tcp://a:1: expected a numeric IP address"),
+            (
+                "listen = [\"tls://10.0.0.1:1\"]",
+                "listen: tls://10.0.0.1:1: tls needs a certificate and a key",
+            ),
+            ("[tls]\nkey = \"k\"", "tls: expected certificate and key, found only one"),
+            ("[tls]\nverify_clients = true", "tls: verify_clients needs authorities"),
             ("listen = [\"rdma://10.0.0.1:1\"]", "listen: rdma://10.0.0.1:1: this build has no rdma"),
             ("listen = [\"10.0.0.1:1\", \"tcp://10.0.0.1:1\"]", "listen: tcp://10.0.0.1:1 is given twice"),
             ("advertise = [\"0.0.0.0:7700\"]", "advertise: tcp://0.0.0.0:7700 stands for every address"),

@@ -14,6 +14,7 @@ use rmr_common::pool::{
     Address, ChunkSize, ClientId, Command as PoolCommand, CommandReply, Epoch, MemberId, MemberSpec, PoolId,
     PoolSpec, Refusal, Sequence, Slot, StoreId, View, ViewNumber,
 };
+use rmr_common::transport::tls::{ClientTls, IdentityFiles};
 use rmr_common::wire::{
     Attach, FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Hello, HelloReply, Kind, MessageHeader, Role,
     Status, frame_crc,
@@ -971,6 +972,44 @@ fn nonsense_of_one_pools_clients_never_reaches_another_pool() {
     node.assert_running();
     assert!(!node.log().contains("panicked"), "{}", node.log());
     assert!(node.load(Duration::from_secs(1)) <= 5, "it is at rest when nobody asks for anything");
+}
+
+#[test]
+fn a_pool_is_served_over_tls_to_those_who_trust_the_node_and_whom_it_trusts() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let put = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).expect("a file");
+        path
+    };
+    let key = rcgen::KeyPair::generate().expect("a key");
+    // Its own authority: enough to be trusted by whoever was given the certificate.
+    let parameters = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a certificate");
+    let certificate = parameters.self_signed(&key).expect("a certificate");
+    let (certificate, key) = (put("own.pem", certificate.pem()), put("own.key", key.serialize_pem()));
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+    let address = format!("tls://127.0.0.1:{port}");
+    let text = |path: &PathBuf| path.display().to_string();
+    let (certificate_text, key_text) = (text(&certificate), text(&key));
+    let flags = ["--listen", &address, "--tls-certificate", &certificate_text, "--tls-key", &key_text];
+    let verify = ["--tls-authorities", &certificate_text, "--tls-verify-clients", "true"];
+    let node = Node::start(1, &[&flags[..], &verify[..]].concat());
+    let identity = IdentityFiles { certificate: certificate.clone(), key };
+    let connect = |identity: Option<&IdentityFiles>| {
+        let mut config = Node::config("over tls");
+        config.tls = Some(ClientTls::load(&certificate, identity).expect("certificates"));
+        let seeds = [address.parse().expect("an address")];
+        Pool::connect(config, PoolSelector::Id(node.pools[0].id), &seeds, Duration::from_secs(3))
+    };
+    let error = connect(None).map(drop).expect_err("a stranger comes in").to_string();
+    assert!(error.contains("within 3s"), "{error}");
+    let pool = connect(Some(&identity)).expect("the pool");
+    let data: Vec<u8> = (0..3 * MIB).map(|i| u8::try_from(i % 251).expect("small")).collect();
+    pool.blocking().write_at(&data, 4096).expect("a write");
+    pool.blocking().flush().expect("a flush");
+    let mut back = vec![0; data.len()];
+    pool.blocking().read_at(&mut back, 4096).expect("a read");
+    assert!(back == data, "what is read is what was written");
 }
 
 #[test]

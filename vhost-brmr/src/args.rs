@@ -96,6 +96,11 @@ pub struct Options {
     #[arg(long, value_name = "MILLISECONDS", help_heading = "Pool")]
     pub leg_timeout_ms: Option<u32>,
 
+    /// A member whose disk fails reads is resynchronised so many times within an hour, then left out until the daemon
+    /// attaches anew. [default: 16]
+    #[arg(long, value_name = "N", help_heading = "Pool")]
+    pub read_error_limit: Option<u32>,
+
     /// Queues offered to the guest, 1 to 256; one per vCPU is a good choice. [default: 1]
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub num_queues: Option<u16>,
@@ -120,6 +125,18 @@ pub struct Options {
     /// Wait so many seconds for requests in flight when a queue is stopped or the daemon ends. [default: 30]
     #[arg(long, value_name = "SECONDS", help_heading = "Operation")]
     pub drain_timeout_s: Option<u32>,
+
+    /// Authorities, in PEM form, whose certificates are trusted on tls:// addresses. Without it those are refused.
+    #[arg(long, value_name = "FILE", help_heading = "Pool")]
+    pub tls_authorities: Option<PathBuf>,
+
+    /// Certificate to show to nodes that ask for one, in PEM form; goes with --tls-key.
+    #[arg(long, value_name = "FILE", help_heading = "Pool")]
+    pub tls_certificate: Option<PathBuf>,
+
+    /// Private key of the certificate, in PEM form.
+    #[arg(long, value_name = "FILE", help_heading = "Pool")]
+    pub tls_key: Option<PathBuf>,
 
     /// Form of the log on standard error. Its level is set with RUST_LOG, e.g. RUST_LOG=debug. [default: text]
     #[arg(long, value_name = "FORMAT", value_enum, help_heading = "Operation")]
@@ -169,12 +186,16 @@ impl Options {
             force_from: self.force_from,
             suspend_timeout_s: self.suspend_timeout_s.or(file.suspend_timeout_s),
             leg_timeout_ms: self.leg_timeout_ms.or(file.leg_timeout_ms),
+            read_error_limit: self.read_error_limit.or(file.read_error_limit),
             num_queues: self.num_queues.or(file.num_queues),
             queue_size: self.queue_size.or(file.queue_size),
             serial: self.serial.or(file.serial),
             read_only: self.read_only.or(file.read_only),
             poll_us: self.poll_us.or(file.poll_us),
             drain_timeout_s: self.drain_timeout_s.or(file.drain_timeout_s),
+            tls_authorities: self.tls_authorities.or(file.tls_authorities),
+            tls_certificate: self.tls_certificate.or(file.tls_certificate),
+            tls_key: self.tls_key.or(file.tls_key),
             log_format: self.log_format.or(file.log_format),
         }
     }

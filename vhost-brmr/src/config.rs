@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use rmr_common::client::DEFAULT_READ_ERROR_LIMIT;
 use rmr_common::pool::{Address, AddressError, MemberId, PoolId, PoolSpec};
+use rmr_common::transport::tls::IdentityFiles;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -84,8 +86,21 @@ pub struct PoolSettings {
     pub suspend_timeout: Duration,
     /// How long a member may take to answer.
     pub leg_timeout: Duration,
+    /// How many times within an hour a member may come back after read errors.
+    pub read_error_limit: u32,
     /// No writes will be sent.
     pub read_only: bool,
+    /// How `tls://` addresses are reached.
+    pub tls: Option<TlsFiles>,
+}
+
+/// Certificates, as files in PEM form.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// Authorities that are trusted.
+    pub authorities: PathBuf,
+    /// What to show to nodes that ask.
+    pub identity: Option<IdentityFiles>,
 }
 
 /// Everything that was configured, checked.
@@ -193,6 +208,7 @@ impl Settings {
         }
         let suspend_timeout_s = seconds("suspend-timeout-s", options.suspend_timeout_s, 60)?;
         let drain_timeout = seconds("drain-timeout-s", options.drain_timeout_s, 30)?;
+        let tls = tls(options.tls_authorities, options.tls_certificate, options.tls_key)?;
         if options.once.is_some() && options.on_disconnect.is_some() {
             return Err(ConfigError::Conflict("once", "on-disconnect"));
         }
@@ -213,7 +229,9 @@ impl Settings {
                 force_from,
                 suspend_timeout: suspend_timeout_s,
                 leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
+                read_error_limit: options.read_error_limit.unwrap_or(DEFAULT_READ_ERROR_LIMIT),
                 read_only,
+                tls,
             },
             device: DeviceOptions { queues, queue_size, serial, read_only },
             event_loop: LoopOptions {
@@ -241,6 +259,27 @@ fn endpoint(options: &Options) -> Result<Endpoint, ConfigError> {
         }
         (None, Some(fd)) => Ok(Endpoint::Inherited(fd)),
         (None, None) => Err(ConfigError::Missing("socket-path", " (or --fd)")),
+    }
+}
+
+fn tls(
+    authorities: Option<PathBuf>,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+) -> Result<Option<TlsFiles>, ConfigError> {
+    let identity = match (certificate, key) {
+        (Some(certificate), Some(key)) => Some(IdentityFiles { certificate, key }),
+        (None, None) => None,
+        (Some(_), None) => return Err(ConfigError::Missing("tls-key", ": it goes with --tls-certificate")),
+        (None, Some(_)) => return Err(ConfigError::Missing("tls-certificate", ": it goes with --tls-key")),
+    };
+    match (authorities, identity) {
+        (Some(authorities), identity) => Ok(Some(TlsFiles { authorities, identity })),
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(ConfigError::Missing(
+            "tls-authorities",
+            ": with a certificate of one's own, those of nodes are checked as well",
+        )),
     }
 }
 

@@ -8,6 +8,7 @@ use rmr_common::client::{self, Config, IoError, Notice, OverReason, PoolSelector
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
+use rmr_common::transport::tls::ClientTls;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
@@ -53,6 +54,10 @@ impl PoolDisk {
         config.force_from = pool.force_from;
         config.leg_timeout = pool.leg_timeout;
         config.suspend_timeout = pool.suspend_timeout;
+        if let Some(files) = &pool.tls {
+            config.tls = Some(ClientTls::load(&files.authorities, files.identity.as_ref())?);
+        }
+        config.read_error_limit = pool.read_error_limit;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
         let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
         anyhow::ensure!(

@@ -252,7 +252,7 @@ impl Disk {
 
         let mut memory = sys::SharedMemory::new(shape.memory_bytes)
             .map_err(|cause| DiskError::System { doing: "allocating the guest's memory", cause })?;
-        let mut random = rand::rngs::StdRng::seed_from_u64(options.seed);
+        let mut random = rand::rngs::SmallRng::seed_from_u64(options.seed);
         random.fill_bytes(memory.before_sharing(shape.buffers_at, shape.memory_bytes - shape.buffers_at));
 
         let virtio = VirtioFeatureFlags::from_bits_truncate(features);

@@ -1,5 +1,6 @@
 //! Several named checks that share one costly topology: all of them run, and all that failed are reported together.
 
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -36,6 +37,12 @@ impl Checks {
         result.is_ok()
     }
 
+    /// Says loudly that a check cannot be made here, and why. It counts neither as held nor as failed.
+    pub fn not_run(&mut self, sentence: &str, why: &str) {
+        // Not by eprintln!, whose output is hidden for tests that pass.
+        let _ = writeln!(std::io::stderr(), "\nNOT RUN (skipped): {sentence}: {why}");
+    }
+
     /// Reports the failures, if any.
     ///
     /// # Errors
@@ -65,6 +72,7 @@ mod tests {
         let mut checks = Checks::new();
         assert!(!checks.check("water is dry", || bail!("it is wet")));
         assert!(checks.check("one is one", || Ok(())));
+        checks.not_run("fire is warm", "there is no fire");
         assert!(!checks.check("ice is hot", || bail!("it is cold")));
         let report = checks.finish().unwrap_err().to_string();
         assert!(report.contains("1 checks held, 2 did not"), "{report}");
@@ -72,6 +80,8 @@ mod tests {
             report.contains("water is dry: it is wet") && report.contains("ice is hot: it is cold"),
             "{report}"
         );
-        assert!(Checks::new().finish().is_err());
+        let mut none = Checks::new();
+        none.not_run("fire is warm", "there is no fire");
+        assert!(none.finish().is_err());
     }
 }

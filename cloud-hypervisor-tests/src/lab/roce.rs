@@ -18,7 +18,7 @@
 //! # }
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
@@ -40,8 +40,10 @@ const PROGRAMS: [&str; 7] =
     ["ip", "rdma", "ibv_devices", "ibv_devinfo", "ibv_rc_pingpong", "rping", "taskset"];
 /// How libibverbs learns of the provider of rxe.
 const DRIVER_FILE: &str = "/etc/libibverbs.d/rxe.driver";
-/// The guest's programs, libraries and stores are all in its memory.
+/// The guest's programs, libraries and most stores are in its memory.
 const MEMORY_MIB: u32 = 1536;
+/// The disk that the guest has at `/tmp`, for stores that want O_DIRECT. It takes only what is written.
+const DISK_BYTES: u64 = 2 << 30;
 
 /// A machine with Soft-RoCE to be.
 #[derive(Clone, Debug)]
@@ -87,9 +89,17 @@ impl RoceBuilder {
         for program in PROGRAMS {
             image = image.program(program);
         }
+        let disk = lab.path(format!("{}.disk", self.name));
+        File::create(&disk)
+            .and_then(|file| file.set_len(DISK_BYTES))
+            .with_context(|| format!("making {}", disk.display()))?;
         let image = image.build()?.with_programs(lab, &self.name, &self.programs)?;
         let initramfs = image.initramfs.clone();
-        let vm = self.vm.image(image).boot(lab)?;
+        // Nothing on the disk outlives the machine, so nothing need reach this machine's own disk.
+        let drive = format!("file={},if=none,id=scratch,format=raw,cache=unsafe", disk.display());
+        let device = "virtio-blk-pci,drive=scratch".to_owned();
+        let arguments = ["-drive".to_owned(), drive, "-device".to_owned(), device];
+        let vm = self.vm.arguments(arguments).image(image).boot(lab)?;
         // The guest has it in its memory; the test's directory need not hold it any longer.
         fs::remove_file(&initramfs).with_context(|| format!("removing {}", initramfs.display()))?;
         vm.run(&set_up_script()).context("setting up Soft-RoCE")?;
@@ -152,6 +162,8 @@ fn provider_library() -> Result<PathBuf> {
 fn set_up_script() -> String {
     format!(
         "set -e
+         mkfs.ext4 -q /dev/vda
+         mount -t ext4 /dev/vda /tmp
          ip link set lo up
          ip link add roce0 type dummy
          ip link set roce0 mtu 9000 up

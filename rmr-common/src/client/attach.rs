@@ -139,6 +139,7 @@ impl Client {
                     Kind::SetViewReply => self.set_view_reply(member, header, body),
                     Kind::PrepareReply => self.prepare_reply(member, header),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
+                    Kind::SourceFailed => self.source_failed(member, header),
                     Kind::DetachReply => self.detach_reply(member),
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
@@ -465,9 +466,10 @@ impl Client {
     }
 
     /// Makes `next` durable on every member that is active in it.
-    pub(super) fn change_view(&mut self, next: View, additions: Vec<DirtyAddition>, attach: bool) {
+    pub(super) fn change_view(&mut self, next: View, mut additions: Vec<DirtyAddition>, attach: bool) {
         self.verify_disturbed();
         let waiting = next.active();
+        self.faults.tell(&next, &mut additions);
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();
         if batches.is_empty() {
@@ -522,6 +524,7 @@ impl Client {
             self.note_view(member, &next);
             self.note_epoch(member, self.epoch);
         }
+        self.faults.committed(&next, attach);
         self.view = Some(next);
         self.suspended_since = None;
         self.notice(notice);
@@ -534,7 +537,15 @@ impl Client {
 
     /// Members can not be reached any more. The pool goes on with the others if a Clean one is left.
     pub(super) fn lose(&mut self, members: MemberSet, reason: &str) {
-        self.fail_members(members);
+        self.stale_lost(members);
+        for member in members.iter() {
+            self.parts.fail_member(member);
+            if let Some(flush) = &mut self.flush
+                && flush.pending.remove(member)
+            {
+                flush.failed.insert(member);
+            }
+        }
         let (base, mut gone) = match &self.state {
             State::Gathering { .. } | State::Over(_) => return,
             State::Attaching { waiting, replies, .. } => {
@@ -583,32 +594,6 @@ impl Client {
         }
     }
 
-    /// Members answer no more, or what they answer is of no interest.
-    fn fail_members(&mut self, members: MemberSet) {
-        self.stale_lost(members);
-        for member in members.iter() {
-            self.parts.fail_member(member);
-            if let Some(flush) = &mut self.flush
-                && flush.pending.remove(member)
-            {
-                flush.failed.insert(member);
-            }
-        }
-    }
-
-    /// Takes members out of the view that are connected, with ranges on record in which they are wrong. They come back by
-    /// the usual rejoin, which copies these. False when that cannot be done now.
-    pub(super) fn expel(&mut self, members: MemberSet, wrong: Vec<DirtyAddition>, reason: &str) -> bool {
-        let step = self.view.as_ref().map(|v| v.step(ViewStep::Lose(members), self.epoch));
-        let Some(Ok(next)) = step.filter(|_| self.is_active() && !self.is_quiescing()) else { return false };
-        self.fail_members(members);
-        let mut additions = wrong;
-        additions.extend(self.missed_by(members));
-        self.notice(Notice::Lost(members, reason.to_owned()));
-        self.change_view(next, additions, false);
-        true
-    }
-
     /// Starts over and fails every request.
     pub(super) fn cancel(&mut self) {
         self.gather();
@@ -620,6 +605,7 @@ impl Client {
     pub(super) fn gather(&mut self) {
         self.forget_rejoin();
         self.verify_disturbed();
+        self.faults.forget_leaving();
         self.parts.unsend_all();
         let retry_at = self.now + self.config.reconnect_interval / 4;
         for (link, id) in self.links.iter_mut().zip(0u8..) {

@@ -71,6 +71,7 @@ impl Client {
         if self.is_quiescing() {
             self.try_quiesced();
         }
+        self.try_leave();
         if !self.is_active() || self.is_quiescing() {
             return;
         }
@@ -223,19 +224,23 @@ impl Client {
                 self.drop_member(member, "protocol error: a read was answered with another length");
             }
             Status::Ok => {
+                let erred = part.erred;
                 if let Some(part) = self.parts.get_mut(header.slot) {
                     part.pending.remove(member);
                 }
+                erred.iter().for_each(|m| self.note_bad_range(m, offset, length.into()));
                 self.part_progress(header.slot);
             }
             Status::StaleEpoch | Status::NotAttached => {
                 self.end(super::OverReason::Fenced(header.epoch));
             }
             Status::IoError | Status::NoSpace if operation == Operation::Read => {
-                self.counters.reads_repeated += 1;
+                self.counters.read_errors += 1;
+                self.faults.count(member);
                 self.notice(Notice::ReadError(member, offset, length));
                 if let Some(part) = self.parts.get_mut(header.slot) {
                     part.failed.insert(member);
+                    part.erred.insert(member);
                 }
                 self.requeue_read(header.slot);
                 if self.parts.get(header.slot).is_some_and(|p| p.state == PartState::Unsent) {

@@ -19,6 +19,7 @@
 mod attach;
 mod change;
 mod data;
+mod faults;
 mod parts;
 mod reconcile;
 mod rejoin;
@@ -38,6 +39,7 @@ use crate::pool::{
     Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Sequence, Slot, View,
 };
 use crate::time::Time;
+use crate::transport::tls::ClientTls;
 use crate::wire::{AttachReply, HelloReply, MAX_SLOTS, MessageHeader};
 use parts::{OpIndex, Parts};
 
@@ -46,6 +48,9 @@ use parts::{OpIndex, Parts};
 pub const MAX_LINKS: usize = 2 * MAX_MEMBERS;
 /// Most requests that wait for a slot. A device queue never has more; other callers get [`IoError::TooMany`].
 pub const MAX_QUEUED: usize = 64 * 1024;
+
+/// [`Config::read_error_limit`] unless told otherwise: more than the odd bad sector, fewer than a dying disk makes in an hour.
+pub const DEFAULT_READ_ERROR_LIMIT: u32 = 16;
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
@@ -73,6 +78,11 @@ pub struct Config {
     pub ping_interval: Duration,
     /// A verify that looks at a range again holds writes to it for so long at most.
     pub verify_hold: Duration,
+    /// How drivers connect to `tls://` addresses; without it they refuse them. The state machine itself has no use for it.
+    pub tls: Option<ClientTls>,
+    /// A leg whose disk fails reads is resynchronised so many times within an hour; after that it is left out until the
+    /// client attaches anew. Errors that come together count once.
+    pub read_error_limit: u32,
 }
 
 impl Config {
@@ -91,6 +101,8 @@ impl Config {
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
             verify_hold: Duration::from_millis(20),
+            tls: None,
+            read_error_limit: DEFAULT_READ_ERROR_LIMIT,
         }
     }
 }
@@ -407,6 +419,7 @@ pub struct Client {
     verify: Option<Box<verify::Verify>>,
     /// When the guest last asked for something.
     last_request: Option<Time>,
+    faults: faults::Faults,
     detach_requested: bool,
     /// Since when requests wait for the pool, after it was active.
     suspended_since: Option<Time>,
@@ -427,8 +440,8 @@ pub struct Counters {
     pub views: u64,
     /// Writes that waited for an overlapping one.
     pub overlapping: u64,
-    /// Reads repeated on another leg.
-    pub reads_repeated: u64,
+    /// Reads that a leg's disk failed, and that were repeated on another one.
+    pub read_errors: u64,
 }
 
 impl Client {
@@ -465,6 +478,7 @@ impl Client {
             stale: rejoin::Stale::default(),
             verify: None,
             last_request: None,
+            faults: faults::Faults::default(),
             detach_requested: false,
             suspended_since: None,
             next_tick: now,

@@ -44,6 +44,8 @@ pub(super) struct Part {
     pub(super) pending: MemberSet,
     /// Legs that did not carry it out; the part completes when the committed view has them Out.
     pub(super) failed: MemberSet,
+    /// Those of them whose disk failed the read.
+    pub(super) erred: MemberSet,
     /// Set when a view change or a new attachment found the write in flight: reads of its range wait for it, lest a
     /// read from a new home leg go back in time.
     pub(super) barrier: bool,
@@ -71,6 +73,7 @@ impl Part {
         sequence: Sequence(0),
         pending: MemberSet::EMPTY,
         failed: MemberSet::EMPTY,
+        erred: MemberSet::EMPTY,
         barrier: false,
         in_line: false,
         sent_at: Time(0),
@@ -133,6 +136,11 @@ impl Parts {
     /// Whether any write is with the legs, or was answered and waits for a view.
     pub(super) fn has_sent_write(&self) -> bool {
         self.parts.iter().any(|p| p.state == PartState::Sent && p.operation.is_write())
+    }
+
+    /// Whether an answer of this leg is awaited.
+    pub(super) fn is_awaited_from(&self, member: MemberId) -> bool {
+        self.parts.iter().any(|p| p.state == PartState::Sent && p.pending.contains(member))
     }
 
     pub(super) fn in_flight(&self) -> usize {

@@ -42,6 +42,8 @@ pub(super) struct Stale {
     not_before: [Time; crate::pool::MAX_MEMBERS],
     /// The source that each Syncing member was told.
     sources: [Option<MemberId>; crate::pool::MAX_MEMBERS],
+    /// Sources with which it did not work, to be tried again when all others were.
+    avoided: [MemberSet; crate::pool::MAX_MEMBERS],
     /// Syncing members with nothing stale left.
     current: MemberSet,
     /// Clean members whose maps of others are exact to the block: all but those that were promoted by this client.
@@ -51,6 +53,11 @@ pub(super) struct Stale {
 impl Client {
     /// Whether requests are held back for a barrier.
     pub(super) fn is_quiescing(&self) -> bool {
+        self.is_rejoin_quiescing() || self.faults.holds_requests()
+    }
+
+    /// Whether they are for that of a rejoin.
+    pub(super) fn is_rejoin_quiescing(&self) -> bool {
         self.stale.rejoin.as_ref().is_some_and(|r| r.phase == Phase::Quiescing)
     }
 
@@ -90,7 +97,8 @@ impl Client {
             let found = self.ready(*m).and_then(|r| r.spec.member(*m)).map(|m| m.store);
             store.is_some() && store == found
         };
-        let due = |m: &MemberId| self.stale.not_before[m.index()] <= self.now;
+        let due =
+            |m: &MemberId| self.stale.not_before[m.index()] <= self.now && self.faults.excluded(*m).is_none();
         let candidate =
             self.view_out().intersection(self.ready_members()).iter().filter(due).find(is_its_store);
         let Some(member) = candidate else { return };
@@ -153,12 +161,20 @@ impl Client {
         }
     }
 
-    /// The member from which `member` is to be brought up to date: one that is Clean, if possible since before.
+    /// The member from which `member` is to be brought up to date: one that is Clean, if possible since before, and with
+    /// which it did work; when it did with none, all are tried again.
     fn name_source(&mut self, member: MemberId) {
         let clean = self.view_clean();
-        let exact = clean.without(self.stale.inexact);
+        let mut usable = clean.without(self.stale.avoided[member.index()]);
+        if usable.is_empty() {
+            // The last one that failed is tried last.
+            let last = self.stale.sources[member.index()].map_or(MemberSet::EMPTY, MemberSet::only);
+            self.stale.avoided[member.index()] = last;
+            usable = if clean.is_subset(last) { clean } else { clean.without(last) };
+        }
+        let exact = usable.without(self.stale.inexact);
         let wrong = self.known_wrong();
-        let best = [exact.without(wrong), clean.without(wrong), exact, clean];
+        let best = [exact.without(wrong), usable.without(wrong), exact, usable];
         let source = best.iter().find_map(|set| set.iter().next());
         let address = source.and_then(|s| self.spec.as_ref()?.member(s)).map(|m| m.address.clone());
         let (Some(source), Some(address)) = (source, address) else { return };
@@ -166,6 +182,32 @@ impl Client {
         self.stale.current.remove(member);
         let header = self.header(Kind::Prepare);
         self.send_body(member, header, Prepare { source, address }.encode());
+    }
+
+    /// A Syncing member cannot get what it misses from its source: another one is named, if there is one.
+    pub(super) fn source_failed(&mut self, member: MemberId, header: &MessageHeader) {
+        let source = self.stale.sources[member.index()];
+        let is_present = source.is_some_and(|s| u16::from(s.as_u8()) == header.slot.0);
+        let is_syncing = self.view.as_ref().and_then(|v| v.state(member)) == Some(MemberState::Syncing);
+        if header.epoch != self.epoch || !is_present || !is_syncing || !self.is_active() {
+            return;
+        }
+        self.avoid_source(member);
+        if self.view_clean().len() > 1 {
+            self.name_source(member);
+        }
+    }
+
+    /// The source that a member was told.
+    #[cfg(test)]
+    pub(super) fn source_of(&self, member: MemberId) -> Option<MemberId> {
+        self.stale.sources[member.index()]
+    }
+
+    fn avoid_source(&mut self, member: MemberId) {
+        if let Some(source) = self.stale.sources[member.index()] {
+            self.stale.avoided[member.index()].insert(source);
+        }
     }
 
     /// Tells each Syncing member its source, if it has none that is Clean.
@@ -194,6 +236,7 @@ impl Client {
             (Status::Ok, false) => {}
             (_, true) => self.abort_rejoin(member),
             (_, false) => {
+                self.avoid_source(member);
                 self.stale.sources[member.index()] = None;
                 self.stale.not_before[member.index()] = self.now + BACKOFF;
             }
@@ -202,7 +245,7 @@ impl Client {
 
     /// Ends the barrier when no write is in flight: commits the view that has the member Syncing.
     pub(super) fn try_quiesced(&mut self) {
-        if !self.is_quiescing() || !self.is_active() || self.parts.has_sent_write() {
+        if !self.is_rejoin_quiescing() || !self.is_active() || self.parts.has_sent_write() {
             return;
         }
         let Some(rejoin) = &mut self.stale.rejoin else { return };
@@ -226,6 +269,10 @@ impl Client {
     pub(super) fn abort_rejoin(&mut self, member: MemberId) {
         let Some(rejoin) = self.stale.rejoin.take_if(|r| r.member == member) else { return };
         self.stale.not_before[member.index()] = self.now + BACKOFF;
+        if matches!(rejoin.phase, Phase::Preparing | Phase::Changing) {
+            // It may be the source that keeps the member out.
+            self.avoid_source(member);
+        }
         self.stale.sources[member.index()] = None;
         if rejoin.phase == Phase::Quiescing && self.is_active() {
             self.resume_requests();

@@ -28,6 +28,10 @@ pub struct LegStatus {
     pub link: LinkSummary,
     /// The data, by the committed view; `None` before the client attached.
     pub data: Option<MemberState>,
+    /// Reads that its disk failed.
+    pub read_errors: u64,
+    /// Why it is not brought back in, if it is left out.
+    pub excluded: Option<String>,
 }
 
 /// One pool as its client sees it.
@@ -72,7 +76,15 @@ impl Client {
                 None => LinkSummary::Down("never connected".into()),
             };
             let data = self.view.as_ref().and_then(|v| v.state(m.id));
-            LegStatus { member: m.id, address: m.address.clone(), link, data }
+            let (read_errors, excluded) = (self.faults.errors(m.id), self.faults.excluded(m.id));
+            LegStatus {
+                member: m.id,
+                address: m.address.clone(),
+                link,
+                data,
+                read_errors,
+                excluded: excluded.map(str::to_owned),
+            }
         });
         PoolStatus {
             pool: self.spec.as_ref().map(|s| s.id),

@@ -1,1 +1,291 @@
 //! Unit tests of the machine; the simulator tests it together with replicas.
+
+use super::*;
+use crate::pool::{BootId, ChunkSize, MemberSpec, MemberState, StoreId};
+use crate::wire::{DirtyAddition, Kind, Limits, SetView, Status};
+
+const SECOND: u64 = 1_000_000_000;
+
+fn member(index: u8) -> MemberId {
+    MemberId::new(index).unwrap()
+}
+
+/// A client with nodes that answer whatever is no request of the guest by themselves, and well.
+struct Bench {
+    client: Client,
+    now: Time,
+    spec: PoolSpec,
+    views: Vec<View>,
+    epochs: Vec<Epoch>,
+    host_boots: Vec<u8>,
+    write_through: bool,
+    up: Vec<bool>,
+    /// Requests that were sent and not answered, by member.
+    sent: Vec<(MemberId, MessageHeader)>,
+    /// What came with views.
+    additions: Vec<DirtyAddition>,
+    done: Vec<(Token, Result<(), IoError>)>,
+}
+
+impl Bench {
+    fn new(members: u8, configure: impl FnOnce(&mut Config)) -> Self {
+        let line = |i: u8| MemberSpec {
+            id: member(i),
+            store: StoreId::from_bytes([i + 1; 16]),
+            address: Address::tcp("node", 1 + u16::from(i)),
+            maintenance: false,
+        };
+        let spec = PoolSpec {
+            id: PoolId::from_bytes([9; 16]),
+            name: "p".into(),
+            size: 16 << 20,
+            chunk_size: ChunkSize::from_bytes(64 << 10).unwrap(),
+            logical_block_size: 512,
+            members: (0..members).map(line).collect(),
+        };
+        let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
+        let mut config = Config::new(ClientId::from_bytes([1; 16]), "test");
+        config.attach_grace = Duration::ZERO;
+        configure(&mut config);
+        let seeds: Vec<_> = spec.members.iter().map(|m| m.address.clone()).collect();
+        let count = usize::from(members);
+        let client = Client::new(config, PoolSelector::Id(spec.id), &seeds, Time(SECOND));
+        let mut bench = Self {
+            client,
+            now: Time(SECOND),
+            spec,
+            views: vec![view; count],
+            epochs: vec![Epoch(0); count],
+            host_boots: vec![1; count],
+            write_through: true,
+            up: vec![true; count],
+            sent: Vec::new(),
+            additions: Vec::new(),
+            done: Vec::new(),
+        };
+        bench.run();
+        assert!(bench.client.is_active());
+        bench
+    }
+
+    /// Carries out what the client wants until it waits for something that the test has to do.
+    fn run(&mut self) {
+        while let Some(output) = self.client.take_output() {
+            match output {
+                Output::Connect(link, address) => {
+                    let node = self.spec.members.iter().position(|m| m.address == address).unwrap();
+                    let event =
+                        if self.up[node] { Event::LinkUp(link) } else { Event::LinkDown(link, "down") };
+                    self.client.apply(event, self.now);
+                }
+                Output::Send(link, header, payload) => self.deliver(link, &header, payload),
+                Output::Complete(token, result) => self.done.push((token, result)),
+                Output::Disconnect(_) | Output::Notice(_) | Output::CommandDone(..) => {}
+            }
+        }
+    }
+
+    fn deliver(&mut self, link: LinkId, header: &MessageHeader, payload: Payload) {
+        let node = usize::from(link.0);
+        let body = if let Payload::Body(body) = payload { body } else { Vec::new() };
+        let (kind, body) = match header.kind {
+            Kind::Hello => {
+                let reply = HelloReply {
+                    version: 1,
+                    capabilities: 0,
+                    limits: Limits { max_io: 1 << 20, slots: 64, max_bytes: 8 << 20 },
+                    member: member(link.0),
+                    write_through: self.write_through,
+                    host_boot: BootId::from_bytes([self.host_boots[node]; 16]),
+                    process_boot: BootId::from_bytes([1; 16]),
+                    spec: self.spec.clone(),
+                    view: self.views[node].clone(),
+                    epoch: self.epochs[node],
+                };
+                (Kind::HelloReply, reply.encode())
+            }
+            Kind::Attach => {
+                self.epochs[node] = header.epoch;
+                let reply = AttachReply {
+                    view: self.views[node].clone(),
+                    last_client: None,
+                    clean_detach: false,
+                    slots: Vec::new(),
+                    watermark: crate::pool::Sequence(0),
+                    tables_lost: false,
+                    intents: Vec::new(),
+                };
+                (Kind::AttachReply, reply.encode())
+            }
+            Kind::SetView => {
+                let set = SetView::decode(&body).unwrap();
+                if self.views.iter().all(|v| v.order() < set.view.order()) {
+                    self.additions.extend(set.additions);
+                }
+                self.views[node] = set.view;
+                (Kind::SetViewReply, Vec::new())
+            }
+            Kind::Prepare => (Kind::PrepareReply, Vec::new()),
+            Kind::Ping => (Kind::Pong, Vec::new()),
+            _ => return self.sent.push((member(link.0), *header)),
+        };
+        let mut reply = header.reply(kind, Status::Ok);
+        reply.payload = u32::try_from(body.len()).unwrap();
+        self.client.apply(Event::Message(link, &reply, &body), self.now);
+    }
+
+    fn pass(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.now = self.now + Duration::from_millis(100);
+            self.client.apply(Event::Tick, self.now);
+            self.run();
+        }
+    }
+
+    fn submit(&mut self, token: u64, operation: Operation, offset: u64, length: u64) {
+        self.client.submit(Token(token), operation, offset, length, self.now);
+        self.run();
+    }
+
+    /// Answers the oldest request that a member, or any, was sent. Returns who that was.
+    fn answer(&mut self, who: Option<MemberId>, status: Status) -> MemberId {
+        let at = self.sent.iter().position(|(m, _)| who.is_none_or(|who| *m == who)).expect("a request");
+        let (member, header) = self.sent.remove(at);
+        let kind = if header.kind == Kind::Flush { Kind::FlushReply } else { Kind::IoReply };
+        let mut reply = header.reply(kind, status);
+        if header.kind == Kind::Read && status == Status::Ok {
+            reply.payload = header.length;
+        }
+        self.client.apply(Event::Message(LinkId(member.as_u8()), &reply, &[]), self.now);
+        self.run();
+        member
+    }
+
+    /// Answers all requests well, until no more come.
+    fn answer_all(&mut self) {
+        while !self.sent.is_empty() {
+            self.answer(None, Status::Ok);
+        }
+    }
+
+    fn state(&self, member: MemberId) -> Option<MemberState> {
+        self.client.view.as_ref().and_then(|v| v.state(member))
+    }
+
+    fn excluded(&self, member: MemberId) -> Option<String> {
+        self.client.status().legs.into_iter().find(|l| l.member == member).and_then(|l| l.excluded)
+    }
+
+    /// A read that its home leg fails and another one serves. Returns the home leg.
+    fn fail_read(&mut self, token: u64, offset: u64) -> MemberId {
+        self.submit(token, Operation::Read, offset, 512);
+        let bad = self.answer(None, Status::IoError);
+        self.answer_all();
+        bad
+    }
+
+    /// Tells the client that a Syncing member has everything.
+    fn synced(&mut self, member: MemberId) {
+        let list = crate::wire::ChunkList { member, blocks_left: 0, chunks: Vec::new() };
+        let body = list.encode();
+        let header = MessageHeader {
+            epoch: self.client.epoch,
+            payload: u32::try_from(body.len()).unwrap(),
+            ..MessageHeader::new(Kind::ChunksDone, self.spec.id)
+        };
+        self.client.apply(Event::Message(LinkId(member.as_u8()), &header, &body), self.now);
+        self.run();
+        self.sent.retain(|(_, h)| h.kind != Kind::ClearDirty);
+    }
+}
+
+#[test]
+fn a_range_that_one_leg_cannot_read_is_on_record_as_missed_by_it_and_it_comes_back() {
+    let mut bench = Bench::new(2, |_| {});
+    let bad = bench.fail_read(1, 5 * 4096 + 512);
+    assert_eq!(bench.done, [(Token(1), Ok(()))]);
+    assert_eq!(bench.state(bad), Some(MemberState::Out));
+    let missed = DirtyAddition { members: MemberSet::only(bad), offset: 5 * 4096, length: 4096 };
+    assert_eq!(bench.additions, [missed], "exactly the block");
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.state(bad), Some(MemberState::Syncing));
+    bench.synced(bad);
+    assert_eq!(bench.state(bad), Some(MemberState::Clean));
+}
+
+#[test]
+fn read_errors_that_come_together_are_one_view_change() {
+    let mut bench = Bench::new(2, |_| {});
+    let before = bench.client.counters.views;
+    (0..8).for_each(|i| bench.submit(i, Operation::Read, i * 512, 512));
+    let bad = bench.sent[0].0;
+    (0..8).for_each(|_| _ = bench.answer(Some(bad), Status::IoError));
+    bench.answer_all();
+    assert_eq!((bench.done.len(), bench.client.counters.views), (8, before + 1));
+    assert_eq!(bench.state(bad), Some(MemberState::Out));
+}
+
+#[test]
+fn a_leg_does_not_leave_for_a_read_error_before_all_that_it_was_sent_is_answered() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.submit(1, Operation::Read, 0, 512);
+    let bad = bench.sent[0].0;
+    bench.submit(2, Operation::Write, 1 << 20, 4096);
+    let other = member(1 - bad.as_u8());
+    bench.answer(Some(bad), Status::IoError);
+    bench.answer(Some(other), Status::Ok);
+    bench.answer(Some(other), Status::Ok);
+    assert_eq!(bench.state(bad), Some(MemberState::Clean), "it has the guest's memory still");
+    bench.answer(Some(bad), Status::Ok);
+    assert_eq!(bench.state(bad), Some(MemberState::Out));
+    assert_eq!(bench.additions.len(), 1, "the write is not missed: {:?}", bench.additions);
+}
+
+#[test]
+fn what_no_leg_can_read_is_an_error_to_the_guest_and_costs_no_leg() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.submit(1, Operation::Read, 0, 512);
+    bench.answer(None, Status::IoError);
+    bench.answer(None, Status::IoError);
+    assert_eq!(bench.done, [(Token(1), Err(IoError::Media))]);
+    bench.pass(Duration::from_secs(1));
+    assert_eq!([bench.state(member(0)), bench.state(member(1))], [Some(MemberState::Clean); 2]);
+}
+
+#[test]
+fn a_leg_that_fails_reads_too_often_is_left_out_until_the_next_attachment() {
+    let mut bench = Bench::new(2, |c| c.read_error_limit = 1);
+    let bad = bench.fail_read(1, 0);
+    bench.pass(Duration::from_secs(2));
+    bench.synced(bad);
+    assert_eq!(bench.excluded(bad), None);
+    assert_eq!(bench.fail_read(2, 0), bad);
+    assert!(bench.excluded(bad).unwrap().contains("2 times"));
+    bench.pass(Duration::from_secs(30));
+    assert_eq!(bench.state(bad), Some(MemberState::Out));
+    bench.client.apply(Event::Cancel, bench.now);
+    bench.pass(Duration::from_secs(3));
+    assert_eq!(bench.state(bad), Some(MemberState::Syncing), "a new attachment takes it in again");
+}
+
+#[test]
+fn a_syncing_member_whose_source_fails_is_told_another_one() {
+    let mut bench = Bench::new(3, |_| {});
+    let bad = bench.fail_read(1, 0);
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.state(bad), Some(MemberState::Syncing));
+    let source = |bench: &Bench| bench.client.source_of(bad).unwrap();
+    let mut named = vec![source(&bench)];
+    for _ in 0..2 {
+        let header = MessageHeader {
+            epoch: bench.client.epoch,
+            slot: crate::pool::Slot(source(&bench).as_u8().into()),
+            ..MessageHeader::new(Kind::SourceFailed, bench.spec.id)
+        };
+        bench.client.apply(Event::Message(LinkId(bad.as_u8()), &header, &[]), bench.now);
+        bench.run();
+        named.push(source(&bench));
+    }
+    assert!(named[0] != named[1] && named[0] == named[2], "{named:?}");
+}

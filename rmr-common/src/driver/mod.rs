@@ -23,8 +23,9 @@ use crate::clock::monotonic_now;
 use crate::pool::{Address, Command, CommandReply, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
-use crate::transport::connect::Connector;
+use crate::transport::connect::{Connector, Dialled};
 use crate::transport::tcp::TcpConnection;
+use crate::transport::tls::ClientTls;
 use crate::transport::{Connection, Place, Receiver};
 use crate::wire::{Kind, MessageHeader};
 
@@ -91,8 +92,8 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
-        let leg_timeout = config.leg_timeout;
-        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout)
+        let (leg_timeout, tls) = (config.leg_timeout, config.tls.clone());
+        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout, tls)
     }
 
     /// Starts to attach to a pool whose specification is known from [`discover`].
@@ -100,12 +101,12 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
-        let leg_timeout = config.leg_timeout;
-        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout)
+        let (leg_timeout, tls) = (config.leg_timeout, config.tls.clone());
+        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout, tls)
     }
 
-    fn start(client: Client, leg_timeout: Duration) -> io::Result<Self> {
-        let connector = Connector::new(leg_timeout)?;
+    fn start(client: Client, leg_timeout: Duration, tls: Option<ClientTls>) -> io::Result<Self> {
+        let connector = Connector::new(leg_timeout, tls)?;
         let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
         let mut driver = Self {
             client,
@@ -331,15 +332,13 @@ impl PoolDriver {
         self.client.status()
     }
 
-    fn connected(&mut self, mark: u64, result: Result<std::net::TcpStream, String>) {
+    fn connected(&mut self, mark: u64, result: Result<Dialled, String>) {
         let index = usize::try_from(mark % MAX_LINKS as u64).unwrap_or(0);
         if self.attempts[index] != mark {
             return; // The link was given up meanwhile; the stream closes itself.
         }
         let id = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
-        let connection =
-            result.and_then(|stream| TcpConnection::new(stream, self.leg_timeout).map_err(|e| e.to_string()));
-        match connection {
+        match result.and_then(|dialled| dialled.into_connection(self.leg_timeout)) {
             Ok(connection) => {
                 let Some(descriptor) = connection.descriptor() else { return };
                 let watched = EventSet::IN | EventSet::READ_HANG_UP;

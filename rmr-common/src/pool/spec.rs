@@ -98,11 +98,24 @@ impl From<ChunkSize> for u64 {
 pub enum TransportKind {
     /// Plain TCP.
     Tcp,
+    /// TLS 1.3 over TCP.
+    Tls,
     /// Reliable connections of RDMA verbs.
     Rdma,
 }
 
-/// Where a node listens for clients and peers: `tcp://host:port` or `rdma://host:port`.
+impl fmt::Display for TransportKind {
+    /// The scheme of addresses of this kind.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Tls => "tls",
+            Self::Rdma => "rdma",
+        })
+    }
+}
+
+/// Where a node listens for clients and peers: `tcp://host:port`, `tls://host:port` or `rdma://host:port`.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Address {
@@ -115,7 +128,13 @@ impl Address {
     /// An address on TCP. `host` is a name, an IPv4 address, or an IPv6 address without brackets.
     #[must_use]
     pub fn tcp(host: impl Into<String>, port: u16) -> Self {
-        Self { transport: TransportKind::Tcp, host: host.into(), port }
+        Self::new(TransportKind::Tcp, host, port)
+    }
+
+    /// An address. `host` is a name, an IPv4 address, or an IPv6 address without brackets.
+    #[must_use]
+    pub fn new(transport: TransportKind, host: impl Into<String>, port: u16) -> Self {
+        Self { transport, host: host.into(), port }
     }
 
     /// The binding to use.
@@ -139,7 +158,9 @@ impl Address {
 
 /// Why a text is no [`Address`].
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
-#[error("'{text}' is no address: {reason}; expected HOST:PORT, tcp://HOST:PORT or rdma://HOST:PORT")]
+#[error(
+    "'{text}' is no address: {reason}; expected HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT or rdma://HOST:PORT"
+)]
 pub struct AddressError {
     text: String,
     reason: &'static str,
@@ -153,8 +174,9 @@ impl FromStr for Address {
         let (transport, rest) = match text.split_once("://") {
             None => (TransportKind::Tcp, text),
             Some(("tcp", rest)) => (TransportKind::Tcp, rest),
+            Some(("tls", rest)) => (TransportKind::Tls, rest),
             Some(("rdma", rest)) => (TransportKind::Rdma, rest),
-            Some(_) => return Err(fail("the scheme is neither tcp nor rdma")),
+            Some(_) => return Err(fail("the scheme is neither tcp nor tls nor rdma")),
         };
         let (host, port) = rest.rsplit_once(':').ok_or_else(|| fail("the port is missing"))?;
         let host = match host.strip_prefix('[') {
@@ -177,10 +199,7 @@ impl FromStr for Address {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scheme = match self.transport {
-            TransportKind::Tcp => "tcp",
-            TransportKind::Rdma => "rdma",
-        };
+        let scheme = self.transport;
         if self.host.contains(':') {
             write!(f, "{scheme}://[{}]:{}", self.host, self.port)
         } else {
@@ -416,6 +435,7 @@ mod tests {
         for (text, printed) in [
             ("node-a:7700", "tcp://node-a:7700"),
             ("tcp://10.0.0.1:1", "tcp://10.0.0.1:1"),
+            ("tls://node-a:7702", "tls://node-a:7702"),
             ("rdma://[fe80::1]:7700", "rdma://[fe80::1]:7700"),
         ] {
             let address: Address = text.parse().unwrap();

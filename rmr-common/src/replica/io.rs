@@ -5,8 +5,8 @@ use super::{
     Waiter,
 };
 use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
-use crate::pool::{BLOCK_SIZE, Block, Chunk, MemberState, Sequence};
-use crate::wire::{Kind, MessageHeader, SlotEntry, Status};
+use crate::pool::{BLOCK_SIZE, Block, Chunk, MemberState, Sequence, Slot};
+use crate::wire::{Kind, MAX_SLOTS, MessageHeader, SlotEntry, Status};
 
 /// A disk request, and the message that asked for it.
 pub(super) struct Io {
@@ -105,6 +105,24 @@ impl Replica {
 
     pub(super) fn note_watermark(&mut self, watermark: Sequence) {
         self.watermark = self.watermark.max(watermark);
+    }
+
+    /// The disk may have carried a write out in part: whatever the other members have, this one is not known to have the
+    /// same.
+    fn note_failed_write(&mut self, header: &MessageHeader) {
+        let watermark = self.watermark;
+        self.failed_writes.retain(|entry| entry.sequence > watermark);
+        if self.failed_writes.len() >= usize::from(MAX_SLOTS) {
+            self.tables_lost = true;
+            return;
+        }
+        self.failed_writes.push(SlotEntry {
+            // Not the slot of the request, so that the entry is like none of another member that did carry it out.
+            slot: Slot(MAX_SLOTS - 1 - header.slot.0),
+            sequence: header.sequence,
+            offset: header.offset,
+            length: header.length,
+        });
     }
 
     fn insert_io(&mut self, io: Io) -> IoId {
@@ -229,7 +247,12 @@ impl Replica {
         }
         match io.request {
             None => self.own_flush_done(id, status),
-            Some((connection, header)) => self.request_done(id, connection, &header, status),
+            Some((connection, header)) => {
+                if io.started && io.operation.is_write() && status != Status::Ok {
+                    self.note_failed_write(&header);
+                }
+                self.request_done(id, connection, &header, status);
+            }
         }
         self.check_drained();
     }

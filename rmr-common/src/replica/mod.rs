@@ -297,6 +297,8 @@ pub struct Replica {
     /// Whether the slot table was lost with an earlier run of the process, and no attach has dealt with that.
     tables_lost: bool,
     slots: Vec<SlotEntry>,
+    /// Writes that the disk failed, and may have carried out in part, above the watermark.
+    failed_writes: Vec<SlotEntry>,
     watermark: Sequence,
     activity: HashMap<Chunk, Activity>,
     /// Chunks that may hold writes of a client that died: their intent bits stay.
@@ -356,6 +358,7 @@ impl Replica {
             tables_lost: !clean_detach,
             spec,
             slots: (0..MAX_SLOTS).map(none).collect(),
+            failed_writes: Vec::new(),
             watermark: Sequence(0),
             activity: HashMap::new(),
             frozen: HashSet::new(),

@@ -189,6 +189,7 @@ impl Replica {
     /// The link to the source is gone: what was asked there is asked again.
     pub(super) fn peer_down(&mut self, reason: &str) {
         let retry_at = self.now + RETRY;
+        self.report_source(reason);
         let Some(resync) = self.resync.as_mut() else { return };
         resync.link = Link::Down { retry_at };
         resync.last_error = Some(reason.to_owned());
@@ -202,6 +203,25 @@ impl Replica {
         if in_handover {
             self.fail_handover(reason);
         }
+    }
+
+    /// Tells the coordinator that this source is of no use, so that it may name another one. Until it does, what failed is
+    /// tried again here.
+    fn report_source(&mut self, reason: &str) {
+        let Some(resync) = self.resync.as_ref().filter(|r| r.prepare.is_none()) else { return };
+        let (source, is_syncing) =
+            (resync.source, self.view.state(self.member) == Some(MemberState::Syncing));
+        let Some(connection) = self.holder_connection().filter(|_| is_syncing) else { return };
+        let header = MessageHeader {
+            slot: crate::pool::Slot(source.as_u8().into()),
+            epoch: self.epoch,
+            view: self.view.number,
+            ..MessageHeader::new(Kind::SourceFailed, self.spec.id)
+        };
+        let body: String = reason.chars().take(crate::wire::MAX_TEXT / 4).collect();
+        let body = body.into_bytes();
+        let header = MessageHeader { payload: u32::try_from(body.len()).unwrap_or(u32::MAX), ..header };
+        self.outputs.push_back(Output::Send(connection, header, ReplyPayload::Body(body)));
     }
 
     /// A message of the source.
@@ -369,9 +389,16 @@ impl Replica {
             pull.offset.checked_add(header.length.into()).filter(|&end| end <= pull.end && end > pull.offset);
         let reply = PullReply::decode(body);
         let (Status::Ok, Ok(reply), Some(covered)) = (header.status, reply, covered) else {
-            resync.last_error = Some(format!("pull of {} answered {:?}", pull.chunk, header.status));
+            let reason = format!("pull of {} answered {:?}", pull.chunk, header.status);
             resync.busy_chunks.remove(&pull.chunk);
             resync.next_pull_at = now + RETRY;
+            // Its disk failed: another member may have what is missed. Every other refusal passes.
+            if header.status == Status::IoError {
+                self.report_source(&reason);
+            }
+            if let Some(resync) = self.resync.as_mut() {
+                resync.last_error = Some(reason);
+            }
             return;
         };
         self.pace(now - pull.sent, reply.data.len() as u64);

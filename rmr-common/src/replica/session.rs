@@ -5,7 +5,7 @@ use super::{
 };
 use crate::map::{ClearReason, ClearTarget};
 use crate::pool::{Chunk, Epoch, MemberState, Sequence, View, ViewNumber};
-use crate::wire::{Attach, AttachReply, ChunkList, Kind, MessageHeader, SetView, Status};
+use crate::wire::{Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
 pub(super) struct PendingAttach {
@@ -203,7 +203,14 @@ impl Replica {
             let text = b"its metadata cannot be written".to_vec();
             return self.answer(connection, &header, Kind::AttachReply, Status::IoError, text);
         }
-        let slots = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
+        let mut slots: Vec<_> = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
+        slots.extend(&self.failed_writes);
+        if slots.len() > usize::from(MAX_SLOTS) {
+            // More than can be told: as if nothing were known, but for how far the sequences have come.
+            slots.sort_unstable_by_key(|s| std::cmp::Reverse(s.sequence));
+            slots.truncate(MAX_SLOTS.into());
+            self.tables_lost = true;
+        }
         let reply = AttachReply {
             view: self.view.clone(),
             last_client: self.previous_client,

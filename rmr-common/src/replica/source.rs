@@ -144,6 +144,7 @@ impl Replica {
         let first = pull.header.offset / BLOCK_SIZE;
         let blocks = pull.blocks.iter().map(|b| u32::try_from(b.0 - first).unwrap_or(u32::MAX)).collect();
         self.counters.pulled_out_blocks += pull.blocks.len() as u64;
+        self.counters.read_errors += u64::from(pull.failed);
         let status = if pull.failed { Status::IoError } else { Status::Ok };
         let reply = pull.header.reply(Kind::PullReply, status);
         let data = PulledData { blocks, reads: pull.runs };

@@ -30,6 +30,8 @@ pub struct ReplicaCounters {
     pub digested_blocks: u64,
     /// Requests that the disk failed.
     pub errors: u64,
+    /// Reads among them, and those for other members.
+    pub read_errors: u64,
     /// Requests refused: another epoch or view, or a broken rule.
     pub refused: u64,
 }
@@ -48,7 +50,10 @@ impl ReplicaCounters {
                 self.writes += 1;
                 self.written_bytes += length;
             }
-            _ => self.errors += 1,
+            (_, kind) => {
+                self.errors += 1;
+                self.read_errors += u64::from(kind == Kind::Read);
+            }
         }
     }
 }

@@ -291,3 +291,36 @@ fn a_detach_ends_the_resync() {
     assert_eq!(bench.answer(Kind::DetachReply), Some(Status::Ok));
     assert!(bench.outputs.contains(&Output::PeerClose) && bench.replica.deadline().is_none());
 }
+
+#[test]
+fn a_write_that_the_disk_failed_is_told_to_the_next_client_and_is_like_no_other() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    let write = MessageHeader {
+        slot: Slot(3),
+        sequence: Sequence(7),
+        offset: 4096,
+        length: 4096,
+        payload: 4096,
+        ..bench.header(Kind::Write, 1)
+    };
+    bench.message(1, write, &[]);
+    bench.durable();
+    let io = bench.outputs.iter().rev().find_map(|o| match o {
+        Output::Disk { io, operation: DiskOperation::Write(_), .. } => Some(*io),
+        _ => None,
+    });
+    bench.apply(Event::Disk(io.unwrap(), DiskResult::Failed));
+    assert_eq!(bench.answer(Kind::IoReply), Some(Status::IoError));
+    bench.attach(2, 2);
+    bench.durable();
+    let body = bench.outputs.iter().rev().find_map(|o| match o {
+        Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => Some(body),
+        _ => None,
+    });
+    let reply = crate::wire::AttachReply::decode(body.unwrap()).unwrap();
+    let [entry] = reply.slots[..] else { panic!("{:?}", reply.slots) };
+    assert_eq!((entry.sequence, entry.offset, entry.length), (Sequence(7), 4096, 4096));
+    assert_ne!(entry.slot, Slot(3), "a member that carried it out has the same entry");
+}

@@ -215,6 +215,12 @@ impl World<'_> {
                 if reason.contains("leg timeout") {
                     self.coverage.hit("leg lost by its timeout");
                 }
+                if reason.contains("its disk failed reads") {
+                    self.coverage.hit("leg left the view after read errors");
+                }
+                if reason.contains("left out") {
+                    self.coverage.hit("leg left out after too many read errors");
+                }
                 if std::mem::replace(&mut self.hosts[host].is_changing, true) {
                     self.coverage.hit("view change superseded by a further loss");
                 }

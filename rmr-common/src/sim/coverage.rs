@@ -9,6 +9,7 @@ pub struct Coverage(BTreeMap<&'static str, u64>);
 /// Every situation that a campaign must reach.
 pub const SITUATIONS: &[&str] = &[
     "Syncing member crashed",
+    "another source named after one failed",
     "a link lost while connecting",
     "a link lost while suspended",
     "a link lost while attaching",
@@ -37,6 +38,8 @@ pub const SITUATIONS: &[&str] = &[
     "guest write waits for a pulled write",
     "handover failed",
     "intent cleared",
+    "leg left out after too many read errors",
+    "leg left the view after read errors",
     "leg lost by its timeout",
     "link to a source lost",
     "link to a source refused",
@@ -81,6 +84,7 @@ pub const SITUATIONS: &[&str] = &[
     "verify leaves a block undecided",
     "verify repairs",
     "verify sees a view change",
+    "unreadable block healed by a resync",
     "view change superseded by a further loss",
     "write of a fenced client failed",
 ];

@@ -3,7 +3,7 @@
 //! A write is atomic for each 4 KiB block. It takes effect some time before it is answered, so that a crash may fall
 //! between the two.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::oracle::{SECTOR, Step};
 use super::rng::Rng;
@@ -57,6 +57,10 @@ pub(super) struct Disk {
     /// Where the medium returns something else than was written.
     pub(super) rot: Rot,
     pub(super) write_back: bool,
+    /// Blocks that cannot be read until they are written.
+    pub(super) bad: BTreeSet<usize>,
+    /// How many of them pulled data has healed.
+    pub(super) healed: u64,
     pub(super) running: BTreeMap<u32, Running>,
 }
 
@@ -69,6 +73,8 @@ impl Disk {
             pulled: vec![false; sectors],
             rot: Rot::default(),
             write_back,
+            bad: BTreeSet::new(),
+            healed: 0,
             running: BTreeMap::new(),
         }
     }
@@ -110,6 +116,12 @@ impl Disk {
         Ok(())
     }
 
+    /// Whether a range has a block that cannot be read.
+    pub(super) fn is_bad(&self, offset: u64, length: u32) -> bool {
+        let block = |at: u64| usize::try_from(at / BLOCK_SIZE).unwrap_or(usize::MAX);
+        length > 0 && self.bad.range(block(offset)..=block(offset + u64::from(length) - 1)).next().is_some()
+    }
+
     /// A request takes effect. Returns what a read found.
     pub(super) fn apply(&mut self, io: u32, now: Step, rng: &mut Rng) -> Vec<u64> {
         let Some(running) = self.running.get_mut(&io).filter(|r| !r.is_applied) else { return Vec::new() };
@@ -139,6 +151,11 @@ impl Disk {
                 let is_pulled = running.is_pulled;
                 self.pulled[first..first + count].fill(is_pulled && self.write_back);
                 self.change(first, count, &data, now, |_| failed && rng.percent(50));
+                if !failed {
+                    let whole = first.div_ceil(SECTORS_PER_BLOCK)..(first + count) / SECTORS_PER_BLOCK;
+                    let healed = whole.filter(|block| self.bad.remove(block)).count();
+                    self.healed += if is_pulled { healed as u64 } else { 0 };
+                }
                 Vec::new()
             }
         }

@@ -96,7 +96,7 @@ impl World<'_> {
         let live: Vec<_> = (0..self.hosts.len()).filter(|&h| self.hosts[h].is_live()).collect();
         let Some(&host) = live.last() else { return Ok(()) };
         let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
-        match self.rng.range(0, 19) {
+        match self.rng.range(0, 20) {
             0..=1 => self.cut_some(host, Some(node)),
             2 => self.cut_some(host, None),
             3 => {
@@ -138,12 +138,15 @@ impl World<'_> {
                 let other = self.rng.index(self.nodes.len());
                 trace!(self, "nodes {node} and {other} are parted");
                 let (pair, delay) = (pair(node, other), self.rng.range(1, timeout * 4));
+                let is_for_good = self.rng.percent(25);
                 self.parted.insert(pair);
                 let is_cut =
                     |p: &super::peers::Peer| p.is_open() && super::peers::pair(p.stale, p.source) == pair;
                 let links: Vec<_> = (0..self.peers.len()).filter(|&i| is_cut(&self.peers[i])).collect();
                 links.into_iter().for_each(|link| self.cut_peer(link));
-                self.after(delay, Event::HealNodes(node, other));
+                if !is_for_good {
+                    self.after(delay, Event::HealNodes(node, other));
+                }
             }
             17 => {
                 let other = self.rng.index(self.nodes.len());
@@ -152,6 +155,17 @@ impl World<'_> {
                 self.stalled.insert(pair(node, other), until);
             }
             18 => self.crash_in_resync()?,
+            19 => {
+                // Some blocks of one disk cannot be read; where the guest is most of the time, as likely as not.
+                trace!(self, "blocks of node {node} become unreadable");
+                self.had_errors = true;
+                let blocks = usize::try_from(self.spec.block_count()).unwrap_or(1);
+                for _ in 0..self.rng.range(1, 4) {
+                    let most = if self.rng.percent(70) { 6 } else { blocks };
+                    let block = self.rng.index(most.min(blocks));
+                    self.nodes[node].disk.bad.insert(block);
+                }
+            }
             _ => {
                 // A new client, as a daemon that is started again.
                 if self.profile.client_crashes {
@@ -307,6 +321,7 @@ impl World<'_> {
         }
         for index in 0..self.nodes.len() {
             self.nodes[index].disk_errors = 0;
+            self.nodes[index].disk.bad.clear();
             self.nodes[index].metadata_fails = false;
             if self.nodes[index].replica.as_ref().is_some_and(|r| r.status().broken) {
                 self.crash_node(index, false)?;

@@ -121,6 +121,8 @@ fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
             [host] if world.is_healed(host) => {
                 return Ok(host);
             }
+            // What keeps a leg out that failed too often is a new attachment.
+            [host] if world.leaves_a_leg_out(host) => world.client(host, client::Event::Detach)?,
             _ => {} // Not yet.
         }
         step(world)?;

@@ -289,6 +289,15 @@ impl World<'_> {
         host.client.is_active() && host.requests.is_empty() && is_clean
     }
 
+    /// Whether a client has nothing to do, and leaves a leg out for its read errors.
+    pub(super) fn leaves_a_leg_out(&self, host: usize) -> bool {
+        let host = &self.hosts[host];
+        let status = host.client.status();
+        host.client.is_active()
+            && host.requests.is_empty()
+            && status.legs.iter().any(|l| l.excluded.is_some())
+    }
+
     /// At quiet every member is Clean, and nobody remembers that one misses anything.
     pub(super) fn check_all_clean(&self) -> Check {
         for (index, node) in self.nodes.iter().enumerate() {
@@ -420,8 +429,11 @@ impl World<'_> {
         let Some(replica) = &self.nodes[node].replica else { return };
         let is_syncing = replica.view().state(replica.member()) == Some(MemberState::Syncing);
         let last = self.peers.iter().rev().find(|p| p.stale == node);
-        if is_syncing && last.is_some_and(|p| p.source != source) {
-            self.coverage.hit("source changed in a resync");
+        let Some(last) = last.filter(|p| is_syncing && p.source != source) else { return };
+        let is_clean = self.state(last.source) == Some(MemberState::Clean);
+        self.coverage.hit("source changed in a resync");
+        if is_clean {
+            self.coverage.hit("another source named after one failed");
         }
     }
 

@@ -286,6 +286,7 @@ impl<'a> World<'a> {
         client.reconnect_interval = milliseconds(&mut rng, &[10, 50, 300]);
         client.ping_interval = milliseconds(&mut rng, &[50, 200, 1000]);
         client.verify_hold = milliseconds(&mut rng, &[5, 20, 200]);
+        client.read_error_limit = u32::try_from(rng.pick(&[0, 1, 16])).unwrap_or(1);
         let max_io = rng.pick(&[4096, 16384, 65536, 262_144, 1 << 20]);
         let limits =
             Limits { max_io, slots: rng.pick(&[2, 8, 32, 256]), max_bytes: max_io * rng.pick(&[1, 2, 8]) };
@@ -390,7 +391,11 @@ impl<'a> World<'a> {
             Event::Connected { host, link, node } => self.connected(host, link, node)?,
             Event::DiskEffect { node, life, io } if self.nodes[node].life == life => {
                 let (step, rng) = (self.step, &mut self.rng);
+                let healed = self.nodes[node].disk.healed;
                 let found = self.nodes[node].disk.apply(io, step, rng);
+                if self.nodes[node].disk.healed > healed {
+                    self.coverage.hit("unreadable block healed by a resync");
+                }
                 if !found.is_empty() {
                     self.nodes[node].reads.insert(io, found);
                 }
@@ -602,8 +607,9 @@ impl<'a> World<'a> {
         } else {
             self.check_disk(index, operation, offset, length)?;
         }
-        let is_bad = self.rng.percent(self.nodes[index].disk_errors);
         let is_read = matches!(operation, DiskOperation::Read | DiskOperation::Digest);
+        let is_unreadable = is_read && self.nodes[index].disk.is_bad(offset, length);
+        let is_bad = self.rng.percent(self.nodes[index].disk_errors) || is_unreadable;
         let no_space = self.rng.percent(30) && !is_read;
         let result = match (is_bad, no_space) {
             (false, _) => DiskResult::Done,

@@ -2,12 +2,13 @@
 //!
 //! A [`Connection`] belongs to one thread, never blocks, and is driven by that thread's event loop. Messages are queued
 //! while work is done and sent together by [`Connection::flush`]; data goes from and to the memory of whoever asked
-//! for it. [`tcp`] binds it to TCP and [`memory`] to a pair of buffers in one process, for tests without sockets.
+//! for it. [`tcp`] binds it to TCP, with [`tls`] under it or without, and [`memory`] to a pair of buffers in one process, for tests without sockets.
 
 pub mod connect;
 pub mod memory;
 mod socket;
 pub mod tcp;
+pub mod tls;
 
 use std::io;
 use std::os::fd::RawFd;

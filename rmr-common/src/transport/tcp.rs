@@ -1,6 +1,6 @@
 //! TCP: all messages of a wake-up in one frame, data straight from and to the memory of whoever asked for it.
 //!
-//! The one copy of data on each side is the kernel's. A frame's table tells the receiver where every payload byte
+//! The one copy of data on each side is the kernel's; under TLS the cipher makes another. A frame's table tells the receiver where every payload byte
 //! belongs before it arrives, so one `recvmsg` fills the memory of many requests and the head of the next frame.
 #![allow(unsafe_code)]
 
@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Duration;
 
 use super::socket::{self, MAX_SEGMENTS};
+use super::tls::{ClientTls, ServerTls, TlsStream};
 use super::{Connection, ConnectionError, Place, Receiver};
 use crate::buffer::Segment;
 use crate::wire::{
@@ -29,9 +30,62 @@ const DISCARD: usize = 64 << 10;
 /// Most frames that are kept for use again; one is filled while one is sent.
 const MAX_SPARE: usize = 8;
 
+/// What frames go over.
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream>),
+}
+
+impl Stream {
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(stream) => stream.socket(),
+        }
+    }
+
+    fn send(&mut self, segments: &[Segment]) -> io::Result<usize> {
+        match self {
+            Self::Plain(stream) => socket::send(stream.as_fd(), segments),
+            Self::Tls(stream) => stream.send(segments),
+        }
+    }
+
+    /// Fills `segments`; without `pulls`, only with what [`Stream::has_received`] speaks of.
+    fn receive(&mut self, segments: &[Segment], pulls: bool) -> io::Result<usize> {
+        match self {
+            Self::Plain(stream) => socket::receive(stream.as_fd(), segments),
+            Self::Tls(stream) => stream.receive(segments, pulls),
+        }
+    }
+
+    /// Sends what a session has taken, or says of its own accord.
+    fn push(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(_) => Ok(()),
+            Self::Tls(stream) => stream.push().map(drop),
+        }
+    }
+
+    fn wants_to_send(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(stream) => stream.wants_to_send(),
+        }
+    }
+
+    /// Whether bytes have arrived that the socket does not show as readable.
+    fn has_received(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(stream) => stream.has_received(),
+        }
+    }
+}
+
 /// A TCP connection with its queues.
 pub struct TcpConnection {
-    stream: TcpStream,
+    stream: Stream,
     sender: Sender,
     receiver: ReceiveState,
 }
@@ -42,6 +96,38 @@ impl TcpConnection {
     /// # Errors
     /// When the stream's options cannot be set.
     pub fn new(stream: TcpStream, dead_after: Duration) -> io::Result<Self> {
+        Self::prepare(&stream, dead_after)?;
+        Ok(Self::over(Stream::Plain(stream)))
+    }
+
+    /// The same for the connecting side of TLS. `host` is what the peer's certificate has to name.
+    ///
+    /// # Errors
+    /// When the stream's options cannot be set, or `host` is neither a name nor an address.
+    pub fn with_tls(
+        stream: TcpStream,
+        dead_after: Duration,
+        tls: &ClientTls,
+        host: &str,
+    ) -> io::Result<Self> {
+        Self::prepare(&stream, dead_after)?;
+        Ok(Self::over(Stream::Tls(Box::new(tls.begin(stream, host)?))))
+    }
+
+    /// The same for the accepting side of TLS.
+    ///
+    /// # Errors
+    /// When the stream's options cannot be set.
+    pub fn accepted_with_tls(stream: TcpStream, dead_after: Duration, tls: &ServerTls) -> io::Result<Self> {
+        Self::prepare(&stream, dead_after)?;
+        Ok(Self::over(Stream::Tls(Box::new(tls.begin(stream)?))))
+    }
+
+    fn over(stream: Stream) -> Self {
+        Self { stream, sender: Sender::default(), receiver: ReceiveState::new() }
+    }
+
+    fn prepare(stream: &TcpStream, dead_after: Duration) -> io::Result<()> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
         let timeout = i32::try_from(dead_after.as_millis()).unwrap_or(i32::MAX);
@@ -49,14 +135,17 @@ impl TcpConnection {
         // An algorithm that paces what it sends (BBR, where that is the system's default) makes short exchanges wait for
         // timers. These two do not; where neither is allowed, the system's stays.
         let _ = ["cubic", "reno"].iter().find(|name| socket::set_congestion(stream.as_fd(), name).is_ok());
-        Ok(Self { stream, sender: Sender::default(), receiver: ReceiveState::new() })
+        Ok(())
     }
 
     /// Ends the connection at once for the peer, and touches no memory of requests any more, while the descriptor stays
     /// open until the value is dropped.
     pub fn shut_down(&mut self) {
+        if let Stream::Tls(stream) = &mut self.stream {
+            stream.say_goodbye();
+        }
         // A connection that is broken already cannot be shut down, and need not be.
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let _ = self.stream.socket().shutdown(std::net::Shutdown::Both);
         self.sender = Sender::default();
         self.receiver = ReceiveState::new();
     }
@@ -83,11 +172,12 @@ impl Connection for TcpConnection {
     }
 
     fn flush(&mut self) -> Result<(), ConnectionError> {
-        self.sender.flush(&self.stream)
+        self.stream.push()?;
+        self.sender.flush(&mut self.stream)
     }
 
     fn receive(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
-        self.receiver.run(&self.stream, receiver)
+        self.receiver.run(&mut self.stream, receiver)
     }
 
     fn take_sent(&mut self, tags: &mut Vec<u32>) {
@@ -95,7 +185,7 @@ impl Connection for TcpConnection {
     }
 
     fn wants_to_send(&self) -> bool {
-        !self.sender.frames.is_empty()
+        !self.sender.frames.is_empty() || self.stream.wants_to_send()
     }
 
     fn backlog(&self) -> usize {
@@ -107,7 +197,7 @@ impl Connection for TcpConnection {
     }
 
     fn descriptor(&self) -> Option<RawFd> {
-        Some(self.stream.as_raw_fd())
+        Some(self.stream.socket().as_raw_fd())
     }
 }
 
@@ -184,11 +274,11 @@ impl Sender {
         }
     }
 
-    fn flush(&mut self, stream: &TcpStream) -> Result<(), ConnectionError> {
+    fn flush(&mut self, stream: &mut Stream) -> Result<(), ConnectionError> {
         self.close_open();
         while !self.frames.is_empty() {
             let wanted = self.collect();
-            match socket::send(stream.as_fd(), &self.scratch) {
+            match stream.send(&self.scratch) {
                 Ok(sent) => {
                     self.advance(sent);
                     if sent < wanted {
@@ -292,7 +382,7 @@ impl ReceiveState {
         }
     }
 
-    fn run(&mut self, stream: &TcpStream, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+    fn run(&mut self, stream: &mut Stream, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
         let mut budget = RECEIVE_BUDGET;
         self.starved = false;
         loop {
@@ -302,7 +392,7 @@ impl ReceiveState {
                 return Ok(()); // No memory for the next payload; the owner calls again when there is.
             }
             let wanted = self.collect();
-            let received = match socket::receive(stream.as_fd(), &self.scratch) {
+            let received = match stream.receive(&self.scratch, budget > 0) {
                 Ok(0) => return Err(ConnectionError::Closed),
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -313,7 +403,7 @@ impl ReceiveState {
             budget = budget.saturating_sub(received);
             // A lone message without payload is mostly the only thing there; asking again would only be told so.
             let lone = received == HEAD && self.messages.is_empty() && self.frame.is_none();
-            if received < wanted || budget == 0 || lone {
+            if (received < wanted || budget == 0 || lone) && !stream.has_received() {
                 return Ok(()); // Drained, or others' turn; the loop calls again while there is more.
             }
         }

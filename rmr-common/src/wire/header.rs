@@ -53,6 +53,8 @@ pub enum Kind {
     Discard = 19,
     /// Make `length` bytes at `offset` read as zeroes.
     WriteZeroes = 20,
+    /// A Syncing member tells the coordinator that it cannot get what it misses from its source.
+    SourceFailed = 21,
     /// A stale member asks its source for a page of a dirty map.
     PullMap = 24,
     /// Answer to [`Kind::PullMap`].
@@ -109,6 +111,7 @@ impl Kind {
             18 => Self::Flush,
             19 => Self::Discard,
             20 => Self::WriteZeroes,
+            21 => Self::SourceFailed,
             24 => Self::PullMap,
             25 => Self::PullMapReply,
             26 => Self::Pull,

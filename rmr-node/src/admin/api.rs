@@ -230,6 +230,8 @@ pub struct IoCounters {
     pub compared_bytes: u64,
     /// Requests that were answered with an error.
     pub errors: u64,
+    /// Reads that the disk failed, those for other members' resync included.
+    pub read_errors: u64,
     /// Requests taken and not answered yet.
     pub in_flight: u64,
 }

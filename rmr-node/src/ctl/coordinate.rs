@@ -155,6 +155,7 @@ impl Hold {
         let who = format!("rmrctl on {}, process {}", host.trim(), std::process::id());
         let mut config = Config::new(ClientId::random(), who);
         config.force_from = force_from;
+        config.tls.clone_from(&context.tls);
         let selector = PoolSelector::Id(spec.id);
         let seeds: Vec<Address> = spec.members.iter().map(|m| m.address.clone()).collect();
         let patience = context.client.timeout;

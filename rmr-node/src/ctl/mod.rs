@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use rmr_common::pool::TransportKind;
+use rmr_common::transport::tls::{ClientTls, IdentityFiles};
 use serde_json::{Value, json};
 use thiserror::Error;
 use tokio::task::JoinSet;
@@ -100,9 +101,39 @@ pub struct Cli {
     /// Longest wait for an answer of a node, in seconds
     #[arg(long, value_name = "SECONDS", global = true, default_value = "10", value_parser = parse_timeout, help_heading = GLOBAL)]
     pub timeout: Duration,
+    /// Authorities, in PEM form, to trust on tls:// addresses, where a command attaches to a pool itself
+    #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_AUTHORITIES", help_heading = GLOBAL)]
+    pub tls_authorities: Option<PathBuf>,
+    /// Certificate to show to nodes that ask for one, in PEM form
+    #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_CERTIFICATE", help_heading = GLOBAL)]
+    pub tls_certificate: Option<PathBuf>,
+    /// Private key of the certificate, in PEM form
+    #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_KEY", help_heading = GLOBAL)]
+    pub tls_key: Option<PathBuf>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    fn tls(&self) -> Result<Option<ClientTls>, CtlError> {
+        let identity = match (&self.tls_certificate, &self.tls_key) {
+            (Some(certificate), Some(key)) => {
+                Some(IdentityFiles { certificate: certificate.clone(), key: key.clone() })
+            }
+            (None, None) => None,
+            _ => return Err(CtlError::failed("expected --tls-certificate and --tls-key, found one of them")),
+        };
+        match &self.tls_authorities {
+            Some(path) => ClientTls::load(path, identity.as_ref())
+                .map(Some)
+                .map_err(|e| CtlError::failed(e.to_string())),
+            None if identity.is_some() => {
+                Err(CtlError::failed("expected --tls-authorities beside --tls-certificate"))
+            }
+            None => Ok(None),
+        }
+    }
 }
 
 /// The commands.
@@ -209,6 +240,8 @@ pub struct CreateArgs {
 pub enum TransportArg {
     /// TCP.
     Tcp,
+    /// TLS over TCP.
+    Tls,
     /// RDMA verbs.
     Rdma,
 }
@@ -217,6 +250,7 @@ impl From<TransportArg> for TransportKind {
     fn from(arg: TransportArg) -> Self {
         match arg {
             TransportArg::Tcp => Self::Tcp,
+            TransportArg::Tls => Self::Tls,
             TransportArg::Rdma => Self::Rdma,
         }
     }
@@ -405,7 +439,7 @@ fn colour_levels(text: &str) -> String {
 /// When it could not be carried out.
 pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
     let client = Client { timeout: cli.timeout };
-    let context = Context { client, given: cli.nodes.clone(), json: cli.json };
+    let context = Context { client, given: cli.nodes.clone(), json: cli.json, tls: cli.tls()? };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,
         Command::Pool(PoolCommand::List) => pool::list(&context).await,
@@ -434,6 +468,8 @@ struct Context {
     given: Vec<NodeAddress>,
     /// Print JSON for programs.
     json: bool,
+    /// How `tls://` addresses are reached.
+    tls: Option<ClientTls>,
 }
 
 impl Context {

@@ -107,11 +107,7 @@ pub(super) fn data_address(
 ) -> Result<Address, CtlError> {
     info.data_addresses.iter().find(|a| a.transport() == kind).cloned().ok_or_else(|| {
         let has: Vec<_> = info.data_addresses.iter().map(ToString::to_string).collect();
-        let word = match kind {
-            TransportKind::Tcp => "tcp",
-            TransportKind::Rdma => "rdma",
-        };
-        CtlError::failed(format!("node {node} advertises no {word} address, only: {}", has.join(", ")))
+        CtlError::failed(format!("node {node} advertises no {kind} address, only: {}", has.join(", ")))
     })
 }
 
@@ -120,7 +116,7 @@ pub(super) fn data_address(
 async fn check_names(context: &Context, args: &CreateArgs, spec: &PoolSpec) -> Result<Vec<String>, CtlError> {
     let member_nodes: Vec<_> = args.members.iter().map(|m| m.node.clone()).collect();
     let all = once_each(&[member_nodes.clone(), context.given.clone()].concat());
-    let survey = Context { given: all, ..*context }.survey().await;
+    let survey = Context { given: all, tls: context.tls.clone(), ..*context }.survey().await;
     for (node, answer) in &survey.answers {
         if let (Err(e), true) = (answer, member_nodes.contains(node)) {
             return Err(CtlError::failed(format!("nothing was created: {e}")));

@@ -9,6 +9,7 @@ use rmr_common::buffer::Segment;
 use rmr_common::pool::{Address, ClientId, Command, CommandReply, PoolId, Sequence};
 use rmr_common::transport::connect::Connector;
 use rmr_common::transport::tcp::TcpConnection;
+use rmr_common::transport::tls::ClientTls;
 use rmr_common::transport::{Connection, Place, Receiver};
 use rmr_common::wire::{Hello, Kind, MessageHeader, PROTOCOL_VERSION, Role, Status};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -26,6 +27,8 @@ pub(super) struct Forward<'a> {
     pub(super) description: String,
     pub(super) connect_timeout: Duration,
     pub(super) answer_timeout: Duration,
+    /// How a `tls://` address is reached.
+    pub(super) tls: Option<ClientTls>,
 }
 
 /// What became of it.
@@ -68,12 +71,12 @@ impl Forward<'_> {
     /// Connects and says hello.
     fn connect(&self) -> Result<Talk, String> {
         let text = |error: io::Error| error.to_string();
-        let connector = Connector::new(self.connect_timeout).map_err(text)?;
+        let connector = Connector::new(self.connect_timeout, self.tls.clone()).map_err(text)?;
         connector.connect(1, self.address);
         let waits = Waits::on(connector.descriptor()).map_err(text)?;
         // A name may have several addresses, each with the time allowed.
         let deadline = Instant::now() + self.connect_timeout * 4;
-        let stream = loop {
+        let dialled = loop {
             if let Some((_, attempt)) = connector.next() {
                 break attempt?;
             }
@@ -83,7 +86,7 @@ impl Forward<'_> {
             }
             waits.wait(EventSet::IN, left).map_err(text)?;
         };
-        let wire = TcpConnection::new(stream, self.connect_timeout).map_err(text)?;
+        let wire = dialled.into_connection(self.connect_timeout)?;
         let waits = Waits::on(wire.descriptor().ok_or("no descriptor")?).map_err(text)?;
         let mut talk = Talk { wire, waits, pool: self.pool, state: State::default() };
         let hello = Hello {

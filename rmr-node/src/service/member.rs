@@ -383,6 +383,7 @@ impl Member {
                 flushes: counters.flushes,
                 compared_bytes: counters.digested_blocks * BLOCK_SIZE,
                 errors: counters.errors,
+                read_errors: counters.read_errors,
                 in_flight: status.in_flight as u64,
             },
             latency: None,

@@ -17,17 +17,18 @@ mod shard;
 mod source_link;
 
 use std::collections::HashMap;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{TcpListener, ToSocketAddrs};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use anyhow::Context;
 use rmr_common::pool::{Address, BootId, PoolId, TransportKind};
+use rmr_common::transport::tls::{ClientTls, ServerTls};
 
 use crate::admin::AdminServer;
 use crate::admin::api::UnixMs;
-use crate::config::Config;
+use crate::config::{Config, TlsConfig};
 use crate::lifecycle::{Shutdown, ready};
 use crate::store::Store;
 use control::Control;
@@ -43,6 +44,17 @@ pub(crate) struct Shared {
     pools: Mutex<HashMap<PoolId, PoolPlace>>,
     connections: AtomicUsize,
     buffer_used: Vec<AtomicU64>,
+    /// How connections to `tls://` listeners are served.
+    server_tls: Option<ServerTls>,
+    /// How other nodes at `tls://` addresses are reached.
+    client_tls: Option<ClientTls>,
+}
+
+/// A socket on which clients and peers come.
+pub(crate) struct Listener {
+    socket: TcpListener,
+    /// They have to speak TLS.
+    tls: bool,
 }
 
 /// Where a pool's store is served.
@@ -79,8 +91,8 @@ impl Shared {
 /// When an address, a store or a thread cannot be had at start, or a shard failed while running.
 pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let listeners = listen(&config)?;
-    let bound: Vec<Address> =
-        listeners.iter().map(|(_, at)| Address::tcp(at.ip().to_string(), at.port())).collect();
+    let bound: Vec<Address> = listeners.iter().map(|(_, at)| at.clone()).collect();
+    let (server_tls, client_tls) = load_tls(&config.tls)?;
     let shared = Arc::new(Shared {
         host_boot: host_boot()?,
         process_boot: BootId::random(),
@@ -89,6 +101,8 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         pools: Mutex::default(),
         connections: AtomicUsize::new(0),
         buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
+        server_tls,
+        client_tls,
         config,
     });
     let stores = open_stores(&shared)?;
@@ -134,22 +148,31 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     outcome
 }
 
-fn listen(config: &Config) -> anyhow::Result<Vec<(TcpListener, SocketAddr)>> {
+fn load_tls(config: &TlsConfig) -> anyhow::Result<(Option<ServerTls>, Option<ClientTls>)> {
+    let clients = config.authorities.as_deref().filter(|_| config.verify_clients);
+    let server = config.identity.as_ref().map(|own| ServerTls::load(own, clients)).transpose()?;
+    let authorities = config.authorities.as_deref();
+    let client = authorities.map(|path| ClientTls::load(path, config.identity.as_ref())).transpose()?;
+    Ok((server, client))
+}
+
+fn listen(config: &Config) -> anyhow::Result<Vec<(Listener, Address)>> {
     let mut listeners = Vec::new();
     for address in &config.listen {
         anyhow::ensure!(
-            address.transport() == TransportKind::Tcp,
+            address.transport() != TransportKind::Rdma,
             "listen address {address}: this build has no RDMA transport; use tcp://"
         );
         let candidates: Vec<_> = (address.host(), address.port())
             .to_socket_addrs()
             .with_context(|| format!("listen address {address}"))?
             .collect();
-        let listener =
+        let socket =
             TcpListener::bind(&candidates[..]).with_context(|| format!("listen address {address}"))?;
-        listener.set_nonblocking(true)?;
-        let at = listener.local_addr()?;
-        listeners.push((listener, at));
+        socket.set_nonblocking(true)?;
+        let at = socket.local_addr()?;
+        let at = Address::new(address.transport(), at.ip().to_string(), at.port());
+        listeners.push((Listener { socket, tls: address.transport() == TransportKind::Tls }, at));
     }
     Ok(listeners)
 }

@@ -5,7 +5,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
-use std::net::TcpListener;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver as Inbox, Sender};
@@ -31,7 +30,7 @@ use super::command::Answered;
 use super::connection::{Greeting, Peer, Sink, WriteBuffers};
 use super::member::{IoTag, Member, PulledWrite, WaitingRead, buffer_share};
 use super::source_link::SourceLink;
-use super::{PoolPlace, Shared, count_connection};
+use super::{Listener, PoolPlace, Shared, count_connection};
 use crate::admin::Responder;
 use crate::admin::api::{ControlError, ErrorCode, PoolStatus, StoreCreated};
 use crate::config::EngineChoice;
@@ -63,7 +62,7 @@ pub(super) enum Command {
     RoomMade(StoreId, Result<u64, StoreError>),
     Connection(Box<Handover>),
     /// Clients may come now.
-    Listen(Vec<TcpListener>),
+    Listen(Vec<Listener>),
 }
 
 /// A connection whose pool is on another shard than the one that accepted it.
@@ -138,9 +137,9 @@ pub(super) struct Shard {
     shared: Arc<Shared>,
     shards: Vec<ShardHandle>,
     inbox: Inbox<Command>,
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Listener>,
     /// Listeners of a shard that stops.
-    closed_listeners: Vec<TcpListener>,
+    closed_listeners: Vec<Listener>,
     shutdown: Shutdown,
     engine: DiskEngine,
     buffers: BufferPool,
@@ -205,7 +204,7 @@ impl Shard {
         let mut engine = DiskEngine::new(EngineOptions { choice, ..EngineOptions::default() })?;
         let buffers = BufferPool::new(usize::try_from(shared.config.buffer_memory)?)?;
         engine.register_buffers(&buffers);
-        let connector = Connector::new(shared.config.leg_timeout)?;
+        let connector = Connector::new(shared.config.leg_timeout, shared.client_tls.clone())?;
         let now = monotonic_now();
         let mut shard = Self {
             index,
@@ -475,7 +474,7 @@ impl Shard {
             member.source_attempt = 0;
             let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
             let dead_after = self.shared.config.leg_timeout;
-            let link = result.and_then(|stream| SourceLink::new(stream, member.pool(), who, dead_after));
+            let link = result.and_then(|dialled| SourceLink::new(dialled, member.pool(), who, dead_after));
             match link {
                 Ok(link) => {
                     self.changes.push(WatchChange::Add(link.descriptor, link.watched));
@@ -927,9 +926,11 @@ impl Shard {
     }
 
     fn accept(&mut self, descriptor: RawFd) {
-        let Some(listener) = self.listeners.iter().find(|l| l.as_raw_fd() == descriptor) else { return };
+        let Some(listener) = self.listeners.iter().find(|l| l.socket.as_raw_fd() == descriptor) else {
+            return;
+        };
         for _ in 0..ACCEPT_BATCH {
-            let (stream, address) = match listener.accept() {
+            let (stream, address) = match listener.socket.accept() {
                 Ok(accepted) => accepted,
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock => return,
@@ -947,7 +948,12 @@ impl Shard {
                 tracing::warn!(client = %address, "connection refused: there are {most}, as many as max_connections");
                 continue;
             }
-            match TcpConnection::new(stream, self.shared.config.leg_timeout) {
+            let dead_after = self.shared.config.leg_timeout;
+            let wire = match self.shared.server_tls.as_ref().filter(|_| listener.tls) {
+                Some(tls) => TcpConnection::accepted_with_tls(stream, dead_after, tls),
+                None => TcpConnection::new(stream, dead_after),
+            };
+            match wire {
                 Ok(wire) => {
                     let Some(descriptor) = wire.descriptor() else { continue };
                     let peer = Peer::new(wire, descriptor, address, self.now);
@@ -966,7 +972,7 @@ impl Shard {
     fn listen(&mut self, listens: bool) {
         self.listens = listens;
         let set = if listens { EventSet::IN } else { EventSet::empty() };
-        self.changes.extend(self.listeners.iter().map(|l| WatchChange::Modify(l.as_raw_fd(), set)));
+        self.changes.extend(self.listeners.iter().map(|l| WatchChange::Modify(l.socket.as_raw_fd(), set)));
     }
 
     fn insert(
@@ -1058,7 +1064,8 @@ impl Shard {
             Command::RoomMade(store, result) => self.room_made(store, result),
             // One that stops already closes them here.
             Command::Listen(listeners) if matches!(self.phase, Phase::Serving) => {
-                self.changes.extend(listeners.iter().map(|l| WatchChange::Add(l.as_raw_fd(), EventSet::IN)));
+                self.changes
+                    .extend(listeners.iter().map(|l| WatchChange::Add(l.socket.as_raw_fd(), EventSet::IN)));
                 self.listeners = listeners;
             }
             Command::Listen(_) => {}
@@ -1164,7 +1171,7 @@ impl Shard {
             Phase::Serving if self.shutdown.requested() => {
                 self.changes.push(WatchChange::Remove(self.shutdown.as_raw_fd()));
                 let listeners = std::mem::take(&mut self.listeners);
-                self.changes.extend(listeners.iter().map(|l| WatchChange::Remove(l.as_raw_fd())));
+                self.changes.extend(listeners.iter().map(|l| WatchChange::Remove(l.socket.as_raw_fd())));
                 // Kept until the loop does not watch them any more; no connection is accepted meanwhile.
                 self.closed_listeners = listeners;
                 let deadline = self.now + self.shared.config.stop_timeout;
@@ -1329,7 +1336,7 @@ impl MutEventSubscriber for Shard {
             }
         } else if descriptor == self.connector.descriptor() {
             self.sources_connected();
-        } else if self.listeners.iter().any(|l| l.as_raw_fd() == descriptor) {
+        } else if self.listeners.iter().any(|l| l.socket.as_raw_fd() == descriptor) {
             self.accept(descriptor);
         } else {
             self.source_ready(descriptor);

@@ -1,6 +1,5 @@
 //! The connection of a stale member to the node that it is brought up to date from.
 
-use std::net::TcpStream;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
@@ -8,6 +7,7 @@ use rmr_common::buffer::Segment;
 use rmr_common::pool::{ClientId, PoolId};
 use rmr_common::replica::Event;
 use rmr_common::time::Time;
+use rmr_common::transport::connect::Dialled;
 use rmr_common::transport::tcp::TcpConnection;
 use rmr_common::transport::{Connection, Place, Receiver};
 use rmr_common::wire::{Hello, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status};
@@ -26,12 +26,12 @@ pub(super) struct SourceLink {
 impl SourceLink {
     /// Takes over a connected stream and says hello.
     pub(super) fn new(
-        stream: TcpStream,
+        dialled: Dialled,
         pool: PoolId,
         description: String,
         dead_after: Duration,
     ) -> Result<Self, String> {
-        let mut wire = TcpConnection::new(stream, dead_after).map_err(|e| e.to_string())?;
+        let mut wire = dialled.into_connection(dead_after)?;
         let descriptor = wire.descriptor().ok_or("no descriptor")?;
         let hello = Hello {
             versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),

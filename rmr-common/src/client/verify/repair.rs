@@ -36,6 +36,8 @@ pub(super) struct Repair {
 /// A repair that is under way.
 pub(super) struct Round {
     members: MemberSet,
+    /// They have left the view.
+    left: bool,
     /// The blocks, and how often they were repaired before.
     blocks: Vec<(Block, u32)>,
 }
@@ -96,16 +98,10 @@ impl Client {
             offset: r.block.0 * BLOCK_SIZE,
             length: BLOCK_SIZE,
         };
-        let additions = chosen.iter().map(addition).collect();
-        if self.expel(members, additions, "a verify found blocks in which it is wrong") {
-            let blocks = chosen.iter().map(|r| (r.block, r.repairs)).collect();
-            if let Some(verify) = &mut self.verify {
-                verify.round = Some(Round { members, blocks });
-            }
-        } else if let Some(verify) = &mut self.verify {
-            verify.repairs.extend(chosen);
-            verify.failed(format!("members {members} cannot leave the view now"), now);
-        }
+        let ranges: Vec<_> = chosen.iter().map(addition).collect();
+        let blocks = chosen.iter().map(|r| (r.block, r.repairs)).collect();
+        verify.round = Some(Round { members, left: false, blocks });
+        self.expel(members, &ranges);
     }
 
     /// What was not flushed counts as missed by a member that leaves the view, and would be copied too: flushes once.
@@ -134,17 +130,22 @@ impl Client {
 
     /// Whether a repair is under way. Once its members are Clean again, its blocks are looked at once more.
     pub(super) fn repair_is_under_way(&mut self) -> bool {
-        let (now, clean) = (self.now, self.view_clean());
+        let (now, clean, is_expelling) = (self.now, self.view_clean(), self.faults.is_expelling());
         let Some(verify) = &mut self.verify else { return false };
-        let Some(round) = &verify.round else { return false };
+        let Some(round) = &mut verify.round else { return false };
         verify.last_progress = now;
-        if !round.members.without(clean).is_empty() {
+        let is_away = !round.members.without(clean).is_empty();
+        round.left |= is_away;
+        if is_away || is_expelling {
             return true;
         }
-        let blocks = verify.round.take().map(|r| r.blocks).unwrap_or_default();
-        verify
-            .suspects
-            .extend(runs(blocks.into_iter().map(|(block, repairs)| (block, repairs + 1)).collect()));
+        let Some(Round { members, left, blocks }) = verify.round.take() else { return false };
+        if !left {
+            verify.failed(format!("members {members} could not leave the view"), now);
+        }
+        // If they never left, the attachment ended before; or others were found to be at fault, and they were needed.
+        let again = blocks.into_iter().map(|(block, repairs)| (block, repairs + u32::from(left))).collect();
+        verify.suspects.extend(runs(again));
         false
     }
 }

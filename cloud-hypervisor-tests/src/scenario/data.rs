@@ -1,0 +1,175 @@
+//! What is carried, and at what cost: verified I/O of all shapes, more of it than there is memory for, and a resync.
+
+use anyhow::{Context, Result, ensure};
+
+use super::system::LIMIT;
+use super::{Counts, Effort, System, not_run};
+use crate::bench::load::{LoadSpec, Pattern};
+use crate::lab::frontend::{self, BUFFERS, Descriptor, flag, request};
+use crate::lab::{Frontend, FrontendBuilder, Lab, Status, Transport, stores};
+
+/// The largest request of a guest, on both transports.
+const LARGEST: u32 = 1 << 20;
+/// Its segments.
+const SEGMENTS: u16 = 128;
+/// Bytes of each.
+const SEGMENT_BYTES: usize = 8 << 10;
+
+/// Every block that is read holds what was written, and all copies are the same.
+pub(super) fn io(lab: &Lab, effort: Effort) -> Result<Counts> {
+    let mut system = System::on_disk(lab, effort, 2)?;
+    let daemon = system.daemon(lab, "daemon")?;
+    let load = LoadSpec {
+        size: Some(effort.span),
+        verify_at_end: true,
+        ..System::spec(Pattern::RandRw, 16, Some(effort.requests))
+    };
+    let report = system.load(&daemon, &load)?;
+    system.pool.assert_identical_within(LIMIT)?;
+    daemon.stop()?;
+    Ok(Counts::from([
+        ("requests".to_owned(), report.requests),
+        ("verified_blocks".to_owned(), report.verified_blocks),
+    ]))
+}
+
+/// A request costs the messages, work requests and copies that the design says.
+pub(super) fn counts(lab: &Lab, effort: Effort) -> Result<Counts> {
+    let mut system = System::on_disk(lab, effort, 2)?;
+    let daemon = system.daemon(lab, "daemon")?;
+    let before = system.counters()?;
+    let writes = system.load(&daemon, &System::spec(Pattern::Write, 1, Some(effort.requests / 4)))?;
+    let between = system.counters()?;
+    let reads = system.load(&daemon, &System::spec(Pattern::Read, 1, Some(effort.requests / 4)))?;
+    let after = system.counters()?;
+    daemon.stop()?;
+
+    let legs = system.nodes.len() as u64;
+    let written = between.since(&before, "rmr_store_writes_total")?;
+    ensure!(written == writes.requests * legs, "{} writes on {legs} legs became {written}", writes.requests);
+    let read = after.since(&between, "rmr_store_reads_total")?;
+    ensure!(read == reads.requests, "{} reads became {read} at the nodes", reads.requests);
+    Ok(Counts::from([
+        ("writes".to_owned(), writes.requests),
+        ("reads".to_owned(), reads.requests),
+        ("legs".to_owned(), legs),
+    ]))
+}
+
+/// Requests of 1 MiB in 128 segments are carried whole.
+///
+/// The segments have gaps between them, so that nobody can take two for one. They are more than the device recommends,
+/// which a guest may do.
+pub(super) fn segments(lab: &Lab, effort: Effort) -> Result<Counts> {
+    let system = System::new(lab, effort, 2, "")?;
+    let daemon = system.daemon(lab, "daemon")?;
+    let mut disk = FrontendBuilder::new(daemon.socket()).queue_size(256).connect()?;
+    let rounds = effort.requests.div_ceil(64).min(effort.pool_mib);
+    for round in 0..rounds {
+        let data: Vec<u8> = (0..u64::from(LARGEST)).map(|at| pattern(round, at)).collect();
+        for (segment, bytes) in (0..).zip(data.chunks(SEGMENT_BYTES)) {
+            disk.put(segment_address(segment), bytes)?;
+        }
+        large_request(&mut disk, request::OUT, round)?;
+        for segment in 0..SEGMENTS {
+            disk.put(segment_address(segment), &[0xee; SEGMENT_BYTES])?;
+        }
+        large_request(&mut disk, request::IN, round)?;
+        for (segment, bytes) in (0..).zip(data.chunks(SEGMENT_BYTES)) {
+            let (found, after) = (
+                disk.get(segment_address(segment), SEGMENT_BYTES)?,
+                disk.get(segment_address(segment) + SEGMENT_BYTES as u64, 64)?,
+            );
+            ensure!(found == bytes, "round {round}: segment {segment} does not hold what was written");
+            ensure!(after == [0; 64], "round {round}: bytes behind segment {segment} were changed");
+        }
+    }
+    drop(disk);
+    system.pool.assert_identical_within(LIMIT)?;
+    daemon.stop()?;
+    Ok(Counts::from([("requests".to_owned(), 2 * rounds), ("segments".to_owned(), u64::from(SEGMENTS))]))
+}
+
+/// A byte that tells the round and the place that it belongs to.
+fn pattern(round: u64, at: u64) -> u8 {
+    let [low, high, ..] = (at ^ (at >> 13)).wrapping_mul(0x9e37_79b9).wrapping_add(round).to_le_bytes();
+    low ^ high
+}
+
+fn segment_address(segment: u16) -> u64 {
+    /// Room of a segment, with a gap behind it.
+    const STRIDE: u64 = SEGMENT_BYTES as u64 + 4096;
+    BUFFERS + 4096 + u64::from(segment) * STRIDE
+}
+
+/// A request for the whole of the `round`th MiB of the disk; the device has to answer it with success.
+fn large_request(disk: &mut Frontend, kind: u32, round: u64) -> Result<()> {
+    const STATUS: u64 = BUFFERS + 64;
+    disk.put(BUFFERS, &frontend::header(kind, round * u64::from(LARGEST) / 512))?;
+    disk.put(STATUS, &[0xff])?;
+    let direction = if kind == request::IN { flag::WRITE } else { 0 };
+    let mut chain = vec![Descriptor { address: BUFFERS, length: 16, flags: flag::NEXT, next: 1 }];
+    for segment in 0..SEGMENTS {
+        let address = segment_address(segment);
+        let (length, flags) = (u32::try_from(SEGMENT_BYTES)?, flag::NEXT | direction);
+        chain.push(Descriptor { address, length, flags, next: segment + 2 });
+    }
+    chain.push(Descriptor { address: STATUS, length: 1, flags: flag::WRITE, next: 0 });
+    disk.put_chain(0, 0, &chain)?;
+    disk.publish(0, 0)?;
+    let used = disk.wait_used(0, LIMIT)?;
+    let status = Status::from(disk.get(STATUS, 1)?[0]);
+    ensure!(
+        used.is_some() && status == Status::Ok,
+        "request type {kind} of round {round}: {used:?}, {status:?}"
+    );
+    Ok(())
+}
+
+/// A guest that asks for more than a node has memory for waits, and gets it all.
+pub(super) fn exhaustion(lab: &Lab, effort: Effort) -> Result<Counts> {
+    /// Where the load works: all requests in flight have room beside one another.
+    const EXHAUSTING: u64 = 16 << 20;
+    // The least that a node may have; the requests in flight need half as much again.
+    let mut system = System::new(lab, effort, 2, "buffer_memory = \"8M\"\n")?;
+    let daemon = system.daemon(lab, "daemon")?;
+    let load = LoadSpec {
+        block_size: 128 << 10,
+        segment_size: Some(32 << 10),
+        size: Some(EXHAUSTING),
+        verify_at_end: true,
+        ..System::spec(Pattern::RandRw, 96, Some(effort.requests / 2))
+    };
+    let report = system.load(&daemon, &load)?;
+    system.pool.assert_identical_within(LIMIT)?;
+    daemon.stop()?;
+    Ok(Counts::from([("requests".to_owned(), report.requests)]))
+}
+
+/// A peer with wrong keys is refused, and no byte of the guest's memory changes.
+pub(super) fn wrong_keys(lab: &Lab, _effort: Effort) -> Result<Counts> {
+    if lab.fabric().transport() == Transport::Tcp {
+        return Err(not_run("only verbs have keys of memory"));
+    }
+    Err(not_run("the verbs transport has no test client yet"))
+}
+
+/// A member that was away is brought up to date by exactly what it missed, from node to node.
+pub(super) fn resync(lab: &Lab, effort: Effort) -> Result<Counts> {
+    let mut system = System::new(lab, effort, 2, "")?;
+    let daemon = system.daemon(lab, "daemon")?;
+    let load = System::spec(Pattern::RandWrite, 16, Some(effort.requests / 2));
+    let mut disk = System::attach(&daemon, &load)?;
+    system.load_on(&mut disk, &load)?;
+    system.nodes[1].kill()?;
+    system.load_on(&mut disk, &LoadSpec { seed: 2, ..load })?;
+    let areas = system.pool.areas()?;
+    let missed = stores::different_blocks(&areas[0], &areas[1])? as u64;
+    ensure!(missed > 0, "nothing was written while node b was away");
+    system.nodes[1].restart(lab)?;
+    system.pool.wait_for_level("safe", LIMIT).context("node b is back")?;
+    drop(disk);
+    system.check_everything(&daemon)?;
+    daemon.stop()?;
+    Ok(Counts::from([("missed_blocks".to_owned(), missed)]))
+}

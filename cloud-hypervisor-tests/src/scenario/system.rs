@@ -1,0 +1,183 @@
+//! What nearly every scenario begins with: nodes, one pool over all of them, a daemon, and a writer that remembers.
+
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Counters, Effort, not_run};
+use crate::bench::disk::{Disk, DiskOptions};
+use crate::bench::load::{self, LoadSpec, Pattern, Report, Surroundings};
+use crate::bench::processes::{Role, Watched};
+use crate::bench::verify::{Promises, Unwritten};
+use crate::lab::{Daemon, DaemonBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder, Transport};
+
+/// How long a member may take to be missed, or to be Clean again.
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
+/// Longest load that is ended from outside.
+const ENDLESS: u64 = 600_000;
+
+/// Nodes and the pool that has a member on each.
+pub struct System {
+    /// The nodes, `a` first.
+    pub nodes: Vec<Node>,
+    /// The pool.
+    pub pool: Pool,
+    /// What the disk's writer was promised.
+    pub promises: Promises,
+    effort: Effort,
+}
+
+impl System {
+    /// `count` nodes with `settings` in their configuration, their stores in memory, and a new pool over them.
+    ///
+    /// # Errors
+    /// When something does not come up, or cannot on this machine.
+    pub fn new(lab: &Lab, effort: Effort, count: usize, settings: &str) -> Result<Self> {
+        Self::of(lab, effort, count, &|name| NodeBuilder::new(name).settings(settings))
+    }
+
+    /// As [`System::new`], with stores on a disk where O_DIRECT works.
+    ///
+    /// # Errors
+    /// As [`System::new`].
+    pub fn on_disk(lab: &Lab, effort: Effort, count: usize) -> Result<Self> {
+        Self::of(lab, effort, count, &|name| NodeBuilder::new(name).on_disk())
+    }
+
+    fn of(lab: &Lab, effort: Effort, count: usize, builder: &dyn Fn(&str) -> NodeBuilder) -> Result<Self> {
+        let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+        let start = |name: &&str| builder(name).start(lab).map_err(|error| explain(lab, error));
+        let nodes = names.iter().take(count).map(start).collect::<Result<Vec<_>>>()?;
+        let pool = PoolBuilder::new("disk").size_mib(effort.pool_mib);
+        let pool = nodes.iter().fold(pool, |pool, node| pool.member(node)).create(lab)?;
+        let promises = Promises::new(pool.size(), 4096, u64::from(std::process::id()), Unwritten::Zeroes);
+        Ok(Self { nodes, pool, promises, effort })
+    }
+
+    /// A daemon for the pool.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn daemon(&self, lab: &Lab, name: &str) -> Result<Daemon> {
+        DaemonBuilder::new(&self.pool).name(name).start(lab)
+    }
+
+    /// Runs `load` to its end and demands that every request was well answered and every read held what was promised.
+    ///
+    /// # Errors
+    /// When that is not so.
+    pub fn load(&mut self, daemon: &Daemon, load: &LoadSpec) -> Result<Report> {
+        self.load_on(&mut Self::attach(daemon, load)?, load)
+    }
+
+    /// As [`System::load`], on a disk that was attached before and stays so.
+    ///
+    /// # Errors
+    /// As [`System::load`].
+    pub fn load_on(&mut self, disk: &mut Disk, load: &LoadSpec) -> Result<Report> {
+        let report = run_load(disk, load, &mut self.promises, None)?;
+        ensure!(report.requests > 0, "the load did nothing: {report:?}");
+        Ok(report)
+    }
+
+    /// The daemon's disk, for loads like this one. The end of the daemon ends them, at once.
+    ///
+    /// # Errors
+    /// When the daemon does not take part.
+    pub fn attach(daemon: &Daemon, load: &LoadSpec) -> Result<Disk> {
+        let watched = [Watched { role: Role::Client, pid: daemon.process().pid() }];
+        Ok(Disk::attach(load.disk_options(daemon.socket(), &watched))?)
+    }
+
+    /// What a load is whose end is a number of requests, or the stop of whoever runs it.
+    #[must_use]
+    pub fn spec(pattern: Pattern, depth: u32, requests: Option<u64>) -> LoadSpec {
+        LoadSpec {
+            name: "scenario".into(),
+            pattern,
+            depth,
+            ramp_ms: 0,
+            runtime_ms: ENDLESS,
+            max_requests: requests,
+            ..LoadSpec::default()
+        }
+    }
+
+    /// Puts a mixed load on the disk until `stop`, or until the daemon ends.
+    ///
+    /// # Errors
+    /// When a request failed, a promise was broken, or the daemon ended.
+    pub fn mixed_load(
+        daemon: &Daemon,
+        promises: &mut Promises,
+        effort: Effort,
+        stop: &AtomicBool,
+    ) -> Result<()> {
+        let load =
+            LoadSpec { read_percent: 30, rate: Some(effort.rate), ..Self::spec(Pattern::RandRw, 16, None) };
+        run_load(&mut Self::attach(daemon, &load)?, &load, promises, Some(stop)).map(|_| ())
+    }
+
+    /// A guest on the disk sees what was promised, every member becomes Clean, and all copies are the same.
+    ///
+    /// # Errors
+    /// When that is not so.
+    pub fn check_everything(&mut self, daemon: &Daemon) -> Result<()> {
+        let options = DiskOptions {
+            daemons: vec![daemon.process().pid()],
+            buffer_size: 64 << 10,
+            depth: 4,
+            ..DiskOptions::new(daemon.socket())
+        };
+        let mut disk = Disk::attach(options)?;
+        let check = self.promises.check_disk(&mut disk, 3)?;
+        ensure!(check.is_good() && check.blocks > 0, "the disk does not hold what was promised: {check:?}");
+        self.pool.wait_for_level("safe", LIMIT)?;
+        drop(disk);
+        self.pool.assert_identical_within(LIMIT)
+    }
+
+    /// What all nodes together have counted so far.
+    ///
+    /// # Errors
+    /// When one does not answer.
+    pub fn counters(&self) -> Result<Counters> {
+        self.nodes.iter().map(Counters::of).try_fold(Counters::default(), |sum, one| Ok(sum.plus(&one?)))
+    }
+
+    /// How much is to be done.
+    #[must_use]
+    pub fn effort(&self) -> Effort {
+        self.effort
+    }
+}
+
+fn run_load(
+    disk: &mut Disk,
+    load: &LoadSpec,
+    promises: &mut Promises,
+    stop: Option<&AtomicBool>,
+) -> Result<Report> {
+    let around = Surroundings { stop, promises: Some(promises), ..Surroundings::default() };
+    let report = load::run_on(disk, load, around).context("the load")?;
+    ensure!(
+        report.is_good(),
+        "{} errors ({:?}), {} broken promises: {:?}",
+        report.errors,
+        report.first_error,
+        report.violations,
+        report.first_violations
+    );
+    Ok(report)
+}
+
+/// A node without the transport says so and ends; that is no failure of a scenario.
+fn explain(lab: &Lab, error: anyhow::Error) -> anyhow::Error {
+    let text = format!("{error:#}");
+    let reason = text.lines().find(|line| line.to_lowercase().contains("this build has no rdma"));
+    match reason {
+        Some(reason) if lab.fabric().transport() == Transport::Rdma => not_run(reason.trim()),
+        _ => error,
+    }
+}

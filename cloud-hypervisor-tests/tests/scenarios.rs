@@ -1,0 +1,19 @@
+//! The scenarios that do not care what carries the data, on this machine's own processors and network. `verbs.rs` runs the same
+//! ones in a guest over verbs.
+
+use anyhow::{Context, Result};
+use cloud_hypervisor_tests::scenario::{self, Effort};
+
+fn run(name: &str) -> Result<()> {
+    scenario::find(name).with_context(|| format!("there is no scenario '{name}'"))?.test(Effort::FULL)
+}
+
+#[test]
+fn requests_of_all_shapes_are_carried_whole_and_counted_once_for_each_leg() -> Result<()> {
+    ["io", "counts", "segments", "exhaustion"].into_iter().try_for_each(run)
+}
+
+#[test]
+fn a_member_that_was_away_is_brought_up_to_date_by_exactly_what_it_missed() -> Result<()> {
+    run("resync")
+}
