@@ -102,6 +102,12 @@ impl PoolDisk {
                 }
                 Notice::Attached(view) => tracing::info!(pool, "attached with {view}"),
                 Notice::Committed(view) => tracing::info!(pool, "{view} is committed"),
+                Notice::Spec(spec) => {
+                    tracing::info!(pool, "{} bytes, members {}", spec.size, spec.member_set());
+                }
+                Notice::NoRoom(member, reason) => {
+                    tracing::warn!(pool, %member, "cannot come back, its store has no room for the pool: {reason}");
+                }
                 Notice::Lost(members, reason) => {
                     tracing::warn!(pool, %members, "members lost: {reason}; going on without them, what they miss is recorded");
                 }

@@ -1,143 +1,32 @@
-//! Links, the attach protocol and view changes: everything that is not the data path.
+//! The attach protocol and view changes.
 
-use super::{Client, LinkId, LinkState, MAX_LINKS, Notice, Output, OverReason, Payload, PoolSelector, State};
+use super::{Client, LinkId, LinkState, Notice, Output, OverReason, Payload, State};
 use crate::pool::{
-    Address, Epoch, MemberId, MemberSet, MemberState, PoolId, PoolSpec, Sequence, View, ViewStep,
+    Epoch, MemberId, MemberSet, MemberSpec, MemberState, MemberView, PoolSpec, Refusal, Sequence, View,
+    ViewStep,
 };
 use crate::time::Time;
-use crate::wire::{
-    Attach, AttachReply, DirtyAddition, Hello, HelloReply, Kind, MessageHeader, PROTOCOL_VERSION, Role,
-    SetView, Status, WireError,
-};
+use crate::wire::{Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError};
 
 impl Client {
-    pub(super) fn add_link(&mut self, address: Address) -> Option<LinkId> {
-        if self.links.len() >= MAX_LINKS {
-            return None;
-        }
-        let id = LinkId(u8::try_from(self.links.len()).ok()?);
-        self.links.push(super::Link {
-            address: address.clone(),
-            member: None,
-            state: LinkState::Connecting,
-            last_sent: self.now,
-            ping_since: None,
-            last_error: "not connected yet".into(),
-            denied: false,
-        });
-        self.outputs.push_back(Output::Connect(id, address));
-        Some(id)
-    }
-
-    fn link(&self, id: LinkId) -> Option<&super::Link> {
-        self.links.get(usize::from(id.0))
-    }
-
-    fn link_mut(&mut self, id: LinkId) -> Option<&mut super::Link> {
-        self.links.get_mut(usize::from(id.0))
-    }
-
-    /// The hello answer of a member whose link is ready.
-    pub(super) fn ready(&self, member: MemberId) -> Option<&HelloReply> {
-        let link = self.link(self.legs[member.index()]?)?;
-        if let LinkState::Ready(reply) = &link.state { Some(reply) } else { None }
-    }
-
-    /// The members whose links are ready.
-    pub(super) fn ready_members(&self) -> MemberSet {
-        MemberId::all().filter(|&m| self.ready(m).is_some()).collect()
-    }
-
-    pub(super) fn header(&self, kind: Kind) -> MessageHeader {
-        let pool = self.spec.as_ref().map_or(PoolId::from_bytes([0; 16]), |s| s.id);
-        MessageHeader {
-            epoch: self.epoch,
-            view: self.view.as_ref().map_or(crate::pool::ViewNumber(0), |v| v.number),
-            watermark: self.parts.watermark(self.sequence),
-            ..MessageHeader::new(kind, pool)
-        }
-    }
-
-    pub(super) fn send(&mut self, member: MemberId, header: MessageHeader, payload: Payload) {
-        let Some(id) = self.legs[member.index()] else { return };
-        let now = self.now;
-        if let Some(link) = self.link_mut(id) {
-            link.last_sent = now;
-            self.outputs.push_back(Output::Send(id, header, payload));
-        }
-    }
-
-    pub(super) fn send_body(&mut self, member: MemberId, mut header: MessageHeader, body: Vec<u8>) {
-        header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        self.send(member, header, Payload::Body(body));
-    }
-
-    pub(super) fn link_up(&mut self, id: LinkId) {
-        let (now, config) = (self.now, &self.config);
-        let (pool, pool_name) = match (&self.spec, &self.selector) {
-            (Some(spec), _) => (spec.id, String::new()),
-            (None, PoolSelector::Id(id)) => (*id, String::new()),
-            (None, PoolSelector::Name(name)) => (PoolId::from_bytes([0; 16]), name.clone()),
-        };
-        let hello = Hello {
-            versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),
-            capabilities: 0,
-            role: Role::Client,
-            client: config.client,
-            pool_name,
-            description: config.description.clone(),
-        };
-        let body = hello.encode();
-        let Some(link) = self.link_mut(id) else { return };
-        link.state = LinkState::Greeting { since: now };
-        link.last_sent = now;
-        link.ping_since = None;
-        let mut header = MessageHeader::new(Kind::Hello, pool);
-        header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        self.outputs.push_back(Output::Send(id, header, Payload::Body(body)));
-    }
-
-    /// A connection is gone. The member, if it had requests or is part of the view, is lost with it.
-    pub(super) fn link_down(&mut self, id: LinkId, reason: &str) {
-        let retry_at = self.now + self.config.reconnect_interval;
-        let Some(link) = self.link_mut(id) else { return };
-        let was_ready = matches!(link.state, LinkState::Ready(_));
-        let repeated = !was_ready && link.last_error == reason;
-        link.state = LinkState::Down { retry_at };
-        reason.clone_into(&mut link.last_error);
-        let (member, address) = (link.member, link.address.clone());
-        if !repeated {
-            self.notice(Notice::LinkLost(member, address, reason.to_owned()));
-        }
-        if let Some(member) = member.filter(|&m| was_ready && self.legs[m.index()] == Some(id)) {
-            self.lose(MemberSet::only(member), reason);
-        }
-    }
-
-    /// Closes a link for a reason found here, and treats it as lost.
-    pub(super) fn drop_link(&mut self, id: LinkId, reason: &str) {
-        self.outputs.push_back(Output::Disconnect(id));
-        self.link_down(id, reason);
-    }
-
-    pub(super) fn drop_member(&mut self, member: MemberId, reason: &str) {
-        if let Some(id) = self.legs[member.index()] {
-            self.drop_link(id, reason);
-        }
-    }
-
     pub(super) fn message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
         let Some(link) = self.link(id) else { return };
         match (&link.state, header.kind) {
             (LinkState::Greeting { .. }, Kind::HelloReply) => self.hello_reply(id, header, body),
             (LinkState::Ready(_), kind) => {
-                let Some(member) = link.member else { return };
+                let Some(member) = link.member.filter(|m| self.legs[m.index()] == Some(id)) else {
+                    if kind == Kind::Goodbye {
+                        self.drop_link(id, "the node is stopping");
+                    }
+                    return; // Its store is no member, and has nothing to say.
+                };
                 match kind {
                     Kind::IoReply => self.io_reply(member, header),
                     Kind::FlushReply => self.flush_reply(member, header),
                     Kind::AttachReply => self.attach_reply(member, header, body),
                     Kind::SetViewReply => self.set_view_reply(member, header, body),
                     Kind::PrepareReply => self.prepare_reply(member, header),
+                    Kind::GrowReply => self.grow_reply(member, header, body),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::SourceFailed => self.source_failed(member, header),
                     Kind::DetachReply => self.detach_reply(member),
@@ -159,91 +48,6 @@ impl Client {
         }
     }
 
-    fn hello_reply(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
-        let Some(link) = self.link(id) else { return };
-        let address = link.address.clone();
-        if header.status != Status::Ok {
-            self.hello_refused(id, address, header.status, &String::from_utf8_lossy(body));
-            return;
-        }
-        let reply = match HelloReply::decode(body) {
-            Ok(reply) => reply,
-            Err(error) => return self.drop_link(id, &format!("protocol error: {error}")),
-        };
-        if let Some(known) = &self.spec
-            && (known.id != reply.spec.id || known.size != reply.spec.size)
-        {
-            let text = format!(
-                "pool {} of {} bytes on one node, {} of {} bytes on {address}",
-                known.id, known.size, reply.spec.id, reply.spec.size
-            );
-            return self.end(OverReason::Conflict(text));
-        }
-        let member = reply.member;
-        if self.ready(member).is_some() && self.legs[member.index()] != Some(id) {
-            // A second address of a node that is connected already.
-            self.outputs.push_back(Output::Disconnect(id));
-            if let Some(link) = self.link_mut(id) {
-                link.member = Some(member);
-                link.state = LinkState::Down { retry_at: Time(u64::MAX) };
-            }
-            return;
-        }
-        self.legs[member.index()] = Some(id);
-        if reply.write_through {
-            self.write_through.insert(member);
-        } else {
-            self.write_through.remove(member);
-        }
-        if self.spec.is_none() {
-            self.adopt_spec(reply.spec.clone());
-        }
-        if let Some(link) = self.link_mut(id) {
-            link.member = Some(member);
-            link.last_error.clear();
-            link.state = LinkState::Ready(Box::new(reply));
-        }
-        self.notice(Notice::LegUp(member, address));
-        self.connect_members();
-        self.try_attach();
-    }
-
-    fn hello_refused(&mut self, id: LinkId, address: Address, status: Status, text: &str) {
-        if status == Status::NoSuchPool {
-            if let Some(link) = self.link_mut(id) {
-                link.denied = true;
-            }
-            // Other nodes may know it; it is over only when every one has said no.
-            if self.spec.is_none() && self.links.iter().all(|l| l.denied) {
-                let text = if text.is_empty() { String::new() } else { format!(": {text}") };
-                self.end(OverReason::NoSuchPool { address, pool: self.selector.to_string(), text });
-            } else {
-                self.drop_link(id, "the node has no such pool");
-            }
-        } else if status == Status::Version {
-            self.end(OverReason::Refused { address, text: text.to_owned() });
-        } else {
-            self.drop_link(id, &format!("refused: {text}"));
-        }
-    }
-
-    pub(super) fn adopt_spec(&mut self, spec: PoolSpec) {
-        self.unflushed = crate::map::BlockMap::new(spec.block_count());
-        self.flushing = crate::map::BlockMap::new(spec.block_count());
-        self.spec = Some(spec);
-    }
-
-    /// Opens a link to every member of the specification that no link leads to.
-    pub(super) fn connect_members(&mut self) {
-        let members = self.spec.as_ref().map(|s| s.members.clone()).unwrap_or_default();
-        for member in members {
-            let known = self.links.iter().any(|l| l.member == Some(member.id) || l.address == member.address);
-            if !known {
-                self.add_link(member.address);
-            }
-        }
-    }
-
     /// Goes from Gathering to Attaching when the recovery rule allows it: every Clean member of the highest view must
     /// be reachable, because any later view would have been recorded on at least one of them.
     pub(super) fn try_attach(&mut self) {
@@ -252,19 +56,17 @@ impl Client {
             return;
         }
         let possible_since = *possible_since;
-        let ready = self.ready_members();
-        let Some(best) = ready.iter().filter_map(|m| self.ready(m)).max_by_key(|r| r.view.order()) else {
-            return;
-        };
-        let view = best.view.clone();
+        let Some(best) = self.hellos().max_by_key(|r| r.view.order()) else { return };
+        let (view, spec) = (best.view.clone(), best.spec.clone());
         if self.is_displaced_in(&view) {
             return self.end(OverReason::Fenced(view.epoch));
         }
         if let Some(member) = self.forced() {
             return self.attach_forced(member);
         }
+        let ready = self.ready_in(&view);
         if !view.clean().is_subset(ready) {
-            return self.tell_waiting(&view, ready);
+            return self.tell_waiting(&view, &spec, ready);
         }
         let since = possible_since.unwrap_or(self.now);
         if !view.active().is_subset(ready) && self.now - since < self.config.attach_grace {
@@ -273,11 +75,16 @@ impl Client {
             }
             return;
         }
-        let highest = ready.iter().filter_map(|m| self.ready(m)).map(|r| r.epoch).max().unwrap_or_default();
+        let highest = self.hellos().map(|r| r.epoch).max().unwrap_or_default();
         self.epoch = highest.max(self.epoch).next();
         let asked = view.active().intersection(ready);
-        self.view = Some(view);
-        self.ask_to_attach(asked);
+        self.attach_to(view, spec, asked);
+    }
+
+    /// The members of a view whose stores are connected.
+    fn ready_in(&self, view: &View) -> MemberSet {
+        let is_there = |store| self.hellos().any(|r| r.store() == store);
+        view.members.iter().filter(|m| is_there(m.store)).map(|m| m.id).collect()
     }
 
     /// The member that the operator wants to go on with, if that is still to be done.
@@ -286,17 +93,20 @@ impl Client {
     }
 
     fn attach_forced(&mut self, member: MemberId) {
-        let Some((view, epoch)) = self.ready(member).map(|r| (r.view.clone(), r.epoch)) else {
+        let found = self.hellos().filter(|r| r.member == member).max_by_key(|r| r.view.order());
+        let Some((view, spec, epoch)) = found.map(|r| (r.view.clone(), r.spec.clone(), r.epoch)) else {
             let text = format!("--force-from names member {member}, which is not connected");
             self.notice(Notice::Waiting(text));
             return;
         };
         self.epoch = Epoch(epoch.max(self.epoch).0 + crate::pool::FORCED_JUMP);
-        self.view = Some(view);
-        self.ask_to_attach(MemberSet::only(member));
+        self.attach_to(view, spec, MemberSet::only(member));
     }
 
-    fn ask_to_attach(&mut self, asked: MemberSet) {
+    fn attach_to(&mut self, view: View, spec: PoolSpec, asked: MemberSet) {
+        self.adopt_spec(spec, Some(view.order()));
+        self.view = Some(view);
+        self.assign_legs();
         let body = Attach {
             client: self.config.client,
             // A client that was displaced must not displace in turn.
@@ -318,13 +128,13 @@ impl Client {
             && !self.own_epochs.contains(&view.epoch)
     }
 
-    fn tell_waiting(&mut self, view: &View, ready: MemberSet) {
+    fn tell_waiting(&mut self, view: &View, spec: &PoolSpec, ready: MemberSet) {
         let missing = view.clean().without(ready);
         if self.links.iter().any(|l| matches!(l.state, LinkState::Connecting | LinkState::Greeting { .. })) {
             return; // The first attempts may well succeed.
         }
         let name = |m: MemberId| {
-            let address = self.spec.as_ref().and_then(|s| s.member(m)).map(|m| m.address.to_string());
+            let address = spec.member(m).map(|m| m.address.to_string());
             let link =
                 self.links.iter().find(|l| l.member == Some(m) || Some(l.address.to_string()) == address);
             let error = link.map_or("not connected", |l| l.last_error.as_str());
@@ -382,57 +192,43 @@ impl Client {
         }
     }
 
-    fn note_epoch(&mut self, member: MemberId, epoch: Epoch) {
-        if let Some(id) = self.legs[member.index()]
-            && let Some(link) = self.link_mut(id)
-            && let LinkState::Ready(reply) = &mut link.state
-        {
-            reply.epoch = reply.epoch.max(epoch);
-        }
-    }
-
     /// Makes the forced view: every other member misses everything.
-    fn force(&mut self, base: &View, member: MemberId) {
-        let length = self.spec.as_ref().map_or(0, |s| s.size);
+    fn force(&mut self, base: &View, mut spec: PoolSpec, member: MemberId) {
+        let length = spec.size;
+        for line in spec.members.iter_mut().filter(|m| m.id == member) {
+            line.maintenance = false;
+        }
         match base.step(ViewStep::Force(member), self.epoch) {
             Ok(next) => {
                 let missed = DirtyAddition { members: next.out(), offset: 0, length };
                 let additions = if next.out().is_empty() { Vec::new() } else { vec![missed] };
                 self.view = Some(base.clone());
-                self.change_view(next, additions, true);
+                self.change_view(next, spec, additions, true);
             }
             Err(error) => self.notice(Notice::Waiting(format!("--force-from {member}: {error}"))),
-        }
-    }
-
-    fn note_view(&mut self, member: MemberId, view: &View) {
-        if let Some(id) = self.legs[member.index()]
-            && let Some(link) = self.link_mut(id)
-            && let LinkState::Ready(reply) = &mut link.state
-        {
-            reply.view = view.clone();
         }
     }
 
     /// All members that were asked have accepted the epoch: commit a view of this attachment on them.
     fn attach_complete(&mut self, replies: Vec<(MemberId, AttachReply)>) {
         let attached: MemberSet = replies.iter().map(|(m, _)| *m).collect();
-        let Some(best) = replies.iter().map(|(_, r)| &r.view).max_by_key(|v| v.order()).cloned() else {
-            return;
-        };
+        let Some(newest) = replies.iter().map(|(_, r)| r).max_by_key(|r| r.view.order()) else { return };
+        let (best, spec) = (newest.view.clone(), newest.spec.clone());
         for (member, reply) in &replies {
-            self.note_view(*member, &reply.view);
+            self.note_view(*member, &reply.view, &reply.spec);
         }
         if self.is_displaced_in(&best) {
             return self.end(OverReason::Fenced(best.epoch));
         }
         if let Some(member) = self.forced() {
-            return self.force(&best, member);
+            return self.force(&best, spec, member);
         }
-        if !best.clean().is_subset(attached) {
+        let is_same = self.view.as_ref().is_some_and(|v| v.has_stores_of(&best));
+        if !best.clean().is_subset(attached) || !is_same {
             // The view moved on between hello and attach; gather again with what is known now.
             return self.gather();
         }
+        self.adopt_spec(spec.clone(), Some(best.order()));
         // Sequences go on above everything that a slot table remembers, so that the highest one stays the newest.
         let highest =
             replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
@@ -449,13 +245,19 @@ impl Client {
         if !self.own_epochs.is_empty() && !newly_out.is_empty() {
             additions.extend(self.missed_by(newly_out));
         }
+        // So did one that was given up with a new store in it: the store has nothing, and some do not know that.
+        let is_news = |m: &&MemberView| replies.iter().any(|(_, r)| !r.view.has_store(m.id, m.store));
+        let new: MemberSet = best.members.iter().filter(is_news).map(|m| m.id).collect();
+        if !new.is_empty() {
+            additions.push(DirtyAddition { members: new, offset: 0, length: spec.size });
+        }
         match best.step(ViewStep::Attach(lost), self.epoch) {
             Ok(next) => {
                 if !self.own_epochs.is_empty() {
                     self.own_epochs.push(self.epoch);
                 }
                 self.view = Some(best);
-                self.change_view(next, additions, true);
+                self.change_view(next, spec, additions, true);
             }
             Err(error) => {
                 let text = format!("no view can follow {best}: {error}");
@@ -465,8 +267,15 @@ impl Client {
         }
     }
 
-    /// Makes `next` durable on every member that is active in it.
-    pub(super) fn change_view(&mut self, next: View, mut additions: Vec<DirtyAddition>, attach: bool) {
+    /// Makes `next`, and the pool as it is in it, durable on every member that is active in it.
+    pub(super) fn change_view(
+        &mut self,
+        next: View,
+        spec: PoolSpec,
+        mut additions: Vec<DirtyAddition>,
+        attach: bool,
+    ) {
+        debug_assert!(spec.describes(&next), "{next} goes with another specification");
         self.verify_disturbed();
         let waiting = next.active();
         self.faults.tell(&next, &mut additions);
@@ -477,14 +286,14 @@ impl Client {
         }
         let last = batches.len() - 1;
         for (i, additions) in batches.into_iter().enumerate() {
-            let body = SetView { view: next.clone(), additions, more: i < last }.encode();
+            let body = SetView { view: next.clone(), spec: spec.clone(), additions, more: i < last }.encode();
             for member in waiting.iter() {
                 let mut header = self.header(Kind::SetView);
                 header.view = next.number;
                 self.send_body(member, header, body.clone());
             }
         }
-        self.state = State::Changing { next, waiting, since: self.now, attach };
+        self.state = State::Changing { next, spec, waiting, since: self.now, attach };
     }
 
     fn set_view_reply(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) {
@@ -508,7 +317,8 @@ impl Client {
     }
 
     fn commit(&mut self) {
-        let State::Changing { next, attach, .. } = std::mem::replace(&mut self.state, State::Active) else {
+        let State::Changing { next, spec, attach, .. } = std::mem::replace(&mut self.state, State::Active)
+        else {
             return;
         };
         self.counters.views += 1;
@@ -516,23 +326,39 @@ impl Client {
         self.own_epochs.push(self.epoch);
         self.committed_out = next.out();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
+        let replaced = self.replaced_by(&spec);
+        self.adopt_spec(spec.clone(), Some(next.order()));
+        self.dismiss_strangers();
+        self.assign_legs();
         let limits: Vec<_> = next.active().iter().filter_map(|m| self.ready(m)).map(|r| r.limits).collect();
         self.max_io = limits.iter().map(|l| l.max_io).min().unwrap_or(self.max_io);
         self.max_bytes = limits.iter().map(|l| u64::from(l.max_bytes)).min().unwrap_or(u64::MAX);
         self.slot_limit = limits.iter().map(|l| usize::from(l.slots)).min().unwrap_or(1);
         for member in next.active().iter() {
-            self.note_view(member, &next);
+            self.note_view(member, &next, &spec);
             self.note_epoch(member, self.epoch);
         }
         self.faults.committed(&next, attach);
         self.view = Some(next);
         self.suspended_since = None;
         self.notice(notice);
-        self.stale_committed(attach);
+        if self.told_spec.as_ref() != Some(&spec) {
+            self.told_spec = Some(spec.clone());
+            self.notice(Notice::Spec(Box::new(spec)));
+        }
+        self.stale_committed(attach, replaced);
+        self.connect_members();
         self.parts.raise_barriers();
         self.resume_requests();
         self.try_promote();
+        self.advance_command();
         self.try_detach();
+    }
+
+    /// The members that another specification has not, or with another store.
+    fn replaced_by(&self, next: &PoolSpec) -> MemberSet {
+        let is_same = |m: &&MemberSpec| next.member(m.id).is_some_and(|n| n.store == m.store);
+        self.spec.iter().flat_map(|s| &s.members).filter(|m| !is_same(m)).map(|m| m.id).collect()
     }
 
     /// Members can not be reached any more. The pool goes on with the others if a Clean one is left.
@@ -546,7 +372,7 @@ impl Client {
                 flush.failed.insert(member);
             }
         }
-        let (base, mut gone) = match &self.state {
+        let (base, spec, mut gone) = match &self.state {
             State::Gathering { .. } | State::Over(_) => return,
             State::Attaching { waiting, replies, .. } => {
                 let asked = replies.iter().fold(*waiting, |mut set, (m, _)| {
@@ -571,10 +397,12 @@ impl Client {
             }
             // A promotion that is not committed is taken back: those who were Clean before it know nothing of it, and could
             // go on without the members of the view that follows.
-            State::Changing { next, .. } => (next.without_promotions(self.view_clean()), members),
-            State::Active => match &self.view {
-                Some(view) => (view.clone(), members),
-                None => return,
+            State::Changing { next, spec, .. } => {
+                (next.without_promotions(self.view_clean()), spec.clone(), members)
+            }
+            State::Active => match (&self.view, &self.spec) {
+                (Some(view), Some(spec)) => (view.clone(), spec.clone(), members),
+                _ => return,
             },
         };
         gone = gone.intersection(base.active());
@@ -585,7 +413,7 @@ impl Client {
             Ok(next) => {
                 let additions = self.missed_by(next.out().intersection(self.view_active().union(gone)));
                 self.notice(Notice::Lost(gone, reason.to_owned()));
-                self.change_view(next, additions, false);
+                self.change_view(next, spec, additions, false);
             }
             Err(_) => {
                 self.notice(Notice::Suspended(reason.to_owned()));
@@ -605,6 +433,10 @@ impl Client {
     pub(super) fn gather(&mut self) {
         self.forget_rejoin();
         self.verify_disturbed();
+        self.give_up_commands(
+            Refusal::Suspended,
+            "the pool is suspended: no Clean member can be reached now",
+        );
         self.faults.forget_leaving();
         self.parts.unsend_all();
         let retry_at = self.now + self.config.reconnect_interval / 4;
@@ -633,6 +465,7 @@ impl Client {
             OverReason::Fenced(_) | OverReason::Held(_) => super::IoError::Fenced,
             _ => super::IoError::Detached,
         };
+        self.give_up_commands(Refusal::NoCoordinator, &format!("the client has ended: {reason}"));
         self.notice(Notice::Over(reason.clone()));
         self.state = State::Over(reason);
         self.fail_all(error);
@@ -668,37 +501,6 @@ impl Client {
             waiting.remove(member);
             if waiting.is_empty() {
                 self.end(OverReason::Detached);
-            }
-        }
-    }
-
-    pub(super) fn tick_links(&mut self) {
-        for i in 0..self.links.len() {
-            let id = LinkId(u8::try_from(i).unwrap_or(u8::MAX));
-            let link = &mut self.links[i];
-            match &link.state {
-                LinkState::Down { retry_at } if *retry_at <= self.now => {
-                    link.state = LinkState::Connecting;
-                    let address = link.address.clone();
-                    self.outputs.push_back(Output::Connect(id, address));
-                }
-                LinkState::Greeting { since } if self.now - *since > self.config.leg_timeout => {
-                    self.drop_link(id, "the hello was not answered in time");
-                }
-                LinkState::Ready(_) => {
-                    if link.ping_since.is_some_and(|since| self.now - since > self.config.leg_timeout) {
-                        self.drop_link(id, "no answer within the leg timeout");
-                    } else if link.ping_since.is_none()
-                        && self.now - link.last_sent >= self.config.ping_interval
-                    {
-                        link.ping_since = Some(self.now);
-                        link.last_sent = self.now;
-                        let header = self.header(Kind::Ping);
-                        self.outputs.push_back(Output::Send(id, header, Payload::None));
-                    }
-                }
-                // Connecting is bounded by the driver's connect; the others are not due.
-                LinkState::Down { .. } | LinkState::Connecting | LinkState::Greeting { .. } => {}
             }
         }
     }

@@ -1,20 +1,115 @@
 //! Operators' commands: changes of the pool while it is in use.
+//!
+//! ```text
+//!                 node of a new store          flush      no write in flight       flush again
+//!   Deciding ─┬──▶ Meeting ──▶ ┐    ┌─▶ Flushing ─▶ Quiescing ──────────▶ FlushingQuiet ─▶ ┐
+//!     ▲       ├──▶ Growing ──▶ ├────┘  only when an active member is to leave             ├─▶ Changing ─▶ Deciding
+//!     │       └──────────────▶ ┘──────────────────────────────────────────────────────────┘        │
+//!     └──────────────────────────────────────────────────────────────────────────────────────────────┘
+//! ```
+//! Each time round, [`next_step`] looks at the committed view and its specification, and says what is still to be done.
+//! So a command that was given up half-way is finished by giving it again, and one that is done is done.
 
-use super::{Client, LinkId, Output, Payload, State};
-use crate::pool::{Command, CommandReply, Refusal};
+use std::collections::VecDeque;
+
+use super::{Client, LinkId, LinkState, Output, Payload, State};
+use crate::pool::{
+    Address, Command, CommandReply, MAX_MEMBERS, MemberId, MemberSet, MemberSpec, MemberState, PoolSpec,
+    Refusal, StoreId, View, ViewStep,
+};
 use crate::time::Time;
-use crate::wire::{Kind, MessageHeader};
+use crate::wire::{DirtyAddition, HelloReply, Kind, MessageHeader, Status};
+
+/// Most commands that wait; more are refused.
+const MAX_COMMANDS: usize = 16;
 
 /// Names a command to its maker. Unique among the commands that are not answered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub struct CommandToken(pub u64);
 
 /// Who gave a command.
-pub(super) enum Origin {
+enum Origin {
     /// The owner of the client.
     Owner(CommandToken),
-    /// A node, in this message.
-    Node(LinkId, MessageHeader),
+    /// A node, in this message on this link, when the link was to this store.
+    Node(LinkId, Option<StoreId>, MessageHeader),
+}
+
+struct Asked {
+    origin: Origin,
+    command: Command,
+}
+
+/// How far the command under way has come.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Phase {
+    /// What is to be done next follows from the committed view.
+    Deciding,
+    /// The node that is to hold a new store is asked what it has.
+    Meeting(LinkId),
+    /// A first flush, so that the one behind the barrier is short.
+    Flushing(Leave),
+    /// Requests are held back until no write is in flight.
+    Quiescing(Leave),
+    /// What was written since the first flush.
+    FlushingQuiet(Leave),
+    /// All is flushed, and no write is in flight.
+    Leaving(Leave),
+    /// Members make room.
+    Growing(MemberSet),
+    /// The view is being committed.
+    Changing,
+}
+
+/// A member leaves with nothing lost.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Leave {
+    member: MemberId,
+    /// The pool as it is then.
+    spec: PoolSpec,
+}
+
+struct Running {
+    asked: Asked,
+    phase: Phase,
+    since: Time,
+    /// The node of the new store was asked, and has it.
+    met: bool,
+    /// Members that have room for the pool as it is to be.
+    grown: MemberSet,
+}
+
+/// Commands that are not answered.
+#[derive(Default)]
+pub(super) struct Commands {
+    waiting: VecDeque<Asked>,
+    running: Option<Running>,
+    /// A flush round is to begin for the one that is running.
+    pub(super) wants_flush: bool,
+}
+
+impl Commands {
+    /// Whether one is under way.
+    pub(super) const fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+}
+
+/// What a command still needs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Step {
+    /// Nothing.
+    Done,
+    /// It cannot be done.
+    Refuse(Refusal, String),
+    /// To know what the node at this address has.
+    Meet(Address),
+    /// That a member leaves.
+    Leave(Leave),
+    /// Room for a pool of this size at every active member.
+    MakeRoom(u64),
+    /// A view.
+    Change(ViewStep, PoolSpec),
 }
 
 impl Client {
@@ -25,44 +120,594 @@ impl Client {
         self.pump();
     }
 
+    /// What the command that is under way is doing, in a word.
+    #[must_use]
+    pub(crate) fn command_phase(&self) -> Option<(&Command, &'static str)> {
+        let running = self.commands.running.as_ref()?;
+        let phase = match running.phase {
+            Phase::Deciding => "deciding",
+            Phase::Meeting(_) => "meeting",
+            Phase::Flushing(_) => "flushing",
+            Phase::Quiescing(_) | Phase::FlushingQuiet(_) | Phase::Leaving(_) => "quiescing",
+            Phase::Growing(_) => "growing",
+            Phase::Changing => "changing",
+        };
+        Some((&running.asked.command, phase))
+    }
+
     /// A node passes a command on.
-    pub(super) fn command_message(&mut self, link: LinkId, header: &MessageHeader, body: &[u8]) {
-        let origin = Origin::Node(link, *header);
+    pub(super) fn command_message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
+        let origin = Origin::Node(id, self.link(id).and_then(|l| l.store), *header);
         match serde_json::from_slice(body) {
             Ok(command) => self.take_command(origin, command),
             Err(error) => {
-                self.answer_command(
-                    &origin,
-                    CommandReply::refused(
-                        Refusal::BadCommand,
-                        format!("the command cannot be read: {error}"),
-                    ),
-                );
+                let text = format!("the command cannot be read: {error}");
+                self.answer_command(&origin, &CommandReply::refused(Refusal::BadCommand, text));
             }
         }
     }
 
     fn take_command(&mut self, origin: Origin, command: Command) {
         if let Some(reply) = self.verify_command(&command) {
-            return self.answer_command(&origin, reply);
+            return self.answer_command(&origin, &reply);
         }
-        let (reason, text) = match &self.state {
-            State::Over(reason) => (Refusal::NoCoordinator, format!("the client has ended: {reason}")),
-            _ => (Refusal::Busy, format!("not possible now: {command}")),
+        let refusal = match &self.state {
+            State::Over(reason) => Some((Refusal::NoCoordinator, format!("the client has ended: {reason}"))),
+            State::Detaching { .. } => Some((Refusal::NoCoordinator, "the client is leaving".to_owned())),
+            State::Gathering { .. } | State::Attaching { .. } | State::Changing { attach: true, .. } => {
+                let text = "the pool is suspended: no Clean member can be reached now".to_owned();
+                Some((Refusal::Suspended, text))
+            }
+            State::Changing { .. } | State::Active if self.commands.waiting.len() >= MAX_COMMANDS => {
+                Some((Refusal::Busy, format!("{MAX_COMMANDS} commands are waiting already")))
+            }
+            State::Changing { .. } | State::Active => None,
         };
-        self.answer_command(&origin, CommandReply::refused(reason, text));
+        if let Some((reason, text)) = refusal {
+            return self.answer_command(&origin, &CommandReply::refused(reason, text));
+        }
+        self.commands.waiting.push_back(Asked { origin, command });
+        self.advance_command();
     }
 
-    fn answer_command(&mut self, origin: &Origin, reply: CommandReply) {
+    fn answer_command(&mut self, origin: &Origin, reply: &CommandReply) {
         match origin {
-            Origin::Owner(token) => self.outputs.push_back(Output::CommandDone(*token, reply)),
-            Origin::Node(link, header) => {
-                // The view and the words of a reply have a JSON form.
-                let Ok(body) = serde_json::to_vec(&reply) else { return };
-                let mut header = header.reply(Kind::CommandReply, crate::wire::Status::Ok);
+            Origin::Owner(token) => self.outputs.push_back(Output::CommandDone(*token, reply.clone())),
+            Origin::Node(id, store, header) => {
+                let is_there = |l: &super::Link| l.store == *store && matches!(l.state, LinkState::Ready(_));
+                if !self.link(*id).is_some_and(is_there) {
+                    return; // The node knows that the client was lost.
+                }
+                // A reply is plain data, which has a JSON form.
+                let Ok(body) = serde_json::to_vec(reply) else { return };
+                let mut header = header.reply(Kind::CommandReply, Status::Ok);
                 header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
-                self.outputs.push_back(Output::Send(*link, header, Payload::Body(body)));
+                self.outputs.push_back(Output::Send(*id, header, Payload::Body(body)));
             }
         }
     }
+
+    /// Refuses every command: this client cannot go on with them.
+    pub(super) fn give_up_commands(&mut self, reason: Refusal, why: &str) {
+        let commands = std::mem::take(&mut self.commands);
+        if let Some(running) = commands.running {
+            let text = format!("{why}; the command may have been done in part, repeat it to finish it");
+            self.answer_command(&running.asked.origin, &CommandReply::refused(reason, text));
+        }
+        for asked in commands.waiting {
+            self.answer_command(&asked.origin, &CommandReply::refused(reason, why));
+        }
+    }
+
+    /// Does what can be done now for the command under way, or for the next.
+    pub(super) fn advance_command(&mut self) {
+        while self.is_active() && !self.detach_requested {
+            if self.commands.running.is_none() {
+                let Some(asked) = self.commands.waiting.pop_front() else { return };
+                let (phase, since) = (Phase::Deciding, self.now);
+                self.commands.running =
+                    Some(Running { asked, phase, since, met: false, grown: MemberSet::EMPTY });
+            }
+            let Some(running) = &mut self.commands.running else { return };
+            match &running.phase {
+                Phase::Changing => running.phase = Phase::Deciding,
+                Phase::Deciding => {}
+                Phase::Quiescing(leave)
+                    if !self.parts.has_sent_write() && !self.parts.is_awaited_from(leave.member) =>
+                {
+                    running.phase = Phase::FlushingQuiet(leave.clone());
+                    return self.flush_for_command();
+                }
+                Phase::Leaving(leave)
+                    if self.parts.has_sent_write() || self.parts.is_awaited_from(leave.member) =>
+                {
+                    // Some were sent again when a view was committed meanwhile.
+                    running.phase = Phase::Quiescing(leave.clone());
+                    return;
+                }
+                Phase::Leaving(leave) => {
+                    let leave = leave.clone();
+                    return self.let_go(leave);
+                }
+                // Something is awaited.
+                Phase::Meeting(_)
+                | Phase::Flushing(_)
+                | Phase::Quiescing(_)
+                | Phase::FlushingQuiet(_)
+                | Phase::Growing(_) => return,
+            }
+            let Some(step) = self.next_step() else { return };
+            if !self.take_step(step) {
+                return;
+            }
+        }
+    }
+
+    /// What the command under way needs next.
+    fn next_step(&self) -> Option<Step> {
+        let (running, view, spec) =
+            (self.commands.running.as_ref()?, self.view.as_ref()?, self.spec.as_ref()?);
+        let has_room = view.active().is_subset(running.grown);
+        Some(next_step(&running.asked.command, view, spec, running.met, has_room))
+    }
+
+    /// True if there may be more to do at once.
+    fn take_step(&mut self, step: Step) -> bool {
+        match step {
+            Step::Done => {
+                let (Some(view), Some(spec)) = (self.view.clone(), self.spec.clone()) else { return false };
+                self.finish_command(&CommandReply::Done { view, spec });
+                true
+            }
+            Step::Refuse(reason, text) => {
+                self.finish_command(&CommandReply::refused(reason, text));
+                true
+            }
+            Step::Meet(address) => self.meet(address),
+            Step::Leave(leave) => {
+                self.set_command_phase(Phase::Flushing(leave));
+                self.flush_for_command();
+                false
+            }
+            Step::MakeRoom(size) => {
+                let grown = self.commands.running.as_ref().map_or(MemberSet::EMPTY, |r| r.grown);
+                let asked = self.view_active().without(grown);
+                self.set_command_phase(Phase::Growing(asked));
+                for member in asked.iter() {
+                    let header = MessageHeader { offset: size, ..self.header(Kind::Grow) };
+                    self.send(member, header, Payload::None);
+                }
+                false
+            }
+            Step::Change(step, spec) => {
+                self.change_for_command(step, spec);
+                false
+            }
+        }
+    }
+
+    /// A member leaves, unless that is not right any more.
+    fn let_go(&mut self, leave: Leave) {
+        if self.next_step() == Some(Step::Leave(leave.clone())) {
+            return self.change_for_command(ViewStep::Lose(MemberSet::only(leave.member)), leave.spec);
+        }
+        self.set_command_phase(Phase::Deciding);
+        self.resume_requests();
+        self.advance_command();
+    }
+
+    fn flush_for_command(&mut self) {
+        self.commands.wants_flush = true;
+        self.start_flush();
+    }
+
+    fn change_for_command(&mut self, step: ViewStep, spec: PoolSpec) {
+        let next = self.view.as_ref().map(|v| v.step(step, self.epoch));
+        match next {
+            Some(Ok(next)) => {
+                let additions = match step {
+                    // The store has nothing.
+                    ViewStep::Add(member, _) => {
+                        let members = MemberSet::only(member);
+                        vec![DirtyAddition { members, offset: 0, length: spec.size }]
+                    }
+                    ViewStep::Lose(members) => self.missed_by(members),
+                    _ => Vec::new(),
+                };
+                self.set_command_phase(Phase::Changing);
+                match step {
+                    ViewStep::Lose(members) => self.stale_lost(members),
+                    // One that is being brought back in is another one from now on, or is to stay Out.
+                    _ => self.rejoin_member().into_iter().for_each(|member| self.abort_rejoin(member)),
+                }
+                self.change_view(next, spec, additions, false);
+            }
+            Some(Err(error)) => self.finish_command(&CommandReply::refused(Refusal::Busy, error.to_string())),
+            None => {}
+        }
+    }
+
+    fn set_command_phase(&mut self, phase: Phase) {
+        let now = self.now;
+        if let Some(running) = &mut self.commands.running {
+            running.phase = phase;
+            running.since = now;
+        }
+    }
+
+    fn finish_command(&mut self, reply: &CommandReply) {
+        let Some(running) = self.commands.running.take() else { return };
+        self.answer_command(&running.asked.origin, reply);
+        if is_quiet(&running.phase) && self.is_active() {
+            self.resume_requests();
+        }
+        self.dismiss_strangers();
+    }
+
+    /// Whether requests are held back for a member that is to leave.
+    pub(super) fn is_command_quiescing(&self) -> bool {
+        self.commands.running.as_ref().is_some_and(|r| is_quiet(&r.phase))
+    }
+
+    /// Whether the command under way wants the member to be Out, so that nobody brings it back in meanwhile.
+    pub(super) fn is_held_out(&self, member: MemberId) -> bool {
+        let command = self.commands.running.as_ref().map(|r| &r.asked.command);
+        let is_in_maintenance =
+            self.spec.as_ref().and_then(|s| s.member(member)).is_some_and(|m| m.maintenance);
+        is_in_maintenance
+            || command.is_some_and(|c| match c {
+                Command::Remove { member: m, .. }
+                | Command::Replace { member: m, .. }
+                | Command::Maintenance { member: m, on: true } => *m == member,
+                _ => false,
+            })
+    }
+
+    /// The flush round that a command waited for is over. If it failed, what was not flushed goes on record.
+    pub(super) fn command_flushed(&mut self) {
+        let Some(running) = &mut self.commands.running else { return };
+        match running.phase.clone() {
+            Phase::Flushing(leave) => running.phase = Phase::Quiescing(leave),
+            Phase::FlushingQuiet(leave) => running.phase = Phase::Leaving(leave),
+            // It was for one that was given up.
+            _ => return,
+        }
+        self.advance_command();
+    }
+
+    /// Sees to it that the node of a new store is asked what it has.
+    fn meet(&mut self, address: Address) -> bool {
+        let at = |l: &super::Link| !l.retired && l.address == address;
+        let known = self.links.iter().position(at).and_then(|i| u8::try_from(i).ok()).map(LinkId);
+        let id = match known {
+            Some(id) => {
+                // What it said before may be of the past: another store may be there by now.
+                let is_leg = self.legs.contains(&Some(id));
+                if !is_leg && !matches!(self.link(id).map(|l| &l.state), Some(LinkState::Connecting)) {
+                    if !matches!(self.link(id).map(|l| &l.state), Some(LinkState::Down { .. })) {
+                        self.outputs.push_back(Output::Disconnect(id));
+                    }
+                    if let Some(link) = self.link_mut(id) {
+                        link.state = LinkState::Connecting;
+                        link.store = None;
+                    }
+                    self.outputs.push_back(Output::Connect(id, address));
+                }
+                id
+            }
+            None => match self.add_link(address.clone()) {
+                Some(id) => id,
+                None => {
+                    let text = format!("there are too many connections to ask the node at {address}");
+                    self.finish_command(&CommandReply::refused(Refusal::Busy, text));
+                    return true;
+                }
+            },
+        };
+        self.set_command_phase(Phase::Meeting(id));
+        // The leg of a member, whose other store it may be.
+        if self.hello_of(id).is_some() {
+            self.command_met(id);
+            return true;
+        }
+        false
+    }
+
+    /// Whether a command waits for what this node has.
+    pub(super) fn is_met(&self, id: LinkId) -> bool {
+        let store = self.link(id).and_then(|l| l.store);
+        let is_its = |r: &Running| store.is_some() && store == new_store(&r.asked.command);
+        self.commands.running.as_ref().is_some_and(|r| r.phase == Phase::Meeting(id) || is_its(r))
+    }
+
+    /// A node has answered; true if a command waited for it.
+    pub(super) fn command_met(&mut self, id: LinkId) -> bool {
+        let is_its = |r: &Running| r.phase == Phase::Meeting(id);
+        let Some(running) = self.commands.running.as_ref().filter(|r| is_its(r)) else { return false };
+        let (Some(hello), Some(view), Some(spec)) = (self.hello_of(id), &self.view, &self.spec) else {
+            return false;
+        };
+        if let Err((reason, text)) = look_at(&running.asked.command, hello, view, spec) {
+            self.finish_command(&CommandReply::refused(reason, text));
+        } else if let Some(running) = &mut self.commands.running {
+            running.met = true;
+            running.phase = Phase::Deciding;
+        }
+        self.advance_command();
+        true
+    }
+
+    pub(super) fn grow_reply(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) {
+        if header.epoch != self.epoch || self.rejoin_grown(member, header, body) {
+            return;
+        }
+        let Some(running) = &mut self.commands.running else { return };
+        let Command::Grow { size } = running.asked.command else { return };
+        let Phase::Growing(asked) = &mut running.phase else { return };
+        if header.offset != size || !asked.remove(member) {
+            return;
+        }
+        if header.status == Status::Ok {
+            running.grown.insert(member);
+            let is_last = asked.is_empty();
+            if is_last {
+                running.phase = Phase::Deciding;
+                self.advance_command();
+            }
+            return;
+        }
+        let text = String::from_utf8_lossy(body);
+        let text = format!("member {member} cannot hold {size} bytes: {text}");
+        self.finish_command(&CommandReply::refused(Refusal::NoRoom, text));
+        self.advance_command();
+    }
+
+    /// Time has passed.
+    pub(super) fn tick_commands(&mut self) {
+        self.advance_command();
+        let (now, limit) = (self.now, self.config.leg_timeout * 2);
+        let ready = self.view_active().intersection(self.ready_members());
+        let Some(running) = &mut self.commands.running else { return };
+        let is_late = now - running.since > limit;
+        let refusal = match &mut running.phase {
+            Phase::Meeting(id) if is_late => {
+                let id = *id;
+                let error = self.links.get(usize::from(id.0)).map_or("", |l| l.last_error.as_str());
+                Some((Refusal::Unreachable, format!("the node of the new store does not answer: {error}")))
+            }
+            Phase::Flushing(_) | Phase::Quiescing(_) | Phase::FlushingQuiet(_) | Phase::Leaving(_)
+                if is_late =>
+            {
+                Some((Refusal::Busy, "the pool is too busy to let a member go".to_owned()))
+            }
+            // One that was lost need not have room: it makes some when it comes back.
+            Phase::Growing(asked) if asked.intersection(ready).is_empty() => {
+                running.phase = Phase::Deciding;
+                None
+            }
+            _ => None,
+        };
+        if let Some((reason, text)) = refusal {
+            self.finish_command(&CommandReply::refused(reason, text));
+        }
+        self.advance_command();
+    }
+}
+
+/// Whether requests are held back.
+const fn is_quiet(phase: &Phase) -> bool {
+    matches!(phase, Phase::Quiescing(_) | Phase::FlushingQuiet(_) | Phase::Leaving(_))
+}
+
+fn new_store(command: &Command) -> Option<StoreId> {
+    match command {
+        Command::Add { store, .. } | Command::Replace { store, .. } => Some(*store),
+        Command::Remove { .. }
+        | Command::Maintenance { .. }
+        | Command::Grow { .. }
+        | Command::Verify { .. }
+        | Command::VerifyStatus
+        | Command::VerifyCancel => None,
+    }
+}
+
+/// Judges what a node says of the store that is to be part of the pool.
+fn look_at(
+    command: &Command,
+    hello: &HelloReply,
+    view: &View,
+    spec: &PoolSpec,
+) -> Result<(), (Refusal, String)> {
+    let (Some(store), Some(member)) = (new_store(command), new_member(command, spec)) else { return Ok(()) };
+    if hello.store() != store || hello.member != member {
+        let text = format!(
+            "the node has store {} as member {}, not store {store} as member {member}",
+            hello.store(),
+            hello.member
+        );
+        return Err((Refusal::StoreNotFound, text));
+    }
+    // A store with a later history than the pool's would seem to be the newest of all at the next attach.
+    if hello.view.order() >= view.order() {
+        let text = format!("store {store} has {}, later than the pool's {view}", hello.view);
+        return Err((Refusal::StoreInUse, text));
+    }
+    Ok(())
+}
+
+/// The id that a new store is to have.
+fn new_member(command: &Command, spec: &PoolSpec) -> Option<MemberId> {
+    match command {
+        Command::Add { member: Some(member), .. } | Command::Replace { member, .. } => Some(*member),
+        Command::Add { member: None, .. } => MemberId::all().find(|m| spec.member(*m).is_none()),
+        Command::Remove { .. }
+        | Command::Maintenance { .. }
+        | Command::Grow { .. }
+        | Command::Verify { .. }
+        | Command::VerifyStatus
+        | Command::VerifyCancel => None,
+    }
+}
+
+/// What a command still needs in a pool that is like this. `met` says that the node of a new store was asked and has it,
+/// `has_room` that every active member has room for the pool as it is to be.
+fn next_step(command: &Command, view: &View, spec: &PoolSpec, met: bool, has_room: bool) -> Step {
+    match command {
+        Command::Add { store, address, .. } => add(command, *store, address, view, spec, met),
+        Command::Remove { member, store } => remove(*member, *store, view, spec),
+        Command::Replace { member, store, address } => replace(*member, *store, address, view, spec, met),
+        Command::Maintenance { member, on } => maintenance(*member, *on, view, spec),
+        Command::Grow { size } => grow(*size, spec, has_room),
+        // They change no view, and were answered at once.
+        Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => Step::Done,
+    }
+}
+
+fn unknown(member: MemberId) -> Step {
+    Step::Refuse(Refusal::UnknownMember, format!("the pool has no member {member}"))
+}
+
+/// That an active member leaves, or a refusal when it is the last Clean one.
+fn leave(member: MemberId, view: &View, spec: PoolSpec) -> Step {
+    if view.clean() == MemberSet::only(member) {
+        let text = format!("member {member} is the only Clean one, {view}");
+        return Step::Refuse(Refusal::LastClean, text);
+    }
+    Step::Leave(Leave { member, spec })
+}
+
+fn address_taken(but: Option<MemberId>, address: &Address, spec: &PoolSpec) -> Option<Step> {
+    let other = spec.members.iter().find(|m| Some(m.id) != but && m.address == *address)?;
+    let text = format!("member {} has the address {address}", other.id);
+    Some(Step::Refuse(Refusal::AddressInUse, text))
+}
+
+fn store_taken(but: Option<MemberId>, store: StoreId, spec: &PoolSpec) -> Option<Step> {
+    let other = spec.members.iter().find(|m| Some(m.id) != but && m.store == store)?;
+    let text = format!("store {store} is member {} at {}", other.id, other.address);
+    Some(Step::Refuse(Refusal::StoreInUse, text))
+}
+
+fn add(
+    command: &Command,
+    store: StoreId,
+    address: &Address,
+    view: &View,
+    spec: &PoolSpec,
+    met: bool,
+) -> Step {
+    let Command::Add { member: wanted, .. } = command else { return Step::Done };
+    if let Some(line) = spec.members.iter().find(|m| m.store == store) {
+        let is_same = line.address == *address && wanted.is_none_or(|id| id == line.id);
+        return if is_same { Step::Done } else { store_taken(None, store, spec).unwrap_or(Step::Done) };
+    }
+    if spec.members.len() >= MAX_MEMBERS {
+        let text = format!("the pool has {MAX_MEMBERS} members, which is the most");
+        return Step::Refuse(Refusal::TooManyMembers, text);
+    }
+    let Some(id) = new_member(command, spec) else { return unknown_id() };
+    if let Some(line) = spec.member(id) {
+        let text = format!("member {id} is store {} at {}", line.store, line.address);
+        return Step::Refuse(Refusal::MemberIdTaken, text);
+    }
+    if let Some(refusal) = address_taken(None, address, spec) {
+        return refusal;
+    }
+    if !met {
+        return Step::Meet(address.clone());
+    }
+    debug_assert!(view.member(id).is_none(), "view and specification have the same members");
+    let mut next = spec.clone();
+    next.members.push(MemberSpec::new(id, store, address.clone()));
+    next.members.sort_by_key(|m| m.id);
+    Step::Change(ViewStep::Add(id, store), next)
+}
+
+fn unknown_id() -> Step {
+    Step::Refuse(Refusal::TooManyMembers, "no member id is free".to_owned())
+}
+
+fn remove(member: MemberId, store: Option<StoreId>, view: &View, spec: &PoolSpec) -> Step {
+    let line = spec.member(member);
+    if store.is_some_and(|s| line.is_none_or(|l| l.store != s)) {
+        return Step::Done;
+    }
+    match view.state(member) {
+        None => unknown(member),
+        Some(MemberState::Out) => {
+            let mut next = spec.clone();
+            next.members.retain(|m| m.id != member);
+            Step::Change(ViewStep::Remove(member), next)
+        }
+        Some(MemberState::Clean | MemberState::Syncing) => leave(member, view, spec.clone()),
+    }
+}
+
+fn replace(
+    member: MemberId,
+    store: StoreId,
+    address: &Address,
+    view: &View,
+    spec: &PoolSpec,
+    met: bool,
+) -> Step {
+    let Some(line) = spec.member(member) else { return unknown(member) };
+    if line.store == store && line.address == *address {
+        return Step::Done;
+    }
+    let taken = store_taken(Some(member), store, spec).or_else(|| address_taken(Some(member), address, spec));
+    if let Some(refusal) = taken {
+        return refusal;
+    }
+    if line.store != store && view.clean() == MemberSet::only(member) {
+        return leave(member, view, spec.clone());
+    }
+    let mut next = spec.clone();
+    for line in next.members.iter_mut().filter(|m| m.id == member) {
+        line.store = store;
+        line.address = address.clone();
+    }
+    if line.store == store {
+        // The same data, somewhere else: nothing is missed by that.
+        return Step::Change(ViewStep::Amend, next);
+    }
+    match view.state(member) {
+        _ if !met => Step::Meet(address.clone()),
+        Some(MemberState::Out) => Step::Change(ViewStep::Add(member, store), next),
+        _ => leave(member, view, spec.clone()),
+    }
+}
+
+fn maintenance(member: MemberId, on: bool, view: &View, spec: &PoolSpec) -> Step {
+    let Some(line) = spec.member(member) else { return unknown(member) };
+    if line.maintenance == on {
+        return Step::Done;
+    }
+    let mut next = spec.clone();
+    for line in next.members.iter_mut().filter(|m| m.id == member) {
+        line.maintenance = on;
+    }
+    match view.state(member) {
+        Some(MemberState::Clean | MemberState::Syncing) if on => leave(member, view, next),
+        _ => Step::Change(ViewStep::Amend, next),
+    }
+}
+
+fn grow(size: u64, spec: &PoolSpec, has_room: bool) -> Step {
+    if size == spec.size {
+        return Step::Done;
+    }
+    let mut next = spec.clone();
+    next.size = size;
+    if size < spec.size {
+        let text = format!("the pool has {} bytes, and is never made smaller", spec.size);
+        return Step::Refuse(Refusal::BadSize, text);
+    }
+    if let Err(error) = next.validate() {
+        return Step::Refuse(Refusal::BadSize, error.to_string());
+    }
+    if !has_room {
+        return Step::MakeRoom(size);
+    }
+    Step::Change(ViewStep::Amend, next)
 }

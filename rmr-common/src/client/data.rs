@@ -71,6 +71,9 @@ impl Client {
         if self.is_quiescing() {
             self.try_quiesced();
         }
+        if self.is_command_quiescing() {
+            self.advance_command();
+        }
         self.try_leave();
         if !self.is_active() || self.is_quiescing() {
             return;
@@ -155,6 +158,10 @@ impl Client {
             return; // Its range is quiet now.
         }
         let Some(part) = self.parts.get(slot).copied() else { return };
+        if self.spec.as_ref().is_some_and(|s| part.offset + u64::from(part.length) > s.size) {
+            // The operator forced a pool into use that had not been made larger yet.
+            return self.part_failed(slot, IoError::BadRange);
+        }
         let legs = if part.operation == Operation::Read {
             let chunk = self.spec.as_ref().map_or(Chunk(0), |s| s.chunk_size.chunk_of(part.offset));
             match self.home(chunk, part.failed) {
@@ -381,8 +388,9 @@ impl Client {
     }
 
     /// Starts a flush round for every flush that waits. Flushes that arrive while one is under way share the next.
-    fn start_flush(&mut self) {
-        if self.flush.is_some() || self.flush_queue.is_empty() {
+    pub(super) fn start_flush(&mut self) {
+        let is_wanted = !self.flush_queue.is_empty() || self.commands.wants_flush;
+        if self.flush.is_some() || !is_wanted || !self.is_active() {
             return;
         }
         let ops = std::mem::take(&mut self.flush_queue);
@@ -391,11 +399,13 @@ impl Client {
 
     /// Starts a flush round, which completes these operations.
     pub(super) fn begin_flush(&mut self, ops: Vec<OpIndex>) -> Sequence {
+        let for_command = std::mem::take(&mut self.commands.wants_flush);
         let sequence = self.next_sequence();
         self.flushing.append(&mut self.unflushed);
         let (epoch, since) = (self.epoch, self.now);
         let none = MemberSet::EMPTY;
-        self.flush = Some(FlushRound { sequence, epoch, pending: none, failed: none, since, ops });
+        self.flush =
+            Some(FlushRound { sequence, epoch, pending: none, failed: none, since, ops, for_command });
         self.send_flush();
         sequence
     }
@@ -462,6 +472,12 @@ impl Client {
                 op.error = error;
                 self.finish_op(index);
             }
+        }
+        if flush.for_command {
+            self.command_flushed();
+        }
+        if self.commands.wants_flush {
+            self.start_flush();
         }
     }
 

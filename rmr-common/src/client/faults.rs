@@ -108,6 +108,12 @@ impl Faults {
         self.expelled = if attach { MemberSet::EMPTY } else { self.expelled.intersection(view.clean()) };
     }
 
+    /// The member is gone, or has another store.
+    pub(super) fn forget(&mut self, member: MemberId) {
+        *self.leg_mut(member) = LegFaults::default();
+        self.leaving = self.leaving.filter(|m| *m != member);
+    }
+
     /// The attachment is over.
     pub(super) fn forget_leaving(&mut self) {
         self.leaving = None;
@@ -162,7 +168,7 @@ impl Client {
             return;
         };
         // One barrier at a time.
-        if self.is_rejoin_quiescing() {
+        if self.is_rejoin_quiescing() || self.is_command_quiescing() {
             return;
         }
         self.faults.leaving = Some(member);

@@ -20,6 +20,7 @@ mod attach;
 mod change;
 mod data;
 mod faults;
+mod links;
 mod parts;
 mod reconcile;
 mod rejoin;
@@ -36,7 +37,8 @@ pub use status::{LegStatus, LinkSummary, PoolStatus};
 
 use crate::map::BlockMap;
 use crate::pool::{
-    Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Sequence, Slot, View,
+    Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Refusal, Sequence, Slot,
+    StoreId, View, ViewNumber,
 };
 use crate::time::Time;
 use crate::transport::tls::ClientTls;
@@ -298,6 +300,8 @@ pub enum Notice {
     Attached(View),
     /// A view was committed.
     Committed(View),
+    /// The pool is as this says from now on: its size, its members. Told with the first view, and after each change.
+    Spec(Box<PoolSpec>),
     /// Members are lost; the pool goes on without them.
     Lost(MemberSet, String),
     /// No Clean member can be reached; requests wait.
@@ -308,6 +312,8 @@ pub enum Notice {
     ReadError(MemberId, u64, u32),
     /// A verify began, or ended; how, in words.
     Verify(String),
+    /// A member cannot come back, because its store cannot hold the pool as it is now.
+    NoRoom(MemberId, String),
     /// The client is over.
     Over(OverReason),
 }
@@ -329,13 +335,18 @@ enum LinkState {
 #[derive(Debug)]
 struct Link {
     address: Address,
+    /// The member whose leg it is.
     member: Option<MemberId>,
+    /// The store that the node showed last.
+    store: Option<StoreId>,
     state: LinkState,
     last_sent: Time,
     ping_since: Option<Time>,
     last_error: String,
     /// The node said that it has no such pool.
     denied: bool,
+    /// It leads to nobody who is of interest, and may be made to lead elsewhere.
+    retired: bool,
 }
 
 enum State {
@@ -348,7 +359,7 @@ enum State {
     /// Members are asked for the new epoch.
     Attaching { waiting: MemberSet, replies: Vec<(MemberId, AttachReply)>, since: Time },
     /// A view is being made durable.
-    Changing { next: View, waiting: MemberSet, since: Time, attach: bool },
+    Changing { next: View, spec: PoolSpec, waiting: MemberSet, since: Time, attach: bool },
     /// Requests flow.
     Active,
     /// The goodbye is under way.
@@ -377,6 +388,8 @@ struct FlushRound {
     failed: MemberSet,
     since: Time,
     ops: Vec<OpIndex>,
+    /// A command waits for it as well.
+    for_command: bool,
 }
 
 /// The coordinator and data path of one pool.
@@ -387,7 +400,12 @@ pub struct Client {
     links: Vec<Link>,
     /// The link of each member.
     legs: [Option<LinkId>; MAX_MEMBERS],
+    /// The pool as it is in the committed view, or before that in the highest one seen.
     spec: Option<PoolSpec>,
+    /// The order of the view that it goes with, if that is known.
+    spec_order: Option<(Epoch, ViewNumber)>,
+    /// The one that was told last.
+    told_spec: Option<PoolSpec>,
     /// The committed view, or before that the highest one seen.
     view: Option<View>,
     epoch: Epoch,
@@ -419,6 +437,7 @@ pub struct Client {
     verify: Option<Box<verify::Verify>>,
     /// When the guest last asked for something.
     last_request: Option<Time>,
+    commands: change::Commands,
     faults: faults::Faults,
     detach_requested: bool,
     /// Since when requests wait for the pool, after it was active.
@@ -455,6 +474,8 @@ impl Client {
             links: Vec::new(),
             legs: [None; MAX_MEMBERS],
             spec: None,
+            spec_order: None,
+            told_spec: None,
             view: None,
             epoch: Epoch(0),
             own_epochs: Vec::new(),
@@ -478,6 +499,7 @@ impl Client {
             stale: rejoin::Stale::default(),
             verify: None,
             last_request: None,
+            commands: change::Commands::default(),
             faults: faults::Faults::default(),
             detach_requested: false,
             suspended_since: None,
@@ -497,7 +519,7 @@ impl Client {
     #[must_use]
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address], now: Time) -> Self {
         let mut client = Self::new(config, PoolSelector::Id(spec.id), seeds, now);
-        client.adopt_spec(spec);
+        client.adopt_spec(spec, None);
         client.connect_members();
         client
     }
@@ -516,6 +538,11 @@ impl Client {
             Event::Detach => {
                 self.detach_requested = true;
                 self.interrupt_verify("the client detaches");
+                let was_held = self.is_command_quiescing() && self.is_active();
+                self.give_up_commands(Refusal::NoCoordinator, "the client is leaving");
+                if was_held {
+                    self.resume_requests();
+                }
                 self.try_detach();
             }
             Event::Cancel => self.cancel(),
@@ -553,6 +580,13 @@ impl Client {
         if let State::Over(reason) = &self.state { Some(reason) } else { None }
     }
 
+    /// Whether every link was tried, so that no node is known that could tell of a later specification.
+    #[must_use]
+    pub fn has_asked_all(&self) -> bool {
+        let is_open = |l: &Link| matches!(l.state, LinkState::Connecting | LinkState::Greeting { .. });
+        !self.links.iter().any(is_open)
+    }
+
     /// How many requests are not finished.
     #[must_use]
     pub fn in_flight(&self) -> usize {
@@ -576,7 +610,10 @@ impl Client {
     }
 
     fn tick(&mut self) {
-        let busy = self.parts.in_flight() > 0 || self.flush.is_some() || !self.is_active();
+        let busy = self.parts.in_flight() > 0
+            || self.flush.is_some()
+            || self.commands.is_running()
+            || !self.is_active();
         let interval = if busy {
             self.config.leg_timeout.min(Duration::from_millis(800)) / 8
         } else {
@@ -587,6 +624,7 @@ impl Client {
         self.tick_requests();
         self.tick_state();
         self.tick_stale();
+        self.tick_commands();
     }
 }
 

@@ -1,7 +1,7 @@
 //! Bringing members back in: rejoin behind a short barrier, the source of each resync, promotion.
 //!
 //! ```text
-//!   Out, link up ─▶ Attaching ─▶ Preparing ─▶ Quiescing ─▶ Changing ─▶ Syncing … all current ─▶ Promote ─▶ Clean
+//!   Out, link up ─▶ Attaching ─▶ [Growing] ─▶ Preparing ─▶ Quiescing ─▶ Changing ─▶ Syncing … all current ─▶ Promote ─▶ Clean
 //!                   same epoch   link to      no write     Rejoin view,
 //!                                the source   in flight    maps handed over
 //! ```
@@ -21,6 +21,8 @@ const BACKOFF: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Phase {
     Attaching,
+    /// The pool has grown while the member was away.
+    Growing,
     Preparing,
     Quiescing,
     Changing,
@@ -48,17 +50,24 @@ pub(super) struct Stale {
     current: MemberSet,
     /// Clean members whose maps of others are exact to the block: all but those that were promoted by this client.
     inexact: MemberSet,
+    /// Members that cannot hold the pool, and of which that was told.
+    no_room: MemberSet,
 }
 
 impl Client {
     /// Whether requests are held back for a barrier.
     pub(super) fn is_quiescing(&self) -> bool {
-        self.is_rejoin_quiescing() || self.faults.holds_requests()
+        self.is_rejoin_quiescing() || self.faults.holds_requests() || self.is_command_quiescing()
     }
 
     /// Whether they are for that of a rejoin.
     pub(super) fn is_rejoin_quiescing(&self) -> bool {
         self.stale.rejoin.as_ref().is_some_and(|r| r.phase == Phase::Quiescing)
+    }
+
+    /// The member that is being brought back in.
+    pub(super) fn rejoin_member(&self) -> Option<MemberId> {
+        self.stale.rejoin.as_ref().map(|r| r.member)
     }
 
     /// The member that is being brought back in, and how far that has come.
@@ -67,6 +76,7 @@ impl Client {
         let rejoin = self.stale.rejoin.as_ref()?;
         let phase = match rejoin.phase {
             Phase::Attaching => "attaching",
+            Phase::Growing => "growing",
             Phase::Preparing => "preparing",
             Phase::Quiescing => "quiescing",
             Phase::Changing => "changing",
@@ -92,15 +102,10 @@ impl Client {
         if self.stale.rejoin.is_some() || !self.is_active() {
             return;
         }
-        let is_its_store = |m: &MemberId| {
-            let store = self.view.as_ref().and_then(|v| v.member(*m)).map(|m| m.store);
-            let found = self.ready(*m).and_then(|r| r.spec.member(*m)).map(|m| m.store);
-            store.is_some() && store == found
-        };
         let due =
             |m: &MemberId| self.stale.not_before[m.index()] <= self.now && self.faults.excluded(*m).is_none();
-        let candidate =
-            self.view_out().intersection(self.ready_members()).iter().filter(due).find(is_its_store);
+        let is_free = |m: &MemberId| !self.is_held_out(*m);
+        let candidate = self.view_out().intersection(self.ready_members()).iter().filter(due).find(is_free);
         let Some(member) = candidate else { return };
         let additions = Vec::new();
         self.stale.rejoin = Some(Rejoin { member, phase: Phase::Attaching, since: self.now, additions });
@@ -127,8 +132,15 @@ impl Client {
                 if let Some(rejoin) = &mut self.stale.rejoin {
                     rejoin.additions = ranges.iter().map(addition).collect();
                 }
-                self.set_phase(Phase::Preparing);
-                self.name_source(member);
+                let size = self.spec.as_ref().map_or(0, |s| s.size);
+                if reply.spec.size < size {
+                    self.set_phase(Phase::Growing);
+                    let header = MessageHeader { offset: size, ..self.header(Kind::Grow) };
+                    self.send(member, header, super::Payload::None);
+                } else {
+                    self.set_phase(Phase::Preparing);
+                    self.name_source(member);
+                }
             }
             _ if header.status == Status::StaleEpoch && self.is_active() => {
                 // Somebody tried to attach there and did not come far. Only an epoch above that one brings it back in.
@@ -136,6 +148,26 @@ impl Client {
             }
             _ => self.abort_rejoin(member),
         }
+        true
+    }
+
+    /// True if the answer was to the question of a rejoin whether the member has room for the pool.
+    pub(super) fn rejoin_grown(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) -> bool {
+        let is_its = |r: &Rejoin| r.member == member && r.phase == Phase::Growing;
+        if !self.stale.rejoin.as_ref().is_some_and(is_its) {
+            return false;
+        }
+        if header.status == Status::Ok && self.is_active() {
+            self.stale.no_room.remove(member);
+            self.set_phase(Phase::Preparing);
+            self.name_source(member);
+            return true;
+        }
+        if header.status == Status::NoSpace && !self.stale.no_room.contains(member) {
+            self.stale.no_room.insert(member);
+            self.notice(super::Notice::NoRoom(member, String::from_utf8_lossy(body).into_owned()));
+        }
+        self.abort_rejoin(member);
         true
     }
 
@@ -251,17 +283,17 @@ impl Client {
         let Some(rejoin) = &mut self.stale.rejoin else { return };
         let (member, additions) = (rejoin.member, std::mem::take(&mut rejoin.additions));
         let source = self.stale.sources[member.index()];
-        if !source.is_some_and(|s| self.view_clean().contains(s)) {
-            // It was lost meanwhile, and does not have what was written since.
+        if !source.is_some_and(|s| self.view_clean().contains(s)) || self.is_held_out(member) {
+            // It was lost meanwhile, and does not have what was written since; or the member is to stay Out.
             return self.abort_rejoin(member);
         }
         let next = self.view.as_ref().map(|v| v.step(ViewStep::Rejoin(member), self.epoch));
-        match next {
-            Some(Ok(next)) => {
+        match (next, self.spec.clone()) {
+            (Some(Ok(next)), Some(spec)) => {
                 self.set_phase(Phase::Changing);
-                self.change_view(next, additions, false);
+                self.change_view(next, spec, additions, false);
             }
-            Some(Err(_)) | None => self.abort_rejoin(member),
+            _ => self.abort_rejoin(member),
         }
     }
 
@@ -285,9 +317,19 @@ impl Client {
     }
 
     /// A view was committed.
-    pub(super) fn stale_committed(&mut self, attach: bool) {
+    pub(super) fn stale_committed(&mut self, attach: bool, replaced: MemberSet) {
         let syncing = self.view.as_ref().map_or(MemberSet::EMPTY, |v| v.in_state(MemberState::Syncing));
         let clean = self.view_clean();
+        for member in replaced.iter() {
+            self.abort_rejoin(member);
+            self.stale.not_before[member.index()] = self.now;
+            self.stale.sources[member.index()] = None;
+            self.stale.current.remove(member);
+            self.stale.inexact.remove(member);
+            self.stale.no_room.remove(member);
+            self.stale.avoided[member.index()] = MemberSet::EMPTY;
+            self.faults.forget(member);
+        }
         if attach {
             self.stale = Stale { inexact: self.stale.inexact.intersection(clean), ..Stale::default() };
         }
@@ -347,9 +389,9 @@ impl Client {
         let Some(member) = self.stale.current.iter().next() else { return };
         self.stale.current.remove(member);
         let next = self.view.as_ref().map(|v| v.step(ViewStep::Promote(member), self.epoch));
-        if let Some(Ok(next)) = next {
+        if let (Some(Ok(next)), Some(spec)) = (next, self.spec.clone()) {
             self.stale.inexact.insert(member);
-            self.change_view(next, Vec::new(), false);
+            self.change_view(next, spec, Vec::new(), false);
         }
     }
 }

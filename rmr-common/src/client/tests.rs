@@ -108,6 +108,7 @@ impl Bench {
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
                     view: self.views[node].clone(),
+                    spec: self.spec.clone(),
                     last_client: None,
                     clean_detach: false,
                     slots: Vec::new(),

@@ -308,6 +308,12 @@ impl PoolDriver {
         self.client.spec()
     }
 
+    /// See [`Client::has_asked_all`].
+    #[must_use]
+    pub fn has_asked_all(&self) -> bool {
+        self.client.has_asked_all()
+    }
+
     /// Whether requests flow.
     #[must_use]
     pub const fn is_active(&self) -> bool {

@@ -410,7 +410,9 @@ impl Owner {
             self.complete(token, result);
         }
         self.done = done;
-        if let (Some(spec), Some(attached)) = (self.driver.spec().filter(|_| self.observe), &self.attached) {
+        // One that was away may not know how the pool is now.
+        let is_known = self.observe && self.driver.has_asked_all();
+        if let (Some(spec), Some(attached)) = (self.driver.spec().filter(|_| is_known), &self.attached) {
             // As in `tell`.
             let _ = attached.send(Ok(Progress::Attached(Box::new(spec.clone()))));
             self.attached = None;

@@ -24,6 +24,15 @@ impl BlockMap {
         Self { leaves: std::iter::repeat_with(|| None).take(leaves).collect(), count: 0 }
     }
 
+    /// The set for a pool that has another size from now on. Blocks beyond its end are to be taken out before.
+    pub fn resize(&mut self, blocks: u64) {
+        let leaves = usize::try_from(blocks.div_ceil(LEAF_BITS)).unwrap_or(usize::MAX);
+        for leaf in self.leaves.iter().skip(leaves).flatten() {
+            self.count -= u64::from(leaf.set);
+        }
+        self.leaves.resize_with(leaves, || None);
+    }
+
     /// How many blocks are in the set.
     #[must_use]
     pub const fn count(&self) -> u64 {
@@ -191,6 +200,16 @@ mod tests {
         assert!(map.any_in(Block(LEAF_BITS + 64), 16));
         assert!(map.any_in(Block(0), 2 * LEAF_BITS));
         assert!(!map.any_in(Block(LEAF_BITS + 80), 1024) && !map.any_in(Block(LEAF_BITS), 64));
+    }
+
+    #[test]
+    fn a_set_grows_with_its_pool_and_keeps_what_it_has() {
+        let mut map = BlockMap::new(10);
+        map.insert(Block(3));
+        map.resize(LEAF_BITS * 3);
+        assert!(map.contains(Block(3)) && map.insert(Block(LEAF_BITS * 3 - 1)));
+        map.resize(10);
+        assert_eq!((map.count(), map.iter().collect::<Vec<_>>()), (1, vec![Block(3)]));
     }
 
     #[test]

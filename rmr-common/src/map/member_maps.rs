@@ -38,6 +38,10 @@ pub enum ClearReason {
     Reported,
     /// All of a member: it is Clean in the committed view.
     CleanInView,
+    /// All of a member: the durable view does not have it. Should the id come back, it is with everything missed.
+    Removed,
+    /// What lies beyond the pool's end: the operator forced a pool into use that had not been made larger yet.
+    BeyondEnd,
 }
 
 /// What is to be cleared.
@@ -51,6 +55,8 @@ pub enum ClearTarget {
     Chunk(MemberId, Chunk),
     /// Everything of a member.
     Member(MemberId),
+    /// Every bit of every map from this block on.
+    From(Block),
 }
 
 struct DirtyMap {
@@ -150,12 +156,13 @@ impl MemberMaps {
             (ClearTarget::Chunk(member, chunk), ClearReason::Reported) => {
                 self.clear_chunk(member, chunk, changed)
             }
-            (ClearTarget::Member(member), ClearReason::CleanInView) => {
+            (ClearTarget::Member(member), ClearReason::CleanInView | ClearReason::Removed) => {
                 let chunks: Vec<_> = self.dirty_chunks(member).into_iter().flat_map(ChunkMap::iter).collect();
                 for chunk in chunks {
                     self.clear_chunk(member, chunk, changed);
                 }
             }
+            (ClearTarget::From(end), ClearReason::BeyondEnd) => self.clear_from(end, changed),
             _ => debug_assert!(false, "{reason:?} is no reason to clear {target:?}"),
         }
     }
@@ -168,6 +175,50 @@ impl MemberMaps {
         if map.chunks.remove(chunk) {
             note(changed, MapPage { map: MapId::Dirty(member), page: ChunkMap::page_of(chunk) });
         }
+    }
+
+    fn clear_from(&mut self, end: Block, changed: &mut Vec<MapPage>) {
+        let size = self.chunk_size;
+        let first = Chunk((end.0 * crate::pool::BLOCK_SIZE).div_ceil(size.bytes()));
+        let intents: Vec<_> = self.intent.iter_from(first).collect();
+        for chunk in intents {
+            self.intent.remove(chunk);
+            note(changed, MapPage { map: MapId::Intent, page: ChunkMap::page_of(chunk) });
+        }
+        for member in MemberId::all() {
+            let Some(map) = &mut self.dirty[member.index()] else { continue };
+            let blocks: Vec<_> = map.blocks.iter().filter(|b| *b >= end).collect();
+            for block in blocks {
+                map.blocks.remove(block);
+            }
+            let per_chunk = size.bytes() / crate::pool::BLOCK_SIZE;
+            let is_empty = |c: &Chunk| !map.blocks.any_in(Block(c.0 * per_chunk), per_chunk);
+            let chunks: Vec<_> = map.chunks.iter_from(size.chunk_of_block(end)).filter(is_empty).collect();
+            for chunk in chunks {
+                self.clear_chunk(member, chunk, changed);
+            }
+        }
+    }
+
+    /// The maps of a pool that has the size of `spec` from now on. New chunks are in no map.
+    pub fn resize(&mut self, spec: &PoolSpec, changed: &mut Vec<MapPage>) {
+        if spec.block_count() < self.blocks {
+            self.clear(ClearTarget::From(Block(spec.block_count())), ClearReason::BeyondEnd, changed);
+        }
+        (self.chunks, self.blocks) = (spec.chunk_count(), spec.block_count());
+        self.intent.resize(self.chunks);
+        for map in self.dirty.iter_mut().flatten() {
+            map.blocks.resize(self.blocks);
+            map.chunks.resize(self.chunks);
+        }
+        let pages = self.intent.page_count();
+        changed.retain(|p| p.page < pages);
+    }
+
+    /// How many chunks the pool has by these maps.
+    #[must_use]
+    pub const fn chunk_count(&self) -> u64 {
+        self.chunks
     }
 
     /// The missed blocks of a member in a range of bytes, in ascending order.
@@ -260,15 +311,19 @@ mod tests {
     use crate::pool::{Address, MemberSpec, PoolId, StoreId};
 
     fn maps() -> MemberMaps {
+        MemberMaps::new(&spec())
+    }
+
+    fn spec() -> PoolSpec {
         let id = MemberId::new(0).unwrap();
-        MemberMaps::new(&PoolSpec {
+        PoolSpec {
             id: PoolId::random(),
             name: "p".into(),
             size: 64 << 20,
             chunk_size: ChunkSize::from_bytes(64 << 10).unwrap(),
             logical_block_size: 512,
             members: vec![MemberSpec::new(id, StoreId::random(), Address::tcp("h", 1))],
-        })
+        }
     }
 
     #[test]
@@ -329,6 +384,36 @@ mod tests {
         here.merge(other, source.dirty_chunks(other).unwrap(), &mut changed);
         assert_eq!((here.missed(own), here.missed(other)), ((16, 1), (17, 2)));
         assert_eq!(changed.len(), 2);
+    }
+
+    #[test]
+    fn maps_grow_with_the_pool_and_lose_what_lies_beyond_a_smaller_one() {
+        let (mut maps, mut changed) = (maps(), Vec::new());
+        let member = MemberId::new(1).unwrap();
+        let mut spec = spec();
+        maps.set_dirty(MemberSet::only(member), 65536, 4096, &mut changed);
+        spec.size = 8 << 30;
+        maps.resize(&spec, &mut changed);
+        let last = spec.size - 4096;
+        maps.set_dirty(MemberSet::only(member), last, 4096, &mut changed);
+        maps.set_intent(last, 4096, &mut changed);
+        assert_eq!(maps.missed(member), (2, 2));
+        assert!(maps.page(MapPage { map: MapId::Intent, page: 4 }).is_some());
+        spec.size = 65536 + 8192;
+        maps.set_dirty(MemberSet::only(member), 65536 + 8192, 4096, &mut changed);
+        changed.clear();
+        maps.resize(&spec, &mut changed);
+        assert_eq!((maps.missed(member), maps.intent().count()), ((1, 1), 0));
+        assert_eq!(changed, vec![], "what lies beyond is not there any more");
+    }
+
+    #[test]
+    fn a_removed_member_leaves_nothing_on_record() {
+        let (mut maps, mut changed) = (maps(), Vec::new());
+        let [gone, stays] = [1, 2].map(|i| MemberId::new(i).unwrap());
+        maps.set_dirty(MemberSet::from_iter([gone, stays]), 0, 4096, &mut changed);
+        maps.clear(ClearTarget::Member(gone), ClearReason::Removed, &mut changed);
+        assert_eq!((maps.missed(gone), maps.missed(stays)), ((0, 0), (1, 1)));
     }
 
     #[test]

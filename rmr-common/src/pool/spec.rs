@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{Block, Chunk, MemberId, MemberSet, PoolId, StoreId};
+use super::{Block, Chunk, MemberId, MemberSet, MemberState, MemberView, PoolId, StoreId, View};
 
 /// Most members that a pool may have: one byte of [`MemberSet`], one dirty map each on disk.
 pub const MAX_MEMBERS: usize = 8;
@@ -346,6 +346,23 @@ impl PoolSpec {
         }
     }
 
+    /// Whether both are the same pool, with what never changes: only size and members may differ.
+    #[must_use]
+    pub fn is_same_pool(&self, other: &Self) -> bool {
+        self.id == other.id
+            && self.chunk_size == other.chunk_size
+            && self.logical_block_size == other.logical_block_size
+    }
+
+    /// Whether it goes with this view: the same members with the same stores, and those in maintenance are Out.
+    #[must_use]
+    pub fn describes(&self, view: &View) -> bool {
+        let fits = |(m, v): (&MemberSpec, &MemberView)| {
+            m.id == v.id && m.store == v.store && (!m.maintenance || v.state == MemberState::Out)
+        };
+        self.members.len() == view.members.len() && self.members.iter().zip(&view.members).all(fits)
+    }
+
     /// The member with this id.
     #[must_use]
     pub fn member(&self, id: MemberId) -> Option<&MemberSpec> {
@@ -368,6 +385,13 @@ impl PoolSpec {
     #[must_use]
     pub const fn chunk_count(&self) -> u64 {
         self.chunk_size.count(self.size)
+    }
+}
+
+impl fmt::Display for PoolSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (chunk, block) = (self.chunk_size.bytes(), self.logical_block_size);
+        write!(f, "pool {} ('{}') with chunks of {chunk} bytes and blocks of {block}", self.id, self.name)
     }
 }
 

@@ -5,9 +5,9 @@
 //!      ┌─────┐ ───────────▶ ┌─────────┐ ──────────────▶ ┌───────┐
 //!      │ Out │              │ Syncing │                 │ Clean │
 //!      └─────┘ ◀─────────── └─────────┘                 └───────┘
-//!        ▲ ▲      failure        ▲                          │
-//!        │ └─────────────────────┼──────────────────────────┘
-//!      remove                   add         failure (never the last Clean member)
+//!      │  ▲ ▲      failure                                  │
+//!      │  │ └───────────────────────────────────────────────┘
+//! remove add, wholly stale    failure, maintenance (never the last Clean member)
 //! ```
 
 use std::fmt;
@@ -92,10 +92,12 @@ pub enum ViewStep {
     Rejoin(MemberId),
     /// A Syncing member has nothing stale and has flushed: Syncing becomes Clean.
     Promote(MemberId),
-    /// A new member, or a new store under an absent one: it starts as Syncing, wholly stale.
+    /// A new member, or a new store under an absent one: it starts as Out, and has missed everything.
     Add(MemberId, StoreId),
     /// An Out member is forgotten.
     Remove(MemberId),
+    /// The pool's specification changes: its size, an address, a maintenance. The members stay as they are.
+    Amend,
 }
 
 impl fmt::Display for ViewStep {
@@ -108,6 +110,7 @@ impl fmt::Display for ViewStep {
             Self::Promote(member) => write!(f, "promotion of member {member}"),
             Self::Add(member, store) => write!(f, "addition of member {member} with store {store}"),
             Self::Remove(member) => write!(f, "removal of member {member}"),
+            Self::Amend => f.write_str("amendment"),
         }
     }
 }
@@ -162,6 +165,17 @@ impl View {
         Self { number: ViewNumber(1), epoch: Epoch(0), members: members.into_iter().map(clean).collect() }
     }
 
+    /// The view of a store that was made for a pool in use, before it is part of it: lower than any that a client made, and
+    /// the store has nothing by it.
+    #[must_use]
+    pub fn unjoined(members: impl IntoIterator<Item = (MemberId, StoreId)>, joining: MemberId) -> Self {
+        let mut view = Self { number: ViewNumber(0), ..Self::initial(members) };
+        for member in view.members.iter_mut().filter(|m| m.id == joining) {
+            member.state = MemberState::Out;
+        }
+        view
+    }
+
     /// Checks what every view keeps: 1 to 8 members in order, no store twice, at least one Clean.
     ///
     /// # Errors
@@ -182,6 +196,18 @@ impl View {
     #[must_use]
     pub fn member(&self, id: MemberId) -> Option<&MemberView> {
         self.members.iter().find(|m| m.id == id)
+    }
+
+    /// Whether this store is this member here.
+    #[must_use]
+    pub fn has_store(&self, id: MemberId, store: StoreId) -> bool {
+        self.member(id).is_some_and(|m| m.store == store)
+    }
+
+    /// Whether both have the same members with the same stores.
+    #[must_use]
+    pub fn has_stores_of(&self, other: &Self) -> bool {
+        self.members.iter().map(|m| (m.id, m.store)).eq(other.members.iter().map(|m| (m.id, m.store)))
     }
 
     /// State of this member, or `None` when it is not in the view.
@@ -237,6 +263,7 @@ impl View {
             ViewStep::Rejoin(member) => next.change(member, &[MemberState::Out], MemberState::Syncing)?,
             ViewStep::Promote(member) => next.change(member, &[MemberState::Syncing], MemberState::Clean)?,
             ViewStep::Add(id, store) => next.add(id, store)?,
+            ViewStep::Amend => {}
             ViewStep::Remove(id) => {
                 let state = self.state(id).ok_or(IllegalStep::NoSuchMember(id))?;
                 if state != MemberState::Out {
@@ -276,7 +303,8 @@ impl View {
     pub fn may_precede(&self, next: &Self) -> bool {
         let direct = next.number == self.number.next() && next.epoch == self.epoch;
         let sudden = |m: &MemberView| {
-            m.state == MemberState::Clean && self.member(m.id).is_none_or(|old| old.state == MemberState::Out)
+            let is_other = |old: &MemberView| old.state == MemberState::Out || old.store != m.store;
+            m.state == MemberState::Clean && self.member(m.id).is_none_or(is_other)
         };
         next.validate().is_ok() && next.order() > self.order() && !(direct && next.members.iter().any(sudden))
     }
@@ -294,7 +322,7 @@ impl View {
         if self.members.iter().any(|m| m.store == store) {
             return Err(IllegalStep::StoreInUse(store));
         }
-        let line = MemberView { id, store, state: MemberState::Syncing };
+        let line = MemberView { id, store, state: MemberState::Out };
         let full = self.members.len() >= MAX_MEMBERS;
         match self.members.iter_mut().find(|m| m.id == id) {
             // A new store under an absent member: the disk was replaced.
@@ -400,7 +428,7 @@ mod tests {
         let v = view(&[Clean, Out]);
         let store = StoreId::random();
         let added = v.step(ViewStep::Add(id(2), store), Epoch(4)).unwrap();
-        assert_eq!(added.state(id(2)), Some(Syncing));
+        assert_eq!(added.state(id(2)), Some(Out));
         let replaced = v.step(ViewStep::Add(id(1), store), Epoch(4)).unwrap();
         assert_eq!(replaced.member(id(1)).unwrap().store, store);
         assert!(v.step(ViewStep::Add(id(0), store), Epoch(4)).is_err());

@@ -242,11 +242,12 @@ impl Replica {
     /// The coordinator's view makes this member Syncing: takes over the maps of every member that is not Clean in it.
     /// False when that cannot be done now.
     pub(super) fn begin_handover(&mut self, view: &View) -> bool {
-        let pages = ChunkMap::new(self.spec.chunk_count()).page_count();
+        // By now they have the size of the pool as the view has it.
+        let chunks = self.maps.chunk_count();
+        let pages = ChunkMap::new(chunks).page_count();
         let epoch = self.epoch;
         let header =
             MessageHeader { epoch, view: view.number, ..MessageHeader::new(Kind::PullMap, self.spec.id) };
-        let chunks = self.spec.chunk_count();
         let Some(resync) = self.resync.as_mut().filter(|r| r.link == Link::Up) else { return false };
         let members: Vec<_> =
             view.members.iter().filter(|m| m.state != MemberState::Clean).map(|m| m.id).collect();

@@ -17,6 +17,18 @@ impl Room {
     pub(super) const fn new(bytes: u64) -> Self {
         Self { bytes, making: None, asked: Vec::new() }
     }
+
+    pub(super) const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The pool has this size from now on. When that is smaller than before, what lies beyond is nobody's any more, and
+    /// has to read as zeroes before it is used again.
+    pub(super) const fn fit(&mut self, old: u64, size: u64) {
+        if size < old || size > self.bytes {
+            self.bytes = size;
+        }
+    }
 }
 
 impl Replica {
@@ -34,8 +46,9 @@ impl Replica {
     }
 
     /// Makes room for the largest size that anybody waits for.
-    fn pump_room(&mut self) {
-        let wanted = self.room.asked.iter().map(|(_, h)| h.offset).max();
+    pub(super) fn pump_room(&mut self) {
+        let by_view = self.set_view.iter().filter(|p| p.needs_room).map(|p| p.spec.size);
+        let wanted = self.room.asked.iter().map(|(_, h)| h.offset).chain(by_view).max();
         let Some(to) = wanted.filter(|to| *to > self.room.bytes && self.room.making.is_none()) else {
             return;
         };
@@ -58,6 +71,11 @@ impl Replica {
             } else {
                 self.room.asked.push((connection, header));
             }
+        }
+        match self.set_view.as_ref().filter(|p| p.needs_room).map(|p| p.spec.size) {
+            Some(size) if size <= self.room.bytes => self.begin_view(),
+            Some(size) if size <= made => self.refuse_room(result.err().unwrap_or("it was not made")),
+            Some(_) | None => {}
         }
         self.pump_room();
     }

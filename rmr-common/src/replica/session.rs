@@ -4,7 +4,7 @@ use super::{
     BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
 };
 use crate::map::{ClearReason, ClearTarget};
-use crate::pool::{Chunk, Epoch, MemberState, Sequence, View, ViewNumber};
+use crate::pool::{Chunk, Epoch, MemberId, MemberState, PoolSpec, Sequence, View, ViewNumber};
 use crate::wire::{Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
@@ -28,7 +28,10 @@ pub(super) struct PendingView {
     connection: ConnectionId,
     header: MessageHeader,
     pub(super) view: View,
+    pub(super) spec: PoolSpec,
     pages: usize,
+    /// Room has to be made for the pool before anything else.
+    pub(super) needs_room: bool,
     adopted: bool,
 }
 
@@ -213,6 +216,7 @@ impl Replica {
         }
         let reply = AttachReply {
             view: self.view.clone(),
+            spec: self.spec.clone(),
             last_client: self.previous_client,
             clean_detach: self.clean_detach,
             slots,
@@ -267,24 +271,62 @@ impl Replica {
             let text = format!("{} does not follow {} on member {}", set.view, self.view, self.member);
             return refuse(self, Status::IllegalView, text);
         }
-        for addition in &set.additions {
-            let end = addition.offset.saturating_add(addition.length).min(self.spec.size);
-            let length = end.saturating_sub(addition.offset);
-            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
+        // A pool is smaller than before only when the operator forced it into use from a member that had not grown.
+        let is_forced = set.view.number.0.saturating_sub(self.view.number.0) >= crate::pool::FORCED_JUMP / 2;
+        if !self.spec.is_same_pool(&set.spec) || set.spec.size < self.spec.size && !is_forced {
+            let text = format!(
+                "{} of {} bytes does not follow {} of {} bytes",
+                set.spec, set.spec.size, self.spec, self.spec.size
+            );
+            return refuse(self, Status::IllegalView, text);
         }
         self.additions.extend_from_slice(&set.additions);
         if set.more {
             return;
         }
-        let next = set.view.clone();
+        let needs_room = set.spec.size > self.room.bytes();
+        let (view, spec) = (set.view, set.spec);
+        let header = *header;
         self.set_view =
-            Some(PendingView { connection, header: *header, view: set.view, pages: 0, adopted: false });
+            Some(PendingView { connection, header, view, spec, pages: 0, needs_room, adopted: false });
+        if needs_room {
+            self.pump_room();
+        } else {
+            self.begin_view();
+        }
+    }
+
+    /// There is room for the pool as the view has it: records what is missed, then takes over maps if need be.
+    pub(super) fn begin_view(&mut self) {
+        let Some(pending) = &mut self.set_view else { return };
+        pending.needs_room = false;
+        let next = pending.view.clone();
+        self.maps.resize(&pending.spec, &mut self.changed);
+        self.record_additions();
         if !self.needs_handover(&next) {
             self.additions.clear();
             self.persist_view_pages();
         } else if !self.begin_handover(&next) {
             self.fail_handover("no link to a source was prepared");
         }
+    }
+
+    /// Puts on record what came with the view that is pending.
+    fn record_additions(&mut self) {
+        let Some(size) = self.set_view.as_ref().map(|p| p.spec.size) else { return };
+        for addition in &self.additions {
+            let end = addition.offset.saturating_add(addition.length).min(size);
+            let length = end.saturating_sub(addition.offset);
+            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
+        }
+    }
+
+    /// There is no room for the pool as the view has it.
+    pub(super) fn refuse_room(&mut self, reason: &str) {
+        let Some(pending) = self.set_view.take() else { return };
+        self.additions.clear();
+        let text = format!("there is no room for {} bytes: {reason}", pending.spec.size).into_bytes();
+        self.answer(pending.connection, &pending.header, Kind::SetViewReply, Status::NoSpace, text);
     }
 
     /// Whether this member has to take over maps before it may be Syncing: always but when it was so in the view before.
@@ -300,11 +342,8 @@ impl Replica {
     /// The maps are taken over.
     pub(super) fn handover_done(&mut self) {
         // What came with the view is not yet in the maps that were taken over.
-        for addition in std::mem::take(&mut self.additions) {
-            let end = addition.offset.saturating_add(addition.length).min(self.spec.size);
-            let length = end.saturating_sub(addition.offset);
-            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
-        }
+        self.record_additions();
+        self.additions.clear();
         self.persist_view_pages();
     }
 
@@ -376,6 +415,8 @@ impl Replica {
         let Some(pending) = &mut self.set_view else { return };
         pending.adopted = true;
         self.view = pending.view.clone();
+        let old = std::mem::replace(&mut self.spec, pending.spec.clone());
+        self.room.fit(old.size, self.spec.size);
         self.view_session = self.session;
         self.persist_state(Waiter::View(self.view.number));
     }
@@ -395,6 +436,9 @@ impl Replica {
         self.tables_lost = false;
         for member in pending.view.clean().iter() {
             self.maps.clear(ClearTarget::Member(member), ClearReason::CleanInView, &mut self.changed);
+        }
+        for member in MemberId::all().filter(|m| pending.view.member(*m).is_none()) {
+            self.maps.clear(ClearTarget::Member(member), ClearReason::Removed, &mut self.changed);
         }
         self.persist_cleared();
         if pending.view.state(self.member) == Some(MemberState::Clean) {
@@ -472,6 +516,7 @@ impl Replica {
         let who = holder.description.clone();
         self.attach = None;
         self.set_view = None;
+        self.additions.clear();
         self.detach = None;
         self.lose_commands("the client is gone");
         self.notice(Notice::ClientLost(self.epoch, who));

@@ -87,7 +87,13 @@ impl Bench {
         let lost = MemberSet::only(member(lost));
         let view = self.replica.view().step(ViewStep::Lose(lost), Epoch(epoch)).unwrap();
         let missed = |c: &u64| DirtyAddition { members: lost, offset: c * CHUNK, length: 4096 };
-        let body = SetView { view, additions: chunks.iter().map(missed).collect(), more: false }.encode();
+        let body = SetView {
+            view,
+            spec: self.replica.spec().clone(),
+            additions: chunks.iter().map(missed).collect(),
+            more: false,
+        }
+        .encode();
         self.message(connection, self.header(Kind::SetView, epoch), &body);
     }
 
@@ -209,7 +215,9 @@ impl Bench {
         view.members.iter_mut().zip(states).for_each(|(line, state)| line.state = state);
         let addition = DirtyAddition { members: MemberSet::only(member(1)), offset: 0, length: 4096 };
         let header = MessageHeader { view: view.number, ..self.header(Kind::SetView, 1) };
-        let body = SetView { view, additions: vec![addition], more: false }.encode();
+        let body =
+            SetView { view, spec: self.replica.spec().clone(), additions: vec![addition], more: false }
+                .encode();
         self.message(1, header, &body);
     }
 

@@ -250,7 +250,11 @@ impl World<'_> {
                 Ok(())
             }
             Notice::Over(reason) => self.ended(host, &reason),
-            Notice::LegUp(..) | Notice::LinkLost(..) | Notice::Verify(_) => Ok(()), // Of interest to people only.
+            Notice::LegUp(..)
+            | Notice::LinkLost(..)
+            | Notice::Spec(_)
+            | Notice::NoRoom(..)
+            | Notice::Verify(_) => Ok(()), // Of interest to people only.
         }
     }
 

@@ -222,6 +222,19 @@ impl<'a> Decoder<'a> {
         Ok(view)
     }
 
+    /// Takes a view and the specification that goes with it.
+    ///
+    /// # Errors
+    /// At the end of the body, or when one breaks a rule or they do not go together.
+    pub fn pool(&mut self) -> Result<(View, PoolSpec), WireError> {
+        let (view, spec) = (self.view()?, self.spec()?);
+        if spec.describes(&view) {
+            Ok((view, spec))
+        } else {
+            Err(self.value_error("a view with other members or stores than the specification"))
+        }
+    }
+
     /// Ends the body.
     ///
     /// # Errors
@@ -326,6 +339,12 @@ pub struct HelloReply {
 }
 
 impl HelloReply {
+    /// The store that the node holds. One that was decoded has its own member in its specification.
+    #[must_use]
+    pub fn store(&self) -> StoreId {
+        self.spec.member(self.member).map_or(StoreId::from_bytes([0; 16]), |m| m.store)
+    }
+
     /// The body's bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -334,7 +353,7 @@ impl HelloReply {
         e.u32(self.limits.max_io).u16(self.limits.slots).u32(self.limits.max_bytes);
         e.u8(self.member.as_u8()).u8(self.write_through.into());
         e.uuid(self.host_boot.as_bytes()).uuid(self.process_boot.as_bytes());
-        e.spec(&self.spec).view(&self.view).u64(self.epoch.0);
+        e.view(&self.view).spec(&self.spec).u64(self.epoch.0);
         e.finish()
     }
 
@@ -353,20 +372,28 @@ impl HelloReply {
         {
             return Err(d.value_error(format!("limits {limits:?}")));
         }
-        let reply = Self {
+        let member = d.member()?;
+        let write_through = d.u8()? != 0;
+        let host_boot = BootId::from_bytes(d.uuid()?);
+        let process_boot = BootId::from_bytes(d.uuid()?);
+        let (view, spec) = d.pool()?;
+        if spec.member(member).is_none() {
+            return Err(d.value_error(format!("member {member} is not in its own specification")));
+        }
+        let epoch = Epoch(d.u64()?);
+        d.finish()?;
+        Ok(Self {
             version,
             capabilities,
             limits,
-            member: d.member()?,
-            write_through: d.u8()? != 0,
-            host_boot: BootId::from_bytes(d.uuid()?),
-            process_boot: BootId::from_bytes(d.uuid()?),
-            spec: d.spec()?,
-            view: d.view()?,
-            epoch: Epoch(d.u64()?),
-        };
-        d.finish()?;
-        Ok(reply)
+            member,
+            write_through,
+            host_boot,
+            process_boot,
+            spec,
+            view,
+            epoch,
+        })
     }
 }
 
@@ -421,6 +448,8 @@ pub struct SlotEntry {
 pub struct AttachReply {
     /// The member's view.
     pub view: View,
+    /// The pool as it is in that view.
+    pub spec: PoolSpec,
     /// Whose writes the slot table records.
     pub last_client: Option<ClientId>,
     /// Whether the last client detached with everything complete and flushed.
@@ -443,7 +472,7 @@ impl AttachReply {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut e = Encoder::default();
-        e.view(&self.view);
+        e.view(&self.view).spec(&self.spec);
         e.uuid(&self.last_client.map_or([0; 16], |c| *c.as_bytes()));
         e.u8(self.clean_detach.into()).u16(u16::try_from(self.slots.len()).unwrap_or(0));
         for entry in &self.slots {
@@ -463,7 +492,7 @@ impl AttachReply {
     /// When the bytes are no such body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::AttachReply, body);
-        let view = d.view()?;
+        let (view, spec) = d.pool()?;
         let client = d.uuid()?;
         let last_client = (client != [0; 16]).then(|| ClientId::from_bytes(client));
         let clean_detach = d.u8()? != 0;
@@ -489,7 +518,7 @@ impl AttachReply {
             intents.push((Chunk(d.u64()?), d.u64()?));
         }
         d.finish()?;
-        Ok(Self { view, last_client, clean_detach, slots, watermark, tables_lost, intents })
+        Ok(Self { view, spec, last_client, clean_detach, slots, watermark, tables_lost, intents })
     }
 }
 
@@ -509,6 +538,8 @@ pub struct DirtyAddition {
 pub struct SetView {
     /// The next view.
     pub view: View,
+    /// The pool as it is in that view.
+    pub spec: PoolSpec,
     /// What its absent members have missed beyond what the member knows.
     pub additions: Vec<DirtyAddition>,
     /// More additions follow in another message of the same view, which alone is answered.
@@ -523,7 +554,8 @@ impl SetView {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut e = Encoder::default();
-        e.view(&self.view).u8(self.more.into()).u32(u32::try_from(self.additions.len()).unwrap_or(0));
+        e.view(&self.view).spec(&self.spec);
+        e.u8(self.more.into()).u32(u32::try_from(self.additions.len()).unwrap_or(0));
         for addition in &self.additions {
             e.u8(addition.members.0).u64(addition.offset).u64(addition.length);
         }
@@ -537,7 +569,7 @@ impl SetView {
     /// When the bytes are no such body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::SetView, body);
-        let view = d.view()?;
+        let (view, spec) = d.pool()?;
         let more = d.u8()? != 0;
         let count = d.u32()? as usize;
         if count > Self::MAX_ADDITIONS {
@@ -553,7 +585,7 @@ impl SetView {
             additions.push(DirtyAddition { members, offset, length });
         }
         d.finish()?;
-        Ok(Self { view, additions, more })
+        Ok(Self { view, spec, additions, more })
     }
 }
 
@@ -707,8 +739,8 @@ mod tests {
         }
     }
 
-    fn view() -> View {
-        View::initial(spec().members.iter().map(|m| (m.id, m.store)))
+    fn stores(spec: &PoolSpec) -> Vec<(MemberId, StoreId)> {
+        spec.members.iter().map(|m| (m.id, m.store)).collect()
     }
 
     #[test]
@@ -725,6 +757,8 @@ mod tests {
             let padded = [bytes, vec![0]].concat();
             assert!(decode(&padded).is_err());
         }
+        let pool = spec();
+        let view = View::initial(stores(&pool));
         let hello = Hello {
             versions: (1, 1),
             capabilities: 0,
@@ -742,8 +776,8 @@ mod tests {
             write_through: true,
             host_boot: BootId::random(),
             process_boot: BootId::random(),
-            spec: spec(),
-            view: view(),
+            view: View::initial(stores(&pool)),
+            spec: pool.clone(),
             epoch: Epoch(4),
         };
         check(&reply, reply.encode(), HelloReply::decode);
@@ -751,7 +785,8 @@ mod tests {
         check(&attach, attach.encode(), Attach::decode);
         let entry = SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512 };
         let attached = AttachReply {
-            view: view(),
+            view: view.clone(),
+            spec: pool.clone(),
             last_client: Some(ClientId::random()),
             clean_detach: false,
             slots: vec![entry, entry],
@@ -761,7 +796,7 @@ mod tests {
         };
         check(&attached, attached.encode(), AttachReply::decode);
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
-        let set = SetView { view: view(), additions: vec![addition], more: true };
+        let set = SetView { view, spec: pool, additions: vec![addition], more: true };
         check(&set, set.encode(), SetView::decode);
         let prepare = Prepare { source: MemberId::new(2).unwrap(), address: Address::tcp("node-c", 7700) };
         check(&prepare, prepare.encode(), Prepare::decode);
@@ -774,10 +809,15 @@ mod tests {
 
     #[test]
     fn the_longest_set_view_fits_a_body() {
-        let members: Vec<_> = MemberId::all().map(|id| (id, StoreId::random())).collect();
+        let mut spec = spec();
+        let line = |id| {
+            MemberSpec::new(id, StoreId::random(), Address::tcp("h".repeat(110), u16::from(u8::from(id)) + 1))
+        };
+        spec.members = MemberId::all().map(line).collect();
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
         let set = SetView {
-            view: View::initial(members),
+            view: View::initial(stores(&spec)),
+            spec,
             additions: vec![addition; SetView::MAX_ADDITIONS],
             more: false,
         };

@@ -134,7 +134,9 @@ impl Client {
         let Some(verify) = &mut self.verify else { return false };
         let Some(round) = &mut verify.round else { return false };
         verify.last_progress = now;
-        let is_away = !round.members.without(clean).is_empty();
+        // One that was removed meanwhile does not come back.
+        let members: MemberSet = self.view.iter().flat_map(|v| &v.members).map(|m| m.id).collect();
+        let is_away = !round.members.intersection(members).without(clean).is_empty();
         round.left |= is_away;
         if is_away || is_expelling {
             return true;

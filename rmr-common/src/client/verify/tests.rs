@@ -104,6 +104,7 @@ impl Bench {
                 self.epoch = header.epoch;
                 AttachReply {
                     view: self.view.clone(),
+                    spec: self.spec.clone(),
                     last_client: None,
                     clean_detach: true,
                     slots: Vec::new(),

@@ -1,0 +1,368 @@
+//! Connections: which node has which store, whose store is which member, and what the nodes say of the pool.
+//!
+//! What counts is the store, never the index of a member: the store of a member that was replaced, or of one that was
+//! removed, may still be shown by its node, and is nobody's leg.
+
+use super::{Client, LinkId, LinkState, MAX_LINKS, Notice, Output, OverReason, Payload, PoolSelector, State};
+use crate::pool::{Address, Epoch, MemberId, MemberSet, PoolId, PoolSpec, StoreId, View};
+use crate::time::Time;
+use crate::wire::{Hello, HelloReply, Kind, MessageHeader, PROTOCOL_VERSION, Role, Status};
+
+/// Never by itself.
+const NEVER: Time = Time(u64::MAX);
+
+impl Client {
+    /// Opens a link. When all are in use, one is taken that leads to nobody who is known as a member.
+    pub(super) fn add_link(&mut self, address: Address) -> Option<LinkId> {
+        let link = super::Link {
+            address: address.clone(),
+            member: None,
+            store: None,
+            state: LinkState::Connecting,
+            last_sent: self.now,
+            ping_since: None,
+            last_error: "not connected yet".into(),
+            denied: false,
+            retired: false,
+        };
+        let is_of_member = |a: &Address| self.spec.iter().flat_map(|s| &s.members).any(|m| m.address == *a);
+        let is_idle = |l: &super::Link| matches!(l.state, LinkState::Down { .. });
+        let index = if let Some(index) = self.links.iter().position(|l| l.retired) {
+            self.links[index] = link;
+            index
+        } else if self.links.len() < MAX_LINKS {
+            self.links.push(link);
+            self.links.len() - 1
+        } else {
+            let index = self.links.iter().position(|l| is_idle(l) && !is_of_member(&l.address))?;
+            self.links[index] = link;
+            index
+        };
+        let id = LinkId(u8::try_from(index).ok()?);
+        for leg in self.legs.iter_mut().filter(|leg| **leg == Some(id)) {
+            *leg = None;
+        }
+        self.outputs.push_back(Output::Connect(id, address));
+        Some(id)
+    }
+
+    pub(super) fn link(&self, id: LinkId) -> Option<&super::Link> {
+        self.links.get(usize::from(id.0))
+    }
+
+    pub(super) fn link_mut(&mut self, id: LinkId) -> Option<&mut super::Link> {
+        self.links.get_mut(usize::from(id.0))
+    }
+
+    /// The hello answer of a member whose link is ready.
+    pub(super) fn ready(&self, member: MemberId) -> Option<&HelloReply> {
+        self.hello_of(self.legs[member.index()]?)
+    }
+
+    /// What the node at the other end of a link that is ready said.
+    pub(super) fn hello_of(&self, id: LinkId) -> Option<&HelloReply> {
+        if let LinkState::Ready(reply) = &self.link(id)?.state { Some(reply) } else { None }
+    }
+
+    /// The members whose links are ready.
+    pub(super) fn ready_members(&self) -> MemberSet {
+        MemberId::all().filter(|&m| self.ready(m).is_some()).collect()
+    }
+
+    /// What every node that is connected said, whatever it has.
+    pub(super) fn hellos(&self) -> impl Iterator<Item = &HelloReply> {
+        self.links.iter().filter_map(|l| if let LinkState::Ready(r) = &l.state { Some(&**r) } else { None })
+    }
+
+    pub(super) fn header(&self, kind: Kind) -> MessageHeader {
+        let pool = self.spec.as_ref().map_or(PoolId::from_bytes([0; 16]), |s| s.id);
+        MessageHeader {
+            epoch: self.epoch,
+            view: self.view.as_ref().map_or(crate::pool::ViewNumber(0), |v| v.number),
+            watermark: self.parts.watermark(self.sequence),
+            ..MessageHeader::new(kind, pool)
+        }
+    }
+
+    pub(super) fn send(&mut self, member: MemberId, header: MessageHeader, payload: Payload) {
+        let Some(id) = self.legs[member.index()] else { return };
+        let now = self.now;
+        if let Some(link) = self.link_mut(id) {
+            link.last_sent = now;
+            self.outputs.push_back(Output::Send(id, header, payload));
+        }
+    }
+
+    pub(super) fn send_body(&mut self, member: MemberId, mut header: MessageHeader, body: Vec<u8>) {
+        header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        self.send(member, header, Payload::Body(body));
+    }
+
+    pub(super) fn link_up(&mut self, id: LinkId) {
+        let (now, config) = (self.now, &self.config);
+        let (pool, pool_name) = match (&self.spec, &self.selector) {
+            (Some(spec), _) => (spec.id, String::new()),
+            (None, PoolSelector::Id(id)) => (*id, String::new()),
+            (None, PoolSelector::Name(name)) => (PoolId::from_bytes([0; 16]), name.clone()),
+        };
+        let hello = Hello {
+            versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),
+            capabilities: 0,
+            role: Role::Client,
+            client: config.client,
+            pool_name,
+            description: config.description.clone(),
+        };
+        let body = hello.encode();
+        let Some(link) = self.link_mut(id) else { return };
+        link.state = LinkState::Greeting { since: now };
+        link.last_sent = now;
+        link.ping_since = None;
+        let mut header = MessageHeader::new(Kind::Hello, pool);
+        header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        self.outputs.push_back(Output::Send(id, header, Payload::Body(body)));
+    }
+
+    /// A connection is gone. The member, if it had requests or is part of the view, is lost with it.
+    pub(super) fn link_down(&mut self, id: LinkId, reason: &str) {
+        let retry_at = self.now + self.config.reconnect_interval;
+        let Some(link) = self.link_mut(id) else { return };
+        let was_ready = matches!(link.state, LinkState::Ready(_));
+        let repeated = !was_ready && link.last_error == reason;
+        link.state = LinkState::Down { retry_at };
+        reason.clone_into(&mut link.last_error);
+        let (member, store, address) = (link.member, link.store, link.address.clone());
+        if !repeated {
+            self.notice(Notice::LinkLost(member, address, reason.to_owned()));
+        }
+        // Another address of the same node may be of use now.
+        for other in self.links.iter_mut().filter(|l| was_ready && !l.retired && l.store == store) {
+            if matches!(other.state, LinkState::Down { retry_at } if retry_at == NEVER) {
+                other.state = LinkState::Down { retry_at };
+            }
+        }
+        if let Some(member) = member.filter(|&m| was_ready && self.legs[m.index()] == Some(id)) {
+            self.lose(MemberSet::only(member), reason);
+        }
+        self.connect_members();
+    }
+
+    /// Closes a link for a reason found here, and treats it as lost.
+    pub(super) fn drop_link(&mut self, id: LinkId, reason: &str) {
+        self.outputs.push_back(Output::Disconnect(id));
+        self.link_down(id, reason);
+    }
+
+    pub(super) fn drop_member(&mut self, member: MemberId, reason: &str) {
+        if let Some(id) = self.legs[member.index()] {
+            self.drop_link(id, reason);
+        }
+    }
+
+    pub(super) fn hello_reply(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
+        let Some(link) = self.link(id) else { return };
+        let address = link.address.clone();
+        if header.status != Status::Ok {
+            self.hello_refused(id, address, header.status, &String::from_utf8_lossy(body));
+            return;
+        }
+        let reply = match HelloReply::decode(body) {
+            Ok(reply) => reply,
+            Err(error) => return self.drop_link(id, &format!("protocol error: {error}")),
+        };
+        if let Some(known) = &self.spec
+            && !known.is_same_pool(&reply.spec)
+        {
+            let text = format!("{known} on one node, {} on {address}", reply.spec);
+            return self.end(OverReason::Conflict(text));
+        }
+        let (member, store) = (reply.member, reply.store());
+        let is_there =
+            |l: &super::Link| l.store == Some(store) && matches!(l.state, LinkState::Ready(_)) && !l.retired;
+        if self.links.iter().any(is_there) {
+            // A second address of a node that is connected already.
+            self.outputs.push_back(Output::Disconnect(id));
+            if let Some(link) = self.link_mut(id) {
+                link.store = Some(store);
+                link.state = LinkState::Down { retry_at: NEVER };
+            }
+            return;
+        }
+        if let Some(link) = self.link_mut(id) {
+            link.store = Some(store);
+            link.last_error.clear();
+            link.state = LinkState::Ready(Box::new(reply));
+        }
+        if matches!(self.state, State::Gathering { .. }) {
+            self.learn_spec();
+            self.notice(Notice::LegUp(member, address));
+            self.connect_members();
+            return self.try_attach();
+        }
+        let spec = self.spec.clone();
+        if spec.is_some_and(|s| s.member(member).is_some_and(|m| m.store == store)) {
+            self.assign_legs();
+            self.notice(Notice::LegUp(member, address));
+        } else if !self.command_met(id) {
+            self.dismiss(id);
+        }
+    }
+
+    fn hello_refused(&mut self, id: LinkId, address: Address, status: Status, text: &str) {
+        if status == Status::NoSuchPool {
+            if let Some(link) = self.link_mut(id) {
+                link.denied = true;
+            }
+            // Other nodes may know it; it is over only when every one has said no.
+            if self.spec.is_none() && self.links.iter().all(|l| l.denied) {
+                let text = if text.is_empty() { String::new() } else { format!(": {text}") };
+                self.end(OverReason::NoSuchPool { address, pool: self.selector.to_string(), text });
+            } else {
+                self.drop_link(id, "the node has no such pool");
+            }
+        } else if status == Status::Version {
+            self.end(OverReason::Refused { address, text: text.to_owned() });
+        } else {
+            self.drop_link(id, &format!("refused: {text}"));
+        }
+    }
+
+    /// Takes over the specification that goes with the highest view seen so far. Before an attach it says where members are
+    /// looked for, and no more: the attach goes by what members say then.
+    fn learn_spec(&mut self) {
+        let best = self.hellos().max_by_key(|r| r.view.order());
+        let Some((order, spec)) = best.map(|r| (r.view.order(), r.spec.clone())) else { return };
+        if self.spec_order.is_none_or(|known| order >= known) {
+            self.adopt_spec(spec, Some(order));
+        }
+        self.assign_legs();
+    }
+
+    /// The pool is as this says from now on.
+    pub(super) fn adopt_spec(&mut self, spec: PoolSpec, order: Option<(Epoch, crate::pool::ViewNumber)>) {
+        self.unflushed.resize(spec.block_count());
+        self.flushing.resize(spec.block_count());
+        self.spec = Some(spec);
+        self.spec_order = order;
+    }
+
+    /// The leg of each member is the link to its store.
+    pub(super) fn assign_legs(&mut self) {
+        let Some(spec) = &self.spec else { return };
+        let mut legs = [None; crate::pool::MAX_MEMBERS];
+        for link in &mut self.links {
+            link.member = None;
+        }
+        for member in &spec.members {
+            let is_its = |l: &super::Link| l.store == Some(member.store) && !l.retired;
+            let is_ready = |l: &super::Link| matches!(l.state, LinkState::Ready(_));
+            let found = self.links.iter().position(|l| is_its(l) && is_ready(l));
+            let found = found.or_else(|| self.links.iter().position(is_its));
+            let Some(index) = found else { continue };
+            legs[member.id.index()] = u8::try_from(index).ok().map(LinkId);
+            self.links[index].member = Some(member.id);
+            if let LinkState::Ready(reply) = &self.links[index].state {
+                if reply.write_through {
+                    self.write_through.insert(member.id);
+                } else {
+                    self.write_through.remove(member.id);
+                }
+            }
+        }
+        self.legs = legs;
+    }
+
+    /// Opens a link to every member of the specification that no link leads to.
+    pub(super) fn connect_members(&mut self) {
+        if matches!(self.state, State::Over(_)) {
+            return;
+        }
+        let members = self.spec.as_ref().map(|s| s.members.clone()).unwrap_or_default();
+        for member in members {
+            let leads_there = |l: &super::Link| {
+                let is_up = !matches!(l.state, LinkState::Down { .. });
+                !l.retired && (l.address == member.address || is_up && l.store == Some(member.store))
+            };
+            if !self.links.iter().any(leads_there) {
+                self.add_link(member.address);
+            }
+        }
+    }
+
+    /// Lets go of every node whose store is no member: it was removed or replaced. Its address is tried again if a member
+    /// is expected there.
+    pub(super) fn dismiss_strangers(&mut self) {
+        let Some(spec) = &self.spec else { return };
+        let is_member = |s: StoreId| spec.members.iter().any(|m| m.store == s);
+        let is_stranger = |l: &super::Link| !l.retired && l.store.is_some_and(|s| !is_member(s));
+        let strangers = self.links.iter().zip(0u8..).filter(|(l, _)| is_stranger(l)).map(|(_, i)| LinkId(i));
+        let strangers: Vec<_> = strangers.filter(|id| !self.is_met(*id)).collect();
+        strangers.into_iter().for_each(|id| self.dismiss(id));
+    }
+
+    /// Lets go of a node whose store is no member.
+    pub(super) fn dismiss(&mut self, id: LinkId) {
+        let retry_at = self.now + self.config.reconnect_interval;
+        let Some(link) = self.links.get_mut(usize::from(id.0)) else { return };
+        if !matches!(link.state, LinkState::Down { .. }) {
+            self.outputs.push_back(Output::Disconnect(id));
+        }
+        link.member = None;
+        link.store = None;
+        "its store is not a member of the pool".clone_into(&mut link.last_error);
+        let is_expected = self.spec.iter().flat_map(|s| &s.members).any(|m| m.address == link.address);
+        link.retired = !is_expected;
+        link.state = LinkState::Down { retry_at: if is_expected { retry_at } else { NEVER } };
+    }
+
+    /// A member was asked for its view or took one: what it said in its hello is of the past.
+    pub(super) fn note_view(&mut self, member: MemberId, view: &View, spec: &PoolSpec) {
+        if let Some(id) = self.legs[member.index()]
+            && let Some(link) = self.link_mut(id)
+            && let LinkState::Ready(reply) = &mut link.state
+        {
+            reply.view = view.clone();
+            reply.spec = spec.clone();
+        }
+    }
+
+    pub(super) fn note_epoch(&mut self, member: MemberId, epoch: Epoch) {
+        if let Some(id) = self.legs[member.index()]
+            && let Some(link) = self.link_mut(id)
+            && let LinkState::Ready(reply) = &mut link.state
+        {
+            reply.epoch = reply.epoch.max(epoch);
+        }
+    }
+
+    pub(super) fn tick_links(&mut self) {
+        for i in 0..self.links.len() {
+            let id = LinkId(u8::try_from(i).unwrap_or(u8::MAX));
+            let link = &mut self.links[i];
+            match &link.state {
+                LinkState::Down { retry_at } if *retry_at <= self.now => {
+                    link.state = LinkState::Connecting;
+                    let address = link.address.clone();
+                    self.outputs.push_back(Output::Connect(id, address));
+                }
+                LinkState::Greeting { since } if self.now - *since > self.config.leg_timeout => {
+                    self.drop_link(id, "the hello was not answered in time");
+                }
+                LinkState::Ready(_) => {
+                    if link.ping_since.is_some_and(|since| self.now - since > self.config.leg_timeout) {
+                        self.drop_link(id, "no answer within the leg timeout");
+                    } else if link.ping_since.is_none()
+                        && self.now - link.last_sent >= self.config.ping_interval
+                    {
+                        link.ping_since = Some(self.now);
+                        link.last_sent = self.now;
+                        let header = self.header(Kind::Ping);
+                        self.outputs.push_back(Output::Send(id, header, Payload::None));
+                    }
+                }
+                // Connecting is bounded by the driver's connect; the others are not due.
+                LinkState::Down { .. } | LinkState::Connecting | LinkState::Greeting { .. } => {}
+            }
+        }
+    }
+}
