@@ -12,11 +12,11 @@ SEEDS := 20000
 START := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint fmt docs audit sim deps clean
+.PHONY: help demo test bench lint fmt docs audit sim sim-mutants deps clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do \
-		printf '  make %-7s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do \
+		printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 demo: ## two nodes, a pool, real I/O; a node is killed and comes back: the main job in a minute, every claim checked
 	@./cloud-hypervisor-tests/install-deps.sh build
@@ -36,6 +36,7 @@ bench: deps ## side by side with what a user would pick instead (docs/benchmarks
 lint: ## format and clippy, no warning allowed
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(LOCKED) --workspace --all-targets -- -D warnings
+	$(CARGO) clippy $(LOCKED) -p rmr-common --all-targets --features mutants -- -D warnings
 
 fmt: ## formats the code
 	$(CARGO) fmt --all
@@ -49,6 +50,9 @@ audit: ## licences, sources and known vulnerabilities of the dependencies
 sim: ## simulated pools with faults: SEEDS=20000 runs from seed START=1 (docs/simulator.md)
 	RMR_SIM_SEEDS=$(SEEDS) RMR_SIM_START=$(START) \
 		$(CARGO) test $(LOCKED) --release -p rmr-common --test simulation -- --nocapture
+
+sim-mutants: ## makes deliberate mistakes in the protocol, each of which the simulator must find (docs/simulator.md)
+	$(CARGO) test $(LOCKED) --release -p rmr-common --features mutants --test mutants
 
 deps: ## installs what Debian 12 lacks for tests and benchmarks; does nothing twice
 	@./cloud-hypervisor-tests/install-deps.sh

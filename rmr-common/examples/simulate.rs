@@ -1,6 +1,7 @@
 //! Runs seeds of the simulator: one with a trace to look into a failure, or many.
 //!
-//! `cargo run -p rmr-common --example simulate -- --seed N [--trace]`, or `--start N --seeds COUNT`.
+//! `cargo run -p rmr-common --example simulate -- --seed N [--trace]`, or `--start N --seeds COUNT`. With the feature
+//! `mutants` also `--mutant NAME`, to see what a deliberate mistake leads to.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -25,6 +26,12 @@ fn arguments() -> Result<Arguments, String> {
             "--seed" | "--start" => parsed.start = number()?,
             "--seeds" => parsed.seeds = number()?,
             "--trace" => parsed.trace = true,
+            #[cfg(feature = "mutants")]
+            "--mutant" => {
+                let name = list.next().unwrap_or_default();
+                let found = rmr_common::mutants::ALL.iter().find(|m| format!("{m:?}") == name);
+                rmr_common::mutants::activate(Some(*found.ok_or(format!("there is no mutant '{name}'"))?));
+            }
             other => {
                 return Err(format!("'{other}' is unknown; expected --seed, --start, --seeds or --trace"));
             }
@@ -46,7 +53,7 @@ fn main() -> ExitCode {
     for seed in arguments.start..arguments.start.saturating_add(arguments.seeds) {
         let mut out = std::io::stdout();
         let trace: Option<&mut dyn std::io::Write> = if arguments.trace { Some(&mut out) } else { None };
-        let run = AssertUnwindSafe(|| sim::run(seed, sim::Options::default(), trace));
+        let run = AssertUnwindSafe(|| sim::run(seed, trace));
         let Ok(result) = catch_unwind(run) else {
             eprintln!("seed {seed}: the code panicked, see above");
             return ExitCode::FAILURE;

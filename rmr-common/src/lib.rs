@@ -11,11 +11,28 @@
 //! * [`replica`] — one member's protocol behaviour, a state machine without I/O.
 //! * [`transport`] — bindings of the message set to TCP and to an in-memory network.
 
+/// Whether a deliberate mistake is made here, for the simulator to find; see `mutants`.
+#[cfg(feature = "mutants")]
+macro_rules! mutant {
+    ($name:ident) => {
+        $crate::mutants::is_active($crate::mutants::Mutant::$name)
+    };
+}
+
+#[cfg(not(feature = "mutants"))]
+macro_rules! mutant {
+    ($name:ident) => {
+        false
+    };
+}
+
 pub mod buffer;
 pub mod client;
 pub mod clock;
 pub mod driver;
 pub mod map;
+#[cfg(feature = "mutants")]
+pub mod mutants;
 pub mod pool;
 pub mod reactor;
 pub mod replica;

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rmr_common::sim::{self, Coverage, Options};
+use rmr_common::sim::{self, Coverage};
 
 const SEEDS: u64 = 3000;
 
@@ -28,7 +28,7 @@ fn no_seed_breaks_a_rule_and_every_situation_is_reached() {
             if seed >= start + seeds || failure.lock().unwrap().is_some() {
                 break;
             }
-            let run = AssertUnwindSafe(|| sim::run(seed, Options::default(), None));
+            let run = AssertUnwindSafe(|| sim::run(seed, None));
             let violation = match catch_unwind(run) {
                 Ok(Ok(report)) => {
                     coverage.add(&report.coverage);
@@ -63,8 +63,7 @@ fn a_seed_is_the_same_run_every_time() {
     for seed in [3, 14, 159, 2653] {
         let trace = || {
             let mut text = Vec::new();
-            sim::run(seed, Options::default(), Some(&mut text))
-                .unwrap_or_else(|violation| panic!("{violation}"));
+            sim::run(seed, Some(&mut text)).unwrap_or_else(|violation| panic!("{violation}"));
             text
         };
         assert!(trace() == trace(), "seed {seed}");

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use rmr_node::config::{Config, ConfigError, LogFormat, LogLevel, Settings};
+use rmr_node::doctor::{DoctorArgs, Report};
 use rmr_node::lifecycle::Shutdown;
 use rmr_node::service;
 use rmr_node::store::cli::StoreCommand;
@@ -25,6 +26,7 @@ Examples:
   rmr-node --store-dir /var/lib/rmr
   rmr-node --config /etc/rmr/node.toml
   rmr-node --config /etc/rmr/node.toml --log-level debug --check-config
+  rmr-node doctor --config /etc/rmr/node.toml
   rmr-node store inspect /dev/vdb
 
 Flags win over the file; docs/configuration.md explains each setting.
@@ -52,15 +54,29 @@ enum Command {
     /// Create, inspect and destroy stores offline
     #[command(subcommand)]
     Store(StoreCommand),
+    /// Say what this machine has and what is missing for what; changes nothing
+    ///
+    /// Looks at RDMA devices and their ports, limits on locked memory, hugepages, io_uring, TCP, the directory and devices
+    /// of stores, and memory, as the configuration needs them, and gives a verdict for each. In the directory of stores a
+    /// small file is made and removed.
+    #[command(
+        after_help = "Exit codes: 0 all that is configured works, 3 it works with limits, 4 some of it does not, \
+                            2 wrong usage or configuration"
+    )]
+    Doctor(Box<DoctorArgs>),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Some(Command::Store(command)) = cli.command {
-        return match command.run() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(e) => fail(EXIT_FAILED, &format!("{e:#}")),
-        };
+    match cli.command {
+        Some(Command::Store(command)) => {
+            return match command.run() {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => fail(EXIT_FAILED, &format!("{e:#}")),
+            };
+        }
+        Some(Command::Doctor(args)) => return doctor(*args),
+        None => {}
     }
     let (settings, config) = match configure(cli.config, cli.settings) {
         Ok(both) => both,
@@ -90,6 +106,18 @@ fn configure(file: Option<PathBuf>, flags: Settings) -> Result<(Settings, Config
     let settings = flags.over(file).with_defaults()?;
     let config = Config::new(&settings)?;
     Ok((settings, config))
+}
+
+fn doctor(args: DoctorArgs) -> ExitCode {
+    let report = match configure(args.config, args.settings) {
+        Ok((_, config)) => Report::for_node(&config),
+        Err(e) => return fail(EXIT_USAGE, &e.to_string()),
+    };
+    match report.render(args.json) {
+        Ok(text) if print(&text) == ExitCode::SUCCESS => ExitCode::from(report.exit_code()),
+        Ok(_) => ExitCode::from(EXIT_FAILED),
+        Err(e) => fail(EXIT_FAILED, &e.to_string()),
+    }
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {
@@ -162,7 +190,7 @@ mod tests {
         for (args, problem) in [
             (["--shards", "0"], "expected a whole number from 1 to 64"),
             (["--shards", "x"], "'x': expected a whole number"),
-            (["--listen", "udp://a:1"], "the scheme is neither tcp nor rdma"),
+            (["--listen", "udp://a:1"], "the scheme is neither tcp nor tls nor rdma"),
             (["--buffer-memory", "64MB"], "is no size"),
             (["--log-level", "loud"], "no such level"),
             (["--admin", "here"], "invalid socket address"),

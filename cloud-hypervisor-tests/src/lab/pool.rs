@@ -40,6 +40,18 @@ struct Member {
     store_dir: PathBuf,
 }
 
+impl Member {
+    fn on(node: &Node) -> Self {
+        Self {
+            node: node.name().to_owned(),
+            admin: node.admin_address(),
+            data: node.data_address(),
+            transport: node.transport(),
+            store_dir: node.store_dir().to_owned(),
+        }
+    }
+}
+
 impl PoolBuilder {
     /// A pool of 64 MiB without members.
     #[must_use]
@@ -64,13 +76,7 @@ impl PoolBuilder {
     /// Adds a member on `node`.
     #[must_use]
     pub fn member(mut self, node: &Node) -> Self {
-        self.members.push(Member {
-            node: node.name().to_owned(),
-            admin: node.admin_address(),
-            data: node.data_address(),
-            transport: node.transport(),
-            store_dir: node.store_dir().to_owned(),
-        });
+        self.members.push(Member::on(node));
         self
     }
 
@@ -243,6 +249,45 @@ impl Pool {
         let areas = nodes.iter().map(|node| self.area_of(self.member(node)?)).collect::<Result<Vec<_>>>()?;
         stores::assert_identical(&areas)
             .with_context(|| format!("stores of pool '{}' on {nodes:?}", self.name))
+    }
+
+    /// The same pool with one more member, which an operator has added on `node`.
+    #[must_use]
+    pub fn with(mut self, node: &Node) -> Self {
+        self.members.push(Member::on(node));
+        self
+    }
+
+    /// The same pool without the member that an operator has removed from `node`.
+    #[must_use]
+    pub fn without(mut self, node: &Node) -> Self {
+        self.members.retain(|member| member.node != node.name());
+        self
+    }
+
+    /// `rmrctl pool COMMAND NAME …`, told of the nodes of all members.
+    ///
+    /// # Errors
+    /// When the program is missing.
+    pub fn operator(&self, command: &str, arguments: &[&str]) -> Result<Command> {
+        let mut rmrctl = Command::new(programs::own("rmrctl")?);
+        for member in &self.members {
+            rmrctl.args(["--node", &member.admin.to_string()]);
+        }
+        rmrctl.args(["--json", "pool", command, &self.name]).args(arguments);
+        Ok(rmrctl)
+    }
+
+    /// Runs [`Pool::operator`]; returns the last line that it printed, as JSON.
+    ///
+    /// # Errors
+    /// When it does not succeed; the error carries what it said.
+    pub fn operate(&self, command: &str, arguments: &[&str]) -> Result<Value> {
+        let text = programs::output_of(&mut self.operator(command, arguments)?)?;
+        let last = text.lines().last().unwrap_or_default();
+        serde_json::from_str(last)
+            .or_else(|_| serde_json::from_str(&text))
+            .with_context(|| format!("expected JSON from rmrctl pool {command}, found '{text}'"))
     }
 
     fn member(&self, node: &str) -> Result<&Member> {

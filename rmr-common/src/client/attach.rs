@@ -1,9 +1,8 @@
 //! The attach protocol and view changes.
 
-use super::{Client, LinkId, LinkState, Notice, Output, OverReason, Payload, State};
+use super::{Client, LinkId, LinkState, Notice, Output, OverReason, Payload, State, recovery};
 use crate::pool::{
-    Epoch, MemberId, MemberSet, MemberSpec, MemberState, MemberView, PoolSpec, Refusal, Sequence, View,
-    ViewStep,
+    Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Refusal, Sequence, View, ViewStep,
 };
 use crate::time::Time;
 use crate::wire::{Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError};
@@ -56,16 +55,16 @@ impl Client {
             return;
         }
         let possible_since = *possible_since;
-        let Some(best) = self.hellos().max_by_key(|r| r.view.order()) else { return };
+        let Some(best) = recovery::latest(self.hellos(), |r| &r.view) else { return };
         let (view, spec) = (best.view.clone(), best.spec.clone());
-        if self.is_displaced_in(&view) {
+        if recovery::is_displaced(&self.own_epochs, view.epoch) {
             return self.end(OverReason::Fenced(view.epoch));
         }
         if let Some(member) = self.forced() {
             return self.attach_forced(member);
         }
         let ready = self.ready_in(&view);
-        if !view.clean().is_subset(ready) {
+        if !recovery::may_attach(&view, ready) {
             return self.tell_waiting(&view, &spec, ready);
         }
         let since = possible_since.unwrap_or(self.now);
@@ -76,7 +75,7 @@ impl Client {
             return;
         }
         let highest = self.hellos().map(|r| r.epoch).max().unwrap_or_default();
-        self.epoch = highest.max(self.epoch).next();
+        self.epoch = recovery::proposed_epoch(highest, self.epoch);
         let asked = view.active().intersection(ready);
         self.attach_to(view, spec, asked);
     }
@@ -111,6 +110,7 @@ impl Client {
             client: self.config.client,
             // A client that was displaced must not displace in turn.
             takeover: self.config.takeover && self.own_epochs.is_empty(),
+            rejoin: false,
             description: self.config.description.clone(),
         }
         .encode();
@@ -119,13 +119,6 @@ impl Client {
             let header = self.header(Kind::Attach);
             self.send_body(member, header, body.clone());
         }
-    }
-
-    /// Whether another client made the view, after this one was attached: what this one has in flight may be older than
-    /// what that one wrote, so it may never be sent again.
-    fn is_displaced_in(&self, view: &View) -> bool {
-        self.own_epochs.first().is_some_and(|&last| view.epoch > last)
-            && !self.own_epochs.contains(&view.epoch)
     }
 
     fn tell_waiting(&mut self, view: &View, spec: &PoolSpec, ready: MemberSet) {
@@ -212,19 +205,20 @@ impl Client {
     /// All members that were asked have accepted the epoch: commit a view of this attachment on them.
     fn attach_complete(&mut self, replies: Vec<(MemberId, AttachReply)>) {
         let attached: MemberSet = replies.iter().map(|(m, _)| *m).collect();
-        let Some(newest) = replies.iter().map(|(_, r)| r).max_by_key(|r| r.view.order()) else { return };
+        let replied = replies.iter().map(|(_, r)| r);
+        let Some(newest) = recovery::latest(replied, |r| &r.view) else { return };
         let (best, spec) = (newest.view.clone(), newest.spec.clone());
         for (member, reply) in &replies {
             self.note_view(*member, &reply.view, &reply.spec);
         }
-        if self.is_displaced_in(&best) {
+        if recovery::is_displaced(&self.own_epochs, best.epoch) {
             return self.end(OverReason::Fenced(best.epoch));
         }
         if let Some(member) = self.forced() {
             return self.force(&best, spec, member);
         }
         let is_same = self.view.as_ref().is_some_and(|v| v.has_stores_of(&best));
-        if !best.clean().is_subset(attached) || !is_same {
+        if !recovery::may_attach(&best, attached) || !is_same {
             // The view moved on between hello and attach; gather again with what is known now.
             return self.gather();
         }
@@ -234,12 +228,10 @@ impl Client {
             replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
         // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew.
-        let behind: MemberSet =
-            replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
-        let behind = behind.intersection(best.in_state(MemberState::Syncing));
+        let behind = replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
         let absent = best.active().without(attached);
         let (stale, mut additions) = self.reconcile(&best, &replies, absent);
-        let lost = absent.union(stale).union(behind);
+        let lost = recovery::lost_in_attach(&best, attached, stale, behind);
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
         if !self.own_epochs.is_empty() && !newly_out.is_empty() {
@@ -304,7 +296,7 @@ impl Client {
         match header.status {
             Status::Ok => {
                 waiting.remove(member);
-                if waiting.is_empty() {
+                if waiting.is_empty() || mutant!(CommitWithoutAll) {
                     self.commit();
                 }
             }
@@ -397,6 +389,9 @@ impl Client {
             }
             // A promotion that is not committed is taken back: those who were Clean before it know nothing of it, and could
             // go on without the members of the view that follows.
+            State::Changing { next, spec, .. } if mutant!(PromotionKept) => {
+                (next.clone(), spec.clone(), members)
+            }
             State::Changing { next, spec, .. } => {
                 (next.without_promotions(self.view_clean()), spec.clone(), members)
             }

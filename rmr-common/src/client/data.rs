@@ -139,7 +139,8 @@ impl Client {
                 .wrapping_mul(0x9e37_79b9_7f4a_7c15);
             (key ^ (key >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32
         };
-        self.view_clean().without(but).iter().max_by_key(score)
+        let readable = if mutant!(ReadFromSyncing) { self.view_active() } else { self.view_clean() };
+        readable.without(but).iter().max_by_key(score)
     }
 
     /// The first bytes of a range that have one home leg, at most `length`.
@@ -281,11 +282,13 @@ impl Client {
     /// Completes a part when every leg answered, and those that did not are Out in the committed view.
     fn part_progress(&mut self, slot: Slot) {
         let Some(part) = self.parts.get(slot) else { return };
-        if part.state != PartState::Sent || !part.pending.is_empty() {
+        let is_answered =
+            part.pending.is_empty() || mutant!(WriteByOneLeg) && part.pending != self.view_active();
+        if part.state != PartState::Sent || !is_answered {
             return;
         }
         if part.operation.is_write() {
-            if !part.failed.is_subset(self.view_out()) {
+            if !part.failed.is_subset(self.view_out()) && !mutant!(CompleteBeforeCommit) {
                 return; // Completes at the commit of the view that has them Out.
             }
             let (offset, length) = (part.offset, part.length);
@@ -370,13 +373,13 @@ impl Client {
     /// but not flushed.
     pub(super) fn missed_by(&self, members: MemberSet) -> Vec<DirtyAddition> {
         let was_sent = |p: &Part| p.operation.is_write() && (p.state == PartState::Sent || p.barrier);
-        let in_flight = self.parts.slots().filter(|(_, p)| was_sent(p));
+        let in_flight = self.parts.slots().filter(|(_, p)| was_sent(p) && !mutant!(InFlightForgotten));
         let mut additions: Vec<_> = in_flight
             .map(|(_, p)| DirtyAddition { members, offset: p.offset, length: p.length.into() })
             .collect();
         // A store that is gone can not be asked any more; what its last hello said is kept with the link.
         let write_back = members.without(self.write_through);
-        if !write_back.is_empty() {
+        if !write_back.is_empty() && !mutant!(UnflushedForgotten) {
             let unflushed = self.unflushed.ranges().chain(self.flushing.ranges());
             additions.extend(unflushed.map(|(offset, length)| DirtyAddition {
                 members: write_back,
@@ -455,7 +458,9 @@ impl Client {
     fn flush_progress(&mut self) {
         let done =
             self.flush.as_ref().is_some_and(|f| f.pending.is_empty() && f.failed.is_subset(self.view_out()));
-        if done {
+        let by_one =
+            mutant!(FlushByOneLeg) && self.flush.as_ref().is_some_and(|f| f.pending != self.view_active());
+        if done || by_one {
             self.finish_flush(None);
         }
     }
@@ -463,6 +468,10 @@ impl Client {
     fn finish_flush(&mut self, error: Option<IoError>) {
         let Some(flush) = self.flush.take() else { return };
         match error {
+            None if mutant!(FlushCoversTooMuch) => {
+                self.flushing.clear();
+                self.unflushed.clear();
+            }
             None => self.flushing.clear(),
             // Nothing is known to be durable; what was to be flushed stays unflushed.
             Some(_) => self.unflushed.append(&mut self.flushing),

@@ -23,6 +23,7 @@ mod faults;
 mod links;
 mod parts;
 mod reconcile;
+pub mod recovery;
 mod rejoin;
 mod status;
 mod verify;

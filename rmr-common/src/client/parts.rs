@@ -156,13 +156,14 @@ impl Parts {
     pub(super) fn watermark(&self, last_assigned: Sequence) -> Sequence {
         let oldest = self.parts.get(usize::from(self.first)).map(|part| part.sequence);
         let unfinished = oldest.into_iter().chain(self.unsettled).min();
+        let unfinished = unfinished.filter(|_| !mutant!(WatermarkTooHigh));
         unfinished.map_or(last_assigned, |sequence| Sequence(sequence.0 - 1))
     }
 
     /// Frees the slot of a part that is given up. The watermark never passes a write that members may have.
     pub(super) fn give_up(&mut self, slot: Slot) {
         let part = self.parts[usize::from(slot.0)];
-        if part.barrier {
+        if part.barrier && !mutant!(UnsettledForgotten) {
             let lowest = self.unsettled.map_or(part.sequence, |s| s.min(part.sequence));
             self.unsettled = Some(lowest);
         }
@@ -327,11 +328,11 @@ impl Parts {
     fn blocker(&self, index: u16) -> Option<u16> {
         let part = &self.parts[usize::from(index)];
         if part.in_line {
-            if !self.may_overlap(part) {
+            if !self.may_overlap(part) || mutant!(OverlapsNotSerialised) {
                 return None;
             }
             self.latest(part, |_| true)
-        } else if self.barriers > 0 {
+        } else if self.barriers > 0 && !mutant!(ReadPassesBarrier) {
             self.latest(part, |write| write.barrier)
         } else {
             None

@@ -32,7 +32,10 @@ impl Client {
                 .collect()
         };
         let newest = |r: &AttachReply| open(r).iter().map(|s| u128::from(s.sequence.0)).sum::<u128>();
-        let reference = clean().max_by_key(|(m, r)| (!r.tables_lost, newest(r), std::cmp::Reverse(*m)));
+        let has_table =
+            |r: &AttachReply| if mutant!(ReferenceOfRestarted) { r.tables_lost } else { !r.tables_lost };
+        let reference = clean().max_by_key(|(m, r)| (has_table(r), newest(r), std::cmp::Reverse(*m)));
+        let in_order = in_order || mutant!(NotReconciled);
         let Some((reference, source)) = reference.filter(|_| !in_order) else {
             return (MemberSet::EMPTY, Vec::new());
         };
@@ -43,7 +46,9 @@ impl Client {
             let (ours, theirs) = (open(source), open(reply));
             let differs = |a: &SlotEntry, others: &[SlotEntry]| !others.contains(a);
             missed.extend(ours.iter().filter(|s| differs(s, &theirs)).map(range));
-            missed.extend(theirs.iter().filter(|s| differs(s, &ours)).map(range));
+            if !mutant!(OnlyReferenceCounts) {
+                missed.extend(theirs.iter().filter(|s| differs(s, &ours)).map(range));
+            }
             if reply.tables_lost {
                 missed.extend(self.intent_ranges(reply));
             }
@@ -69,7 +74,7 @@ impl Client {
         // Those that are not there, or were Out already, miss what was in flight. The view that says so may have reached
         // some members only, and they alone have it on record.
         let members = absent.union(best.out());
-        if !members.is_empty() {
+        if !members.is_empty() && !mutant!(AbsentNotTold) {
             let mut missed: Vec<(u64, u64)> =
                 replies.iter().flat_map(|(_, r)| open(r)).map(|s| range(&s)).collect();
             let lost = replies.iter().filter(|(_, r)| r.tables_lost);

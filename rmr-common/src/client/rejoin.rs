@@ -112,6 +112,7 @@ impl Client {
         let body = Attach {
             client: self.config.client,
             takeover: self.config.takeover,
+            rejoin: true,
             description: self.config.description.clone(),
         };
         let header = self.header(Kind::Attach);
@@ -175,7 +176,7 @@ impl Client {
     /// flight when that ended, and what was not flushed. A member that was lost under the present one has nothing of the
     /// kind: all of it went on record when it was lost.
     fn left_behind(&self, member: MemberId, reply: &AttachReply) -> Vec<(u64, u64)> {
-        if self.ready(member).is_some_and(|r| r.epoch == self.epoch) {
+        if self.ready(member).is_some_and(|r| r.epoch == self.epoch) || mutant!(LeftBehindIgnored) {
             return Vec::new();
         }
         if reply.tables_lost {
@@ -205,8 +206,10 @@ impl Client {
             usable = if clean.is_subset(last) { clean } else { clean.without(last) };
         }
         let exact = usable.without(self.stale.inexact);
+        let stale = self.view_active().without(clean).without(MemberSet::only(member));
+        let stale = if mutant!(PullFromStale) { stale } else { MemberSet::EMPTY };
         let wrong = self.known_wrong();
-        let best = [exact.without(wrong), usable.without(wrong), exact, usable];
+        let best = [stale, exact.without(wrong), usable.without(wrong), exact, usable];
         let source = best.iter().find_map(|set| set.iter().next());
         let address = source.and_then(|s| self.spec.as_ref()?.member(s)).map(|m| m.address.clone());
         let (Some(source), Some(address)) = (source, address) else { return };
@@ -277,13 +280,15 @@ impl Client {
 
     /// Ends the barrier when no write is in flight: commits the view that has the member Syncing.
     pub(super) fn try_quiesced(&mut self) {
-        if !self.is_rejoin_quiescing() || !self.is_active() || self.parts.has_sent_write() {
+        let has_write = self.parts.has_sent_write() && !mutant!(NoBarrier);
+        if !self.is_rejoin_quiescing() || !self.is_active() || has_write {
             return;
         }
         let Some(rejoin) = &mut self.stale.rejoin else { return };
         let (member, additions) = (rejoin.member, std::mem::take(&mut rejoin.additions));
         let source = self.stale.sources[member.index()];
-        if !source.is_some_and(|s| self.view_clean().contains(s)) || self.is_held_out(member) {
+        let is_usable = |s| self.view_clean().contains(s) || mutant!(PullFromStale);
+        if !source.is_some_and(is_usable) || self.is_held_out(member) {
             // It was lost meanwhile, and does not have what was written since; or the member is to stay Out.
             return self.abort_rejoin(member);
         }
@@ -369,7 +374,7 @@ impl Client {
         }
         // One that was lost in the view under way has no link.
         let others = self.view_active().intersection(self.ready_members()).without(MemberSet::only(member));
-        let done = list.blocks_left == 0;
+        let done = list.blocks_left == 0 || mutant!(PromotedWhileStale);
         let body = list.encode();
         for other in others.iter() {
             let header = self.header(Kind::ClearDirty);

@@ -35,21 +35,32 @@ struct Wire {
     watched: EventSet,
 }
 
-/// Answers that a link owes. Decides which links may wake the loop: see [`PoolDriver::watch_wires`].
+/// Answers to requests that a link owes. Decides which links may wake the loop: see [`PoolDriver::watch_wires`].
 #[derive(Clone, Copy, Default)]
 struct Owed {
     answers: u32,
     /// Those of them that only this link will give.
     reads: u32,
+    /// Something else was sent, and nothing else has come since. Not every such message is answered, and some come unasked:
+    /// this is no count. A ping, once a second, ends it at the latest.
+    control: bool,
 }
 
 impl Owed {
     const fn sent(&mut self, kind: Kind) {
-        self.answers += 1;
-        self.reads += matches!(kind, Kind::Read) as u32;
+        if kind.is_request() {
+            self.answers += 1;
+            self.reads += matches!(kind, Kind::Read) as u32;
+        } else {
+            self.control = true;
+        }
     }
 
     fn received(&mut self, header: &MessageHeader) {
+        if !matches!(header.kind, Kind::IoReply | Kind::FlushReply) {
+            self.control = false;
+            return;
+        }
         self.answers = self.answers.saturating_sub(1);
         let is_read = header.kind == Kind::IoReply && header.payload > 0;
         self.reads = self.reads.saturating_sub(is_read.into());
@@ -242,7 +253,8 @@ impl PoolDriver {
     /// Lets as few links wake the loop as will do. A write is complete when every leg answered it, so a wake-up for the
     /// first answer is wasted: only the leading link is watched, which is the one that was last to answer of late, and
     /// the others are looked at when it has something. A link is watched by itself while it owes a read, or more answers
-    /// than the leading one. The end of any connection is always noticed.
+    /// than the leading one, or the answer to anything but a request: a view waits for all, and the guest for the view. The
+    /// end of any connection is always noticed.
     fn watch_wires(&mut self) {
         let most = (0..MAX_LINKS).max_by_key(|&i| (self.owed[i].answers, i == self.leading)).unwrap_or(0);
         if self.owed[most].answers > self.owed[self.leading].answers {
@@ -256,7 +268,7 @@ impl PoolDriver {
             let watches = match owed.answers {
                 0 => wire.watched.contains(EventSet::IN),
                 answers => index == self.leading || owed.reads > 0 || answers > led,
-            };
+            } || owed.control;
             let mut set = EventSet::READ_HANG_UP;
             set.set(EventSet::IN, watches);
             set.set(EventSet::OUT, wire.connection.wants_to_send());
@@ -468,6 +480,30 @@ impl Receiver for Sink<'_> {
 mod tests {
     use super::*;
     use crate::pool::{ClientId, PoolId};
+
+    #[test]
+    fn only_answers_to_requests_are_counted_and_whatever_else_is_awaited_is_watched_for() {
+        let pool = PoolId::random();
+        let answer = |kind, payload| MessageHeader { payload, ..MessageHeader::new(kind, pool) };
+        let mut owed = Owed::default();
+        owed.sent(Kind::Write);
+        owed.sent(Kind::Read);
+        // Neither of these is answered.
+        owed.sent(Kind::ClearDirty);
+        owed.sent(Kind::CommandReply);
+        assert_eq!((owed.answers, owed.reads, owed.control), (2, 1, true));
+        owed.received(&answer(Kind::Pong, 0));
+        assert_eq!((owed.answers, owed.reads, owed.control), (2, 1, false));
+        // Nobody asked for these.
+        owed.received(&answer(Kind::ChunksDone, 8));
+        owed.received(&answer(Kind::Command, 8));
+        assert_eq!(owed.answers, 2);
+        owed.received(&answer(Kind::IoReply, 4096));
+        owed.received(&answer(Kind::IoReply, 0));
+        assert_eq!((owed.answers, owed.reads), (0, 0));
+        owed.sent(Kind::SetView);
+        assert!(owed.control, "a view waits for the link that is last");
+    }
 
     #[test]
     fn a_request_is_timed_from_when_it_was_made_and_not_from_the_last_wake_up() {

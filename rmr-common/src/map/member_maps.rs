@@ -148,7 +148,8 @@ impl MemberMaps {
                 let per_chunk = self.chunk_size.bytes() / crate::pool::BLOCK_SIZE;
                 if let Some(map) = &mut self.dirty[member.index()]
                     && map.blocks.remove(block)
-                    && !map.blocks.any_in(Block(chunk.0 * per_chunk), per_chunk)
+                    && (!map.blocks.any_in(Block(chunk.0 * per_chunk), per_chunk)
+                        || mutant!(ChunkFreshWithOneBlock))
                 {
                     self.clear_chunk(member, chunk, changed);
                 }

@@ -74,14 +74,16 @@ impl Replica {
     }
 
     fn check_request(&self, connection: ConnectionId, header: &MessageHeader) -> Status {
-        if header.epoch < self.epoch {
+        if header.epoch < self.epoch && !mutant!(FencedRequestsAccepted) {
             return Status::StaleEpoch;
         }
-        if self.holder_connection() != Some(connection) || header.epoch != self.epoch || self.attach.is_some()
-        {
+        let is_holder = self.holder_connection() == Some(connection)
+            && header.epoch == self.epoch
+            && self.attach.is_none();
+        if !is_holder && !mutant!(FencedRequestsAccepted) {
             return Status::NotAttached;
         }
-        if header.view != self.view.number {
+        if header.view != self.view.number && !mutant!(FencedRequestsAccepted) {
             return Status::StaleView;
         }
         if self.broken {
@@ -149,8 +151,18 @@ impl Replica {
             activity.sequence = activity.sequence.max(header.sequence);
             activity.last_write = self.now;
         }
+        if mutant!(IntentNotDurable) {
+            self.changed.retain(|p| p.map != MapId::Intent);
+        }
+        if mutant!(DirtyBitsNotDurable) {
+            self.changed.retain(|p| p.map == MapId::Intent);
+        }
+        if mutant!(WriteBeforeBitsDurable) {
+            self.persist_cleared();
+        }
         // A bit that is set already may still be on its way to disk for an earlier write.
-        let awaited = if self.changed.is_empty() && self.pending_pages.is_empty() {
+        let no_page = self.pending_pages.is_empty() || mutant!(BitsOnTheirWayCount);
+        let awaited = if self.changed.is_empty() && (no_page || mutant!(WriteBeforeBitsDurable)) {
             0
         } else if self.changed.is_empty() {
             self.await_pages(id, header)
@@ -200,6 +212,16 @@ impl Replica {
         if operation.is_write() && self.holds_write(id, offset, length.into()) {
             return;
         }
+        if operation.is_write() && mutant!(FreshBeforeWritten) {
+            self.note_written(offset, length.into());
+        }
+        if let Some((connection, header)) = self.ios[id.0 as usize].as_ref().and_then(|io| io.request)
+            && operation.is_write()
+            && mutant!(AnswerBeforeWritten)
+        {
+            let reply = header.reply(reply_kind(header.kind), Status::Ok);
+            self.outputs.push_back(Output::Send(connection, reply, ReplyPayload::None));
+        }
         if let Some(Some(io)) = self.ios.get_mut(id.0 as usize) {
             io.started = true;
         }
@@ -238,6 +260,7 @@ impl Replica {
             return self.check_drained();
         }
         let status = match result {
+            _ if mutant!(FailedWriteAnsweredWell) && io.operation.is_write() => Status::Ok,
             DiskResult::Done => Status::Ok,
             DiskResult::NoSpace => Status::NoSpace,
             DiskResult::Failed => Status::IoError,
@@ -269,8 +292,12 @@ impl Replica {
     fn request_done(&mut self, id: IoId, connection: ConnectionId, header: &MessageHeader, status: Status) {
         self.counters.count(header, status);
         let is_write = matches!(header.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
+        let is_kept =
+            mutant!(SlotKeepsTheOlder) && self.slots[usize::from(header.slot.0)].sequence > Sequence(0);
         if is_write && status == Status::Ok {
             self.note_written(header.offset, header.length.into());
+        }
+        if is_write && status == Status::Ok && !is_kept {
             self.slots[usize::from(header.slot.0)] = SlotEntry {
                 slot: header.slot,
                 sequence: header.sequence,
@@ -322,13 +349,18 @@ impl Replica {
         }
         let (now, watermark, idle) = (self.now, self.watermark, self.config.intent_idle);
         let is_done = |c: &Chunk, a: &Activity| {
-            a.sequence <= watermark && now - a.last_write >= idle && !self.frozen.contains(c)
+            (a.sequence <= watermark || mutant!(WatermarkIgnored))
+                && now - a.last_write >= idle
+                && !self.frozen.contains(c)
         };
         let chunks: Vec<_> =
             self.activity.iter().filter(|(c, a)| is_done(c, a)).map(|(c, a)| (*c, a.sequence)).collect();
         if !chunks.is_empty() {
             let io = self.own_flush();
             self.clearing = Some((io, chunks));
+            if mutant!(IntentClearedUnflushed) {
+                self.own_flush_done(io, Status::Ok);
+            }
         }
     }
 
@@ -344,7 +376,8 @@ impl Replica {
             return;
         }
         for (chunk, sequence) in chunks {
-            if self.activity.get(&chunk).is_some_and(|a| a.sequence == sequence) {
+            let is_same = |a: &Activity| a.sequence == sequence || mutant!(IntentClearedAfterNewWrite);
+            if self.activity.get(&chunk).is_some_and(is_same) {
                 self.activity.remove(&chunk);
                 self.maps.clear(
                     ClearTarget::Intent(chunk),

@@ -355,7 +355,7 @@ impl Replica {
             clean_detach,
             maps,
             additions: Vec::new(),
-            tables_lost: !clean_detach,
+            tables_lost: !clean_detach && !mutant!(RestartNotTold),
             spec,
             slots: (0..MAX_SLOTS).map(none).collect(),
             failed_writes: Vec::new(),
@@ -542,7 +542,7 @@ impl Replica {
         {
             self.pending_pages.remove(&page);
         }
-        if result.is_err() && !self.broken {
+        if result.is_err() && !self.broken && !mutant!(MetadataErrorIgnored) {
             self.broken = true;
             self.notice(Notice::MetadataFailed);
             if let Some(connection) = self.holder_connection() {

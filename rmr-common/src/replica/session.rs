@@ -112,21 +112,27 @@ impl Replica {
             && holder.connection.is_some_and(|c| c != connection)
             && holder.client != attach.client
             && !attach.takeover
+            && !mutant!(TakeoverNotNeeded)
         {
             let text = holder.description.clone();
             self.notice(Notice::Refused(attach.description, text.clone()));
             return self.answer(connection, header, Kind::AttachReply, Status::Held, text.into_bytes());
         }
         // The client of the present epoch may come back under it, with a new connection, to bring a member back in.
-        let is_its = self.last_client.as_ref().is_some_and(|c| c.attached && c.client == attach.client);
-        if header.epoch < self.epoch || (header.epoch == self.epoch && !is_its) {
+        let is_its = attach.rejoin
+            && self.last_client.as_ref().is_some_and(|c| c.attached && c.client == attach.client);
+        let is_older = header.epoch < self.epoch && !mutant!(OldEpochAccepted);
+        let is_taken = header.epoch == self.epoch && !is_its && !mutant!(EqualEpochAccepted);
+        if is_older || is_taken {
             return self.answer(connection, header, Kind::AttachReply, Status::StaleEpoch, Vec::new());
         }
         if self.broken {
             let text = b"its metadata cannot be written".to_vec();
             return self.answer(connection, header, Kind::AttachReply, Status::IoError, text);
         }
-        if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection) {
+        if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection)
+            && !mutant!(OldConnectionStaysOpen)
+        {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
         self.lose_commands("another client attached");
@@ -153,6 +159,9 @@ impl Replica {
         self.attach =
             Some(PendingAttach { connection, header: *header, durable: false, flush: AttachFlush::Due });
         self.persist_state(Waiter::Attach(self.epoch));
+        if mutant!(AttachBeforeDurable) {
+            self.attach_durable(self.epoch);
+        }
     }
 
     /// The intent map as runs of chunks, coarsened to what fits an answer.
@@ -184,10 +193,12 @@ impl Replica {
 
     /// Answers an attach when its epoch is durable and no disk request of an older epoch can change anything any more.
     pub(super) fn check_drained(&mut self) {
-        if !self.attach.as_ref().is_some_and(|a| a.durable) || self.older_ios() > 0 {
+        let is_drained = self.older_ios() == 0 || mutant!(AttachBeforeDrained);
+        if !self.attach.as_ref().is_some_and(|a| a.durable) || !is_drained {
             return;
         }
         match self.attach.as_ref().map(|a| &a.flush) {
+            Some(AttachFlush::Due) if mutant!(AttachWithoutFlush) => {} // The old client's writes stay in the cache.
             Some(AttachFlush::Due) if !self.config.write_through && !self.broken => {
                 let io = self.own_flush();
                 if let Some(attach) = &mut self.attach {
@@ -222,7 +233,11 @@ impl Replica {
             slots,
             watermark: self.watermark,
             tables_lost: self.tables_lost,
-            intents: if self.clean_detach { Vec::new() } else { self.intent_runs() },
+            intents: if self.clean_detach || mutant!(IntentsNotTold) {
+                Vec::new()
+            } else {
+                self.intent_runs()
+            },
         };
         if !self.clean_detach {
             self.frozen.extend(self.maps.intent().iter());
@@ -302,8 +317,10 @@ impl Replica {
         pending.needs_room = false;
         let next = pending.view.clone();
         self.maps.resize(&pending.spec, &mut self.changed);
-        self.record_additions();
-        if !self.needs_handover(&next) {
+        if !mutant!(AdditionsIgnored) {
+            self.record_additions();
+        }
+        if !self.needs_handover(&next) || mutant!(NoHandover) {
             self.additions.clear();
             self.persist_view_pages();
         } else if !self.begin_handover(&next) {
@@ -342,7 +359,9 @@ impl Replica {
     /// The maps are taken over.
     pub(super) fn handover_done(&mut self) {
         // What came with the view is not yet in the maps that were taken over.
-        self.record_additions();
+        if !mutant!(HandoverForgetsAdditions) {
+            self.record_additions();
+        }
         self.additions.clear();
         self.persist_view_pages();
     }
@@ -357,6 +376,7 @@ impl Replica {
     fn persist_view_pages(&mut self) {
         let Some(view) = self.set_view.as_ref().map(|p| p.view.number) else { return };
         let pages = self.persist_changed(Waiter::ViewPages(self.epoch, view));
+        let pages = if mutant!(ViewBeforeDirtyBits) { 0 } else { pages };
         if let Some(pending) = &mut self.set_view {
             pending.pages = pages;
         }
@@ -419,6 +439,9 @@ impl Replica {
         self.room.fit(old.size, self.spec.size);
         self.view_session = self.session;
         self.persist_state(Waiter::View(self.view.number));
+        if mutant!(ViewBeforeDurable) {
+            self.view_durable(self.view.number);
+        }
     }
 
     pub(super) fn view_durable(&mut self, view: ViewNumber) {
@@ -434,7 +457,8 @@ impl Replica {
             self.activity.entry(chunk).or_insert(settled);
         }
         self.tables_lost = false;
-        for member in pending.view.clean().iter() {
+        let done = if mutant!(SyncingMapCleared) { pending.view.active() } else { pending.view.clean() };
+        for member in done.iter() {
             self.maps.clear(ClearTarget::Member(member), ClearReason::CleanInView, &mut self.changed);
         }
         for member in MemberId::all().filter(|m| pending.view.member(*m).is_none()) {
@@ -455,6 +479,9 @@ impl Replica {
         self.note_watermark(header.watermark);
         let flush = Some(self.own_flush());
         self.detach = Some(PendingDetach { connection, header: *header, flush, pages: 0 });
+        if mutant!(DetachWithoutFlush) {
+            self.detach_flushed(Status::Ok);
+        }
     }
 
     pub(super) fn detach_flushed(&mut self, status: Status) {

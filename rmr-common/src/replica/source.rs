@@ -60,7 +60,7 @@ impl Replica {
     /// A member that is stale may only be told by one that is Clean in the same attachment.
     pub(super) fn may_be_source(&self, header: &MessageHeader) -> bool {
         header.epoch == self.epoch
-            && self.view.state(self.member) == Some(MemberState::Clean)
+            && (self.view.state(self.member) == Some(MemberState::Clean) || mutant!(PullFromStale))
             && !self.broken
             && self.attach.is_none()
     }

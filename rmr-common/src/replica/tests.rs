@@ -77,8 +77,12 @@ impl Bench {
     }
 
     pub(super) fn attach(&mut self, connection: u32, epoch: u64) {
+        self.attach_as(connection, epoch, false);
+    }
+
+    fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
         let client = ClientId::from_bytes([1; 16]);
-        let body = Attach { client, takeover: false, description: "test".into() }.encode();
+        let body = Attach { client, takeover: false, rejoin, description: "test".into() }.encode();
         self.message(connection, self.header(Kind::Attach, epoch), &body);
     }
 
@@ -135,6 +139,20 @@ fn a_write_back_member_flushes_before_it_answers_an_attach() {
     assert_eq!(bench.answer(Kind::AttachReply), None);
     let flush = bench.take_flush().expect("a flush");
     bench.apply(Event::Disk(flush, DiskResult::Done));
+    assert_eq!(bench.answer(Kind::AttachReply), Some(Status::Ok));
+}
+
+#[test]
+fn only_a_rejoin_may_attach_under_the_present_epoch() {
+    let mut bench = Bench::new(true);
+    bench.attach_as(1, 4, false);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::AttachReply), Some(Status::Ok));
+    bench.attach_as(2, 4, false);
+    // The same identity, and perhaps another process, which would take its own views for those of the first.
+    assert_eq!(bench.answer(Kind::AttachReply), Some(Status::StaleEpoch));
+    bench.attach_as(2, 4, true);
+    bench.durable();
     assert_eq!(bench.answer(Kind::AttachReply), Some(Status::Ok));
 }
 
@@ -199,7 +217,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
 impl Bench {
     /// Attached and linked to member 2 as its source.
     pub(super) fn prepare(&mut self) {
-        self.attach(1, 1);
+        self.attach_as(1, 1, true);
         self.durable();
         let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);

@@ -42,9 +42,19 @@ impl World<'_> {
         Ok(())
     }
 
+    /// The guest is busy a moment from now.
+    pub(super) fn burst_soon(&mut self, host: usize) {
+        let delay = self.rng.range(1, self.profile.network_delay * 3);
+        self.after(delay, Event::Burst(host));
+    }
+
     fn start_some_host(&mut self) {
         let id = u8::try_from(self.rng.range(1, 3)).unwrap_or(1);
         let takeover = self.rng.percent(50);
+        if self.profile.client_crashes && self.rng.percent(20) {
+            // Two at the same time, for one place.
+            self.start_host(id % 3 + 1, true);
+        }
         let last = self.hosts.last().and_then(|h| h.client.over());
         if last == Some(&client::OverReason::Detached) {
             self.coverage.hit("client started after a detach");
@@ -71,6 +81,14 @@ impl World<'_> {
             _ => self.rng.range(1, sectors as u64),
         };
         let length = usize::try_from(length).unwrap_or(1);
+        let in_flight: Vec<_> = self.hosts[host].requests.values().filter(|r| r.write.is_some()).collect();
+        if !in_flight.is_empty() && self.rng.percent(25) {
+            let near = &in_flight[self.rng.index(in_flight.len())];
+            let (first, count) = (near.first, near.count);
+            let count = if self.rng.percent(50) { count } else { length.min(sectors - first) };
+            self.cover_submit(operation, count);
+            return self.submit(host, operation, first, count);
+        }
         // Most requests go to few places, so that they meet.
         let first = match self.rng.range(0, 9) {
             0..=5 => self.rng.index(48),
@@ -118,11 +136,18 @@ impl World<'_> {
                     self.crash_node(node, power)?;
                 }
             }
-            10 if self.profile.client_crashes => self.crash_host(host),
+            10 if self.profile.client_crashes => {
+                self.burst(host)?;
+                let delay = self.rng.range(1, self.profile.network_delay * 3);
+                self.after(delay, Event::HostCrash(host));
+            }
             11 => self.client(host, client::Event::Detach)?,
             12 => {
                 let takeover = self.profile.client_crashes && self.rng.percent(60);
                 let id = self.hosts[host].id % 3 + 1;
+                for _ in 0..self.rng.range(0, 3) {
+                    self.burst_soon(host);
+                }
                 self.start_host(id, takeover);
             }
             13 => {
@@ -170,6 +195,7 @@ impl World<'_> {
                 // A new client, as a daemon that is started again.
                 if self.profile.client_crashes {
                     let id = self.hosts[host].id;
+                    self.burst(host)?;
                     self.crash_host(host);
                     self.start_host(id, false);
                 }
@@ -247,7 +273,7 @@ impl World<'_> {
             return Ok(());
         }
         let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
-        match self.rng.range(0, 9) {
+        match self.rng.range(0, 10) {
             0..=2 => self.cut_some(host, Some(node)),
             3..=4 => self.links_of(node).into_iter().for_each(|link| self.cut_peer(link)),
             5 => self.crash_node(node, false)?,
@@ -261,6 +287,13 @@ impl World<'_> {
                 self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 4, timeout * 2);
             }
             8 => self.cut_some(host, None),
+            9 if self.profile.client_crashes => {
+                self.burst(host)?;
+                if self.rng.percent(50) {
+                    self.crash_node(node, false)?;
+                }
+                self.after(1, Event::HostCrash(host));
+            }
             _ => self.crash_in_resync()?,
         }
         Ok(())
@@ -288,7 +321,7 @@ impl World<'_> {
         Ok(())
     }
 
-    fn crash_host(&mut self, host: usize) {
+    pub(super) fn crash_host(&mut self, host: usize) {
         trace!(self, "client {host} crashes");
         self.hosts[host].is_crashed = true;
         self.resyncs.is_unflushed_unknown = true;

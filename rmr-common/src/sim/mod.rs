@@ -3,6 +3,7 @@
 //! One seed is one run: pool, requests, delays, faults and crashes all come from it. Every rule of `docs/simulator.md`
 //! is checked when it could be broken, and a run that breaks one ends with words that say which.
 
+mod attach;
 mod check;
 mod coverage;
 mod disk;
@@ -21,13 +22,6 @@ pub use coverage::{Coverage, SITUATIONS};
 
 use crate::client;
 use world::{Check, World};
-
-/// How a run is judged.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct Options {
-    /// Whether all members must agree after a client died with writes in flight.
-    pub reconcile_expected: bool,
-}
 
 /// What a good run did.
 #[derive(Clone, Debug)]
@@ -63,8 +57,8 @@ const MAX_REST: u64 = 300_000 * world::MILLISECOND;
 ///
 /// # Errors
 /// The first rule that is broken.
-pub fn run(seed: u64, options: Options, trace: Option<&mut dyn Write>) -> Result<Report, Violation> {
-    let mut world = World::new(seed, options.reconcile_expected, trace);
+pub fn run(seed: u64, trace: Option<&mut dyn Write>) -> Result<Report, Violation> {
+    let mut world = World::new(seed, trace);
     match play(&mut world) {
         Ok(()) => {
             let requests = world.next_token - 1;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::disk::Disk;
 use crate::map::{ChunkMap, MAP_PAGE_BYTES, MapId, MapPage, MemberMaps};
 use crate::pool::{BootId, Chunk, Epoch, MemberId, PoolSpec};
-use crate::replica::{Config, DurableState, Replica, ResyncLimits, Ticket};
+use crate::replica::{Config, ConnectionId, DurableState, Replica, ResyncLimits, Ticket};
 use crate::wire::{Limits, MessageHeader};
 
 pub(super) type PageBytes = Box<[u8; MAP_PAGE_BYTES]>;
@@ -50,6 +50,8 @@ pub(super) struct Node {
     pub(super) reads: BTreeMap<u32, Vec<u64>>,
     /// The last epoch whose attach was answered well.
     pub(super) answered: Epoch,
+    /// The connection of that attach, in this life of the node.
+    pub(super) holder: Option<ConnectionId>,
     /// The open link to a source, and which attempt to make one is the last.
     pub(super) peer: Option<usize>,
     pub(super) peer_attempt: u64,
@@ -80,6 +82,7 @@ impl Node {
             next_buffer: 0,
             reads: BTreeMap::new(),
             answered: Epoch(0),
+            holder: None,
             peer: None,
             peer_attempt: 0,
             wake_at: u64::MAX,
@@ -101,6 +104,7 @@ impl Node {
     ) {
         self.life += 1;
         self.peer = None;
+        self.holder = None;
         self.wake_at = u64::MAX;
         self.has_pending_view = false;
         if self.lost_power {

@@ -18,8 +18,6 @@ struct Write {
     start: Step,
     end: Step,
     failed: bool,
-    first: usize,
-    count: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -30,27 +28,20 @@ struct Candidate {
     observed: Step,
     /// When the value stopped to be possible.
     removed: Step,
-    /// The write in flight whose value a read found in its place. If that write fails, the value may be back on another
-    /// member. Zero for none.
-    doubt: WriteId,
 }
 
 /// The values that the sectors of a pool may have.
 pub(super) struct Oracle {
     writes: Vec<Write>,
     sectors: Vec<Vec<Candidate>>,
-    /// Whether members agree again after a client died with writes in flight. That is for a later version to promise;
-    /// until then the fate of such a write may differ from member to member and from read to read.
-    reconcile_expected: bool,
 }
 
 impl Oracle {
-    pub(super) fn new(sectors: usize, reconcile_expected: bool) -> Self {
-        let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER, doubt: 0 };
+    pub(super) fn new(sectors: usize) -> Self {
+        let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER };
         Self {
-            writes: vec![Write { start: 0, end: 0, failed: false, first: 0, count: 0 }],
+            writes: vec![Write { start: 0, end: 0, failed: false }],
             sectors: vec![vec![genesis]; sectors],
-            reconcile_expected,
         }
     }
 
@@ -62,24 +53,16 @@ impl Oracle {
     /// A write whose values may be seen from now on. `zero` for one that makes its range read as zeroes.
     pub(super) fn begin(&mut self, first: usize, count: usize, zero: bool, now: Step) -> WriteId {
         let id = self.reserve(now);
-        self.writes[id as usize].first = first;
-        self.writes[id as usize].count = count;
         for i in 0..count {
             let value = if zero { 0 } else { Self::stamp(id, i) };
-            self.sectors[first + i].push(Candidate {
-                write: id,
-                value,
-                observed: NEVER,
-                removed: NEVER,
-                doubt: 0,
-            });
+            self.sectors[first + i].push(Candidate { write: id, value, observed: NEVER, removed: NEVER });
         }
         id
     }
 
     /// A write whose values must never be seen: its client is fenced.
     pub(super) fn reserve(&mut self, now: Step) -> WriteId {
-        self.writes.push(Write { start: now, end: NEVER, failed: false, first: 0, count: 0 });
+        self.writes.push(Write { start: now, end: NEVER, failed: false });
         u32::try_from(self.writes.len() - 1).unwrap_or(u32::MAX)
     }
 
@@ -93,11 +76,9 @@ impl Oracle {
             for candidate in sector.iter_mut() {
                 if candidate.write != id && self.writes[candidate.write as usize].end < start {
                     candidate.removed = candidate.removed.min(now);
-                    candidate.doubt = 0;
                 }
             }
-            let writes = &self.writes;
-            sector.retain(|c| c.removed > oldest || (c.doubt != 0 && writes[c.doubt as usize].end == NEVER));
+            sector.retain(|c| c.removed > oldest);
         }
     }
 
@@ -107,13 +88,6 @@ impl Oracle {
         if write.end == NEVER {
             write.end = now;
             write.failed = true;
-            let range = write.first..write.first + write.count;
-            for sector in self.sectors[range].iter_mut().filter(|_| !self.reconcile_expected) {
-                for candidate in sector.iter_mut().filter(|c| c.doubt == id) {
-                    candidate.removed = NEVER;
-                    candidate.doubt = 0;
-                }
-            }
         }
     }
 
@@ -131,12 +105,6 @@ impl Oracle {
             ));
         }
         let oldest = candidates.iter().filter(|c| matching(c)).map(|c| writes[c.write as usize].start).min();
-        let undecided = candidates.iter().any(|c| c.removed == NEVER && writes[c.write as usize].failed);
-        if undecided && !self.reconcile_expected {
-            return Ok(());
-        }
-        let in_flight = |c: &&Candidate| matching(c) && writes[c.write as usize].end == NEVER;
-        let doubt = candidates.iter().find(in_flight).map_or(0, |c| c.write);
         for candidate in candidates.iter_mut() {
             if candidate.value == value {
                 if matches == 1 && matching(candidate) {
@@ -145,9 +113,6 @@ impl Oracle {
             } else if candidate.observed < start
                 || oldest.is_some_and(|oldest| writes[candidate.write as usize].end < oldest)
             {
-                if candidate.removed == NEVER {
-                    candidate.doubt = doubt;
-                }
                 candidate.removed = candidate.removed.min(now);
             }
         }
@@ -161,8 +126,12 @@ impl Oracle {
 
     /// Whether the sector's value may change without a further request: a write of it is in flight or undecided.
     pub(super) fn is_open(&self, sector: usize) -> bool {
-        let in_flight = |c: &Candidate| self.writes[c.write as usize].end == NEVER;
-        self.sectors[sector].iter().any(in_flight) || self.is_undecided(sector)
+        self.is_in_flight(sector) || self.is_undecided(sector)
+    }
+
+    /// Whether a write of the sector is in flight.
+    pub(super) fn is_in_flight(&self, sector: usize) -> bool {
+        self.sectors[sector].iter().any(|c| self.writes[c.write as usize].end == NEVER)
     }
 
     /// Whether the sector's value hangs on a write that failed or whose client died.
@@ -220,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_read_returns_the_last_acknowledged_value_or_one_in_flight() {
-        let mut oracle = Oracle::new(1, false);
+        let mut oracle = Oracle::new(1);
         let a = oracle.begin(0, 1, false, 1);
         assert!(oracle.read(0, 0, 2, 3).is_ok());
         oracle.acknowledge(a, 0, 1, 4, 0);
@@ -231,7 +200,7 @@ mod tests {
 
     #[test]
     fn a_read_never_goes_back_in_time() {
-        let mut oracle = Oracle::new(1, false);
+        let mut oracle = Oracle::new(1);
         let a = oracle.begin(0, 1, false, 1);
         assert!(oracle.read(0, Oracle::stamp(a, 0), 2, 3).is_ok());
         assert!(oracle.read(0, 0, 2, 4).is_ok(), "it began before the other completed");
@@ -240,7 +209,7 @@ mod tests {
 
     #[test]
     fn the_order_of_concurrent_writes_is_known_once_it_was_read() {
-        let mut oracle = Oracle::new(1, false);
+        let mut oracle = Oracle::new(1);
         let (a, b) = (oracle.begin(0, 1, false, 1), oracle.begin(0, 1, false, 2));
         oracle.acknowledge(a, 0, 1, 3, 0);
         oracle.acknowledge(b, 0, 1, 4, 0);
@@ -250,17 +219,16 @@ mod tests {
     }
 
     #[test]
-    fn a_write_of_a_dead_client_is_undecided_until_it_is_overwritten() {
-        let mut oracle = Oracle::new(1, false);
+    fn a_write_of_a_dead_client_is_what_it_was_first_read_as() {
+        let mut oracle = Oracle::new(1);
         let a = oracle.begin(0, 1, false, 1);
         oracle.fail(a, 2);
-        assert!(oracle.is_undecided(0));
-        for value in [0, Oracle::stamp(a, 0), 0] {
-            assert!(oracle.read(0, value, 3, 4).is_ok());
-        }
-        let b = oracle.begin(0, 1, true, 5);
-        oracle.acknowledge(b, 0, 1, 6, 0);
+        assert!(oracle.is_undecided(0) && oracle.is_current(0, 0));
+        assert!(oracle.read(0, Oracle::stamp(a, 0), 3, 4).is_ok());
+        assert!(oracle.read(0, 0, 5, 6).is_err(), "it was there before");
+        let b = oracle.begin(0, 1, true, 7);
+        oracle.acknowledge(b, 0, 1, 8, 0);
         assert!(!oracle.is_undecided(0));
-        assert!(oracle.read(0, Oracle::stamp(a, 0), 7, 8).is_err());
+        assert!(oracle.read(0, Oracle::stamp(a, 0), 9, 10).is_err());
     }
 }

@@ -150,11 +150,7 @@ impl World<'_> {
                 let keepers: Vec<_> =
                     view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
                 let has = |k: &usize| self.has_record(*k, stale.id, sector);
-                let is_kept = if self.profile.client_crashes {
-                    keepers.iter().any(has)
-                } else {
-                    keepers.iter().all(has)
-                };
+                let is_kept = keepers.iter().all(has);
                 let own = self.nodes[index].replica.as_ref();
                 let own = own
                     .filter(|r| r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == view);
@@ -324,6 +320,12 @@ impl World<'_> {
         if is_rejoin && !self.is_calm && self.rng.percent(50) {
             let delay = self.rng.range(1, self.profile.network_delay * 3);
             self.after(delay, Event::Burst(host));
+        }
+        let may_crash = self.profile.client_crashes && self.faults < self.profile.faults && !self.is_calm;
+        if header.kind == Kind::SetView && may_crash && self.rng.percent(4) {
+            self.faults += 1;
+            let delay = self.rng.range(1, self.profile.network_delay * 2);
+            self.after(delay, Event::HostCrash(host));
         }
         if !is_rejoin || self.is_calm || self.faults >= self.profile.faults || !self.rng.percent(30) {
             return;

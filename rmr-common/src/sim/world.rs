@@ -89,6 +89,7 @@ pub(super) enum Event {
         node: usize,
     },
     Burst(usize),
+    HostCrash(usize),
     NodeStart(usize),
     Heal {
         host: usize,
@@ -136,6 +137,13 @@ pub(super) struct Connection {
     is_forgotten: bool,
     last_to_node: u64,
     last_to_client: u64,
+}
+
+impl Connection {
+    /// Whether the node still listens to it.
+    pub(super) const fn is_open(&self) -> bool {
+        !self.is_cut && !self.client_closed && !self.node_closed
+    }
 }
 
 /// A request that a client has not finished.
@@ -247,7 +255,7 @@ macro_rules! trace {
 pub(super) use trace;
 
 impl<'a> World<'a> {
-    pub(super) fn new(seed: u64, reconcile_expected: bool, trace: Option<&'a mut dyn Write>) -> Self {
+    pub(super) fn new(seed: u64, trace: Option<&'a mut dyn Write>) -> Self {
         let mut rng = Rng::new(seed);
         let members = match rng.range(0, 19) {
             0..=1 => 1,
@@ -332,7 +340,7 @@ impl<'a> World<'a> {
             stalled: BTreeMap::new(),
             resyncs: super::resync::Resyncs::default(),
             audit: super::verify::Audit::default(),
-            oracle: Oracle::new(sectors, reconcile_expected),
+            oracle: Oracle::new(sectors),
             coverage: Coverage::default(),
             next_token: 1,
             submitted: 0,
@@ -455,6 +463,8 @@ impl<'a> World<'a> {
             Event::Audit => self.audit_some()?,
             Event::Fault => self.fault()?,
             Event::Burst(host) => self.burst(host)?,
+            Event::HostCrash(host) if self.is_calm || !self.hosts[host].is_live() => {} // Too late.
+            Event::HostCrash(host) => self.crash_host(host),
             Event::Strike { host, node } => self.strike(host, node)?,
         }
         if self.step.is_multiple_of(16) {
@@ -570,6 +580,7 @@ impl<'a> World<'a> {
             self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
         }
         self.check_answer(node, &header)?;
+        self.check_attach_answer(node, connection, &header)?;
         if connection.0 >= FIRST_PEER {
             return self.peer_answer(connection, message);
         }
@@ -747,7 +758,9 @@ impl<'a> World<'a> {
         let connection = ConnectionId(u32::try_from(index).unwrap_or(u32::MAX));
         let event = replica::Event::Message { connection, header: &header, body: &message.body, buffer };
         let before = self.before_message(node, &header, &message.body);
+        let held = self.held_against(node, &header, &message.body);
         self.replica(node, event)?;
+        self.check_held(node, held)?;
         self.after_message(node, before)
     }
 

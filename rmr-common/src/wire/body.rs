@@ -404,6 +404,9 @@ pub struct Attach {
     pub client: ClientId,
     /// Displace a live client of another identity.
     pub takeover: bool,
+    /// Bring this member back in under the epoch that the client has already. An attachment that begins needs a higher one,
+    /// even from a client of the same identity, which may be another process.
+    pub rejoin: bool,
     /// Who the client is, in words for operators; named to whoever is refused because of it.
     pub description: String,
 }
@@ -413,7 +416,10 @@ impl Attach {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut e = Encoder::default();
-        e.uuid(self.client.as_bytes()).u8(self.takeover.into()).text(&self.description);
+        e.uuid(self.client.as_bytes())
+            .u8(self.takeover.into())
+            .u8(self.rejoin.into())
+            .text(&self.description);
         e.finish()
     }
 
@@ -424,7 +430,7 @@ impl Attach {
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::Attach, body);
         let client = ClientId::from_bytes(d.uuid()?);
-        let attach = Self { client, takeover: d.u8()? != 0, description: d.text()? };
+        let attach = Self { client, takeover: d.u8()? != 0, rejoin: d.u8()? != 0, description: d.text()? };
         d.finish()?;
         Ok(attach)
     }
@@ -781,7 +787,8 @@ mod tests {
             epoch: Epoch(4),
         };
         check(&reply, reply.encode(), HelloReply::decode);
-        let attach = Attach { client: ClientId::random(), takeover: true, description: "x".into() };
+        let attach =
+            Attach { client: ClientId::random(), takeover: true, rejoin: true, description: "x".into() };
         check(&attach, attach.encode(), Attach::decode);
         let entry = SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512 };
         let attached = AttachReply {

@@ -3,7 +3,7 @@
 use rmr_common::pool::{Command, CommandReply, MemberSpec, MemberState, Refusal, StoreId};
 
 use super::tests::{rmrctl_within, two_nodes};
-use crate::admin::api::{ControlError, ErrorCode, PoolStatus};
+use crate::admin::api::{ClientState, ControlError, ErrorCode, PoolStatus};
 use crate::admin::fake::{FakeNode, client, member, pool_status, set_state};
 
 /// Two nodes with a pool, of which the first one's coordinator will answer with these.
@@ -244,4 +244,18 @@ fn a_node_that_cannot_make_the_store_changes_nothing() {
     let error = run(&[&a, &b], &["pool", "add-member", "vm-1", "--member", &c.address()]).unwrap_err();
     assert!(error.starts_with("nothing was changed: ") && error.contains("ext4"), "{error}");
     assert_eq!(commands(&a), []);
+}
+
+#[test]
+fn a_client_that_left_without_a_goodbye_is_not_displaced_unless_it_is_said_to_be_gone() {
+    let (a, b) = in_use([]);
+    let mut lost = pool_status("vm-1", 2, 1);
+    lost.client = Some(client(5));
+    lost.client.as_mut().unwrap().state = ClientState::Crashed;
+    b.hold(lost);
+    let args = ["pool", "maintenance", "vm-1", "0", "on"];
+    let error = run(&[&a, &b], &args).unwrap_err();
+    assert!(error.contains("vhost-brmr on hv-1") && error.contains("--client-is-gone"), "{error}");
+    let error = run(&[&a, &b], &[&args[..], &["--client-is-gone"]].concat()).unwrap_err();
+    assert!(error.contains("did not become active"), "it goes on to attach: {error}");
 }

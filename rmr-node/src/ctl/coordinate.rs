@@ -12,9 +12,10 @@ use thiserror::Error;
 use super::assess::Picture;
 use super::http::{CallError, Client, NodeAddress};
 use super::{Context, CtlError, Survey};
+use crate::admin::api::{ClientState, ClientStatus};
 
-/// How often a coordinator is looked for, where clients come and go meanwhile.
-const ATTEMPTS: usize = 3;
+/// How often a coordinator is looked for, where clients come and go meanwhile. Repeating a command is harmless.
+const ATTEMPTS: usize = 5;
 /// Pause before the next look.
 const PAUSE: Duration = Duration::from_millis(300);
 
@@ -55,6 +56,7 @@ impl From<NotDone> for CtlError {
 }
 
 /// Gives a command to the coordinator of the pool, waits for its answer for at most `limit`, and gives the pool as it is then.
+/// A command that got lost with its coordinator, or with the node that passed it on, is given again.
 pub(super) async fn deliver(
     context: &Context,
     survey: &Survey,
@@ -101,8 +103,13 @@ pub(super) async fn ask(
             tokio::time::sleep(PAUSE).await;
         }
         match ask_nodes(client, &nodes, &picture.spec, command).await? {
+            Some(CommandReply::Refused { reason: Refusal::CoordinatorLost, text })
+                if attempt + 1 < ATTEMPTS =>
+            {
+                why = text;
+            }
             Some(reply) => return Ok(Answered::Reply(reply)),
-            None => match Hold::attach(context, &picture.spec, None).await {
+            None => match Hold::attach(context, picture, None).await {
                 Ok(hold) => return Ok(Answered::Hold(hold)),
                 // Somebody was faster: it is the one to ask.
                 Err(NotHeld::HeldBy(holder)) => why = format!("the pool is held by {holder}"),
@@ -132,6 +139,13 @@ pub(super) async fn ask_nodes(
     Ok(None)
 }
 
+/// The client that left without a goodbye, as active members know it.
+pub(super) fn lost_client(picture: &Picture) -> Option<&ClientStatus> {
+    let active = picture.view.active();
+    let told = picture.reports.iter().filter(|r| active.contains(r.member));
+    told.filter_map(|r| r.client.as_ref()).find(|c| c.state == ClientState::Crashed)
+}
+
 /// Why `rmrctl` does not hold a pool.
 #[derive(Clone, Debug)]
 pub(super) enum NotHeld {
@@ -145,12 +159,21 @@ pub(super) enum NotHeld {
 pub(super) struct Hold(Arc<Pool>);
 
 impl Hold {
-    /// Attaches, with the operator's override of the recovery rule where `force_from` names a member.
+    /// Attaches, with the operator's override of the recovery rule where `force_from` names a member. A client that left
+    /// without a goodbye is not taken for gone: it may be on its way back from a node that was started anew, and would be fenced.
     pub(super) async fn attach(
         context: &Context,
-        spec: &PoolSpec,
+        picture: &Picture,
         force_from: Option<MemberId>,
     ) -> Result<Self, NotHeld> {
+        let spec = &picture.spec;
+        if let Some(client) = lost_client(picture).filter(|_| !context.client_is_gone && force_from.is_none())
+        {
+            return Err(NotHeld::Failed(format!(
+                "{} left without a goodbye and may come back; if it is gone for good, say so with --client-is-gone",
+                super::format::plain(&client.text)
+            )));
+        }
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let who = format!("rmrctl on {}, process {}", host.trim(), std::process::id());
         let mut config = Config::new(ClientId::random(), who);

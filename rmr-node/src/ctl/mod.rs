@@ -26,6 +26,7 @@ use thiserror::Error;
 use tokio::task::JoinSet;
 
 use crate::admin::api::{NodeInfo, PoolKey, PoolList, PoolStatus};
+use crate::doctor::Report;
 use crate::store::ByteSize;
 use change_args::{
     AddMemberArgs, ForceFromArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs,
@@ -101,6 +102,10 @@ pub struct Cli {
     /// Longest wait for an answer of a node, in seconds
     #[arg(long, value_name = "SECONDS", global = true, default_value = "10", value_parser = parse_timeout, help_heading = GLOBAL)]
     pub timeout: Duration,
+    /// A client that left without a goodbye is gone for good, its host is dead: rmrctl may take its place where a command needs it,
+    /// and the client is fenced should it come back
+    #[arg(long, global = true, help_heading = GLOBAL)]
+    pub client_is_gone: bool,
     /// Authorities, in PEM form, to trust on tls:// addresses, where a command attaches to a pool itself
     #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_AUTHORITIES", help_heading = GLOBAL)]
     pub tls_authorities: Option<PathBuf>,
@@ -148,6 +153,24 @@ pub enum Command {
     /// Facts of nodes
     #[command(subcommand)]
     Node(NodeCommand),
+    /// Say which transports this machine can use to reach nodes, and what is missing; asks no node
+    #[command(after_help = "On a storage node, `rmr-node doctor` also looks at disks and memory.
+Exit codes: 0 what there is works, 3 it works with limits")]
+    Doctor,
+}
+
+impl Command {
+    /// Whether it prints more than its outcome: with JSON, an object per line.
+    const fn tells_progress(&self) -> bool {
+        let Self::Pool(command) = self else { return false };
+        match command {
+            PoolCommand::AddMember(args) => args.wait.wait,
+            PoolCommand::Replace(args) => args.wait.wait,
+            PoolCommand::Maintenance(args) => args.wait.wait,
+            PoolCommand::Move(_) | PoolCommand::Resync(_) => true,
+            _ => false,
+        }
+    }
 }
 
 /// The commands on pools.
@@ -371,13 +394,14 @@ pub fn run(cli: &Cli) -> u8 {
     };
     let watch = match &cli.command {
         Command::Status(args) => args.watch,
-        Command::Pool(_) | Command::Node(_) => None,
+        Command::Pool(_) | Command::Node(_) | Command::Doctor => None,
     };
+    let lines = watch.is_some() || cli.command.tells_progress();
     let tty = std::io::stdout().is_terminal();
     let colour = tty && std::env::var_os("NO_COLOR").is_none();
     loop {
         let exit = match runtime.block_on(execute(cli)) {
-            Ok(outcome) => match print(&outcome, cli.json, watch.is_some(), tty, colour) {
+            Ok(outcome) => match print(&outcome, cli.json, watch.is_some(), lines, tty, colour) {
                 Ok(()) => outcome.exit,
                 // The reader went away; nobody is left to be told.
                 Err(_) => return EXIT_FAILED,
@@ -394,10 +418,17 @@ pub fn run(cli: &Cli) -> u8 {
     }
 }
 
-fn print(outcome: &Outcome, json: bool, watch: bool, tty: bool, colour: bool) -> std::io::Result<()> {
+fn print(
+    outcome: &Outcome,
+    json: bool,
+    watch: bool,
+    lines: bool,
+    tty: bool,
+    colour: bool,
+) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    match (json, watch) {
-        // One line for each round, for programs that read lines.
+    match (json, lines) {
+        // One line for each round or step, for programs that read lines.
         (true, true) => writeln!(out, "{}", outcome.json)?,
         (true, false) => writeln!(out, "{:#}", outcome.json)?,
         (false, _) => {
@@ -439,7 +470,13 @@ fn colour_levels(text: &str) -> String {
 /// When it could not be carried out.
 pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
     let client = Client { timeout: cli.timeout };
-    let context = Context { client, given: cli.nodes.clone(), json: cli.json, tls: cli.tls()? };
+    let context = Context {
+        client,
+        given: cli.nodes.clone(),
+        json: cli.json,
+        tls: cli.tls()?,
+        client_is_gone: cli.client_is_gone,
+    };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,
         Command::Pool(PoolCommand::List) => pool::list(&context).await,
@@ -458,6 +495,7 @@ pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
         Command::Pool(PoolCommand::VerifyCancel { pool }) => verify::cancel(&context, pool).await,
         Command::Status(args) => status::status(&context, args.pool.as_ref()).await,
         Command::Node(NodeCommand::Show) => show_nodes(&context).await,
+        Command::Doctor => doctor(),
     }
 }
 
@@ -470,6 +508,8 @@ struct Context {
     json: bool,
     /// How `tls://` addresses are reached.
     tls: Option<ClientTls>,
+    /// A client that left without a goodbye will not come back.
+    client_is_gone: bool,
 }
 
 impl Context {
@@ -582,6 +622,12 @@ fn once_each(nodes: &[NodeAddress]) -> Vec<NodeAddress> {
         }
     }
     once
+}
+
+fn doctor() -> Result<Outcome, CtlError> {
+    let report = Report::for_client();
+    let json = serde_json::to_value(&report).map_err(|e| CtlError::failed(e.to_string()))?;
+    Ok(Outcome { text: report.to_string(), json, warnings: Vec::new(), exit: report.exit_code() })
 }
 
 async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {

@@ -11,10 +11,10 @@ use tokio::time::Instant;
 
 use super::assess::{self, Assessment, MemberLine, Picture};
 use super::change_args::{ForceFromArgs, ResyncArgs};
-use super::coordinate::{Hold, NotHeld};
+use super::coordinate::{Hold, NotHeld, lost_client};
 use super::status::{client_words, members_table};
 use super::{Context, CtlError, Outcome, Survey, format};
-use crate::admin::api::{ClientState, PoolKey, UnixMs};
+use crate::admin::api::{ClientState, ClientStatus, PoolKey, UnixMs};
 
 /// How often progress is looked at.
 const LOOK: Duration = Duration::from_millis(500);
@@ -63,7 +63,7 @@ async fn follow(
         }
         let mut obstacle = None;
         if hold.is_none() && !is_attached(&picture) {
-            match Hold::attach(context, &picture.spec, None).await {
+            match Hold::attach(context, &picture, None).await {
                 Ok(held) => *hold = Some(held),
                 Err(NotHeld::HeldBy(_)) => {}
                 Err(NotHeld::Failed(reason)) => obstacle = Some(reason),
@@ -218,10 +218,10 @@ pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Resul
     if !args.yes_lose_what_others_have {
         return Err(CtlError::failed(format!(
             "nothing was done. This would go on with member {member} alone:\n{}add --yes-lose-what-others-have if you mean it",
-            what_is_lost(line, &a)
+            what_is_lost(line, &a, lost_client(&picture))
         )));
     }
-    let hold = match Hold::attach(context, &picture.spec, Some(member)).await {
+    let hold = match Hold::attach(context, &picture, Some(member)).await {
         Ok(hold) => hold,
         Err(NotHeld::HeldBy(who)) => {
             return Err(CtlError::failed(format!("nothing was done: {who} is attached; stop it first")));
@@ -239,8 +239,12 @@ pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Resul
 }
 
 /// In words, what an override costs.
-fn what_is_lost(line: &MemberLine, assessment: &Assessment) -> String {
-    let mut text = match line.state {
+fn what_is_lost(line: &MemberLine, assessment: &Assessment, client: Option<&ClientStatus>) -> String {
+    let text = client.map(|c| {
+        format!("  {} left without a goodbye. If it still runs, it is fenced.\n", format::plain(&c.text))
+    });
+    let mut text = text.unwrap_or_default();
+    text += &match line.state {
         MemberState::Clean => format!(
             "  member {} is Clean in the newest view that was seen. What was written since then to members that were not seen is lost.\n",
             line.member

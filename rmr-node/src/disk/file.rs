@@ -136,6 +136,18 @@ impl DiskFile {
         self.offset_alignment
     }
 
+    /// Whether space can be given back, as far as it was tried.
+    #[must_use]
+    pub const fn punches_holes(&self) -> bool {
+        self.can_punch.get()
+    }
+
+    /// Whether ranges are made zero without writing zeroes, as far as it was tried.
+    #[must_use]
+    pub const fn zeroes_ranges(&self) -> bool {
+        self.can_zero.get()
+    }
+
     pub(super) const fn file(&self) -> &File {
         &self.file
     }

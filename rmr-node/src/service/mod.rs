@@ -148,7 +148,7 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     outcome
 }
 
-fn load_tls(config: &TlsConfig) -> anyhow::Result<(Option<ServerTls>, Option<ClientTls>)> {
+pub(crate) fn load_tls(config: &TlsConfig) -> anyhow::Result<(Option<ServerTls>, Option<ClientTls>)> {
     let clients = config.authorities.as_deref().filter(|_| config.verify_clients);
     let server = config.identity.as_ref().map(|own| ServerTls::load(own, clients)).transpose()?;
     let authorities = config.authorities.as_deref();

@@ -45,8 +45,8 @@ fn capacity(guest: &mut Guest) -> u64 {
 #[test]
 fn a_disk_that_grows_is_announced_and_served_to_its_new_end() {
     let (daemon, mut guest) = Setup::default().boot();
-    let mut channel = channel(&mut guest);
     assert_eq!(capacity(&mut guest), DISK_SIZE);
+    let mut channel = channel(&mut guest);
     assert!(is_silent(&mut channel), "nothing has changed");
     let end = DISK_SIZE / 512;
     assert_eq!(guest.write_disk(end, &[7; 512]), IOERR);

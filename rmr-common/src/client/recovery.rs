@@ -1,0 +1,134 @@
+//! The recovery rule and what belongs to it, as functions of nothing but views: who may go on, from which view, without
+//! whom. The client decides by these, and the model checker (`tests/model`) explores what follows from them.
+
+use crate::pool::{Epoch, MemberSet, MemberState, View};
+
+/// The latest of several views: by attachment first, because one that an older client left behind without committing it may
+/// have any number.
+pub fn latest<T>(found: impl Iterator<Item = T>, view: impl Fn(&T) -> &View) -> Option<T> {
+    found.max_by_key(|one| {
+        let (epoch, number) = view(one).order();
+        if mutant!(ViewsByNumberOnly) { (Epoch(0), number) } else { (epoch, number) }
+    })
+}
+
+/// The recovery rule: every member that is Clean in the latest view must be reachable, because any later view would have
+/// been recorded on at least one of them.
+#[must_use]
+pub fn may_attach(latest: &View, reachable: MemberSet) -> bool {
+    latest.clean().is_subset(reachable)
+        || mutant!(RecoveryIgnoresAMember) && !latest.clean().intersection(reachable).is_empty()
+}
+
+/// The epoch that a new attachment proposes, above the highest that was seen and its own last one.
+#[must_use]
+pub fn proposed_epoch(highest_seen: Epoch, own: Epoch) -> Epoch {
+    highest_seen.max(own).next()
+}
+
+/// Whether another client made the view, after this one was attached: what this one has in flight may be older than what
+/// that one wrote, so it may never be sent again. `own` are the epochs of the attachment that was committed last and of
+/// those that were tried since; none before the first.
+#[must_use]
+pub fn is_displaced(own: &[Epoch], latest: Epoch) -> bool {
+    own.first().is_some_and(|&last| latest > last) && !own.contains(&latest) && !mutant!(DisplacedGoesOn)
+}
+
+/// The members that are Out in the first view of an attachment: the active ones that did not attach, those that may differ
+/// from the others (`stale`), and those that were Syncing without having heard of the last view (`behind`), which do not
+/// know all that they miss.
+#[must_use]
+pub fn lost_in_attach(latest: &View, attached: MemberSet, stale: MemberSet, behind: MemberSet) -> MemberSet {
+    let behind = behind.intersection(latest.in_state(MemberState::Syncing));
+    latest.active().without(attached).union(stale).union(behind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::MemberState::{Clean, Out, Syncing};
+    use crate::pool::{MemberId, MemberView, StoreId, ViewNumber};
+
+    fn members(indices: &[u8]) -> MemberSet {
+        indices.iter().map(|&i| MemberId::new(i).unwrap()).collect()
+    }
+
+    fn view(epoch: u64, number: u64, states: &[MemberState]) -> View {
+        let line = |(i, &state): (u8, &MemberState)| MemberView {
+            id: MemberId::new(i).unwrap(),
+            store: StoreId::from_bytes([i + 1; 16]),
+            state,
+        };
+        View {
+            number: ViewNumber(number),
+            epoch: Epoch(epoch),
+            members: (0..).zip(states).map(line).collect(),
+        }
+    }
+
+    #[test]
+    fn a_client_goes_on_when_every_clean_member_of_the_latest_view_is_there_and_only_then() {
+        let table: &[(&[MemberState], &[u8], bool)] = &[
+            (&[Clean, Clean], &[0, 1], true),
+            (&[Clean, Clean], &[0], false),
+            (&[Clean, Clean], &[1], false),
+            (&[Clean, Out], &[0], true),
+            (&[Clean, Out], &[1], false),
+            (&[Clean, Syncing], &[0], true),
+            (&[Clean, Syncing], &[1], false),
+            (&[Clean, Syncing, Clean], &[0, 1], false),
+            (&[Clean, Syncing, Clean], &[0, 2], true),
+            (&[Out, Syncing, Clean], &[0, 1], false),
+            (&[Out, Syncing, Clean], &[2], true),
+        ];
+        for (states, reachable, allowed) in table {
+            let view = view(3, 7, states);
+            assert_eq!(may_attach(&view, members(reachable)), *allowed, "{view} with {reachable:?}");
+        }
+    }
+
+    #[test]
+    fn the_view_of_the_later_attachment_is_the_latest_and_then_that_of_the_higher_number() {
+        let views = [view(2, 9, &[Clean]), view(3, 4, &[Clean]), view(3, 5, &[Clean]), view(1, 20, &[Clean])];
+        assert_eq!(latest(views.iter(), |v| v), Some(&views[2]));
+        assert_eq!(latest([].iter(), |v: &&View| v), None);
+    }
+
+    #[test]
+    fn a_client_is_displaced_by_a_view_of_a_later_epoch_that_is_not_its_own() {
+        let table: &[(&[u64], u64, bool)] = &[
+            (&[], 5, false),
+            (&[4], 4, false),
+            (&[4], 5, true),
+            (&[4, 5], 5, false),
+            (&[4, 6], 5, true),
+            (&[4], 3, false),
+        ];
+        for (own, latest, displaced) in table {
+            let own: Vec<_> = own.iter().map(|&e| Epoch(e)).collect();
+            assert_eq!(is_displaced(&own, Epoch(*latest)), *displaced, "{own:?}, {latest}");
+        }
+    }
+
+    #[test]
+    fn those_who_are_absent_or_stale_or_behind_are_out_at_first() {
+        let view = view(3, 7, &[Clean, Syncing, Syncing, Out, Clean]);
+        let lost = |attached, stale, behind| {
+            lost_in_attach(&view, members(attached), members(stale), members(behind))
+        };
+        assert_eq!(lost(&[0, 1, 2, 4], &[], &[]), MemberSet::EMPTY);
+        assert_eq!(lost(&[0, 1, 4], &[], &[]), members(&[2]));
+        assert_eq!(lost(&[0, 1, 2, 4], &[4], &[]), members(&[4]));
+        assert_eq!(
+            lost(&[0, 1, 2, 4], &[], &[0, 1]),
+            members(&[1]),
+            "a Clean member needs no map of its own"
+        );
+    }
+
+    #[test]
+    fn an_epoch_is_above_all_that_were_seen() {
+        assert_eq!(proposed_epoch(Epoch(7), Epoch(3)), Epoch(8));
+        assert_eq!(proposed_epoch(Epoch(2), Epoch(9)), Epoch(10));
+    }
+}

@@ -1,0 +1,185 @@
+//! Deliberate mistakes in the protocol code, which the simulator has to find: `make sim-mutants`.
+//!
+//! Each has a name and one place (or the few places that guard the same thing) where `mutant!(Name)` asks whether it is
+//! being made. Without the feature `mutants` that is the constant `false`, and nothing of this is compiled.
+
+use std::cell::Cell;
+
+thread_local! {
+    static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
+}
+
+/// Makes a mistake in this thread, from now on; or none.
+pub fn activate(mutant: Option<Mutant>) {
+    ACTIVE.set(mutant);
+}
+
+/// Whether this mistake is being made.
+pub(crate) fn is_active(mutant: Mutant) -> bool {
+    ACTIVE.get() == Some(mutant)
+}
+
+macro_rules! mutants {
+    ($($(#[doc = $text:literal])+ $name:ident,)+) => {
+        /// A deliberate mistake.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        pub enum Mutant {
+            $($(#[doc = $text])+ $name,)+
+        }
+
+        /// Every mistake.
+        pub const ALL: &[Mutant] = &[$(Mutant::$name,)+];
+
+        impl Mutant {
+            /// What is done wrong, in words.
+            #[must_use]
+            pub const fn description(self) -> &'static str {
+                match self {
+                    $(Self::$name => concat!($($text),+).trim_ascii(),)+
+                }
+            }
+        }
+    };
+}
+
+mutants! {
+    // A member's writes.
+    /// The intent bit of a write is set in memory only
+    IntentNotDurable,
+    /// The dirty bits of a write are set in memory only
+    DirtyBitsNotDurable,
+    /// A write goes to disk while the pages with its bits are on their way
+    WriteBeforeBitsDurable,
+    /// A write does not wait for bits that an earlier one set and that are on their way
+    BitsOnTheirWayCount,
+    /// A write is answered before the disk has ended it
+    AnswerBeforeWritten,
+    /// A write that the disk failed is answered well
+    FailedWriteAnsweredWell,
+    /// The slot table keeps the older of two writes
+    SlotKeepsTheOlder,
+    /// A metadata write that failed counts as durable
+    MetadataErrorIgnored,
+
+    // Intents.
+    /// An intent bit is cleared while its write is not complete everywhere
+    WatermarkIgnored,
+    /// An intent bit is cleared without a flush
+    IntentClearedUnflushed,
+    /// An intent bit is cleared though its chunk was written during the flush
+    IntentClearedAfterNewWrite,
+    /// A member's process that was started anew says that it has its slot table
+    RestartNotTold,
+    /// An attach is answered without the intent map
+    IntentsNotTold,
+
+    // Attach and views at a member.
+    /// An attach with an older epoch is accepted
+    OldEpochAccepted,
+    /// Another client is let in under the present epoch
+    EqualEpochAccepted,
+    /// A live client is displaced by one that did not ask to
+    TakeoverNotNeeded,
+    /// The connection of the client that was displaced stays open
+    OldConnectionStaysOpen,
+    /// Requests of a client that was displaced are carried out
+    FencedRequestsAccepted,
+    /// An attach is answered while disk requests of the old client are under way
+    AttachBeforeDrained,
+    /// An attach is answered before its epoch is durable
+    AttachBeforeDurable,
+    /// An attach to a write-back store is answered without a flush
+    AttachWithoutFlush,
+    /// A view is answered before it is durable
+    ViewBeforeDurable,
+    /// A view is adopted before the dirty bits that came with it are durable
+    ViewBeforeDirtyBits,
+    /// What a view says to be missed is not recorded
+    AdditionsIgnored,
+    /// A view clears the maps of members that are Syncing in it
+    SyncingMapCleared,
+    /// A detach clears intents without a flush
+    DetachWithoutFlush,
+
+    // Resync at a member.
+    /// A member goes Syncing with the maps that it has
+    NoHandover,
+    /// A member takes over its own map, and not those of others
+    HandoverOfOwnMapOnly,
+    /// What came with the view of a rejoin is lost in the handover
+    HandoverForgetsAdditions,
+    /// A block counts as current when a write to it begins
+    FreshBeforeWritten,
+    /// A write to a part of a stale block does not wait, and the block counts as current
+    FreshWhenPartlyWritten,
+    /// A block counts as current though its pulled data could not be written
+    FreshWhenPullFailed,
+    /// A chunk counts as current with its first block
+    ChunkFreshWithOneBlock,
+    /// Pulled data is written while a guest write to the block is with the disk
+    PulledOverGuestWrite,
+    /// A guest write does not wait for pulled data that is being written to its range
+    GuestWriteOverPulled,
+    /// A guest write to a part of a stale block does not wait for the rest
+    PartialWriteNotHeld,
+    /// Chunks are reported as current before they are flushed
+    ReportBeforeFlush,
+    /// Chunks are reported as current though their flush failed
+    ReportAfterFailedFlush,
+    /// A Syncing member serves as a source
+    PullFromStale,
+
+    // The client's attach and views.
+    /// An attach goes on with one Clean member of the highest view
+    RecoveryIgnoresAMember,
+    /// The view of the highest number counts as the latest, whoever made it
+    ViewsByNumberOnly,
+    /// A client goes on after another one had the pool
+    DisplacedGoesOn,
+    /// A view is committed with its first answer
+    CommitWithoutAll,
+    /// A promotion that is not committed is kept in the next view
+    PromotionKept,
+    /// Writes in flight to a member that is lost are forgotten
+    InFlightForgotten,
+    /// Unflushed blocks of a lost write-back store are forgotten
+    UnflushedForgotten,
+
+    // After a client's death.
+    /// No member is brought in line after a client died
+    NotReconciled,
+    /// A member that was started anew is the reference
+    ReferenceOfRestarted,
+    /// Writes that only the other member has are not brought in line
+    OnlyReferenceCounts,
+    /// What members that are Out miss of writes in flight is not recorded
+    AbsentNotTold,
+    /// What a member has of an earlier attachment is not looked at when it rejoins
+    LeftBehindIgnored,
+
+    // The data path.
+    /// Overlapping writes are sent at once
+    OverlapsNotSerialised,
+    /// A write completes with the first answer
+    WriteByOneLeg,
+    /// A write that a lost leg did not answer completes before the view that says so is committed
+    CompleteBeforeCommit,
+    /// Reads go to Syncing members too
+    ReadFromSyncing,
+    /// A read overtakes a write that a view change caught
+    ReadPassesBarrier,
+    /// The watermark passes writes in flight
+    WatermarkTooHigh,
+    /// The watermark passes a write that was given up
+    UnsettledForgotten,
+    /// A flush completes with the first answer
+    FlushByOneLeg,
+    /// A flush covers what was written while it was under way
+    FlushCoversTooMuch,
+
+    // Rejoin and promotion.
+    /// A member rejoins while writes are in flight
+    NoBarrier,
+    /// A member is promoted with its first report
+    PromotedWhileStale,
+}
