@@ -161,6 +161,11 @@ pub enum DiskError {
     /// The disk waited for its members for as long as it is configured to.
     #[error("no member answered within the suspend timeout")]
     Suspended,
+    /// The disk lost writes that had completed, and serves nothing until the guest resets the device.
+    #[error(
+        "completed writes were lost with the machines of all current members; the guest has to reset the device"
+    )]
+    LostWrites,
     /// Another client took the disk over.
     #[error("another client took the disk over")]
     Fenced,
@@ -197,6 +202,9 @@ pub trait Disk {
     /// Gives the disk back once all requests submitted so far completed; none will be submitted before the next
     /// [`attach`](Self::attach).
     fn detach(&mut self);
+
+    /// The guest has reset the device: it expects nothing of what it did not flush. Called before it uses the device again.
+    fn reset(&mut self);
 
     /// Where the disk stands.
     fn attachment(&self) -> Attachment<'_>;
@@ -236,6 +244,10 @@ impl<D: Disk + ?Sized> Disk for Box<D> {
 
     fn detach(&mut self) {
         (**self).detach();
+    }
+
+    fn reset(&mut self) {
+        (**self).reset();
     }
 
     fn attachment(&self) -> Attachment<'_> {

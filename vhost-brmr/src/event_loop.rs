@@ -319,6 +319,9 @@ impl<D: Disk> Worker<D> {
     /// Does everything that is due, and says how many milliseconds the loop may sleep (-1: until something happens).
     fn turn(&mut self) -> i32 {
         let messages_left = self.control();
+        if self.session().take_reset() {
+            self.disk.reset();
+        }
         if self.listener_ready {
             self.accept();
         }

@@ -102,6 +102,10 @@ pub struct Session {
     channel: Option<UnixStream>,
     /// The size that the front end knows of, as far as can be told.
     told_size: Option<u64>,
+    /// The guest has reset the device, and the disk was not told.
+    was_reset: bool,
+    /// Some ring ran when that was looked at last.
+    ran: bool,
 }
 
 impl Session {
@@ -127,6 +131,8 @@ impl Session {
             announced: false,
             channel: None,
             told_size: None,
+            was_reset: false,
+            ran: false,
         })
     }
 
@@ -141,6 +147,11 @@ impl Session {
         self.announced = false;
         self.channel = None;
         self.told_size = None;
+    }
+
+    /// Whether the guest has reset the device since this was asked last.
+    pub fn take_reset(&mut self) -> bool {
+        std::mem::take(&mut self.was_reset)
     }
 
     /// The front end can be told of changes on this socket.
@@ -246,6 +257,10 @@ impl Session {
             self.incarnations = incarnation;
         }
         self.kicked[queue] |= started;
+        // A guest that goes on after a pause goes on where its rings were; after a reset they all begin anew.
+        let runs = self.is_running();
+        self.was_reset |= runs && !self.ran && self.rings.iter().all(|ring| ring.base() == 0);
+        self.ran = runs;
         if self.is_running() && !self.announced {
             self.announced = true;
             let protocol = VhostUserProtocolFeatures::from_bits_truncate(self.protocol_features);
@@ -255,6 +270,7 @@ impl Session {
     }
 
     fn reset_rings(&mut self) {
+        self.ran = false;
         for (ring, kicked) in self.rings.iter_mut().zip(&mut self.kicked) {
             *kicked = false;
             if let Some(kick) = ring.reset() {
@@ -274,6 +290,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
+        self.was_reset = true;
         self.reset_rings();
         self.device.reset();
         self.inflight = None;
@@ -334,6 +351,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let base = ring.stop();
         let kick = ring.set_kick(None);
         ring.set_call(None);
+        self.ran = self.is_running();
         self.kick_changes.extend(kick.map(KickChange::Remove));
         if left > 0 {
             warn!(queue = index, left, "ring stopped with requests that the disk did not answer in time");

@@ -35,6 +35,8 @@ pub struct PoolDisk {
     was_active: bool,
     detaching: bool,
     refused: Option<String>,
+    /// A front end went away while its guest did not know yet that writes were lost.
+    lost_writes: bool,
     done: Vec<(client::Token, Result<(), IoError>)>,
     notices: Vec<Notice>,
     failed: Vec<Token>,
@@ -74,6 +76,7 @@ impl PoolDisk {
             was_active: false,
             detaching: false,
             refused: None,
+            lost_writes: false,
             done: Vec::new(),
             notices: Vec::new(),
             failed: Vec::new(),
@@ -122,6 +125,13 @@ impl PoolDisk {
                     tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
                 }
                 Notice::Verify(text) => tracing::info!(pool, "verify {text}"),
+                Notice::LostWrites(members, blocks) => {
+                    tracing::error!(
+                        pool, %members, blocks,
+                        "the machines of all current members were started anew, and completed writes that were not flushed are \
+                         lost; every request fails until the guest resets the device"
+                    );
+                }
                 Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached"),
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }
@@ -140,6 +150,7 @@ impl PoolDisk {
                 && self.done.is_empty()
                 && self.failed.is_empty()
             {
+                self.lost_writes |= driver.has_lost_writes();
                 self.retired = self.driver.take();
                 if let Some(driver) = &mut self.retired {
                     driver.retire();
@@ -187,6 +198,16 @@ impl Disk for PoolDisk {
         self.settle();
     }
 
+    fn reset(&mut self) {
+        if self.lost_writes || self.driver.as_ref().is_some_and(PoolDriver::has_lost_writes) {
+            tracing::warn!(pool = %self.spec.name, "the guest has reset the device; it starts from what the members have");
+        }
+        self.lost_writes = false;
+        if let Some(driver) = &mut self.driver {
+            driver.acknowledge_loss();
+        }
+    }
+
     fn attachment(&self) -> Attachment<'_> {
         match (&self.refused, &self.driver) {
             (Some(reason), _) => Attachment::Refused(reason),
@@ -198,7 +219,9 @@ impl Disk for PoolDisk {
     }
 
     fn submit(&mut self, token: Token, request: Request<'_>) {
-        let Some(driver) = &mut self.driver else { return self.failed.push(token) };
+        let Some(driver) = self.driver.as_mut().filter(|_| !self.lost_writes) else {
+            return self.failed.push(token);
+        };
         let operation = match request.operation {
             Operation::Read => client::Operation::Read,
             Operation::Write => client::Operation::Write,
@@ -257,6 +280,7 @@ const fn disk_error(error: IoError) -> DiskError {
     match error {
         IoError::Cancelled => DiskError::Cancelled,
         IoError::Suspended => DiskError::Suspended,
+        IoError::LostWrites => DiskError::LostWrites,
         IoError::Fenced => DiskError::Fenced,
         IoError::BadRange | IoError::Media | IoError::Detached | IoError::TooMany => DiskError::Failed,
     }
@@ -294,6 +318,7 @@ mod tests {
             was_active: false,
             detaching: false,
             refused: None,
+            lost_writes: false,
             done: Vec::new(),
             notices: Vec::new(),
             failed: Vec::new(),

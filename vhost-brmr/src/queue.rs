@@ -267,6 +267,12 @@ impl Ring {
         Ok(())
     }
 
+    /// The index of the next chain to take.
+    #[must_use]
+    pub fn base(&self) -> u16 {
+        self.vring.queue_next_avail()
+    }
+
     /// Sets the kick descriptor; the old one, which the loop may still watch.
     pub fn set_kick(&mut self, kick: Option<File>) -> Option<File> {
         std::mem::replace(&mut self.kick, kick)

@@ -51,6 +51,7 @@ struct State {
     reversed: bool,
     ignores_cancel: bool,
     failures: u32,
+    resets: u32,
     attached: bool,
     detaching: bool,
     refusal: Option<String>,
@@ -124,6 +125,12 @@ impl Handle {
     /// Lets the next requests fail.
     pub fn fail_next(&self, count: u32) {
         self.change(|state| state.failures = count);
+    }
+
+    /// How often it was told that the guest has reset the device.
+    #[must_use]
+    pub fn resets(&self) -> u32 {
+        lock(&self.state).resets
     }
 
     /// Does not let go of held requests when they are cancelled.
@@ -254,6 +261,10 @@ impl Disk for MemoryDisk {
         let mut state = lock(&self.state);
         state.detaching = true;
         state.work();
+    }
+
+    fn reset(&mut self) {
+        lock(&self.state).resets += 1;
     }
 
     fn attachment(&self) -> Attachment<'_> {

@@ -230,7 +230,13 @@ impl Client {
         // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew.
         let behind = replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
         let absent = best.active().without(attached);
-        let (stale, mut additions) = self.reconcile(&best, &replies, absent);
+        let powerless = self.lost_caches(&best);
+        let is_all = best.clean().is_subset(powerless);
+        if is_all {
+            self.lose_writes(powerless.intersection(best.clean()));
+        }
+        let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless);
+        let stale = if is_all { stale } else { stale.union(powerless) };
         let lost = recovery::lost_in_attach(&best, attached, stale, behind);
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
@@ -333,6 +339,7 @@ impl Client {
         self.faults.committed(&next, attach);
         self.view = Some(next);
         self.suspended_since = None;
+        self.note_host_boots();
         self.notice(notice);
         if self.told_spec.as_ref() != Some(&spec) {
             self.told_spec = Some(spec.clone());

@@ -16,6 +16,9 @@ impl Client {
     /// `offset` and `length` are bytes, multiples of the pool's logical block size; a flush has neither.
     pub fn submit(&mut self, token: Token, operation: Operation, offset: u64, length: u64, now: Time) {
         self.now = now;
+        if self.refuse_after_loss(token) {
+            return;
+        }
         self.last_request = Some(now);
         if let Err(error) = self.check(operation, offset, length) {
             self.counters.failed += 1;

@@ -26,6 +26,7 @@ mod reconcile;
 pub mod recovery;
 mod rejoin;
 mod status;
+mod unflushed;
 mod verify;
 
 use std::collections::VecDeque;
@@ -38,8 +39,8 @@ pub use status::{LegStatus, LinkSummary, PoolStatus};
 
 use crate::map::BlockMap;
 use crate::pool::{
-    Address, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Refusal, Sequence, Slot,
-    StoreId, View, ViewNumber,
+    Address, BootId, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Refusal, Sequence,
+    Slot, StoreId, View, ViewNumber,
 };
 use crate::time::Time;
 use crate::transport::tls::ClientTls;
@@ -186,6 +187,12 @@ pub enum IoError {
     /// No Clean member could be reached within the time limit.
     #[error("the pool was suspended for longer than its time limit: no current copy could be reached")]
     Suspended,
+    /// Every current copy lost writes that had completed and were not flushed.
+    #[error(
+        "completed writes were lost: every current copy's machine was started anew before they were flushed; nothing is served \
+         until that is acknowledged"
+    )]
+    LostWrites,
     /// Another client has taken the pool.
     #[error("this client lost the pool to another one")]
     Fenced,
@@ -311,6 +318,9 @@ pub enum Notice {
     Waiting(String),
     /// A copy's disk answered a read with an error; another copy served it.
     ReadError(MemberId, u64, u32),
+    /// The machines of all these members, which are all that are Clean, were started anew, and so many blocks of completed
+    /// writes were not flushed on them: every request fails until that is acknowledged.
+    LostWrites(MemberSet, u64),
     /// A verify began, or ended; how, in words.
     Verify(String),
     /// A member cannot come back, because its store cannot hold the pool as it is now.
@@ -432,6 +442,10 @@ pub struct Client {
     slot_limit: usize,
     /// Members whose answered writes survive a power cut without a flush.
     write_through: MemberSet,
+    /// The machine's run of each member that is active in the view committed last.
+    host_boots: [Option<BootId>; MAX_MEMBERS],
+    /// See [`IoError::LostWrites`].
+    lost_writes: bool,
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
     stale: rejoin::Stale,
@@ -495,6 +509,8 @@ impl Client {
             max_bytes: 0,
             slot_limit: 0,
             write_through: MemberSet::EMPTY,
+            host_boots: [None; MAX_MEMBERS],
+            lost_writes: false,
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
             stale: rejoin::Stale::default(),

@@ -13,12 +13,14 @@ use crate::pool::{MemberId, MemberSet, MemberState, Sequence, View};
 use crate::wire::{AttachReply, DirtyAddition, SlotEntry};
 
 impl Client {
-    /// The members that are stale after an unclean end, and what they and the `absent` ones miss.
+    /// The members that are stale after an unclean end, and what they and the `absent` ones miss. Those that are `powerless`
+    /// may have lost what was not flushed.
     pub(super) fn reconcile(
         &self,
         best: &View,
         replies: &[(MemberId, AttachReply)],
         absent: MemberSet,
+        powerless: MemberSet,
     ) -> (MemberSet, Vec<DirtyAddition>) {
         let in_order = replies.iter().all(|(_, r)| r.clean_detach);
         let clean = || replies.iter().filter(|(m, _)| best.clean().contains(*m));
@@ -34,7 +36,9 @@ impl Client {
         let newest = |r: &AttachReply| open(r).iter().map(|s| u128::from(s.sequence.0)).sum::<u128>();
         let has_table =
             |r: &AttachReply| if mutant!(ReferenceOfRestarted) { r.tables_lost } else { !r.tables_lost };
-        let reference = clean().max_by_key(|(m, r)| (has_table(r), newest(r), std::cmp::Reverse(*m)));
+        // One that still has what was not flushed comes first.
+        let rank = |m: MemberId, r: &AttachReply| (!powerless.contains(m), has_table(r), newest(r));
+        let reference = clean().max_by_key(|(m, r)| (rank(*m, r), std::cmp::Reverse(*m)));
         let in_order = in_order || mutant!(NotReconciled);
         let Some((reference, source)) = reference.filter(|_| !in_order) else {
             return (MemberSet::EMPTY, Vec::new());

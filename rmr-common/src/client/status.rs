@@ -47,6 +47,8 @@ pub struct PoolStatus {
     pub epoch: u64,
     /// The legs, by member.
     pub legs: Vec<LegStatus>,
+    /// Completed writes were lost, and every request fails until that is acknowledged.
+    pub lost_writes: bool,
     /// The operator's command that is being carried out, and how far it has come.
     pub command: Option<String>,
     /// Requests that are not finished.
@@ -94,6 +96,7 @@ impl Client {
             view: self.view.as_ref().map_or(0, |v| v.number.0),
             epoch: self.epoch.0,
             legs: legs.collect(),
+            lost_writes: self.lost_writes,
             command: self.command_phase().map(|(command, phase)| format!("{command}: {phase}")),
             in_flight: self.in_flight(),
             counters: self.counters,

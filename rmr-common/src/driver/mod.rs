@@ -314,6 +314,17 @@ impl PoolDriver {
         self.carry_out();
     }
 
+    /// Whether writes were lost that had completed: every request fails until that is acknowledged.
+    #[must_use]
+    pub const fn has_lost_writes(&self) -> bool {
+        self.client.has_lost_writes()
+    }
+
+    /// Whoever uses the pool knows that writes were lost, and starts from what is there.
+    pub fn acknowledge_loss(&mut self) {
+        self.client.acknowledge_loss();
+    }
+
     /// The pool's specification, once a node has answered.
     #[must_use]
     pub const fn spec(&self) -> Option<&PoolSpec> {

@@ -80,6 +80,7 @@ impl Drop for Done {
 enum Command {
     Submit { operation: Operation, offset: u64, length: u64, buffers: Buffers, done: Done },
     Status(Sender<PoolStatus>),
+    AcknowledgeLoss,
     Operator(pool::Command, Sender<CommandReply>),
     Detach,
 }
@@ -205,6 +206,12 @@ impl Pool {
         let (sender, receiver) = mpsc::channel();
         self.send(Command::Operator(command, sender));
         receiver
+    }
+
+    /// After [`IoError::LostWrites`]: the caller knows that writes were lost which had completed since the last flush, and starts
+    /// from what the pool has now. Requests are served again.
+    pub fn acknowledge_loss(&self) {
+        self.send(Command::AcknowledgeLoss);
     }
 
     /// The same pool with calls that wait for their completion.
@@ -486,6 +493,7 @@ impl Owner {
                 self.commands.push((token, sender));
                 self.driver.command(token, command);
             }
+            Command::AcknowledgeLoss => self.driver.acknowledge_loss(),
             Command::Detach => self.driver.detach(),
         }
     }

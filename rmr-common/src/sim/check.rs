@@ -153,9 +153,10 @@ impl World<'_> {
                     .into_iter()
                     .any(|(keeper, stale)| self.has_record(keeper, stale, sector));
                 // A member that came back meanwhile has no part in what a client that died left behind; the other one keeps
-                // its intent.
-                let is_kept = self.oracle.is_undecided(sector)
-                    && self.nodes[self.node_index(member)].has_bit(MapId::Intent, chunk);
+                // its intent. So does one that lost its cache: it is stale for its intents when a client attaches next.
+                let theirs = &self.nodes[self.node_index(member)];
+                let is_kept = (self.oracle.is_undecided(sector) || theirs.disk.lost.contains(&sector))
+                    && theirs.has_bit(MapId::Intent, chunk);
                 if other != value && !is_excused && !is_known && !is_kept {
                     return Err(format!(
                         "node {index} clears the intent of chunk {chunk}, whose sector {sector} is {} here and {} on \
@@ -248,6 +249,7 @@ impl World<'_> {
                 self.coverage.hit("attach waits for a Clean member");
                 Ok(())
             }
+            Notice::LostWrites(members, _) => self.writes_lost(host, members),
             Notice::ReadError(..) => {
                 self.coverage.hit("read repeated on another leg");
                 Ok(())
@@ -259,6 +261,46 @@ impl World<'_> {
             | Notice::NoRoom(..)
             | Notice::Verify(_) => Ok(()), // Of interest to people only.
         }
+    }
+
+    /// A client says that completed writes are lost: that must be so, and it may be for what was not flushed only.
+    fn writes_lost(&mut self, host: usize, members: MemberSet) -> Check {
+        self.coverage.hit("every Clean leg lost unflushed writes");
+        self.hosts[host].has_lost_writes = true;
+        let pause = self.rng.range(1, 3000) * super::world::MILLISECOND;
+        self.after(pause, super::world::Event::GuestReset(host));
+        for member in members.iter() {
+            let node = &self.nodes[self.node_index(member)];
+            if !node.disk.write_back || self.hosts[host].host_boots[self.node_index(member)] == node.host_boot
+            {
+                return Err(format!(
+                    "client {host} says that member {member} lost writes, whose machine ran on"
+                ));
+            }
+        }
+        self.give_up_unflushed(members)
+    }
+
+    /// What these members, all that are Clean, have lost with their caches is lost for good.
+    fn give_up_unflushed(&mut self, members: MemberSet) -> Check {
+        let clean: Vec<_> = members.iter().map(|m| self.node_index(m)).collect();
+        for index in clean {
+            for sector in 0..self.nodes[index].disk.sectors.len() {
+                let value = self.nodes[index].disk.sectors[sector];
+                if self.oracle.is_current(sector, value) {
+                    continue;
+                }
+                if !self.nodes[index].disk.lost.contains(&sector) && !self.oracle.is_open(sector) {
+                    return Err(format!(
+                        "sector {sector} of node {index} is {}, and was not lost with a cache; possible: {}",
+                        Oracle::name(value),
+                        self.oracle.describe(sector)
+                    ));
+                }
+                self.oracle.lose(sector, value);
+            }
+        }
+        Ok(())
     }
 
     fn attached(&mut self, host: usize, view: View) -> Check {
@@ -283,6 +325,10 @@ impl World<'_> {
                 writes.into_iter().for_each(|write| self.oracle.fail(write, step));
             }
         }
+        if self.hosts[host].committed.is_none() {
+            // Nobody promised this client anything of what others had not flushed.
+            self.give_up_unflushed(view.clean())?;
+        }
         self.check_agreement(&view)?;
         self.view_committed(host, view)
     }
@@ -290,6 +336,10 @@ impl World<'_> {
     fn view_committed(&mut self, host: usize, view: View) -> Check {
         self.hosts[host].is_changing = false;
         self.hosts[host].committed = Some(view.clone());
+        for connection in self.hosts[host].links.clone().into_iter().flatten() {
+            let connection = &self.connections[connection];
+            self.hosts[host].host_boots[connection.node] = connection.host_boot;
+        }
         if self.hosts[host].is_fenced {
             return Ok(()); // The news is late; the one who attached since knows of the view.
         }
@@ -343,11 +393,14 @@ impl World<'_> {
     }
 
     pub(super) fn check_error(&mut self, host: usize, error: IoError) -> Check {
-        if self.is_verifying {
+        if self.is_verifying && !self.hosts[host].has_lost_writes {
             return Err(format!("failed when nothing was wrong: {error}"));
         }
         match error {
             IoError::Media if self.had_errors => self.coverage.hit("disk error shown to the guest"),
+            IoError::LostWrites if self.hosts[host].has_lost_writes => {
+                self.coverage.hit("request refused after writes were lost");
+            }
             IoError::Suspended => self.coverage.hit("request failed after the suspend timeout"),
             IoError::Fenced | IoError::Detached if self.hosts[host].client.over().is_some() => {
                 if self.hosts[host].is_fenced {
@@ -356,6 +409,7 @@ impl World<'_> {
             }
             IoError::Detached if self.hosts[host].client.status().state == "detaching" => {}
             IoError::Media
+            | IoError::LostWrites
             | IoError::BadRange
             | IoError::Fenced
             | IoError::Detached

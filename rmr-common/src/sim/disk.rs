@@ -57,6 +57,8 @@ pub(super) struct Disk {
     /// Where the medium returns something else than was written.
     pub(super) rot: Rot,
     pub(super) write_back: bool,
+    /// Sectors whose content went with the cache in a power cut, and were not written since.
+    pub(super) lost: BTreeSet<usize>,
     /// Blocks that cannot be read until they are written.
     pub(super) bad: BTreeSet<usize>,
     /// How many of them pulled data has healed.
@@ -73,6 +75,7 @@ impl Disk {
             pulled: vec![false; sectors],
             rot: Rot::default(),
             write_back,
+            lost: BTreeSet::new(),
             bad: BTreeSet::new(),
             healed: 0,
             running: BTreeMap::new(),
@@ -182,6 +185,7 @@ impl Disk {
             let value = data.get(i).copied().unwrap_or(0);
             self.sectors[sector] = strip(value);
             self.rot.written(sector, value, now);
+            self.lost.remove(&sector);
             if self.write_back {
                 let since = &mut self.unflushed_since[sector];
                 *since = if *since == 0 { now } else { *since };
@@ -211,7 +215,10 @@ impl Disk {
             let drop = rng.percent(70);
             for sector in range {
                 if drop {
-                    lost |= self.sectors[sector] != self.durable[sector];
+                    if self.sectors[sector] != self.durable[sector] {
+                        lost = true;
+                        self.lost.insert(sector);
+                    }
                     self.sectors[sector] = self.durable[sector];
                 } else {
                     self.durable[sector] = self.sectors[sector];

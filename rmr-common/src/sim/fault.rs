@@ -4,7 +4,7 @@ use super::oracle::SECTOR;
 use super::peers::pair;
 use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::{self, Operation};
-use crate::pool::{MemberState, View};
+use crate::pool::MemberState;
 
 impl World<'_> {
     /// Submits a few requests, and comes back later.
@@ -253,18 +253,25 @@ impl World<'_> {
     /// Starts a node again. After a power cut its cache is gone.
     pub(super) fn restart(&mut self, index: usize) {
         let member = self.nodes[index].member;
-        // A member that is not known to be absent would come back Clean and stale. To find that out is for the version
-        // that reconciles; until then the cache of such a member survives by luck.
-        let is_out = self.committed.as_ref().map(View::out).is_some_and(|out| out.contains(member));
-        let is_out = is_out
-            && self.nodes[index].durable.view.state(member) != Some(MemberState::Syncing)
+        let loses = self.nodes[index].durable.view.state(member) != Some(MemberState::Syncing)
             && !self.resyncs.is_unflushed_unknown;
-        if self.nodes[index].lost_power && is_out && self.nodes[index].disk.lose_cache(&mut self.rng) {
+        if self.nodes[index].lost_power && loses && self.nodes[index].disk.lose_cache(&mut self.rng) {
             trace!(self, "node {index} has lost its cache");
             self.coverage.hit("cache lost in a power cut");
+            if self.committed.as_ref().is_some_and(|v| v.clean().contains(member)) {
+                self.coverage.hit("cache of a Clean member lost in a power cut");
+            }
         }
         self.coverage.hit("node restarted");
         self.start_node(index);
+    }
+
+    /// The guest resets its device: it knows that writes were lost.
+    pub(super) fn guest_reset(&mut self, host: usize) {
+        if self.hosts[host].is_live() && std::mem::take(&mut self.hosts[host].has_lost_writes) {
+            trace!(self, "the guest of client {host} resets its device");
+            self.hosts[host].client.acknowledge_loss();
+        }
     }
 
     /// A member that is being brought back in is struck, or its source.

@@ -60,7 +60,7 @@ pub(super) struct Node {
     pub(super) has_pending_view: bool,
     /// The power was cut, and the machine was not started since.
     pub(super) lost_power: bool,
-    host_boot: u8,
+    pub(super) host_boot: u8,
     /// Per cent of the disk requests that fail.
     pub(super) disk_errors: u64,
     /// The next metadata write fails.

@@ -91,6 +91,21 @@ impl Oracle {
         }
     }
 
+    /// Every member has lost what was written to the sector last, or may have: this value is back, or one of those that were
+    /// possible.
+    pub(super) fn lose(&mut self, sector: usize, value: u64) {
+        let candidates = &mut self.sectors[sector];
+        for candidate in candidates.iter().filter(|c| c.removed == NEVER) {
+            self.writes[candidate.write as usize].failed = true;
+        }
+        if let Some(back) = candidates.iter_mut().find(|c| c.value == value) {
+            (back.removed, back.observed) = (NEVER, NEVER);
+            return;
+        }
+        let write = u32::try_from(value >> 24).unwrap_or(0);
+        candidates.push(Candidate { write, value, observed: NEVER, removed: NEVER });
+    }
+
     /// Checks what a read that began at `start` returned for a sector, and learns from it.
     pub(super) fn read(&mut self, sector: usize, value: u64, start: Step, now: Step) -> Result<(), String> {
         let writes = &self.writes;

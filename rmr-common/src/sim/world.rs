@@ -96,6 +96,8 @@ pub(super) enum Event {
         node: usize,
     },
     ErrorsEnd(usize),
+    /// A guest resets its device after writes were lost.
+    GuestReset(usize),
     Work,
     Fault,
 }
@@ -128,6 +130,8 @@ pub(super) struct Connection {
     link: LinkId,
     pub(super) node: usize,
     life: u32,
+    /// The run of the node's machine.
+    pub(super) host_boot: u8,
     is_greeted: bool,
     /// Nothing that is on its way arrives any more.
     pub(super) is_cut: bool,
@@ -171,6 +175,10 @@ pub(super) struct Host {
     pub(super) is_crashed: bool,
     /// A view change is under way.
     pub(super) is_changing: bool,
+    /// The machines' runs when the view was committed.
+    pub(super) host_boots: Vec<u8>,
+    /// It said that writes were lost, and its guest has not reset the device.
+    pub(super) has_lost_writes: bool,
     pub(super) last_flush: u64,
     tick_at: u64,
     pub(super) partitioned: Vec<bool>,
@@ -459,6 +467,7 @@ impl<'a> World<'a> {
             }
             Event::Heal { host, node } => self.hosts[host].partitioned[node] = false,
             Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
+            Event::GuestReset(host) => self.guest_reset(host),
             Event::Work => self.work()?,
             Event::Audit => self.audit_some()?,
             Event::Fault => self.fault()?,
@@ -811,6 +820,7 @@ impl<'a> World<'a> {
             link,
             node,
             life: self.nodes[node].life,
+            host_boot: self.nodes[node].host_boot,
             is_greeted: false,
             is_cut: false,
             client_closed: false,
@@ -917,6 +927,8 @@ impl<'a> World<'a> {
             is_fenced: false,
             is_crashed: false,
             is_changing: false,
+            host_boots: vec![0; nodes],
+            has_lost_writes: false,
             last_flush: u64::MAX,
             tick_at: u64::MAX,
             partitioned: vec![false; nodes],
@@ -1036,6 +1048,9 @@ impl<'a> World<'a> {
                 self.oracle.fail(write, step);
             }
             return Ok(());
+        }
+        if self.hosts[host].has_lost_writes {
+            return Err(described("served although writes were lost, and the guest does not know".into()));
         }
         match request.operation {
             Operation::Read => {

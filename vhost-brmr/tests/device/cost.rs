@@ -31,6 +31,7 @@ impl Disk for Null {
     }
     fn attach(&mut self) {}
     fn detach(&mut self) {}
+    fn reset(&mut self) {}
     fn attachment(&self) -> Attachment<'_> {
         Attachment::Attached
     }

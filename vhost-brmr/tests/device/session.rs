@@ -289,6 +289,7 @@ fn get_vring_base_drains_keeps_the_index_and_the_ring_goes_on_from_there() {
     guest.start_ring(0, 4);
     assert_eq!(guest.used(0, 1), [(4, 1)]);
     assert!(guest.read_disk(1, 512).data == pattern(512, 6));
+    assert_eq!(daemon.disk.resets(), 1, "by the start of the guest, and not by its pause");
 }
 
 #[test]
@@ -648,6 +649,20 @@ fn reset_device_stops_everything_and_the_device_can_be_set_up_again() {
     let avail = guest.rings[0].avail;
     guest.start_ring(0, avail - 1);
     assert_eq!(guest.used(0, 1), [(4, 1)]);
+    assert_eq!(daemon.disk.resets(), 2, "by the start of the guest, and by its reset");
+}
+
+#[test]
+fn a_guest_that_starts_its_rings_anew_has_reset_the_device_and_one_that_goes_on_has_not() {
+    let (daemon, mut guest) = Setup::default().boot();
+    assert_eq!(guest.flush(), OK);
+    guest.frontend.get_vring_base(0).unwrap();
+    guest.start_ring(0, 1);
+    assert_eq!(guest.flush(), OK);
+    assert_eq!(daemon.disk.resets(), 1);
+    guest.frontend.get_vring_base(0).unwrap();
+    guest.start_ring(0, 0);
+    eventually("the disk is told of the reset", || daemon.disk.resets() == 2);
 }
 
 #[test]
