@@ -190,6 +190,27 @@ fn without_a_guest_rmrctl_changes_the_pool_brings_copies_up_to_date_and_goes() -
         let pool = pool.without(&nodes[1]);
         ensure!(pool.level()? == "safe");
 
+        // While rmrctl waits for a copy that is away, a guest starts: it gets its disk, and does the rest.
+        pool.operate("maintenance", &["2", "on"])?;
+        nodes[2].stop()?;
+        pool.operate("maintenance", &["2", "off"])?;
+        let mut resync = spawn(pool.operator("resync", &["--wait-timeout", "60"])?)?;
+        wait_until("rmrctl to hold the pool", LIMIT, || {
+            let client = pool.status()?.pointer("/assessment/client/text").cloned().unwrap_or_default();
+            Ok(client.as_str().is_some_and(|text| text.starts_with("rmrctl")))
+        })?;
+        let daemon = DaemonBuilder::new(&pool).name("guest").start(lab)?;
+        let mut disk = attach(&daemon)?;
+        ensure!(
+            disk.write(0, 0, &[5; 4096])? == Status::Ok,
+            "the guest has no disk while rmrctl holds the pool"
+        );
+        nodes[2].restart(lab)?;
+        ensure!(resync.wait()?.success(), "rmrctl gave up when a guest came");
+        drop(disk);
+        daemon.stop()?;
+        pool.assert_identical()?;
+
         // The newer copy is lost for good.
         pool.operate("maintenance", &["0", "on"])?;
         fill(lab, &pool, "third")?;

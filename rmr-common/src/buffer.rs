@@ -88,10 +88,94 @@ pub fn gather(segments: &[Segment], offset: usize, length: usize, parts: &mut Ve
     }
 }
 
+/// Bytes that are copied out of segments at a time, to be looked at: they stay in the processor's nearest cache.
+const PIECE: usize = 16 << 10;
+
+/// Copies `length` bytes from `offset` of the whole list, in pieces. The owner of the memory may change it meanwhile: what is
+/// looked at is the copy.
+fn for_each_piece(segments: &[Segment], offset: usize, length: usize, mut take: impl FnMut(&[u8])) {
+    let (mut skip, mut left) = (offset, length);
+    let mut piece = [0; PIECE];
+    for segment in segments {
+        let mut at = skip.min(segment.length());
+        skip -= at;
+        while left > 0 && at < segment.length() {
+            let part = segment.part(at, left.min(PIECE));
+            // SAFETY: the part is readable by the promise made when the segment was created, and no longer than the piece,
+            // which is nobody else's.
+            unsafe { std::ptr::copy_nonoverlapping(part.base(), piece.as_mut_ptr(), part.length()) };
+            take(&piece[..part.length()]);
+            at += part.length();
+            left -= part.length();
+        }
+    }
+}
+
+/// CRC32C of `length` bytes from `offset` of the whole list, as they are now.
+#[must_use]
+pub fn digest(segments: &[Segment], offset: usize, length: usize) -> u32 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+    for_each_piece(segments, offset, length, |piece| digest.update(piece));
+    u32::try_from(digest.finalize()).unwrap_or(u32::MAX)
+}
+
+/// Appends `length` bytes from `offset` of the whole list to `bytes`.
+pub fn copy_out(segments: &[Segment], offset: usize, length: usize, bytes: &mut Vec<u8>) {
+    for_each_piece(segments, offset, length, |piece| bytes.extend_from_slice(piece));
+}
+
+/// Copies bytes to where they belong from `offset` of the whole list on.
+pub fn copy_in(bytes: &[u8], segments: &[Segment], offset: usize) {
+    let (mut skip, mut rest) = (offset, bytes);
+    for segment in segments {
+        let at = skip.min(segment.length());
+        skip -= at;
+        let part = segment.part(at, rest.len());
+        let (now, later) = rest.split_at(part.length());
+        // SAFETY: the part is writable by the promise made when the segment was created, and as long as `now`.
+        unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), part.base(), now.len()) };
+        rest = later;
+    }
+}
+
+/// A segment over the whole of a buffer. The caller keeps the buffer, unmoved in content, until the I/O completed.
+pub(crate) fn segment_of_bytes(bytes: &mut [u8]) -> Segment {
+    // SAFETY: the one caller keeps the buffer until the part that it is for has ended, with every connection that may use it.
+    unsafe { Segment::new(bytes.as_mut_ptr(), bytes.len()) }
+}
+
 /// Appends a segment for each buffer. The caller keeps the buffers, unmoved in content, until the I/O completed.
 pub(crate) fn segments_of_buffers(buffers: &mut [Vec<u8>], segments: &mut Vec<Segment>) {
     for buffer in buffers {
         // SAFETY: the one caller keeps the buffers with the request and gives them back at its completion.
         segments.push(unsafe { Segment::new(buffer.as_mut_ptr(), buffer.len()) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_and_copies_see_the_same_bytes_however_the_memory_is_cut() {
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i * 7 % 251) as u8).collect();
+        let mut memory = vec![bytes[..10].to_vec(), bytes[10..40_000].to_vec(), bytes[40_000..].to_vec()];
+        let mut segments = Vec::new();
+        segments_of_buffers(&mut memory, &mut segments);
+        for (offset, length) in [(0, 100_000), (3, 5), (9, 2), (39_999, 17_000), (50_000, 0)] {
+            let part = &bytes[offset..offset + length];
+            assert_eq!(digest(&segments, offset, length), crate::wire::data_digest(part));
+            let mut copy = Vec::new();
+            copy_out(&segments, offset, length, &mut copy);
+            assert!(copy == part);
+        }
+        copy_in(&[0xee; 40_000], &segments, 5);
+        let mut copy = Vec::new();
+        copy_out(&segments, 0, 100_000, &mut copy);
+        assert!(
+            copy[..5] == bytes[..5]
+                && copy[5..40_005].iter().all(|b| *b == 0xee)
+                && copy[40_005..] == bytes[40_005..]
+        );
     }
 }

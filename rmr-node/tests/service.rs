@@ -203,9 +203,14 @@ impl Raw {
     fn attached(node: &Node, pool: usize) -> Self {
         let mut raw = Self::greeted(node, pool);
         raw.epoch = Epoch(raw.epoch.0 + 1);
-        let attach =
-            Attach { client: ClientId::random(), takeover: true, rejoin: false, description: "raw".into() }
-                .encode();
+        let attach = Attach {
+            client: ClientId::random(),
+            takeover: true,
+            rejoin: false,
+            yields: false,
+            description: "raw".into(),
+        }
+        .encode();
         let header = raw.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));
         raw.send(&[(header, &attach)]);
         let (header, _) = raw.receive();
@@ -930,9 +935,14 @@ fn nonsense_of_one_pools_clients_never_reaches_another_pool() {
                         // It is whoever attached last that may write; nobody looks at the answer.
                         raw.epoch = Epoch(raw.epoch.0 + 1);
                         let client = ClientId::random();
-                        let body =
-                            Attach { client, takeover: true, rejoin: false, description: "raw".into() }
-                                .encode();
+                        let body = Attach {
+                            client,
+                            takeover: true,
+                            rejoin: false,
+                            yields: false,
+                            description: "raw".into(),
+                        }
+                        .encode();
                         let header = raw.header(Kind::Attach, 0, u32::try_from(body.len()).unwrap());
                         raw.send(&[(header, &body)]);
                         if raw.try_receive().is_err() {

@@ -101,6 +101,15 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Pool")]
     pub read_error_limit: Option<u32>,
 
+    /// What is done about a guest that changes a buffer while it is being written, so that each member would get other bytes:
+    /// nothing (off), repeat such a write from a copy (detect), or send every write from a copy (bounce). [default: off]
+    #[arg(long, value_name = "MODE", value_enum, help_heading = "Pool")]
+    pub data_digest: Option<DigestMode>,
+
+    /// Most MiB of copies, and so of data in flight, unless data-digest is off: 1 to 1024. [default: 32]
+    #[arg(long, value_name = "MIB", help_heading = "Pool")]
+    pub bounce_memory_mib: Option<u32>,
+
     /// Queues offered to the guest, 1 to 256; one per vCPU is a good choice. [default: 1]
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub num_queues: Option<u16>,
@@ -153,6 +162,19 @@ pub enum Disconnect {
     Exit,
 }
 
+/// What is done about buffers that change while they are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DigestMode {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Detect it, and repeat from a copy.
+    Detect,
+    /// Always copy.
+    Bounce,
+}
+
 /// Form of the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -187,6 +209,8 @@ impl Options {
             suspend_timeout_s: self.suspend_timeout_s.or(file.suspend_timeout_s),
             leg_timeout_ms: self.leg_timeout_ms.or(file.leg_timeout_ms),
             read_error_limit: self.read_error_limit.or(file.read_error_limit),
+            data_digest: self.data_digest.or(file.data_digest),
+            bounce_memory_mib: self.bounce_memory_mib.or(file.bounce_memory_mib),
             num_queues: self.num_queues.or(file.num_queues),
             queue_size: self.queue_size.or(file.queue_size),
             serial: self.serial.or(file.serial),

@@ -8,13 +8,13 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use rmr_common::client::DEFAULT_READ_ERROR_LIMIT;
+use rmr_common::client::{DEFAULT_BOUNCE_MEMORY, DEFAULT_READ_ERROR_LIMIT, DataDigest};
 use rmr_common::pool::{Address, AddressError, MemberId, PoolId, PoolSpec};
 use rmr_common::transport::tls::IdentityFiles;
 use thiserror::Error;
 use uuid::Uuid;
 
-use crate::args::{Args, Disconnect, LogFormat, Options};
+use crate::args::{Args, DigestMode, Disconnect, LogFormat, Options};
 use crate::device::DeviceOptions;
 use crate::event_loop::{LoopOptions, OnDisconnect};
 use crate::request::ID_LENGTH;
@@ -88,6 +88,10 @@ pub struct PoolSettings {
     pub leg_timeout: Duration,
     /// How many times within an hour a member may come back after read errors.
     pub read_error_limit: u32,
+    /// What is done about buffers that change while they are written.
+    pub data_digest: DataDigest,
+    /// Most bytes of copies.
+    pub bounce_memory: u32,
     /// No writes will be sent.
     pub read_only: bool,
     /// How `tls://` addresses are reached.
@@ -207,6 +211,10 @@ impl Settings {
             return Err(bad("leg-timeout-ms", leg_timeout_ms, "10 milliseconds to one day"));
         }
         let suspend_timeout_s = seconds("suspend-timeout-s", options.suspend_timeout_s, 60)?;
+        let bounce_memory_mib = options.bounce_memory_mib.unwrap_or(DEFAULT_BOUNCE_MEMORY >> 20);
+        if !(1..=1024).contains(&bounce_memory_mib) {
+            return Err(bad("bounce-memory-mib", bounce_memory_mib, "1 to 1024"));
+        }
         let drain_timeout = seconds("drain-timeout-s", options.drain_timeout_s, 30)?;
         let tls = tls(options.tls_authorities, options.tls_certificate, options.tls_key)?;
         if options.once.is_some() && options.on_disconnect.is_some() {
@@ -230,6 +238,12 @@ impl Settings {
                 suspend_timeout: suspend_timeout_s,
                 leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
                 read_error_limit: options.read_error_limit.unwrap_or(DEFAULT_READ_ERROR_LIMIT),
+                data_digest: match options.data_digest.unwrap_or_default() {
+                    DigestMode::Off => DataDigest::Off,
+                    DigestMode::Detect => DataDigest::Detect,
+                    DigestMode::Bounce => DataDigest::Bounce,
+                },
+                bounce_memory: bounce_memory_mib << 20,
                 read_only,
                 tls,
             },
@@ -328,6 +342,7 @@ mod tests {
         assert_eq!(settings.event_loop.on_disconnect, OnDisconnect::Wait);
         assert_eq!(settings.event_loop.drain_timeout, Duration::from_secs(30));
         assert_eq!(settings.pool.suspend_timeout, Duration::from_secs(60));
+        assert_eq!((settings.pool.data_digest, settings.pool.bounce_memory), (DataDigest::Off, 32 << 20));
     }
 
     #[test]
@@ -353,6 +368,8 @@ mod tests {
             ("--poll-us 10001", "poll-us"),
             ("--leg-timeout-ms 1", "leg-timeout-ms"),
             ("--suspend-timeout-s 90000", "suspend-timeout-s"),
+            ("--bounce-memory-mib 0", "bounce-memory-mib"),
+            ("--bounce-memory-mib 1025", "bounce-memory-mib"),
             ("--node nonsense", "node"),
         ] {
             let error = settings(&format!("{GOOD} {extra}")).unwrap_err().to_string();

@@ -60,6 +60,8 @@ impl PoolDisk {
             config.tls = Some(ClientTls::load(&files.authorities, files.identity.as_ref())?);
         }
         config.read_error_limit = pool.read_error_limit;
+        config.data_digest = pool.data_digest;
+        config.bounce_memory = pool.bounce_memory;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
         let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
         anyhow::ensure!(

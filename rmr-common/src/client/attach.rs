@@ -111,6 +111,7 @@ impl Client {
             // A client that was displaced must not displace in turn.
             takeover: self.config.takeover && self.own_epochs.is_empty(),
             rejoin: false,
+            yields: self.config.yields,
             description: self.config.description.clone(),
         }
         .encode();
@@ -331,6 +332,11 @@ impl Client {
         let limits: Vec<_> = next.active().iter().filter_map(|m| self.ready(m)).map(|r| r.limits).collect();
         self.max_io = limits.iter().map(|l| l.max_io).min().unwrap_or(self.max_io);
         self.max_bytes = limits.iter().map(|l| u64::from(l.max_bytes)).min().unwrap_or(u64::MAX);
+        if self.config.data_digest != super::DataDigest::Off {
+            // A copy of everything in flight fits.
+            self.max_bytes = self.max_bytes.min(self.config.bounce_memory.into());
+            self.max_io = self.max_io.min(self.config.bounce_memory / 4096 * 4096).max(4096);
+        }
         self.slot_limit = limits.iter().map(|l| usize::from(l.slots)).min().unwrap_or(1);
         for member in next.active().iter() {
             self.note_view(member, &next, &spec);

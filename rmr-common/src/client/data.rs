@@ -1,6 +1,8 @@
 //! The data path: requests become parts, parts become messages, answers complete them.
 
-use super::{Client, FlushRound, IoError, Notice, Op, Operation, Output, Payload, State, Token};
+use super::{
+    Client, DataDigest, FlushRound, IoError, Notice, Op, Operation, Output, Payload, Protection, State, Token,
+};
 use crate::client::parts::{OpIndex, Part, PartState};
 use crate::pool::{Chunk, MemberId, MemberSet, Sequence, Slot};
 use crate::time::Time;
@@ -161,6 +163,7 @@ impl Client {
         if self.is_hold(slot) {
             return; // Its range is quiet now.
         }
+        let protection = self.protect(slot);
         let Some(part) = self.parts.get(slot).copied() else { return };
         if self.spec.as_ref().is_some_and(|s| part.offset + u64::from(part.length) > s.size) {
             // The operator forced a pool into use that had not been made larger yet.
@@ -190,6 +193,9 @@ impl Client {
             offset: part.offset,
             length: part.length,
             payload: if write { part.length } else { 0 },
+            // The answer is to carry one; the digest of a write is the driver's to compute.
+            digest: (part.operation == Operation::Read && self.config.data_digest != DataDigest::Off)
+                .then_some(0),
             missing: if part.operation.is_write() { self.view_out() } else { MemberSet::EMPTY },
             ..self.header(kind)
         };
@@ -200,9 +206,63 @@ impl Client {
             part.sent_at = now;
         }
         for leg in legs.iter() {
-            let payload =
-                if write { Payload::Request { token, offset: part.op_offset } } else { Payload::None };
+            let offset = part.op_offset;
+            let payload = if write { Payload::Request { token, offset, protection } } else { Payload::None };
             self.send(leg, header, payload);
+        }
+    }
+
+    /// What protects the data of a part that is about to be sent.
+    fn protect(&mut self, slot: Slot) -> Protection {
+        let mode = self.config.data_digest;
+        let Some(part) = self.parts.get_mut(slot).filter(|p| p.operation == Operation::Write) else {
+            return Protection::None;
+        };
+        let (was_sent, was_bounced) = (part.barrier, part.bounce);
+        match mode {
+            DataDigest::Off => return Protection::None,
+            DataDigest::Detect if !was_bounced => {
+                if was_sent {
+                    // Its memory may have changed since: not what members have on record under the sequence of before.
+                    let sequence = self.next_sequence();
+                    if let Some(part) = self.parts.get_mut(slot) {
+                        part.sequence = sequence;
+                    }
+                }
+                return Protection::Digest;
+            }
+            DataDigest::Detect | DataDigest::Bounce => part.bounce = true,
+        }
+        self.counters.bounced += 1;
+        Protection::Bounce
+    }
+
+    /// Whether the data of this slot goes by way of a copy of the driver's.
+    #[must_use]
+    pub fn is_bounced(&self, slot: Slot) -> bool {
+        self.parts.get(slot).is_some_and(|p| p.bounce)
+    }
+
+    /// A transfer did not bring the data that its digest says.
+    fn digest_differs(&mut self, member: MemberId, slot: Slot) {
+        self.counters.digest_mismatches += 1;
+        let Some(part) = self.parts.get_mut(slot) else { return };
+        match (part.operation, part.bounce) {
+            (Operation::Read, false) => {
+                // The owner may have changed the memory meanwhile. Into a copy that nobody else knows it is asked for once more.
+                part.bounce = true;
+                self.requeue_read(slot);
+                self.send_unsent(slot);
+            }
+            (Operation::Read, true) => self.read_failed(member, slot),
+            (_, false) => {
+                part.pending.remove(member);
+                part.repeat = true;
+                self.part_progress(slot);
+            }
+            (_, true) => {
+                self.drop_member(member, "data arrives there with another digest than it was sent with")
+            }
         }
     }
 
@@ -246,18 +306,9 @@ impl Client {
                 self.end(super::OverReason::Fenced(header.epoch));
             }
             Status::IoError | Status::NoSpace if operation == Operation::Read => {
-                self.counters.read_errors += 1;
-                self.faults.count(member);
-                self.notice(Notice::ReadError(member, offset, length));
-                if let Some(part) = self.parts.get_mut(header.slot) {
-                    part.failed.insert(member);
-                    part.erred.insert(member);
-                }
-                self.requeue_read(header.slot);
-                if self.parts.get(header.slot).is_some_and(|p| p.state == PartState::Unsent) {
-                    self.send_if_active(header.slot);
-                }
+                self.read_failed(member, header.slot);
             }
+            Status::DigestDiffers => self.digest_differs(member, header.slot),
             Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
                 // The only current copy cannot write: the guest has to know; losing the leg would help nobody. Syncing members
                 // may carry the write out, now or later: they are lost, and come back with what the Clean one has.
@@ -268,6 +319,25 @@ impl Client {
             status => {
                 self.drop_member(member, &format!("{operation:?} at {offset}+{length} answered {status:?}"))
             }
+        }
+    }
+
+    /// A leg could not read, or not bring what it read: another one is asked.
+    fn read_failed(&mut self, member: MemberId, slot: Slot) {
+        let Some(part) = self.parts.get_mut(slot) else { return };
+        part.failed.insert(member);
+        part.erred.insert(member);
+        let (offset, length) = (part.offset, part.length);
+        self.counters.read_errors += 1;
+        self.faults.count(member);
+        self.notice(Notice::ReadError(member, offset, length));
+        self.requeue_read(slot);
+        self.send_unsent(slot);
+    }
+
+    fn send_unsent(&mut self, slot: Slot) {
+        if self.parts.get(slot).is_some_and(|p| p.state == PartState::Unsent) {
+            self.send_if_active(slot);
         }
     }
 
@@ -290,6 +360,11 @@ impl Client {
         if part.state != PartState::Sent || !is_answered {
             return;
         }
+        if part.repeat {
+            let sequence = self.next_sequence();
+            self.parts.repeat(slot, sequence);
+            return self.send_if_active(slot);
+        }
         if part.operation.is_write() {
             if !part.failed.is_subset(self.view_out()) && !mutant!(CompleteBeforeCommit) {
                 return; // Completes at the commit of the view that has them Out.
@@ -310,6 +385,9 @@ impl Client {
         let Some(part) = self.parts.get(slot).copied() else { return };
         if part.operation.has_data() {
             self.bytes_in_flight -= u64::from(part.length);
+        }
+        if part.bounce {
+            self.outputs.push_back(Output::Unbounce(slot));
         }
         self.release_part(slot);
         if let Some(op) = self.op_mut(part.op) {
@@ -500,6 +578,7 @@ impl Client {
         self.flush = None;
         let slots: Vec<_> = self.parts.slots().map(|(slot, _)| slot).collect();
         for slot in slots {
+            self.outputs.push_back(Output::Unbounce(slot));
             self.parts.release(slot, |_| {});
         }
         self.bytes_in_flight = 0;
@@ -557,6 +636,7 @@ impl Client {
         for slot in slots {
             let credit = self.parts.get(slot).filter(|p| p.operation.has_data()).map_or(0, |p| p.length);
             self.bytes_in_flight -= u64::from(credit);
+            self.outputs.push_back(Output::Unbounce(slot));
             self.parts.give_up(slot);
         }
         if let Some(op) = self.op_mut(index) {

@@ -65,6 +65,9 @@ pub struct Config {
     pub description: String,
     /// Displace a live client of another identity.
     pub takeover: bool,
+    /// Let any client displace this one that does not yield itself: for tools that attach for a moment, and must not keep a
+    /// guest from its disk.
+    pub yields: bool,
     /// The operator's override of the recovery rule: go on with this member alone, whatever it has, and take all others as
     /// wholly stale. Writes that only others have are lost. It is done once; later attaches of the client keep the rule.
     pub force_from: Option<MemberId>,
@@ -87,7 +90,27 @@ pub struct Config {
     /// A leg whose disk fails reads is resynchronised so many times within an hour; after that it is left out until the
     /// client attaches anew. Errors that come together count once.
     pub read_error_limit: u32,
+    /// What is done about memory that is changed while it is being written.
+    pub data_digest: DataDigest,
+    /// Most bytes of copies, and so of data in flight, unless `data_digest` is off.
+    pub bounce_memory: u32,
 }
+
+/// What is done about memory that its owner changes while it is being written: each leg would get other bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum DataDigest {
+    /// Nothing: members may differ in such a write. For owners that never do that.
+    #[default]
+    Off,
+    /// One digest goes to all legs, and a write that does not fit it on some leg is repeated on all from a copy. What is read
+    /// carries a digest too.
+    Detect,
+    /// As [`DataDigest::Detect`], and every write is sent from a copy at once.
+    Bounce,
+}
+
+/// [`Config::bounce_memory`] unless told otherwise: as much as a node grants one client by default.
+pub const DEFAULT_BOUNCE_MEMORY: u32 = 32 << 20;
 
 impl Config {
     /// The defaults, for a client with this identity and description.
@@ -97,6 +120,7 @@ impl Config {
             client,
             description: description.into(),
             takeover: false,
+            yields: false,
             force_from: None,
             observe: false,
             leg_timeout: Duration::from_secs(5),
@@ -107,6 +131,8 @@ impl Config {
             verify_hold: Duration::from_millis(20),
             tls: None,
             read_error_limit: DEFAULT_READ_ERROR_LIMIT,
+            data_digest: DataDigest::Off,
+            bounce_memory: DEFAULT_BOUNCE_MEMORY,
         }
     }
 }
@@ -253,7 +279,8 @@ pub enum Event<'a> {
     LinkUp(LinkId),
     /// A connection could not be made, or is gone. The driver has closed it already.
     LinkDown(LinkId, &'a str),
-    /// A message arrived. Data of a read went to where [`Client::payload_target`] said; other payloads are the body.
+    /// A message arrived. Data of a read went to where [`Client::payload_target`] said; other payloads are the body. An answer
+    /// whose data does not fit the digest in its header is handed in with [`crate::wire::Status::DigestDiffers`].
     Message(LinkId, &'a MessageHeader, &'a [u8]),
     /// Time has passed; due at the latest at [`Client::deadline`].
     Tick,
@@ -275,9 +302,24 @@ pub enum Payload {
         token: Token,
         /// Where the part starts in the request's memory, in bytes.
         offset: u64,
+        /// What protects it.
+        protection: Protection,
     },
     /// A body.
     Body(Vec<u8>),
+}
+
+/// What protects the data of a write from being changed while it is sent to several legs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Protection {
+    /// Nothing.
+    None,
+    /// The header gets the digest of the data. It is computed for the first leg, and is the same for all legs of one sequence:
+    /// their messages follow one another.
+    Digest,
+    /// The data is sent from a copy, made for the first message of the slot and kept until [`Output::Unbounce`], and the header
+    /// gets the copy's digest.
+    Bounce,
 }
 
 /// What the driver has to do, in this order.
@@ -289,6 +331,8 @@ pub enum Output {
     Disconnect(LinkId),
     /// Send a message; its header's `payload` is the length of the payload.
     Send(LinkId, MessageHeader, Payload),
+    /// The copy of the data of this slot, if there is one, is not needed any more.
+    Unbounce(Slot),
     /// A request is finished.
     Complete(Token, Result<(), IoError>),
     /// A command of [`Client::command`] is answered.
@@ -474,6 +518,10 @@ pub struct Counters {
     pub views: u64,
     /// Writes that waited for an overlapping one.
     pub overlapping: u64,
+    /// Transfers whose data did not fit their digest.
+    pub digest_mismatches: u64,
+    /// Parts of writes that were sent from a copy.
+    pub bounced: u64,
     /// Reads that a leg's disk failed, and that were repeated on another one.
     pub read_errors: u64,
 }

@@ -40,6 +40,12 @@ pub(super) struct Part {
     pub(super) offset: u64,
     pub(super) length: u32,
     pub(super) sequence: Sequence,
+    /// Its place in the line. A write that is sent with other data gets another sequence and keeps its place.
+    pub(super) order: Sequence,
+    /// Its data goes by way of a copy of the driver's.
+    pub(super) bounce: bool,
+    /// Some leg got other data than the digest says: the write is repeated on all, once all have answered.
+    pub(super) repeat: bool,
     /// Legs that were sent the part and have not answered.
     pub(super) pending: MemberSet,
     /// Legs that did not carry it out; the part completes when the committed view has them Out.
@@ -71,6 +77,9 @@ impl Part {
         offset: 0,
         length: 0,
         sequence: Sequence(0),
+        order: Sequence(0),
+        bounce: false,
+        repeat: false,
         pending: MemberSet::EMPTY,
         failed: MemberSet::EMPTY,
         erred: MemberSet::EMPTY,
@@ -154,7 +163,7 @@ impl Parts {
 
     /// The sequence up to which every write is complete, given the last one that was assigned.
     pub(super) fn watermark(&self, last_assigned: Sequence) -> Sequence {
-        let oldest = self.parts.get(usize::from(self.first)).map(|part| part.sequence);
+        let oldest = self.parts.get(usize::from(self.first)).map(|part| part.order);
         let unfinished = oldest.into_iter().chain(self.unsettled).min();
         let unfinished = unfinished.filter(|_| !mutant!(WatermarkTooHigh));
         unfinished.map_or(last_assigned, |sequence| Sequence(sequence.0 - 1))
@@ -164,7 +173,7 @@ impl Parts {
     pub(super) fn give_up(&mut self, slot: Slot) {
         let part = self.parts[usize::from(slot.0)];
         if part.barrier && !mutant!(UnsettledForgotten) {
-            let lowest = self.unsettled.map_or(part.sequence, |s| s.min(part.sequence));
+            let lowest = self.unsettled.map_or(part.order, |s| s.min(part.order));
             self.unsettled = Some(lowest);
         }
         self.release(slot, |_| {});
@@ -188,6 +197,7 @@ impl Parts {
             offset,
             length,
             sequence,
+            order: sequence,
             in_line: operation.is_write(),
             ..Part::FREE
         };
@@ -229,6 +239,7 @@ impl Parts {
             return;
         }
         part.sequence = sequence;
+        part.order = sequence;
         part.in_line = true;
         let blocker = self.blocker(index);
         self.link(index);
@@ -269,6 +280,20 @@ impl Parts {
         }
     }
 
+    /// Makes a write that all legs have answered `Unsent` again, to be sent from a copy under another sequence: some have carried
+    /// it out with other data, and nobody may take the two for the same.
+    pub(super) fn repeat(&mut self, slot: Slot, sequence: Sequence) {
+        let part = &mut self.parts[usize::from(slot.0)];
+        part.sequence = sequence;
+        part.repeat = false;
+        part.bounce = true;
+        part.failed = MemberSet::EMPTY;
+        part.state = PartState::Unsent;
+        if !std::mem::replace(&mut part.barrier, true) {
+            self.barriers += 1;
+        }
+    }
+
     /// Takes `member` out of every part that waits for it, and notes that it failed.
     pub(super) fn fail_member(&mut self, member: MemberId) {
         for part in &mut self.parts {
@@ -285,6 +310,7 @@ impl Parts {
             part.state = PartState::Unsent;
             part.pending = MemberSet::EMPTY;
             part.failed = MemberSet::EMPTY;
+            part.repeat = false;
         }
     }
 
@@ -343,7 +369,7 @@ impl Parts {
         let mut at = self.last;
         while at != NONE {
             let other = &self.parts[usize::from(at)];
-            if other.sequence < part.sequence && matters(other) && other.overlaps(part.offset, part.end()) {
+            if other.order < part.order && matters(other) && other.overlaps(part.offset, part.end()) {
                 return Some(at);
             }
             at = other.previous;
@@ -393,7 +419,7 @@ impl Parts {
     }
 
     fn is_only(&self, part: &Part) -> bool {
-        self.parts.get(usize::from(self.first)).is_some_and(|p| p.sequence == part.sequence)
+        self.parts.get(usize::from(self.first)).is_some_and(|p| p.order == part.order)
     }
 }
 

@@ -9,8 +9,8 @@
 
 use super::Client;
 use super::parts::PartState;
-use crate::pool::{MemberId, MemberSet, MemberState, Sequence, View};
-use crate::wire::{AttachReply, DirtyAddition, SlotEntry};
+use crate::pool::{MemberId, MemberSet, MemberState, Slot, View};
+use crate::wire::{AttachReply, DirtyAddition, MAX_SLOTS, SlotEntry};
 
 impl Client {
     /// The members that are stale after an unclean end, and what they and the `absent` ones miss. Those that are `powerless`
@@ -27,11 +27,7 @@ impl Client {
         let watermark =
             clean().filter(|(_, r)| !r.tables_lost).map(|(_, r)| r.watermark).max().unwrap_or_default();
         let open = |r: &AttachReply| -> Vec<SlotEntry> {
-            r.slots
-                .iter()
-                .filter(|s| s.sequence > watermark && !self.sends_again(s.sequence))
-                .copied()
-                .collect()
+            r.slots.iter().filter(|s| s.sequence > watermark && !self.sends_again(s)).copied().collect()
         };
         let newest = |r: &AttachReply| open(r).iter().map(|s| u128::from(s.sequence.0)).sum::<u128>();
         let has_table =
@@ -95,10 +91,15 @@ impl Client {
     }
 
     /// Whether a write is one of this client's own that it will send to every member again.
-    fn sends_again(&self, sequence: Sequence) -> bool {
-        self.parts
-            .slots()
-            .any(|(_, p)| p.operation.is_write() && p.state == PartState::Unsent && p.sequence == sequence)
+    fn sends_again(&self, entry: &SlotEntry) -> bool {
+        // It has had its slot all the time since it got its place; a write that failed stands under the mirrored one.
+        let is_its = |slot: Slot| slot == entry.slot || slot.0 + entry.slot.0 == MAX_SLOTS - 1;
+        self.parts.slots().any(|(slot, p)| {
+            p.operation.is_write()
+                && p.state == PartState::Unsent
+                && is_its(slot)
+                && (p.order..=p.sequence).contains(&entry.sequence)
+        })
     }
 
     /// What the intent map of a member covers, in bytes of the pool.

@@ -113,6 +113,7 @@ impl Client {
             client: self.config.client,
             takeover: self.config.takeover,
             rejoin: true,
+            yields: self.config.yields,
             description: self.config.description.clone(),
         };
         let header = self.header(Kind::Attach);

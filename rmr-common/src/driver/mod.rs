@@ -4,6 +4,7 @@
 //! [`PoolDriver::watch_changes`] names, passes readiness in, and calls [`PoolDriver::upkeep`] once at the end of each
 //! wake-up, which sends everything that was queued, one system call for each leg.
 
+mod bounce;
 mod pool;
 
 use std::io;
@@ -14,7 +15,8 @@ use vmm_sys_util::epoll::EventSet;
 
 pub use pool::{BlockingPool, Buffers, Pool, PoolError, discover};
 
-use crate::buffer::{Segment, gather};
+use crate::buffer::{self, Segment, gather};
+use crate::client::Protection;
 use crate::client::{
     Client, CommandToken, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason,
     Payload, PoolSelector, PoolStatus, Token,
@@ -27,7 +29,8 @@ use crate::transport::connect::{Connector, Dialled};
 use crate::transport::tcp::TcpConnection;
 use crate::transport::tls::ClientTls;
 use crate::transport::{Connection, Place, Receiver};
-use crate::wire::{Kind, MessageHeader};
+use crate::wire::{Kind, MessageHeader, Status, data_digest};
+use bounce::Bounces;
 
 struct Wire {
     connection: TcpConnection,
@@ -85,6 +88,7 @@ pub struct PoolDriver {
     attempts: [u64; MAX_LINKS],
     requests: Vec<Request>,
     free_requests: Vec<u32>,
+    bounces: Bounces,
     done: Vec<(Token, Result<(), IoError>)>,
     replies: Vec<(CommandToken, CommandReply)>,
     notices: Vec<Notice>,
@@ -128,6 +132,7 @@ impl PoolDriver {
             attempts: [0; MAX_LINKS],
             requests: Vec::new(),
             free_requests: Vec::new(),
+            bounces: Bounces::default(),
             done: Vec::new(),
             replies: Vec::new(),
             notices: Vec::new(),
@@ -384,7 +389,14 @@ impl PoolDriver {
         let Some(wire) = &mut self.wires[index] else { return };
         let link = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
         let owed = &mut self.owed[index];
-        let mut sink = Sink { client: &mut self.client, requests: &self.requests, owed, link, now: self.now };
+        let mut sink = Sink {
+            client: &mut self.client,
+            requests: &self.requests,
+            bounces: &mut self.bounces,
+            owed,
+            link,
+            now: self.now,
+        };
         if let Err(error) = wire.connection.receive(&mut sink) {
             self.lost(index, &error.to_string());
         }
@@ -415,15 +427,31 @@ impl PoolDriver {
                     match payload {
                         Payload::None => wire.connection.queue(&header, None),
                         Payload::Body(body) => wire.connection.queue(&header, Some(body)),
-                        Payload::Request { token, offset } => {
+                        Payload::Request { token, offset, protection } => {
                             let segments = segments_of(&self.requests, token);
-                            let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+                            let mut offset = usize::try_from(offset).unwrap_or(usize::MAX);
+                            let mut header = header;
+                            let copy;
+                            let segments = match protection {
+                                Protection::None => segments,
+                                Protection::Digest => {
+                                    header.digest = Some(self.bounces.digest(&header, segments, offset));
+                                    segments
+                                }
+                                Protection::Bounce => {
+                                    let (segment, digest) = self.bounces.copy(&header, segments, offset);
+                                    (header.digest, offset) = (Some(digest), 0);
+                                    copy = [segment];
+                                    &copy[..]
+                                }
+                            };
                             wire.connection.queue_data(&header, None, &mut |parts| {
                                 gather(segments, offset, header.payload as usize, parts);
                             });
                         }
                     }
                 }
+                Output::Unbounce(slot) => self.bounces.end(slot),
                 Output::Complete(token, result) => self.complete(token, result),
                 Output::CommandDone(token, reply) => self.replies.push((token, reply)),
                 Output::Connect(link, address) => {
@@ -466,9 +494,37 @@ fn segments_of(requests: &[Request], token: Token) -> &[Segment] {
 struct Sink<'a> {
     client: &'a mut Client,
     requests: &'a [Request],
+    bounces: &'a mut Bounces,
     owed: &'a mut Owed,
     link: LinkId,
     now: Time,
+}
+
+impl Sink<'_> {
+    /// Holds the data of an answer against its digest, and brings what came into a copy to where it belongs.
+    fn checked(&mut self, header: &MessageHeader) -> MessageHeader {
+        let mut header = *header;
+        let has_data = header.kind == Kind::IoReply && header.payload > 0;
+        let target = if has_data { self.client.payload_target(self.link, &header) } else { None };
+        let Some((token, offset)) = target else { return header };
+        let (segments, offset) =
+            (segments_of(self.requests, token), usize::try_from(offset).unwrap_or(usize::MAX));
+        let is_bounced = self.client.is_bounced(header.slot);
+        let differs = header.digest.is_some_and(|digest| {
+            digest
+                != if is_bounced {
+                    data_digest(self.bounces.data(header.slot))
+                } else {
+                    buffer::digest(segments, offset, header.payload as usize)
+                }
+        });
+        if differs {
+            header.status = Status::DigestDiffers;
+        } else if is_bounced {
+            buffer::copy_in(self.bounces.data(header.slot), segments, offset);
+        }
+        header
+    }
 }
 
 impl Receiver for Sink<'_> {
@@ -476,6 +532,10 @@ impl Receiver for Sink<'_> {
         let Some((token, offset)) = self.client.payload_target(self.link, header) else {
             return Place::Discard;
         };
+        if self.client.is_bounced(header.slot) {
+            segments.push(self.bounces.room(header));
+            return Place::Data;
+        }
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
         gather(segments_of(self.requests, token), offset, header.payload as usize, segments);
         Place::Data
@@ -483,6 +543,7 @@ impl Receiver for Sink<'_> {
 
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
         self.owed.received(header);
+        let header = &self.checked(header);
         self.client.apply(Event::Message(self.link, header, body), self.now);
     }
 }

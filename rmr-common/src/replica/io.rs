@@ -28,7 +28,11 @@ impl Replica {
         header: &MessageHeader,
         buffer: Option<BufferToken>,
     ) {
-        let status = self.check_request(connection, header);
+        let mut status = self.check_request(connection, header);
+        if status == Status::Ok && header.status == Status::DigestDiffers {
+            self.counters.digest_mismatches += 1;
+            status = Status::DigestDiffers;
+        }
         if status != Status::Ok {
             return self.refuse(connection, header, status, buffer);
         }
@@ -308,6 +312,8 @@ impl Replica {
         let mut reply = header.reply(reply_kind(header.kind), status);
         let payload = if header.kind == Kind::Read && status == Status::Ok {
             reply.payload = header.length;
+            // The value is the node's to fill in.
+            reply.digest = header.digest;
             ReplyPayload::Data(id)
         } else {
             ReplyPayload::None

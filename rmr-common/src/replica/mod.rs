@@ -134,7 +134,8 @@ pub enum ReplyPayload {
 /// What happened.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// A message of a client that was greeted (see [`Replica::greet`]). A write's data is in the buffer.
+    /// A message of a client that was greeted (see [`Replica::greet`]). A write's data is in the buffer; one whose data does not
+    /// fit the digest in its header is handed in with [`crate::wire::Status::DigestDiffers`].
     Message {
         /// Where it came from.
         connection: ConnectionId,
@@ -168,7 +169,7 @@ pub enum Event<'a> {
 /// What the node has to do, in this order.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Output {
-    /// Send a message; its header's `payload` is the length of the payload.
+    /// Send a message; its header's `payload` is the length of the payload. If it has a digest, that is the node's to fill in.
     Send(ConnectionId, MessageHeader, ReplyPayload),
     /// Carry out a disk request.
     Disk {
@@ -256,6 +257,8 @@ struct Holder {
     /// `None` once the connection is gone.
     connection: Option<ConnectionId>,
     since: Time,
+    /// Whoever comes and does not yield may have its place.
+    yields: bool,
 }
 
 #[derive(Clone, Copy)]

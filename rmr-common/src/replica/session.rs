@@ -112,6 +112,7 @@ impl Replica {
             && holder.connection.is_some_and(|c| c != connection)
             && holder.client != attach.client
             && !attach.takeover
+            && (!holder.yields || attach.yields)
             && !mutant!(TakeoverNotNeeded)
         {
             let text = holder.description.clone();
@@ -149,6 +150,7 @@ impl Replica {
             description: attach.description.clone(),
             connection: Some(connection),
             since: self.now,
+            yields: attach.yields,
         });
         let previous = self.last_client.replace(LastClient {
             client: attach.client,

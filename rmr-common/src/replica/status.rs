@@ -32,6 +32,8 @@ pub struct ReplicaCounters {
     pub errors: u64,
     /// Reads among them, and those for other members.
     pub read_errors: u64,
+    /// Writes whose data did not fit their digest.
+    pub digest_mismatches: u64,
     /// Requests refused: another epoch or view, or a broken rule.
     pub refused: u64,
 }

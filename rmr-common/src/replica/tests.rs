@@ -82,8 +82,16 @@ impl Bench {
 
     fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
         let client = ClientId::from_bytes([1; 16]);
-        let body = Attach { client, takeover: false, rejoin, description: "test".into() }.encode();
-        self.message(connection, self.header(Kind::Attach, epoch), &body);
+        let description = "test".into();
+        self.attach_with(
+            connection,
+            epoch,
+            &Attach { client, takeover: false, rejoin, yields: false, description },
+        );
+    }
+
+    fn attach_with(&mut self, connection: u32, epoch: u64, attach: &Attach) {
+        self.message(connection, self.header(Kind::Attach, epoch), &attach.encode());
     }
 
     /// A view without `lost`, which has missed the chunks at these indices.
@@ -349,4 +357,32 @@ fn a_write_that_the_disk_failed_is_told_to_the_next_client_and_is_like_no_other(
     let [entry] = reply.slots[..] else { panic!("{:?}", reply.slots) };
     assert_eq!((entry.sequence, entry.offset, entry.length), (Sequence(7), 4096, 4096));
     assert_ne!(entry.slot, Slot(3), "a member that carried it out has the same entry");
+}
+
+#[test]
+fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
+    let mut bench = Bench::new(true);
+    let attach = |client, yields| Attach {
+        client: ClientId::from_bytes([client; 16]),
+        takeover: false,
+        rejoin: false,
+        yields,
+        description: format!("client {client}"),
+    };
+    let status = |bench: &mut Bench, to: u32| {
+        bench.durable();
+        let outputs = std::mem::take(&mut bench.outputs);
+        outputs.iter().find_map(|o| match o {
+            Output::Send(c, header, _) if *c == ConnectionId(to) => Some(header.status),
+            _ => None,
+        })
+    };
+    bench.attach_with(1, 1, &attach(1, true));
+    assert_eq!(status(&mut bench, 1), Some(Status::Ok));
+    bench.attach_with(2, 2, &attach(2, true));
+    assert_eq!(status(&mut bench, 2), Some(Status::Held));
+    bench.attach_with(3, 2, &attach(3, false));
+    assert_eq!(status(&mut bench, 3), Some(Status::Ok));
+    bench.attach_with(4, 3, &attach(4, false));
+    assert_eq!(status(&mut bench, 4), Some(Status::Held), "a guest's client does not yield");
 }

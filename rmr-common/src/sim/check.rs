@@ -448,6 +448,19 @@ impl World<'_> {
         let Some(view) = self.hosts[host].committed.clone() else {
             return Err("completed before an attach".into());
         };
+        let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
+        for sector in (request.first..request.first + request.count).filter(|&s| !self.oracle.is_open(s)) {
+            let value = |index: usize| self.nodes[index].disk.sectors[sector];
+            // The content of memory that was changed in flight is not known, but it is the same everywhere.
+            if let Some(&other) = clean.iter().find(|&&i| value(i) != value(clean[0])) {
+                return Err(format!(
+                    "completed, and sector {sector} is {} on node {} and {} on node {other}",
+                    Oracle::name(value(clean[0])),
+                    clean[0],
+                    Oracle::name(value(other))
+                ));
+            }
+        }
         for member in view.active().iter() {
             let node = &self.nodes[self.node_index(member)];
             for sector in request.first..request.first + request.count {

@@ -29,12 +29,14 @@ pub const SITUATIONS: &[&str] = &[
     "client detached",
     "client fenced",
     "client started after a detach",
+    "data damaged on its way",
     "disk error shown to the guest",
     "dirty bit set for an absent member",
     "dirty bit cleared by a report",
     "every Clean leg lost unflushed writes",
     "flush failed at a Syncing member",
     "flush round shared",
+    "guest changed memory in flight",
     "guest write failed at a Syncing member",
     "guest write made stale blocks fresh",
     "guest write waits for a pulled write",
@@ -63,6 +65,7 @@ pub const SITUATIONS: &[&str] = &[
     "pulled from a source that was restarted",
     "pulled write failed",
     "read repeated on another leg",
+    "read repeated for its digest",
     "rejoin",
     "request refused after writes were lost",
     "request failed after the suspend timeout",
@@ -90,6 +93,8 @@ pub const SITUATIONS: &[&str] = &[
     "unreadable block healed by a resync",
     "view change superseded by a further loss",
     "write of a fenced client failed",
+    "write refused for its digest",
+    "write sent from a copy",
 ];
 
 impl Coverage {

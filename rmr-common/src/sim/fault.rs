@@ -97,6 +97,9 @@ impl World<'_> {
         };
         let first = first.min(sectors - length);
         self.cover_submit(operation, length);
+        if operation == Operation::Read && self.rng.percent(2) {
+            self.scribbles += 1;
+        }
         self.submit(host, operation, first, length)
     }
 

@@ -28,6 +28,9 @@ struct Candidate {
     observed: Step,
     /// When the value stopped to be possible.
     removed: Step,
+    /// The write in flight whose value a read found in its place. If that ends with an error, another member may have this value
+    /// still, and be the only one that is left. Zero for none.
+    doubt: WriteId,
 }
 
 /// The values that the sectors of a pool may have.
@@ -38,7 +41,7 @@ pub(super) struct Oracle {
 
 impl Oracle {
     pub(super) fn new(sectors: usize) -> Self {
-        let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER };
+        let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER, doubt: 0 };
         Self {
             writes: vec![Write { start: 0, end: 0, failed: false }],
             sectors: vec![vec![genesis]; sectors],
@@ -55,7 +58,13 @@ impl Oracle {
         let id = self.reserve(now);
         for i in 0..count {
             let value = if zero { 0 } else { Self::stamp(id, i) };
-            self.sectors[first + i].push(Candidate { write: id, value, observed: NEVER, removed: NEVER });
+            self.sectors[first + i].push(Candidate {
+                write: id,
+                value,
+                observed: NEVER,
+                removed: NEVER,
+                doubt: 0,
+            });
         }
         id
     }
@@ -76,9 +85,11 @@ impl Oracle {
             for candidate in sector.iter_mut() {
                 if candidate.write != id && self.writes[candidate.write as usize].end < start {
                     candidate.removed = candidate.removed.min(now);
+                    candidate.doubt = 0;
                 }
             }
-            sector.retain(|c| c.removed > oldest);
+            let writes = &self.writes;
+            sector.retain(|c| c.removed > oldest || (c.doubt != 0 && writes[c.doubt as usize].end == NEVER));
         }
     }
 
@@ -88,6 +99,18 @@ impl Oracle {
         if write.end == NEVER {
             write.end = now;
             write.failed = true;
+        }
+    }
+
+    /// The client said that the write failed: it promises nothing about it, not even what reads have shown before.
+    pub(super) fn refuse(&mut self, id: WriteId, first: usize, count: usize, now: Step) {
+        if self.writes[id as usize].end != NEVER {
+            return;
+        }
+        self.fail(id, now);
+        for candidate in self.sectors[first..first + count].iter_mut().flatten().filter(|c| c.doubt == id) {
+            candidate.removed = NEVER;
+            candidate.doubt = 0;
         }
     }
 
@@ -103,7 +126,16 @@ impl Oracle {
             return;
         }
         let write = u32::try_from(value >> 24).unwrap_or(0);
-        candidates.push(Candidate { write, value, observed: NEVER, removed: NEVER });
+        candidates.push(Candidate { write, value, observed: NEVER, removed: NEVER, doubt: 0 });
+    }
+
+    /// The guest has changed what a write that is in flight writes to a sector: it may become either.
+    pub(super) fn vary(&mut self, id: WriteId, sector: usize, value: u64) {
+        // What a client that is fenced writes is never seen.
+        if self.sectors[sector].iter().any(|c| c.write == id) {
+            let (observed, removed) = (NEVER, NEVER);
+            self.sectors[sector].push(Candidate { write: id, value, observed, removed, doubt: 0 });
+        }
     }
 
     /// Checks what a read that began at `start` returned for a sector, and learns from it.
@@ -120,6 +152,8 @@ impl Oracle {
             ));
         }
         let oldest = candidates.iter().filter(|c| matching(c)).map(|c| writes[c.write as usize].start).min();
+        let in_flight = |c: &&Candidate| matching(c) && writes[c.write as usize].end == NEVER;
+        let doubt = candidates.iter().find(in_flight).map_or(0, |c| c.write);
         for candidate in candidates.iter_mut() {
             if candidate.value == value {
                 if matches == 1 && matching(candidate) {
@@ -128,6 +162,9 @@ impl Oracle {
             } else if candidate.observed < start
                 || oldest.is_some_and(|oldest| writes[candidate.write as usize].end < oldest)
             {
+                if candidate.removed == NEVER {
+                    candidate.doubt = doubt;
+                }
                 candidate.removed = candidate.removed.min(now);
             }
         }

@@ -10,7 +10,7 @@ use super::node::{Content, Node, Target};
 use super::oracle::{Oracle, SECTOR, Step, WriteId};
 use super::peers::{FIRST_PEER, Peer};
 use super::rng::Rng;
-use crate::client::{self, Client, LinkId, Operation, Payload, PoolSelector, Token};
+use crate::client::{self, Client, LinkId, Operation, Payload, PoolSelector, Protection, Token};
 use crate::pool::{
     Address, ChunkSize, ClientId, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, View,
 };
@@ -158,6 +158,8 @@ pub(super) struct Request {
     pub(super) start: Step,
     pub(super) write: Option<WriteId>,
     memory: Vec<u64>,
+    /// How often the guest has changed the memory of a write.
+    changes: u64,
 }
 
 /// A client and the machine it runs on.
@@ -181,6 +183,9 @@ pub(super) struct Host {
     pub(super) has_lost_writes: bool,
     pub(super) last_flush: u64,
     tick_at: u64,
+    /// What the driver keeps: copies by slot, and the digest of the last message.
+    copies: BTreeMap<u16, Vec<u64>>,
+    digest: Option<((u16, u64, u64, u64), u32)>,
     pub(super) partitioned: Vec<bool>,
     /// Messages between the client and a node arrive no earlier than this.
     pub(super) stalled_until: Vec<u64>,
@@ -213,6 +218,10 @@ pub(super) struct Profile {
     pub(super) audits: u64,
     /// Whether disks rot.
     pub(super) rot: bool,
+    /// Per cent of the transfers before which the guest changes the memory that is sent.
+    restless: u64,
+    /// Per mille of the transfers with a digest whose data arrives damaged.
+    damage: u64,
 }
 
 pub(super) struct World<'a> {
@@ -250,6 +259,8 @@ pub(super) struct World<'a> {
     pub(super) views: BTreeMap<(u64, u64), View>,
     /// Whether some member was attached that no client had left in good order.
     pub(super) unclean: bool,
+    /// So many answers to reads find their memory changed by the guest.
+    pub(super) scribbles: u64,
     trace: Option<&'a mut dyn Write>,
 }
 
@@ -302,6 +313,13 @@ impl<'a> World<'a> {
         client.reconnect_interval = milliseconds(&mut rng, &[10, 50, 300]);
         client.ping_interval = milliseconds(&mut rng, &[50, 200, 1000]);
         client.verify_hold = milliseconds(&mut rng, &[5, 20, 200]);
+        client.data_digest = rng.pick(&[
+            client::DataDigest::Off,
+            client::DataDigest::Off,
+            client::DataDigest::Detect,
+            client::DataDigest::Bounce,
+        ]);
+        client.bounce_memory = rng.pick(&[8192, 1 << 18, 32 << 20]);
         client.read_error_limit = u32::try_from(rng.pick(&[0, 1, 16])).unwrap_or(1);
         let max_io = rng.pick(&[4096, 16384, 65536, 262_144, 1 << 20]);
         let limits =
@@ -331,6 +349,8 @@ impl<'a> World<'a> {
             client_crashes: rng.percent(40),
             audits: if rng.percent(35) { rng.range(1, 8) } else { 0 },
             rot: rng.percent(60),
+            restless: rng.pick(&[0, 10, 50]),
+            damage: rng.pick(&[0, 0, 5]),
         };
         let sectors = usize::try_from(size / SECTOR).unwrap_or(0);
         let mut world = Self {
@@ -359,6 +379,7 @@ impl<'a> World<'a> {
             committed: None,
             views: BTreeMap::from([((1, 0), view)]),
             unclean: false,
+            scribbles: 0,
             trace,
             spec,
         };
@@ -578,6 +599,8 @@ impl<'a> World<'a> {
                 let found = self.nodes[node].reads.remove(&io.0);
                 let found = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
                 message.data = found.into_iter().map(super::verify::strip).collect();
+                header.digest = header.digest.map(|_| digest_of(&message.data));
+                message.header = header;
             }
             ReplyPayload::Body(body) => message.body = body,
         }
@@ -703,10 +726,78 @@ impl<'a> World<'a> {
 
     // Network ----------------------------------------------------------------------------------------------------
 
-    fn send(&mut self, index: usize, to_node: bool, message: Message) -> Check {
+    /// Sends data with the digest that it has; the guest may have changed it since, before any leg was sent it or between.
+    fn protected_data(
+        &mut self,
+        host: usize,
+        token: Token,
+        range: std::ops::Range<usize>,
+        protection: Protection,
+        message: &mut Message,
+    ) -> Check {
+        let header = message.header;
+        let missing = || format!("{token:?} sends data it does not have");
+        let memory = |world: &Self| {
+            let request = world.hosts[host].requests.get(&token.0);
+            request.and_then(|r| r.memory.get(range.clone())).map(<[u64]>::to_vec).ok_or_else(missing)
+        };
+        let slot = header.slot.0;
+        match protection {
+            Protection::None => message.data = memory(self)?,
+            Protection::Bounce => {
+                let copy = match self.hosts[host].copies.get(&slot) {
+                    Some(copy) if copy.len() == range.len() => copy.clone(),
+                    Some(_) => return Err(format!("slot {slot} has a copy of another request")),
+                    None => memory(self)?,
+                };
+                self.hosts[host].copies.insert(slot, copy.clone());
+                message.header.digest = Some(digest_of(&copy));
+                message.data = copy;
+                self.coverage.hit("write sent from a copy");
+            }
+            Protection::Digest => {
+                let key = (slot, header.sequence.0, header.epoch.0, header.view.0);
+                let digest = match self.hosts[host].digest {
+                    Some((last, digest)) if last == key => digest,
+                    _ => digest_of(&memory(self)?),
+                };
+                self.hosts[host].digest = Some((key, digest));
+                message.header.digest = Some(digest);
+                if self.rng.percent(self.profile.restless) {
+                    self.change_memory(host, token, &range);
+                }
+                message.data = memory(self)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest changes a sector of the memory that it writes from.
+    fn change_memory(&mut self, host: usize, token: Token, range: &std::ops::Range<usize>) {
+        let index = range.start + self.rng.index(range.len());
+        let Some(request) = self.hosts[host].requests.get_mut(&token.0) else { return };
+        let Some(write) = request.write else { return };
+        request.changes += 1;
+        let value = Oracle::stamp(write, index) | (request.changes & 0xff) << 16;
+        request.memory[index] = value;
+        let sector = request.first + index;
+        self.oracle.vary(write, sector, value);
+        self.coverage.hit("guest changed memory in flight");
+    }
+
+    fn send(&mut self, index: usize, to_node: bool, mut message: Message) -> Check {
         let decoded = MessageHeader::decode(&message.header.encode());
         if decoded != Ok(message.header) {
             return Err(format!("{:?} does not survive the wire: {decoded:?}", message.header));
+        }
+        let is_damaged = message.header.digest.is_some()
+            && !self.is_calm
+            && self.profile.damage > 0
+            && self.rng.range(0, 999) < self.profile.damage;
+        if is_damaged && let Some(first) = message.data.first_mut() {
+            self.coverage.hit("data damaged on its way");
+            self.had_errors = true;
+            *first ^= 1 << 63;
         }
         let delay = self.rng.range(1, self.profile.network_delay);
         let connection = &self.connections[index];
@@ -757,6 +848,11 @@ impl<'a> World<'a> {
         if !is_greeted || header.pool != self.spec.id {
             return Err(format!("{:?} for pool {} before the hello", header.kind, header.pool));
         }
+        let mut header = header;
+        if header.kind == Kind::Write && header.digest.is_some_and(|d| d != digest_of(&message.data)) {
+            header.status = Status::DigestDiffers;
+            self.coverage.hit("write refused for its digest");
+        }
         let buffer = (header.kind == Kind::Write).then(|| {
             let node = &mut self.nodes[node];
             node.next_buffer += 1;
@@ -788,7 +884,7 @@ impl<'a> World<'a> {
         self.send(index, false, Message { header: reply, body, data: Vec::new() })
     }
 
-    fn deliver_to_client(&mut self, index: usize, message: Message) -> Check {
+    fn deliver_to_client(&mut self, index: usize, mut message: Message) -> Check {
         let connection = &self.connections[index];
         let (host, link) = (connection.host, connection.link);
         if connection.is_cut || connection.client_closed {
@@ -797,6 +893,14 @@ impl<'a> World<'a> {
         if !message.data.is_empty()
             && let Some((token, offset)) = self.hosts[host].client.payload_target(link, &message.header)
         {
+            // A guest may scribble over the memory that it reads into; then its data is not what was sent.
+            let is_scribbled = !self.hosts[host].client.is_bounced(message.header.slot) && self.scribbles > 0;
+            self.scribbles -= u64::from(is_scribbled);
+            let differs = message.header.digest.is_some_and(|d| d != digest_of(&message.data));
+            if message.header.digest.is_some() && (is_scribbled || differs) {
+                message.header.status = Status::DigestDiffers;
+                self.coverage.hit("read repeated for its digest");
+            }
             let request = self.hosts[host].requests.get_mut(&token.0);
             let request = request.ok_or_else(|| format!("data for {token:?}, which is finished"))?;
             let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
@@ -931,6 +1035,8 @@ impl<'a> World<'a> {
             has_lost_writes: false,
             last_flush: u64::MAX,
             tick_at: u64::MAX,
+            copies: BTreeMap::new(),
+            digest: None,
             partitioned: vec![false; nodes],
             stalled_until: vec![0; nodes],
         });
@@ -966,6 +1072,9 @@ impl<'a> World<'a> {
                 client::Output::Send(link, header, payload) => {
                     self.client_sends(host, link, header, payload)?;
                 }
+                client::Output::Unbounce(slot) => {
+                    self.hosts[host].copies.remove(&slot.0);
+                }
                 client::Output::Complete(token, result) => self.complete(host, token, result)?,
                 client::Output::CommandDone(..) => {}
                 client::Output::Notice(notice) => {
@@ -991,12 +1100,10 @@ impl<'a> World<'a> {
         match payload {
             Payload::None => {}
             Payload::Body(body) => message.body = body,
-            Payload::Request { token, offset } => {
+            Payload::Request { token, offset, protection } => {
                 let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
                 let count = usize::try_from(u64::from(header.payload) / SECTOR).unwrap_or(usize::MAX);
-                let request = self.hosts[host].requests.get(&token.0);
-                let data = request.and_then(|r| r.memory.get(first..first + count));
-                message.data = data.ok_or_else(|| format!("{token:?} sends data it does not have"))?.to_vec();
+                self.protected_data(host, token, first..first + count, protection, &mut message)?;
             }
         }
         if header.kind == Kind::Read {
@@ -1027,7 +1134,7 @@ impl<'a> World<'a> {
             (Operation::Read, _) => vec![u64::MAX; count],
             _ => Vec::new(),
         };
-        let request = Request { operation, first, count, start: self.step, write, memory };
+        let request = Request { operation, first, count, start: self.step, write, memory, changes: 0 };
         trace!(self, "client {host}: {token:?} {operation:?} sectors {first}+{count} as write {write:?}");
         self.hosts[host].requests.insert(token.0, request);
         let (offset, length) = (first as u64 * SECTOR, count as u64 * SECTOR);
@@ -1045,7 +1152,7 @@ impl<'a> World<'a> {
         if let Err(error) = result {
             self.check_error(host, error).map_err(described)?;
             if let Some(write) = request.write {
-                self.oracle.fail(write, step);
+                self.oracle.refuse(write, request.first, request.count, step);
             }
             return Ok(());
         }
@@ -1076,4 +1183,10 @@ impl<'a> World<'a> {
             }
         }
     }
+}
+
+/// The digest of sectors.
+fn digest_of(sectors: &[u64]) -> u32 {
+    let bytes: Vec<u8> = sectors.iter().flat_map(|s| s.to_le_bytes()).collect();
+    crate::wire::data_digest(&bytes)
 }

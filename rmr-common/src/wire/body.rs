@@ -407,6 +407,8 @@ pub struct Attach {
     /// Bring this member back in under the epoch that the client has already. An attachment that begins needs a higher one,
     /// even from a client of the same identity, which may be another process.
     pub rejoin: bool,
+    /// While it is attached, any other client that does not yield may displace it.
+    pub yields: bool,
     /// Who the client is, in words for operators; named to whoever is refused because of it.
     pub description: String,
 }
@@ -419,6 +421,7 @@ impl Attach {
         e.uuid(self.client.as_bytes())
             .u8(self.takeover.into())
             .u8(self.rejoin.into())
+            .u8(self.yields.into())
             .text(&self.description);
         e.finish()
     }
@@ -430,7 +433,8 @@ impl Attach {
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::Attach, body);
         let client = ClientId::from_bytes(d.uuid()?);
-        let attach = Self { client, takeover: d.u8()? != 0, rejoin: d.u8()? != 0, description: d.text()? };
+        let (takeover, rejoin, yields) = (d.u8()? != 0, d.u8()? != 0, d.u8()? != 0);
+        let attach = Self { client, takeover, rejoin, yields, description: d.text()? };
         d.finish()?;
         Ok(attach)
     }
@@ -787,8 +791,13 @@ mod tests {
             epoch: Epoch(4),
         };
         check(&reply, reply.encode(), HelloReply::decode);
-        let attach =
-            Attach { client: ClientId::random(), takeover: true, rejoin: true, description: "x".into() };
+        let attach = Attach {
+            client: ClientId::random(),
+            takeover: true,
+            rejoin: true,
+            yields: true,
+            description: "x".into(),
+        };
         check(&attach, attach.encode(), Attach::decode);
         let entry = SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512 };
         let attached = AttachReply {

@@ -173,6 +173,8 @@ pub enum Status {
     Stopping = 11,
     /// The node is at a limit (connections, memory).
     Limit = 12,
+    /// The data does not fit the digest in the header: it was changed on its way, or while it was sent.
+    DigestDiffers = 13,
 }
 
 impl Status {
@@ -193,6 +195,7 @@ impl Status {
             10 => Self::IllegalView,
             11 => Self::Stopping,
             12 => Self::Limit,
+            13 => Self::DigestDiffers,
             _ => return None,
         })
     }
@@ -246,7 +249,12 @@ pub struct MessageHeader {
     pub watermark: Sequence,
     /// First byte of the pool that the request covers.
     pub offset: u64,
+    /// CRC32C of the data that follows; in a Read that the answer is to carry one, whatever the value.
+    pub digest: Option<u32>,
 }
+
+/// The bit of the flags that says that a digest is there.
+const FLAG_DIGEST: u8 = 1;
 
 impl MessageHeader {
     /// A header of `kind` for `pool` with every other field zero.
@@ -265,6 +273,7 @@ impl MessageHeader {
             sequence: Sequence(0),
             watermark: Sequence(0),
             offset: 0,
+            digest: None,
         }
     }
 
@@ -275,6 +284,7 @@ impl MessageHeader {
         reply.kind = kind;
         reply.status = status;
         reply.payload = 0;
+        reply.digest = None;
         reply
     }
 
@@ -286,7 +296,7 @@ impl MessageHeader {
             status: U16::new(self.status as u16),
             slot: U16::new(self.slot.0),
             missing: self.missing.0,
-            flags: 0,
+            flags: if self.digest.is_some() { FLAG_DIGEST } else { 0 },
             payload: U32::new(self.payload),
             length: U32::new(self.length),
             pool: *self.pool.as_bytes(),
@@ -295,7 +305,7 @@ impl MessageHeader {
             sequence: U64::new(self.sequence.0),
             watermark: U64::new(self.watermark.0),
             offset: U64::new(self.offset),
-            digest: U32::new(0),
+            digest: U32::new(self.digest.unwrap_or(0)),
             reserved: U32::new(0),
         };
         zerocopy::transmute!(raw)
@@ -311,7 +321,12 @@ impl MessageHeader {
         let kind = Kind::from_code(raw.kind.get()).ok_or_else(|| unknown("message kind", raw.kind.get()))?;
         let status =
             Status::from_code(raw.status.get()).ok_or_else(|| unknown("status", raw.status.get()))?;
-        if raw.flags != 0 || raw.digest.get() != 0 || raw.reserved.get() != 0 {
+        let has_digest = raw.flags == FLAG_DIGEST;
+        let may_have_digest = matches!(kind, Kind::Write | Kind::Read | Kind::IoReply);
+        if !has_digest && (raw.flags != 0 || raw.digest.get() != 0)
+            || has_digest && !may_have_digest
+            || raw.reserved.get() != 0
+        {
             return Err(WireError::UnknownCode { what: "reserved field", found: u64::from(raw.flags) });
         }
         let limit = |what, found: u64, most: u64, expected| {
@@ -333,6 +348,7 @@ impl MessageHeader {
             sequence: Sequence(raw.sequence.get()),
             watermark: Sequence(raw.watermark.get()),
             offset: raw.offset.get(),
+            digest: has_digest.then_some(raw.digest.get()),
         };
         if kind == Kind::Write && header.payload != header.length {
             return Err(WireError::Limit {
@@ -376,6 +392,22 @@ mod tests {
     fn a_header_survives_the_wire() {
         let header = sample();
         assert_eq!(MessageHeader::decode(&header.encode()), Ok(header));
+    }
+
+    #[test]
+    fn a_digest_stands_with_its_flag_in_messages_with_data_only() {
+        for digest in [Some(0), Some(7), Some(u32::MAX)] {
+            let header = MessageHeader { digest, ..sample() };
+            let bytes = header.encode();
+            assert_eq!((bytes[7], &bytes[72..76]), (1, &digest.unwrap().to_le_bytes()[..]));
+            assert_eq!(MessageHeader::decode(&bytes), Ok(header));
+            assert_eq!(header.reply(Kind::IoReply, Status::Ok).digest, None);
+            let ping = MessageHeader { digest, ..MessageHeader::new(Kind::Ping, PoolId::random()) };
+            assert!(MessageHeader::decode(&ping.encode()).is_err());
+        }
+        let mut bytes = sample().encode();
+        bytes[72] = 1;
+        assert!(MessageHeader::decode(&bytes).is_err(), "a digest without its flag");
     }
 
     #[test]

@@ -12,7 +12,9 @@ pub use body::{
     Attach, AttachReply, ChunkList, Decoder, DirtyAddition, Encoder, Hello, HelloReply, Limits, Prepare,
     PullReply, Role, SetView, SlotEntry,
 };
-pub use frame::{FRAME_HEADER_SIZE, FRAME_MAGIC, FrameHeader, MAX_FRAME_MESSAGES, frame_crc};
+pub use frame::{
+    FRAME_HEADER_SIZE, FRAME_MAGIC, FrameHeader, MAX_FRAME_MESSAGES, frame_crc, frame_crc as data_digest,
+};
 pub use header::{HEADER_SIZE, Kind, MessageHeader, Status};
 pub use verify::{Compare, CompareReply, DigestReply, MAX_COMPARE, block_digest, block_digests};
 

@@ -232,6 +232,8 @@ pub struct IoCounters {
     pub errors: u64,
     /// Reads that the disk failed, those for other members' resync included.
     pub read_errors: u64,
+    /// Writes whose data did not arrive as their digest says.
+    pub digest_mismatches: u64,
     /// Requests taken and not answered yet.
     pub in_flight: u64,
 }

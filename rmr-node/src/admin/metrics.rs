@@ -40,7 +40,7 @@ impl Page {
 
     fn stores(&mut self, pools: &[PoolStatus]) {
         type Value = fn(&PoolStatus) -> Option<u64>;
-        let families: [(&str, &str, &str, Value); 22] = [
+        let families: [(&str, &str, &str, Value); 23] = [
             ("rmr_pool_size_bytes", "gauge", "Size of the pool.", |p| Some(p.spec.size)),
             ("rmr_store_serving", "gauge", "1 if the store serves, 0 if it waits or failed.", |p| {
                 Some(u64::from(p.store_state == StoreState::Serving))
@@ -71,6 +71,12 @@ impl Page {
             ("rmr_store_read_errors_total", "counter", "Reads that the disk failed.", |p| {
                 Some(p.io.read_errors)
             }),
+            (
+                "rmr_store_digest_mismatches_total",
+                "counter",
+                "Writes that arrived with another digest.",
+                |p| Some(p.io.digest_mismatches),
+            ),
             ("rmr_store_in_flight", "gauge", "Requests taken and not answered.", |p| Some(p.io.in_flight)),
             ("rmr_store_read_p99_microseconds", "gauge", "99th percentile of read latency.", |p| {
                 p.latency.map(|l| l.read_p99_us)

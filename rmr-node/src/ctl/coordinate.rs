@@ -64,19 +64,30 @@ pub(super) async fn deliver(
     command: &Command,
     limit: Duration,
 ) -> Result<PoolSpec, NotDone> {
-    let reply = match ask(context, survey, picture, command, limit).await? {
-        Answered::Reply(reply) => reply,
-        Answered::Hold(hold) => {
-            let reply = hold.command(command.clone()).await;
-            hold.release().await;
-            reply?
+    let mut why = String::new();
+    for _ in 0..ATTEMPTS {
+        let (reply, is_here) = match ask(context, survey, picture, command, limit).await? {
+            Answered::Reply(reply) => (reply, false),
+            Answered::Hold(hold) => {
+                let reply = hold.command(command.clone()).await;
+                hold.release().await;
+                (reply?, true)
+            }
+        };
+        match reply {
+            CommandReply::Done { spec, .. } => return Ok(spec),
+            // A guest's client came meanwhile.
+            CommandReply::Refused { reason: Refusal::CoordinatorLost | Refusal::NoCoordinator, text }
+                if is_here =>
+            {
+                why = text
+            }
+            CommandReply::Refused { reason, text } => return Err(NotDone::Refused { reason, text }),
+            CommandReply::Verify { .. } => return Err(NotDone::Unexpected),
         }
-    };
-    match reply {
-        CommandReply::Done { spec, .. } => Ok(spec),
-        CommandReply::Refused { reason, text } => Err(NotDone::Refused { reason, text }),
-        CommandReply::Verify { .. } => Err(NotDone::Unexpected),
+        tokio::time::sleep(PAUSE).await;
     }
+    Err(NotDone::NotAttached(why))
 }
 
 /// Who is to carry a command out.
@@ -178,6 +189,8 @@ impl Hold {
         let who = format!("rmrctl on {}, process {}", host.trim(), std::process::id());
         let mut config = Config::new(ClientId::random(), who);
         config.force_from = force_from;
+        // A guest that starts now gets its disk.
+        config.yields = true;
         config.tls.clone_from(&context.tls);
         let selector = PoolSelector::Id(spec.id);
         let seeds: Vec<Address> = spec.members.iter().map(|m| m.address.clone()).collect();

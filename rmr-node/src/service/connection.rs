@@ -10,7 +10,7 @@ use rmr_common::replica::{BufferToken, ConnectionId, Event};
 use rmr_common::time::Time;
 use rmr_common::transport::tcp::TcpConnection;
 use rmr_common::transport::{Connection, Place, Receiver};
-use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader};
+use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader, Status, data_digest};
 use vmm_sys_util::epoll::EventSet;
 
 use super::member::Member;
@@ -101,6 +101,12 @@ impl WriteBuffers {
     /// Takes the buffer out; `None` when the disk has it already.
     pub(super) fn take(&mut self, token: BufferToken) -> Option<Buffer> {
         self.buffers.get_mut(token.0 as usize).and_then(Option::take)
+    }
+
+    /// Whether a buffer's data is not what the digest says.
+    fn differs(&self, token: BufferToken, digest: u32) -> bool {
+        let buffer = self.buffers.get(token.0 as usize).and_then(Option::as_ref);
+        buffer.is_some_and(|buffer| data_digest(buffer.bytes()) != digest)
     }
 
     /// Ends the life of a token.
@@ -203,7 +209,13 @@ impl Receiver for Sink<'_> {
                         *self.error = Some("more requests outstanding than a session has slots");
                     }
                 }
-                let event = Event::Message { connection: self.id, header, body, buffer };
+                let mut checked = *header;
+                if let (Some(token), Some(digest)) = (buffer, header.digest)
+                    && self.writes.differs(token, digest)
+                {
+                    checked.status = Status::DigestDiffers;
+                }
+                let event = Event::Message { connection: self.id, header: &checked, body, buffer };
                 member.replica.apply(event, self.now);
             }
             None if header.kind == Kind::Hello && self.greeting.is_none() && header.payload <= MAX_HELLO => {

@@ -384,6 +384,7 @@ impl Member {
                 compared_bytes: counters.digested_blocks * BLOCK_SIZE,
                 errors: counters.errors,
                 read_errors: counters.read_errors,
+                digest_mismatches: counters.digest_mismatches,
                 in_flight: status.in_flight as u64,
             },
             latency: None,

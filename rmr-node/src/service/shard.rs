@@ -22,7 +22,7 @@ use rmr_common::time::Time;
 use rmr_common::transport::Connection;
 use rmr_common::transport::connect::Connector;
 use rmr_common::transport::tcp::TcpConnection;
-use rmr_common::wire::{Hello, Kind, MessageHeader, Status, block_digests};
+use rmr_common::wire::{Hello, Kind, MessageHeader, Status, block_digests, data_digest};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -629,6 +629,9 @@ impl Shard {
             (ReplyPayload::Body(body), _) => peer.wire.queue(header, Some(body)),
             (_, Some(buffer)) => {
                 let segment = buffer.segment();
+                let mut header = *header;
+                header.digest = header.digest.map(|_| data_digest(buffer.bytes()));
+                let header = &header;
                 let tag = self.free_tags.pop().unwrap_or_else(|| {
                     self.sending.push(None);
                     u32::try_from(self.sending.len() - 1).unwrap_or(u32::MAX)
