@@ -215,8 +215,16 @@ impl Parts {
     pub(super) fn admit_hold(&mut self, (offset, length): (u64, u32), sequence: Sequence) -> Option<Slot> {
         let index = self.free.pop()?;
         let operation = Operation::Read;
-        let part =
-            Part { operation, op: OpIndex::MAX, offset, length, sequence, in_line: true, ..Part::FREE };
+        let part = Part {
+            operation,
+            op: OpIndex::MAX,
+            offset,
+            length,
+            sequence,
+            order: sequence,
+            in_line: true,
+            ..Part::FREE
+        };
         self.parts[usize::from(index)] = part;
         let blocker = self.blocker(index);
         self.link(index);
