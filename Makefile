@@ -12,7 +12,7 @@ SEEDS := 20000
 START := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint fmt docs audit sim sim-mutants deps clean
+.PHONY: help demo test bench lint fmt docs audit sim sim-mutants model deps clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do \
@@ -53,6 +53,10 @@ sim: ## simulated pools with faults: SEEDS=20000 runs from seed START=1 (docs/si
 
 sim-mutants: ## makes deliberate mistakes in the protocol, each of which the simulator must find (docs/simulator.md)
 	$(CARGO) test $(LOCKED) --release -p rmr-common --features mutants --test mutants
+
+model: ## the model checker further than in the tests (docs/model.md); minutes, and some GiB of memory
+	for limits in 2,1,1,0,3,6,1 2,1,2,0,2,6,1 2,1,1,1,2,5,1; do RMR_MODEL=$$limits \
+		$(CARGO) test $(LOCKED) --release -p rmr-common --test model what_the -- --nocapture || exit 1; done
 
 deps: ## installs what Debian 12 lacks for tests and benchmarks; does nothing twice
 	@./cloud-hypervisor-tests/install-deps.sh

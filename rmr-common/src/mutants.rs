@@ -148,8 +148,8 @@ mutants! {
     // After a client's death.
     /// No member is brought in line after a client died
     NotReconciled,
-    /// A member that was started anew is the reference
-    ReferenceOfRestarted,
+    /// A member that lost power, and its cache with it, is the reference
+    PowerLossIgnored,
     /// Writes that only the other member has are not brought in line
     OnlyReferenceCounts,
     /// What members that are Out miss of writes in flight is not recorded

@@ -228,7 +228,9 @@ impl Client {
         let highest =
             replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
-        // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew.
+        let best = recovery::base_of_attach(&best, replies.iter().map(|(m, r)| (*m, &r.view)));
+        // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew. So
+        // is one whose promotion is taken back.
         let behind = replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
         let absent = best.active().without(attached);
         let powerless = self.lost_caches(&best);

@@ -30,10 +30,9 @@ impl Client {
             r.slots.iter().filter(|s| s.sequence > watermark && !self.sends_again(s)).copied().collect()
         };
         let newest = |r: &AttachReply| open(r).iter().map(|s| u128::from(s.sequence.0)).sum::<u128>();
-        let has_table =
-            |r: &AttachReply| if mutant!(ReferenceOfRestarted) { r.tables_lost } else { !r.tables_lost };
         // One that still has what was not flushed comes first.
-        let rank = |m: MemberId, r: &AttachReply| (!powerless.contains(m), has_table(r), newest(r));
+        let has_power = |m: MemberId| !powerless.contains(m) || mutant!(PowerLossIgnored);
+        let rank = |m: MemberId, r: &AttachReply| (has_power(m), !r.tables_lost, newest(r));
         let reference = clean().max_by_key(|(m, r)| (rank(*m, r), std::cmp::Reverse(*m)));
         let in_order = in_order || mutant!(NotReconciled);
         let Some((reference, source)) = reference.filter(|_| !in_order) else {

@@ -1,7 +1,7 @@
 //! The recovery rule and what belongs to it, as functions of nothing but views: who may go on, from which view, without
 //! whom. The client decides by these, and the model checker (`tests/model`) explores what follows from them.
 
-use crate::pool::{Epoch, MemberSet, MemberState, View};
+use crate::pool::{Epoch, MemberId, MemberSet, MemberState, View};
 
 /// The latest of several views: by attachment first, because one that an older client left behind without committing it may
 /// have any number.
@@ -18,6 +18,16 @@ pub fn latest<T>(found: impl Iterator<Item = T>, view: impl Fn(&T) -> &View) -> 
 pub fn may_attach(latest: &View, reachable: MemberSet) -> bool {
     latest.clean().is_subset(reachable)
         || mutant!(RecoveryIgnoresAMember) && !latest.clean().intersection(reachable).is_empty()
+}
+
+/// The view from which the first one of an attachment follows: the latest, with those promotions taken back that a Clean
+/// member among `views` has not heard of. That one could go on with its own view, in which the promoted member is not
+/// needed; so it must stay Clean, whatever becomes of it in the comparison.
+pub fn base_of_attach<'a>(latest: &View, views: impl Iterator<Item = (MemberId, &'a View)>) -> View {
+    let unaware = views
+        .filter(|(m, v)| latest.state(*m) == Some(MemberState::Clean) && *v != latest)
+        .filter(|_| !mutant!(PromotionKept));
+    unaware.fold(latest.clone(), |base, (_, view)| base.without_promotions(view.clean()))
 }
 
 /// The epoch that a new attachment proposes, above the highest that was seen and its own last one.
@@ -47,7 +57,7 @@ pub fn lost_in_attach(latest: &View, attached: MemberSet, stale: MemberSet, behi
 mod tests {
     use super::*;
     use crate::pool::MemberState::{Clean, Out, Syncing};
-    use crate::pool::{MemberId, MemberView, StoreId, ViewNumber};
+    use crate::pool::{MemberView, StoreId, ViewNumber};
 
     fn members(indices: &[u8]) -> MemberSet {
         indices.iter().map(|&i| MemberId::new(i).unwrap()).collect()
@@ -124,6 +134,17 @@ mod tests {
             members(&[1]),
             "a Clean member needs no map of its own"
         );
+    }
+
+    #[test]
+    fn a_promotion_that_a_clean_member_has_not_heard_of_is_taken_back() {
+        let before = view(3, 7, &[Clean, Syncing, Syncing]);
+        let latest = view(3, 8, &[Clean, Clean, Syncing]);
+        let base = |list: &[(u8, &View)]| {
+            base_of_attach(&latest, list.iter().map(|(i, v)| (MemberId::new(*i).unwrap(), *v)))
+        };
+        assert_eq!(base(&[(0, &latest), (1, &latest), (2, &before)]), latest);
+        assert_eq!(base(&[(0, &before), (1, &latest)]).clean(), members(&[0]));
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl fmt::Display for MemberState {
 }
 
 /// One member's line in a [`View`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct MemberView {
     /// Index of the member.
     pub id: MemberId,
@@ -68,7 +68,7 @@ pub struct MemberView {
 }
 
 /// A numbered record of which member is in which state.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct View {
     /// Grows by one with every step.
     pub number: ViewNumber,

@@ -350,6 +350,10 @@ impl World<'_> {
             if !view.clean().is_subset(last.active()) {
                 return Err(format!("client {host} committed {view} after {last}: a stale member is Clean"));
             }
+            // Else those who were Clean could go on by themselves, with the view before.
+            if view.clean().intersection(last.clean()).is_empty() {
+                return Err(format!("client {host} committed {view} after {last}: nobody stayed Clean"));
+            }
             self.check_steps(&last, &view)?;
         }
         for member in view.active().iter() {

@@ -152,6 +152,10 @@ impl World<'_> {
                     self.burst_soon(host);
                 }
                 self.start_host(id, takeover);
+                if self.profile.client_crashes && self.rng.percent(40) {
+                    let id = if self.rng.percent(50) { id } else { id % 3 + 1 };
+                    self.start_host(id, true);
+                }
             }
             13 => {
                 trace!(self, "the disk of node {node} has errors");

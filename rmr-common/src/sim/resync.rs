@@ -193,6 +193,7 @@ impl World<'_> {
     pub(super) fn check_steps(&mut self, last: &View, view: &View) -> Check {
         let syncing = view.in_state(MemberState::Syncing);
         for member in syncing.without(last.in_state(MemberState::Syncing)).iter() {
+            self.check_rejoined(member, view)?;
             self.coverage.hit("rejoin");
             if syncing != MemberSet::only(member) {
                 self.coverage.hit("second member rejoins while another syncs");
@@ -205,6 +206,24 @@ impl World<'_> {
         Ok(())
     }
 
+    /// Whatever a member that comes back has otherwise than the Clean ones is on record with them, whoever wrote it.
+    fn check_rejoined(&self, member: MemberId, view: &View) -> Check {
+        let index = self.node_index(member);
+        let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
+        for (sector, &value) in self.nodes[index].disk.sectors.iter().enumerate() {
+            let differs = |&k: &usize| self.nodes[k].disk.sectors[sector] != value;
+            let is_known = |&k: &usize| self.has_record(k, member, sector);
+            if !self.oracle.is_in_flight(sector) && clean.iter().any(differs) && !clean.iter().all(is_known) {
+                return Err(format!(
+                    "{view}: member {member} came back with {} in sector {sector}, which is not on record; possible: {}",
+                    Oracle::name(value),
+                    self.oracle.describe(sector)
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// A member that is Clean from now on has what the other Clean ones have.
     fn check_promotion(&mut self, member: MemberId, view: &View) -> Check {
         let index = self.node_index(member);
@@ -213,7 +232,7 @@ impl World<'_> {
             if disk.pulled[sector] && disk.unflushed_since[sector] > 0 {
                 return Err(format!("member {member} is promoted with pulled sector {sector} unflushed"));
             }
-            let is_open = self.oracle.is_open(sector);
+            let is_open = self.oracle.is_in_flight(sector);
             let others = view.clean().without(MemberSet::only(member));
             let differs = |m: &MemberId| self.nodes[self.node_index(*m)].disk.sectors[sector] != value;
             if !is_open && (!self.oracle.is_current(sector, value) || others.iter().any(|m| differs(&m))) {

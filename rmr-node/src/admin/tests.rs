@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use rmr_common::pool::StoreId;
+use rmr_common::pool::{Command, CommandReply, Refusal, StoreId};
 use serde_json::{Value, json};
 
 use super::api::{ControlError, CreateStore, ErrorCode, StoreState};
@@ -98,6 +98,32 @@ fn what_is_not_there_is_refused_in_words() {
     ] {
         assert_eq!((answer.0, code(&answer.1)), (status, name), "{}", answer.1);
     }
+}
+
+#[test]
+fn a_command_gets_the_clients_words_and_nonsense_never_reaches_it() {
+    let node = FakeNode::start("n0");
+    let ask = |path: &str, body: &str| {
+        let line = format!("POST {path}");
+        let (status, body) = request(&node, &line, "content-type: application/json\r\n", body);
+        (status, serde_json::from_str::<Value>(&body).unwrap())
+    };
+    node.state.lock().unwrap().replies.push_back(CommandReply::refused(Refusal::NoRoom, "too large"));
+    let good = r#"{"command":"grow","size":1073741824}"#;
+    let (status, reply) = ask("/v1/pools/vm-1/commands", good);
+    let words = json!({"result": "refused", "reason": "no_room", "text": "too large"});
+    assert_eq!((status, reply), (200, words));
+    for (path, body) in [
+        ("/v1/pools/-bad-/commands", good),
+        ("/v1/pools/vm-1/commands", r#"{"command":"grow"}"#),
+        ("/v1/pools/vm-1/commands", r#"{"command":"shrink","size":1}"#),
+        ("/v1/pools/vm-1/commands", r#"{"command":"maintenance","member":9,"on":true}"#),
+        ("/v1/pools/vm-1/commands", "["),
+    ] {
+        let (status, answer) = ask(path, body);
+        assert_eq!((status, code(&answer)), (400, "invalid"), "{path} {body}");
+    }
+    assert_eq!(node.state.lock().unwrap().commands, [Command::Grow { size: 1 << 30 }]);
 }
 
 #[test]

@@ -259,3 +259,10 @@ fn a_client_that_left_without_a_goodbye_is_not_displaced_unless_it_is_said_to_be
     let error = run(&[&a, &b], &[&args[..], &["--client-is-gone"]].concat()).unwrap_err();
     assert!(error.contains("did not become active"), "it goes on to attach: {error}");
 }
+
+#[test]
+fn waiting_does_not_end_by_the_words_of_one_node_that_may_be_behind() {
+    let (a, _b) = two_nodes();
+    let error = run(&[&a], &["pool", "resync", "vm-1", "--wait-timeout", "0.1"]).unwrap_err();
+    assert!(error.contains("not done within 0.1 s"), "{error}");
+}

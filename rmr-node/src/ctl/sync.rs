@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
-use super::assess::{self, Assessment, MemberLine, Picture};
+use super::assess::{self, Assessment, Level, MemberLine, Picture};
 use super::change_args::{ForceFromArgs, ResyncArgs};
 use super::coordinate::{Hold, NotHeld, lost_client};
 use super::status::{client_words, members_table};
@@ -54,7 +54,9 @@ async fn follow(
         let picture = survey.picture(pool)?;
         let assessment = assess::assess(&picture, survey.all_answered(), UnixMs::now());
         let left = wanted(&assessment, member)?;
-        if left.is_empty() && picture.contradiction.is_none() {
+        // Where not all current copies were seen, a later view may be known elsewhere, unless a coordinator is at work.
+        let is_certain = assessment.level != Level::Unknown || hold.is_some() || is_attached(&picture);
+        if left.is_empty() && is_certain && picture.contradiction.is_none() {
             progress.end();
             return Ok((survey, picture));
         }
