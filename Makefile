@@ -12,11 +12,11 @@ SEEDS := 20000
 START := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint fmt docs audit sim sim-mutants model deps clean
+.PHONY: help demo test bench bench-resync lint fmt docs audit sim sim-mutants model deps clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do \
-		printf '  make %-11s %s\n' "$$name" "$$text"; done
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: ## two nodes, a pool, real I/O; a node is killed and comes back: the main job in a minute, every claim checked
 	@./cloud-hypervisor-tests/install-deps.sh build
@@ -32,6 +32,10 @@ test: deps ## all tests: units, documentation, whole systems with guests in QEMU
 bench: deps ## side by side with what a user would pick instead (docs/benchmarks.md); about 6 minutes
 	$(CARGO) build $(LOCKED) --release --workspace --bins
 	$(TARGET_DIR)/release/bench-compare
+
+bench-resync: deps ## what a resync moves and takes, and what the guest notices of it (docs/benchmarks.md); about 10 minutes
+	$(CARGO) build $(LOCKED) --release --workspace --bins
+	$(TARGET_DIR)/release/bench-resync
 
 lint: ## format and clippy, no warning allowed
 	$(CARGO) fmt --all --check

@@ -1,15 +1,18 @@
-//! Nodes, the daemon, and all of them at once are killed again and again under a writer that remembers what it was promised.
+//! Nodes, the daemon, and all of them at once are killed again and again under a writer that remembers what it was
+//! promised, and under a guest that verifies what it wrote.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use cloud_hypervisor_tests::bench::disk::{Disk, DiskOptions};
 use cloud_hypervisor_tests::bench::load::{self, LoadSpec, Pattern, Surroundings};
 use cloud_hypervisor_tests::bench::processes::{Role, Watched};
 use cloud_hypervisor_tests::bench::verify::{Promises, Unwritten};
-use cloud_hypervisor_tests::lab::{self, Daemon, DaemonBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder};
+use cloud_hypervisor_tests::lab::{
+    self, Daemon, DaemonBuilder, Disk as VmDisk, Lab, Node, NodeBuilder, Pool, PoolBuilder, VmBuilder,
+};
 
 const MIB: u64 = 64;
 /// How long a member may take to be missed, or to be Clean again.
@@ -83,6 +86,60 @@ fn everything_killed_at_once_comes_back_with_all_that_was_promised() -> Result<(
         check_everything(&pool, &daemon, &mut promises)?;
         daemon.stop()
     })
+}
+
+#[test]
+fn a_guest_whose_nodes_and_daemon_are_killed_again_and_again_verifies_what_it_wrote() -> Result<()> {
+    /// What fio does meanwhile; emulated, it is slow enough as it is.
+    const FIO: &str = "fio --name=verified --filename=/dev/vda --size=24m --rw=randwrite --bs=8k --direct=1 \
+                       --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --verify_backlog=128 \
+                       --time_based --runtime=40";
+    const FIO_LIMIT: Duration = Duration::from_secs(150);
+    lab::run("killed under a guest", |lab| {
+        let mut nodes = start_nodes(lab)?;
+        let pool = create(lab, &nodes)?;
+        let builder = DaemonBuilder::new(&pool);
+        let mut daemon = builder.start(lab)?;
+        let vm = VmBuilder::new("guest").disk(VmDisk::vhost_user(daemon.socket()).reconnect()).boot(lab)?;
+        let load = vm.start(FIO)?;
+        let mut rounds = 0;
+        let begin = Instant::now();
+        let ended = loop {
+            if let Some(ended) = load.poll() {
+                break ended;
+            }
+            ensure!(begin.elapsed() < FIO_LIMIT, "fio still runs after {FIO_LIMIT:?} and {rounds} rounds");
+            let node = &mut nodes[rounds % 3];
+            node.kill()?;
+            pool.wait_for_level("degraded", LIMIT)?;
+            thread::sleep(Duration::from_millis(400));
+            node.restart(lab)?;
+            if rounds % 2 == 1 {
+                // The member is still away, or in the middle of its return.
+                daemon = kill_and_start(lab, &builder, &daemon)?;
+            }
+            pool.wait_for_level("safe", LIMIT).with_context(|| format!("round {rounds}"))?;
+            daemon = kill_and_start(lab, &builder, &daemon)?;
+            pool.wait_for_level("safe", LIMIT).with_context(|| format!("daemon of round {rounds}"))?;
+            rounds += 1;
+        };
+        ended.success().context("fio in the guest")?;
+        ensure!(rounds >= 3, "only {rounds} rounds of kills in the time of the load");
+        eprintln!("  {rounds} rounds: a node and the daemon killed in each");
+        let log = vm.run("dmesg")?;
+        ensure!(!log.contains("I/O error"), "the guest's kernel met an I/O error:\n{log}");
+        vm.shutdown()?;
+        daemon.stop()?;
+        pool.assert_identical_within(LIMIT)
+    })
+}
+
+/// Kills a daemon and starts the next one; returns when the guest's hypervisor has found it, and it has the pool.
+fn kill_and_start(lab: &Lab, builder: &DaemonBuilder, daemon: &Daemon) -> Result<Daemon> {
+    daemon.kill()?;
+    let next = builder.start(lab)?;
+    next.process().wait_for_log("attached with", LIMIT)?;
+    Ok(next)
 }
 
 fn start_nodes(lab: &Lab) -> Result<Vec<Node>> {

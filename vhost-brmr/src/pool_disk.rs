@@ -88,6 +88,7 @@ impl PoolDisk {
     fn log_notices(&mut self) {
         let Some(driver) = &mut self.driver else { return };
         driver.take_notices(&mut self.notices);
+        let traffic = *driver.traffic();
         let changed = |n: &Notice| matches!(n, Notice::Attached(_) | Notice::Committed(_));
         if self.notices.iter().any(changed)
             && let Some(spec) = driver.spec().filter(|spec| **spec != self.spec)
@@ -134,7 +135,7 @@ impl PoolDisk {
                          lost; every request fails until the guest resets the device"
                     );
                 }
-                Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached"),
+                Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached; {traffic}"),
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }
         }

@@ -1,12 +1,12 @@
 //! The daemons of a test: `vhost-brmr` processes, each serving one pool on a socket of the test's directory.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{FrontendBuilder, Lab, Pool, Process, programs, wait_until};
+use super::netns::command_on;
+use super::{FrontendBuilder, Host, Lab, Pool, Process, programs, wait_until};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -20,6 +20,7 @@ pub struct DaemonBuilder {
     serial: Option<String>,
     read_only: bool,
     arguments: Vec<String>,
+    host: Option<Host>,
 }
 
 impl DaemonBuilder {
@@ -33,6 +34,7 @@ impl DaemonBuilder {
             serial: None,
             read_only: false,
             arguments: Vec::new(),
+            host: None,
         }
     }
 
@@ -71,6 +73,13 @@ impl DaemonBuilder {
         self
     }
 
+    /// Runs it on a host of the test's own network. Its socket is where it always is.
+    #[must_use]
+    pub fn host(mut self, host: &Host) -> Self {
+        self.host = Some(host.clone());
+        self
+    }
+
     /// Starts the daemon and waits until it serves its socket.
     ///
     /// # Errors
@@ -103,7 +112,7 @@ impl DaemonBuilder {
     }
 
     fn launch(&self, lab: &Lab, socket: &Path) -> Result<Process> {
-        let mut command = Command::new(programs::own("vhost-brmr")?);
+        let mut command = command_on(self.host.as_ref(), programs::own("vhost-brmr")?)?;
         command.arg("--socket-path").arg(socket).args(["--pool", self.pool.name()]);
         for address in self.pool.data_addresses() {
             command.args(["--node", address]);

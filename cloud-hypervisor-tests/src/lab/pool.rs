@@ -10,15 +10,21 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::netns::command_on;
 use super::stores::{self, Area};
-use super::{Lab, Node, Transport, programs, wait_until};
+use super::{Host, Lab, Node, Transport, programs, wait_until};
 
 /// Runs `rmrctl` against the node whose admin address is `admin`.
 ///
 /// # Errors
 /// When it does not succeed; the error carries what it said.
 pub fn rmrctl(admin: SocketAddr, arguments: &[&str]) -> Result<String> {
-    let mut command = Command::new(programs::own("rmrctl")?);
+    rmrctl_on(None, admin, arguments)
+}
+
+/// As [`rmrctl`], on a host of the test's own network.
+pub(super) fn rmrctl_on(host: Option<&Host>, admin: SocketAddr, arguments: &[&str]) -> Result<String> {
+    let mut command = command_on(host, programs::own("rmrctl")?)?;
     programs::output_of(command.arg("--node").arg(admin.to_string()).args(arguments))
 }
 
@@ -29,6 +35,7 @@ pub struct PoolBuilder {
     size_mib: u64,
     block_size: Option<u32>,
     members: Vec<Member>,
+    operator: Option<Host>,
 }
 
 #[derive(Clone, Debug)]
@@ -56,7 +63,7 @@ impl PoolBuilder {
     /// A pool of 64 MiB without members.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), size_mib: 64, block_size: None, members: Vec::new() }
+        Self { name: name.to_owned(), size_mib: 64, block_size: None, members: Vec::new(), operator: None }
     }
 
     /// Size in MiB.
@@ -70,6 +77,13 @@ impl PoolBuilder {
     #[must_use]
     pub fn block_size(mut self, bytes: u32) -> Self {
         self.block_size = Some(bytes);
+        self
+    }
+
+    /// Asks and orders from a host of the test's own network.
+    #[must_use]
+    pub fn operator(mut self, host: &Host) -> Self {
+        self.operator = Some(host.clone());
         self
     }
 
@@ -106,8 +120,10 @@ impl PoolBuilder {
     pub fn create(self, _lab: &Lab) -> Result<Pool> {
         let Some(first) = self.members.first() else { bail!("pool '{}' needs a member", self.name) };
         let arguments = self.create_arguments();
-        rmrctl(first.admin, &arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
-        Ok(Pool { name: self.name, size_mib: self.size_mib, members: self.members })
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        rmrctl_on(self.operator.as_ref(), first.admin, &arguments)?;
+        let Self { name, size_mib, members, operator, .. } = self;
+        Ok(Pool { name, size_mib, members, operator })
     }
 }
 
@@ -117,6 +133,7 @@ pub struct Pool {
     name: String,
     size_mib: u64,
     members: Vec<Member>,
+    operator: Option<Host>,
 }
 
 impl Pool {
@@ -142,7 +159,7 @@ impl Pool {
     /// # Errors
     /// When it cannot say anything.
     pub fn status(&self) -> Result<Value> {
-        let mut command = Command::new(programs::own("rmrctl")?);
+        let mut command = command_on(self.operator.as_ref(), programs::own("rmrctl")?)?;
         for member in &self.members {
             command.args(["--node", &member.admin.to_string()]);
         }
@@ -270,7 +287,7 @@ impl Pool {
     /// # Errors
     /// When the program is missing.
     pub fn operator(&self, command: &str, arguments: &[&str]) -> Result<Command> {
-        let mut rmrctl = Command::new(programs::own("rmrctl")?);
+        let mut rmrctl = command_on(self.operator.as_ref(), programs::own("rmrctl")?)?;
         for member in &self.members {
             rmrctl.args(["--node", &member.admin.to_string()]);
         }

@@ -6,6 +6,7 @@
 
 mod bounce;
 mod pool;
+mod traffic;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::EventSet;
 
 pub use pool::{BlockingPool, Buffers, Pool, PoolError, discover};
+pub use traffic::Traffic;
 
 use crate::buffer::{self, Segment, gather};
 use crate::client::Protection;
@@ -38,35 +40,55 @@ struct Wire {
     watched: EventSet,
 }
 
-/// Answers to requests that a link owes. Decides which links may wake the loop: see [`PoolDriver::watch_wires`].
+/// While requests come or are answered faster than this, the leading link alone may wake the loop.
+const QUIET: Duration = Duration::from_millis(2);
+
+/// Answers that a link owes. Decides which links may wake the loop: see [`PoolDriver::watch_wires`].
 #[derive(Clone, Copy, Default)]
 struct Owed {
+    /// Answers to requests.
     answers: u32,
     /// Those of them that only this link will give.
     reads: u32,
-    /// Something else was sent, and nothing else has come since. Not every such message is answered, and some come unasked:
-    /// this is no count. A ping, once a second, ends it at the latest.
-    control: bool,
+    /// Kinds of other messages that are not answered, as bits.
+    control: u64,
 }
 
 impl Owed {
-    const fn sent(&mut self, kind: Kind) {
+    fn sent(&mut self, kind: Kind) {
         if kind.is_request() {
             self.answers += 1;
-            self.reads += matches!(kind, Kind::Read) as u32;
-        } else {
-            self.control = true;
+            self.reads += u32::from(kind == Kind::Read);
+        } else if !matches!(kind, Kind::ClearDirty | Kind::Goodbye | Kind::CommandReply) {
+            self.control |= 1 << (kind as u16 % 64);
         }
     }
 
     fn received(&mut self, header: &MessageHeader) {
-        if !matches!(header.kind, Kind::IoReply | Kind::FlushReply) {
-            self.control = false;
-            return;
+        match header.kind {
+            Kind::IoReply | Kind::FlushReply => {
+                self.answers = self.answers.saturating_sub(1);
+                let is_read = header.kind == Kind::IoReply && header.payload > 0;
+                self.reads = self.reads.saturating_sub(is_read.into());
+            }
+            // An answer has the code that follows that of its question. What nobody asked for follows none.
+            kind => self.control &= !(1 << ((kind as u16 - 1) % 64)),
         }
-        self.answers = self.answers.saturating_sub(1);
-        let is_read = header.kind == Kind::IoReply && header.payload > 0;
-        self.reads = self.reads.saturating_sub(is_read.into());
+    }
+
+    /// Whether the link is to wake the loop. `led` is what the leading link owes; `is_watched` whether the link wakes the
+    /// loop now; `is_quiet` whether no request came or was answered of late.
+    const fn wakes(self, is_leading: bool, led: u32, is_watched: bool, is_quiet: bool) -> bool {
+        // A leading link that hangs must not keep the others' answers from being heard, which would make all of them late;
+        // and a node may say something unasked.
+        if is_quiet || self.control != 0 {
+            return true;
+        }
+        match self.answers {
+            // The next request would only change it back.
+            0 => is_watched,
+            answers => is_leading || self.reads > 0 || answers > led,
+        }
     }
 }
 
@@ -96,6 +118,9 @@ pub struct PoolDriver {
     /// Connections that are over, kept until the loop does not watch them any more.
     closing: Vec<TcpConnection>,
     leg_timeout: Duration,
+    traffic: Traffic,
+    /// When a request was last sent or answered.
+    last_request: Time,
     now: Time,
     /// `now` is of this wake-up.
     is_now: bool,
@@ -139,6 +164,8 @@ impl PoolDriver {
             changes,
             closing: Vec::new(),
             leg_timeout,
+            traffic: Traffic::default(),
+            last_request: Time(0),
             now: monotonic_now(),
             is_now: false,
         };
@@ -232,6 +259,10 @@ impl PoolDriver {
             self.closing.clear();
         }
         if self.client.deadline() <= self.now {
+            // What has arrived is not late, however long nobody had the time to look.
+            for index in 0..MAX_LINKS {
+                self.receive(index);
+            }
             self.client.apply(Event::Tick, self.now);
             self.carry_out();
         }
@@ -258,7 +289,7 @@ impl PoolDriver {
     /// Lets as few links wake the loop as will do. A write is complete when every leg answered it, so a wake-up for the
     /// first answer is wasted: only the leading link is watched, which is the one that was last to answer of late, and
     /// the others are looked at when it has something. A link is watched by itself while it owes a read, or more answers
-    /// than the leading one, or the answer to anything but a request: a view waits for all, and the guest for the view. The
+    /// than the leading one, or an answer to something else than a request; and all are when nothing happened for a while. The
     /// end of any connection is always noticed.
     fn watch_wires(&mut self) {
         let most = (0..MAX_LINKS).max_by_key(|&i| (self.owed[i].answers, i == self.leading)).unwrap_or(0);
@@ -266,14 +297,12 @@ impl PoolDriver {
             self.leading = most;
         }
         let led = self.owed[self.leading].answers;
+        let is_quiet = self.now - self.last_request >= QUIET;
         for (index, wire) in self.wires.iter_mut().enumerate() {
             let Some(wire) = wire else { continue };
             let owed = self.owed[index];
-            // A link that owes nothing stays as it is: the next request would only change it back.
-            let watches = match owed.answers {
-                0 => wire.watched.contains(EventSet::IN),
-                answers => index == self.leading || owed.reads > 0 || answers > led,
-            } || owed.control;
+            let is_watched = wire.watched.contains(EventSet::IN);
+            let watches = owed.wakes(index == self.leading, led, is_watched, is_quiet);
             let mut set = EventSet::READ_HANG_UP;
             set.set(EventSet::IN, watches);
             set.set(EventSet::OUT, wire.connection.wants_to_send());
@@ -294,7 +323,13 @@ impl PoolDriver {
     /// How long the loop may wait before it calls [`PoolDriver::upkeep`] again.
     #[must_use]
     pub fn timeout(&self) -> Duration {
-        self.client.deadline() - monotonic_now()
+        let now = monotonic_now();
+        // Once it is quiet, all links are watched.
+        let is_deaf = |wire: &Wire| !wire.watched.contains(EventSet::IN);
+        let deadline = self.client.deadline();
+        let has_deaf = self.wires.iter().flatten().any(is_deaf);
+        let due = if has_deaf { deadline.min(self.last_request + QUIET) } else { deadline };
+        due - now
     }
 
     /// Leaves the pool in good order; [`PoolDriver::over`] tells when that is done.
@@ -366,6 +401,12 @@ impl PoolDriver {
         self.client.status()
     }
 
+    /// Bytes that its connections carried so far.
+    #[must_use]
+    pub const fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
     fn connected(&mut self, mark: u64, result: Result<Dialled, String>) {
         let index = usize::try_from(mark % MAX_LINKS as u64).unwrap_or(0);
         if self.attempts[index] != mark {
@@ -394,10 +435,16 @@ impl PoolDriver {
             requests: &self.requests,
             bounces: &mut self.bounces,
             owed,
+            traffic: &mut self.traffic,
             link,
             now: self.now,
         };
-        if let Err(error) = wire.connection.receive(&mut sink) {
+        let owed_before = sink.owed.answers;
+        let received = wire.connection.receive(&mut sink);
+        if self.owed[index].answers != owed_before {
+            self.last_request = self.now;
+        }
+        if let Err(error) = received {
             self.lost(index, &error.to_string());
         }
     }
@@ -424,6 +471,10 @@ impl PoolDriver {
                 Output::Send(link, header, payload) => {
                     let Some(wire) = &mut self.wires[usize::from(link.0)] else { continue };
                     self.owed[usize::from(link.0)].sent(header.kind);
+                    self.traffic.sent(&header);
+                    if header.kind.is_request() {
+                        self.last_request = self.now;
+                    }
                     match payload {
                         Payload::None => wire.connection.queue(&header, None),
                         Payload::Body(body) => wire.connection.queue(&header, Some(body)),
@@ -496,6 +547,7 @@ struct Sink<'a> {
     requests: &'a [Request],
     bounces: &'a mut Bounces,
     owed: &'a mut Owed,
+    traffic: &'a mut Traffic,
     link: LinkId,
     now: Time,
 }
@@ -543,6 +595,7 @@ impl Receiver for Sink<'_> {
 
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
         self.owed.received(header);
+        self.traffic.received(header);
         let header = &self.checked(header);
         self.client.apply(Event::Message(self.link, header, body), self.now);
     }
@@ -553,28 +606,45 @@ mod tests {
     use super::*;
     use crate::pool::{ClientId, PoolId};
 
+    fn header(kind: Kind) -> MessageHeader {
+        MessageHeader::new(kind, PoolId::random())
+    }
+
     #[test]
-    fn only_answers_to_requests_are_counted_and_whatever_else_is_awaited_is_watched_for() {
-        let pool = PoolId::random();
-        let answer = |kind, payload| MessageHeader { payload, ..MessageHeader::new(kind, pool) };
+    fn a_link_wakes_the_loop_for_what_no_other_link_will_say() {
+        let write = |owed: &mut Owed| owed.sent(Kind::Write);
+        let mut owed = Owed::default();
+        write(&mut owed);
+        assert!(owed.wakes(true, 1, false, false) && !owed.wakes(false, 1, true, false));
+        assert!(owed.wakes(false, 1, false, true), "the leading link says nothing");
+        write(&mut owed);
+        assert!(owed.wakes(false, 1, false, false), "it owes more than the leading one");
+        owed.received(&header(Kind::IoReply));
+        owed.received(&header(Kind::IoReply));
+        assert!(!owed.wakes(false, 0, false, false) && owed.wakes(false, 0, true, false));
+        assert!(owed.wakes(false, 0, false, true), "what it says unasked is heard");
+        owed.sent(Kind::SetView);
+        assert!(owed.wakes(false, 9, false, false));
+        owed.received(&header(Kind::SetViewReply));
+        assert!(!owed.wakes(false, 9, false, false));
+    }
+
+    #[test]
+    fn messages_that_are_not_answered_or_not_asked_for_change_nothing_of_what_is_owed() {
         let mut owed = Owed::default();
         owed.sent(Kind::Write);
-        owed.sent(Kind::Read);
-        // Neither of these is answered.
-        owed.sent(Kind::ClearDirty);
-        owed.sent(Kind::CommandReply);
-        assert_eq!((owed.answers, owed.reads, owed.control), (2, 1, true));
-        owed.received(&answer(Kind::Pong, 0));
-        assert_eq!((owed.answers, owed.reads, owed.control), (2, 1, false));
-        // Nobody asked for these.
-        owed.received(&answer(Kind::ChunksDone, 8));
-        owed.received(&answer(Kind::Command, 8));
-        assert_eq!(owed.answers, 2);
-        owed.received(&answer(Kind::IoReply, 4096));
-        owed.received(&answer(Kind::IoReply, 0));
-        assert_eq!((owed.answers, owed.reads), (0, 0));
+        for kind in [Kind::ClearDirty, Kind::Goodbye, Kind::CommandReply] {
+            owed.sent(kind);
+        }
+        for kind in [Kind::ChunksDone, Kind::Goodbye, Kind::Command, Kind::SourceFailed] {
+            owed.received(&header(kind));
+        }
+        assert!((owed.answers, owed.control) == (1, 0), "{} {}", owed.answers, owed.control);
+        // A view in several parts is answered once.
         owed.sent(Kind::SetView);
-        assert!(owed.control, "a view waits for the link that is last");
+        owed.sent(Kind::SetView);
+        owed.received(&header(Kind::SetViewReply));
+        assert!((owed.answers, owed.control) == (1, 0), "{} {}", owed.answers, owed.control);
     }
 
     #[test]

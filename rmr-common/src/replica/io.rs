@@ -5,7 +5,7 @@ use super::{
     Waiter,
 };
 use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
-use crate::pool::{BLOCK_SIZE, Block, Chunk, MemberState, Sequence, Slot};
+use crate::pool::{Chunk, MemberState, Sequence, Slot};
 use crate::wire::{Kind, MAX_SLOTS, MessageHeader, SlotEntry, Status};
 
 /// A disk request, and the message that asked for it.
@@ -232,15 +232,14 @@ impl Replica {
         self.outputs.push_back(Output::Disk { io: id, operation, offset, length });
     }
 
-    /// Whether a write of the client to this block is with the disk.
-    pub(super) fn is_being_written(&self, block: Block) -> bool {
-        let (start, end) = (block.0 * BLOCK_SIZE, (block.0 + 1) * BLOCK_SIZE);
-        let covers = |h: &MessageHeader| h.offset < end && start < h.offset + u64::from(h.length);
-        let with_disk = |io: &Io| io.started && io.operation.is_write();
-        self.ios
-            .iter()
-            .flatten()
-            .any(|io| with_disk(io) && io.request.as_ref().is_some_and(|(_, h)| covers(h)))
+    /// The ranges of those writes of the client that are with the disk and touch the bytes from `start` to `end`.
+    pub(super) fn writes_under_way(&self, start: u64, end: u64) -> Vec<(u64, u64)> {
+        let with_disk = self.ios.iter().flatten().filter(|io| io.started && io.operation.is_write());
+        let ranges = with_disk.filter_map(|io| {
+            let (_, header) = io.request.as_ref()?;
+            Some((header.offset, header.offset + u64::from(header.length)))
+        });
+        ranges.filter(|(first, last)| *first < end && start < *last).collect()
     }
 
     /// Makes a disk request of the replica's own; the caller puts it out.

@@ -22,6 +22,8 @@ use crate::wire::{ChunkList, Kind, MessageHeader, PullReply, Status};
 
 /// Pause before a link to the source is tried again, and before a chunk whose pull failed is.
 const RETRY: Duration = Duration::from_millis(500);
+/// Pause before a source is asked again that does not have the view yet in which this member is Syncing.
+const SOURCE_BEHIND: Duration = Duration::from_millis(2);
 /// Finished chunks are flushed and reported at the latest after this long, or when this many are waiting.
 const REPORT_AFTER: Duration = Duration::from_millis(100);
 const REPORT_CHUNKS: usize = 256;
@@ -29,6 +31,8 @@ const REPORT_CHUNKS: usize = 256;
 const GUEST_ACTIVE: Duration = Duration::from_millis(50);
 /// A yielding resync pauses after each pull for this many times as long as the pull took.
 const YIELD_FACTOR: u32 = 2;
+/// But no longer than this: it is never starved.
+const LONGEST_YIELD: Duration = Duration::from_millis(5);
 
 /// How hard a resync may work.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +79,6 @@ struct PullUnderWay {
 /// Pulled data on its way to disk.
 pub(super) struct Writing {
     chunk: Chunk,
-    blocks: Vec<Block>,
     first: u64,
     end: u64,
 }
@@ -394,6 +397,11 @@ impl Replica {
         let (Status::Ok, Ok(reply), Some(covered)) = (header.status, reply, covered) else {
             let reason = format!("pull of {} answered {:?}", pull.chunk, header.status);
             resync.busy_chunks.remove(&pull.chunk);
+            if header.status == Status::StaleView {
+                // The view is durable here before it is there; both are about to have it.
+                resync.next_pull_at = now + SOURCE_BEHIND;
+                return;
+            }
             resync.next_pull_at = now + RETRY;
             // Its disk failed: another member may have what is missed. Every other refusal passes.
             if header.status == Status::IoError {
@@ -426,17 +434,25 @@ impl Replica {
     }
 
     /// Writes those pulled blocks that are still stale and that no guest write is about to cover.
-    fn write_pulled(&mut self, pull: &PullUnderWay, reply: &PullReply, missed: &[Block]) {
+    fn write_pulled(&mut self, pull: &PullUnderWay, reply: &PullReply<'_>, missed: &[Block]) {
         let mut data = reply.data.chunks_exact(usize::try_from(BLOCK_SIZE).unwrap_or(4096));
-        let mut pieces: Vec<(Block, Option<&[u8]>)> = Vec::new();
-        let stale: BTreeSet<Block> =
-            self.maps.missed_in(self.member, pull.offset, pull.end - pull.offset).collect();
+        // An urgent pull and the sweep over its chunk may both bring a block.
+        let mut busy: Vec<(u64, u64)> = self.writes_under_way(pull.offset, pull.end);
+        if mutant!(PulledOverGuestWrite) {
+            busy.clear();
+        }
+        let pulled = self.pulled_writes.values().map(|w| (w.first, w.end));
+        busy.extend(pulled.filter(|(first, end)| *first < pull.end && pull.offset < *end));
+        let is_busy = |block: Block| {
+            let (start, end) = (block.0 * BLOCK_SIZE, (block.0 + 1) * BLOCK_SIZE);
+            busy.iter().any(|(first, last)| *first < end && start < *last)
+        };
+        let stale = self.maps.dirty_blocks(self.member);
+        let is_stale = |block: Block| stale.is_some_and(|map| map.contains(block));
+        let mut pieces: Vec<(Block, Option<&[u8]>)> = Vec::with_capacity(missed.len());
         for (&block, (_, is_zero)) in missed.iter().zip(&reply.blocks) {
             let bytes = if *is_zero { None } else { data.next() };
-            // An urgent pull and the sweep over its chunk may both bring a block.
-            let is_on_its_way = self.pulled_writes.values().any(|w| w.blocks.contains(&block));
-            let is_written = self.is_being_written(block) && !mutant!(PulledOverGuestWrite);
-            if stale.contains(&block) && !is_on_its_way && !is_written {
+            if is_stale(block) && !is_busy(block) {
                 pieces.push((block, bytes));
             }
         }
@@ -447,8 +463,8 @@ impl Replica {
             for (first, count) in runs(&blocks) {
                 let (run, after) = rest.split_at(usize::try_from(count).unwrap_or(usize::MAX));
                 rest = after;
-                let bytes: Vec<u8> = run.iter().filter_map(|(_, b)| *b).flatten().copied().collect();
-                self.write_run(pull.chunk, first, count, bytes);
+                let pieces: Vec<&[u8]> = run.iter().filter_map(|(_, bytes)| *bytes).collect();
+                self.write_run(pull.chunk, first, count, pieces.concat());
             }
         }
     }
@@ -459,12 +475,7 @@ impl Replica {
         let io = self.insert_own(operation);
         let offset = first.0 * BLOCK_SIZE;
         let length = u32::try_from(count * BLOCK_SIZE).unwrap_or(u32::MAX);
-        let writing = Writing {
-            chunk,
-            blocks: (first.0..first.0 + count).map(Block).collect(),
-            first: offset,
-            end: offset + u64::from(length),
-        };
+        let writing = Writing { chunk, first: offset, end: offset + u64::from(length) };
         self.pulled_writes.insert(io, writing);
         if is_zero {
             self.outputs.push_back(Output::Disk { io, operation, offset, length });
@@ -477,11 +488,13 @@ impl Replica {
     pub(super) fn pulled_written(&mut self, io: IoId, result: DiskResult) -> bool {
         let Some(writing) = self.pulled_writes.remove(&io) else { return false };
         if result == DiskResult::Done || mutant!(FreshWhenPullFailed) {
+            let blocks = writing.first / BLOCK_SIZE..writing.end / BLOCK_SIZE;
+            let count = blocks.end - blocks.start;
             if let Some(resync) = self.resync.as_mut() {
-                resync.blocks_pulled += writing.blocks.len() as u64;
+                resync.blocks_pulled += count;
             }
-            self.counters.pulled_in_blocks += writing.blocks.len() as u64;
-            for block in writing.blocks {
+            self.counters.pulled_in_blocks += count;
+            for block in blocks.map(Block) {
                 self.maps.clear(
                     ClearTarget::Block(self.member, block),
                     ClearReason::Pulled,
@@ -529,7 +542,8 @@ impl Replica {
         let (now, limit) = (self.now, self.config.resync.bytes_per_s);
         let Some(resync) = self.resync.as_mut() else { return };
         if now - resync.last_guest_write < GUEST_ACTIVE {
-            resync.next_pull_at = resync.next_pull_at.max(now + took * YIELD_FACTOR);
+            let pause = (took * YIELD_FACTOR).min(LONGEST_YIELD);
+            resync.next_pull_at = resync.next_pull_at.max(now + pause);
         }
         if let Some(limit) = limit {
             let nanos = bytes.saturating_mul(1_000_000_000) / limit.max(1);

@@ -40,19 +40,12 @@ pub struct PulledData {
 }
 
 impl PulledData {
-    /// Puts the body of the answer together from the data of the reads, in order. Blocks of zeroes go without data.
+    /// Puts the body of the answer together from what the reads found, in order. Blocks of zeroes go without data.
     #[must_use]
-    pub fn encode(&self, data: &[u8]) -> Vec<u8> {
-        let mut reply = PullReply::default();
-        let blocks = data.chunks_exact(usize::try_from(BLOCK_SIZE).unwrap_or(4096));
-        for (&index, block) in self.blocks.iter().zip(blocks) {
-            let is_zero = block.iter().all(|b| *b == 0);
-            reply.blocks.push((index, is_zero));
-            if !is_zero {
-                reply.data.extend_from_slice(block);
-            }
-        }
-        reply.encode()
+    pub fn encode(&self, found: &[&[u8]]) -> Vec<u8> {
+        let size = usize::try_from(BLOCK_SIZE).unwrap_or(4096);
+        let blocks: Vec<&[u8]> = found.iter().flat_map(|data| data.chunks_exact(size)).collect();
+        PullReply::encode(self.blocks.iter().copied().zip(blocks))
     }
 }
 

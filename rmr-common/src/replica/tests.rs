@@ -306,12 +306,32 @@ fn a_block_that_an_urgent_pull_and_the_sweep_bring_is_written_once() {
     bench.durable();
     let pulls = bench.take_sent(Kind::Pull);
     assert_eq!(pulls.iter().map(|p| p.length).collect::<Vec<_>>(), vec![65536, 4096]);
-    let reply = crate::wire::PullReply { blocks: vec![(0, false)], data: vec![7; 4096] }.encode();
+    let reply = crate::wire::PullReply::encode([(0, &[7; 4096][..])].into_iter());
     for pull in pulls {
         bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::Ok), &reply));
     }
     let writes = bench.outputs.iter().filter(|o| matches!(o, Output::DiskWrite { .. })).count();
     assert_eq!(writes, 1);
+}
+
+#[test]
+fn a_source_that_does_not_have_the_view_yet_is_asked_again_at_once() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    bench.apply(Event::Tick);
+    let pulls = bench.take_sent(Kind::Pull);
+    assert!(!pulls.is_empty());
+    for pull in &pulls {
+        bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::StaleView), &[]));
+    }
+    let soon = Time(0) + std::time::Duration::from_millis(10);
+    assert!(bench.replica.deadline().is_some_and(|due| due <= soon), "{:?}", bench.replica.deadline());
+    assert_eq!(bench.replica.status().resync.and_then(|r| r.last_error), None);
+    bench.replica.apply(Event::Tick, soon);
+    bench.collect();
+    assert_eq!(bench.take_sent(Kind::Pull).len(), pulls.len());
 }
 
 #[test]

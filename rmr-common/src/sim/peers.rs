@@ -241,7 +241,7 @@ impl World<'_> {
                 sectors.ok_or_else(|| format!("node {node} sends a pull whose read found nothing"))?;
             sectors.iter().for_each(|&stamp| data.extend_from_slice(&sector_bytes(stamp)));
         }
-        Ok(pulled.encode(&data))
+        Ok(pulled.encode(&[&data]))
     }
 
     /// Bytes of another member go to disk: as stamps.

@@ -674,32 +674,39 @@ impl ChunkList {
 }
 
 /// Body of [`Kind::PullReply`]: which blocks of the range, from the header's offset for its length, the asking member
-/// misses, and their data.
+/// misses, and their data. It borrows the data: it is much, and is copied only where it goes.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct PullReply {
+pub struct PullReply<'a> {
     /// The missed blocks, by index from the first block of the range, and whether the block is all zeroes.
     pub blocks: Vec<(u32, bool)>,
     /// The data of those that are not all zeroes, one after the other.
-    pub data: Vec<u8>,
+    pub data: &'a [u8],
 }
 
-impl PullReply {
+impl<'a> PullReply<'a> {
     /// Most data bytes in one answer. The source shortens the range that it answers for.
     pub const MAX_DATA: u32 = 256 << 10;
     /// Longest range that one request may ask about, in bytes: the largest chunk.
     pub const MAX_RANGE: u32 = 64 << 20;
     const ZERO: u32 = 1 << 31;
 
-    /// The body's bytes.
+    /// The body for these blocks with their content. Blocks of zeroes go without it.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        let mut e = Encoder::default();
-        e.u32(u32::try_from(self.blocks.len()).unwrap_or(0));
-        for &(block, zero) in &self.blocks {
-            e.u32(if zero { block | Self::ZERO } else { block });
+    pub fn encode<'b>(blocks: impl ExactSizeIterator<Item = (u32, &'b [u8])>) -> Vec<u8> {
+        static ZEROES: [u8; 4096] = [0; 4096];
+        let count = blocks.len();
+        let table = 4 * (count + 1);
+        let mut bytes = Vec::with_capacity(table + count * ZEROES.len());
+        bytes.extend_from_slice(&u32::try_from(count).unwrap_or(0).to_le_bytes());
+        bytes.resize(table, 0);
+        for (entry, (block, content)) in (1..).zip(blocks) {
+            let is_zero = content == ZEROES;
+            let word = if is_zero { block | Self::ZERO } else { block };
+            bytes[entry * 4..][..4].copy_from_slice(&word.to_le_bytes());
+            if !is_zero {
+                bytes.extend_from_slice(content);
+            }
         }
-        let mut bytes = e.finish();
-        bytes.extend_from_slice(&self.data);
         bytes
     }
 
@@ -707,7 +714,7 @@ impl PullReply {
     ///
     /// # Errors
     /// When the bytes are no such body: blocks out of order, or data of another length than they need.
-    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+    pub fn decode(body: &'a [u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::PullReply, body);
         let count = d.u32()?;
         if count > Self::MAX_RANGE / 4096 {
@@ -726,7 +733,7 @@ impl PullReply {
         if d.rest.len() != wanted {
             return Err(d.value_error(format!("{} bytes of data, expected {wanted}", d.rest.len())));
         }
-        Ok(Self { blocks, data: d.rest.to_vec() })
+        Ok(Self { blocks, data: d.rest })
     }
 }
 
@@ -819,8 +826,13 @@ mod tests {
         let member = MemberId::new(1).unwrap();
         let list = ChunkList { member, blocks_left: 7, chunks: vec![Chunk(1), Chunk(1 << 40)] };
         check(&list, list.encode(), |b| ChunkList::decode(Kind::ChunksDone, b));
-        let pulled = PullReply { blocks: vec![(0, false), (3, true), (9, false)], data: vec![7; 8192] };
-        check(&pulled, pulled.encode(), PullReply::decode);
+        let (full, zero) = ([7; 4096], [0; 4096]);
+        let blocks = [(0, &full[..]), (3, &zero[..]), (9, &full[..])];
+        let bytes = PullReply::encode(blocks.into_iter());
+        let reply = PullReply { blocks: vec![(0, false), (3, true), (9, false)], data: &[7; 8192] };
+        assert_eq!(PullReply::decode(&bytes), Ok(reply));
+        assert!((0..bytes.len()).all(|end| PullReply::decode(&bytes[..end]).is_err()));
+        assert!(PullReply::decode(&[bytes, vec![0]].concat()).is_err());
     }
 
     #[test]

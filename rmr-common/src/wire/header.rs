@@ -136,6 +136,12 @@ impl Kind {
         matches!(self, Self::Write | Self::IoReply)
     }
 
+    /// Whether this is of the resync between nodes: no client ever sends or gets one.
+    #[must_use]
+    pub const fn is_resync(self) -> bool {
+        matches!(self, Self::PullMap | Self::PullMapReply | Self::Pull | Self::PullReply)
+    }
+
     /// Whether this is one of the five I/O requests.
     #[must_use]
     pub const fn is_request(self) -> bool {

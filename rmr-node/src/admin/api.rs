@@ -236,6 +236,18 @@ pub struct IoCounters {
     pub digest_mismatches: u64,
     /// Requests taken and not answered yet.
     pub in_flight: u64,
+    /// Bytes of answers to members that are brought up to date from here: data, and the lists of what it is.
+    #[serde(default)]
+    pub resync_sent_bytes: u64,
+    /// The same from the other side: bytes that this member received from its sources.
+    #[serde(default)]
+    pub resync_received_bytes: u64,
+    /// Missed blocks of 4 KiB that this member wrote from its sources' data, zeroes among them.
+    #[serde(default)]
+    pub resync_written_blocks: u64,
+    /// Pages of 4 KiB of metadata that were written.
+    #[serde(default)]
+    pub metadata_pages: u64,
 }
 
 /// Latency of requests at a node over the last minute, from receipt to answer.

@@ -40,7 +40,7 @@ impl Page {
 
     fn stores(&mut self, pools: &[PoolStatus]) {
         type Value = fn(&PoolStatus) -> Option<u64>;
-        let families: [(&str, &str, &str, Value); 23] = [
+        let families: [(&str, &str, &str, Value); 27] = [
             ("rmr_pool_size_bytes", "gauge", "Size of the pool.", |p| Some(p.spec.size)),
             ("rmr_store_serving", "gauge", "1 if the store serves, 0 if it waits or failed.", |p| {
                 Some(u64::from(p.store_state == StoreState::Serving))
@@ -68,6 +68,18 @@ impl Page {
                 Some(p.io.compared_bytes)
             }),
             ("rmr_store_errors_total", "counter", "Requests answered with an error.", |p| Some(p.io.errors)),
+            ("rmr_store_resync_sent_bytes_total", "counter", "Bytes answered to stale members.", |p| {
+                Some(p.io.resync_sent_bytes)
+            }),
+            ("rmr_store_resync_received_bytes_total", "counter", "Bytes received from sources.", |p| {
+                Some(p.io.resync_received_bytes)
+            }),
+            ("rmr_store_resync_written_blocks_total", "counter", "Missed blocks written.", |p| {
+                Some(p.io.resync_written_blocks)
+            }),
+            ("rmr_store_metadata_pages_total", "counter", "Metadata pages written.", |p| {
+                Some(p.io.metadata_pages)
+            }),
             ("rmr_store_read_errors_total", "counter", "Reads that the disk failed.", |p| {
                 Some(p.io.read_errors)
             }),

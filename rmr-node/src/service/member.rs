@@ -61,6 +61,12 @@ pub(super) struct Member {
     /// Pulled data that waits for a buffer.
     pub(super) pulled: VecDeque<PulledWrite>,
     progress: Option<Progress>,
+    /// Bytes of answers to pulls of others.
+    pub(super) resync_sent: u64,
+    /// Bytes of answers to own pulls.
+    pub(super) resync_received: u64,
+    /// Pages of metadata that were written.
+    metadata_pages: u64,
     /// Operators' commands that are not answered.
     pub(super) commands: Vec<(CommandId, Asker)>,
     /// A thread makes room in the store.
@@ -142,6 +148,9 @@ impl Member {
             source_attempt: 0,
             pulled: VecDeque::new(),
             progress: None,
+            resync_sent: 0,
+            resync_received: 0,
+            metadata_pages: 0,
             commands: Vec::new(),
             makes_room: false,
         }
@@ -197,7 +206,9 @@ impl Member {
 
     /// The next thing that the disk has to do for the metadata.
     pub(super) fn next_metadata_io(&mut self) -> Option<MetadataIo> {
-        self.writer.next_io()
+        let io = self.writer.next_io();
+        self.metadata_pages += u64::from(matches!(io, Some(MetadataIo::Write { .. })));
+        io
     }
 
     /// A metadata I/O ended.
@@ -386,6 +397,10 @@ impl Member {
                 read_errors: counters.read_errors,
                 digest_mismatches: counters.digest_mismatches,
                 in_flight: status.in_flight as u64,
+                resync_sent_bytes: self.resync_sent,
+                resync_received_bytes: self.resync_received,
+                resync_written_blocks: counters.pulled_in_blocks,
+                metadata_pages: self.metadata_pages,
             },
             latency: None,
             resync,

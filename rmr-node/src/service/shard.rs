@@ -22,7 +22,7 @@ use rmr_common::time::Time;
 use rmr_common::transport::Connection;
 use rmr_common::transport::connect::Connector;
 use rmr_common::transport::tcp::TcpConnection;
-use rmr_common::wire::{Hello, Kind, MessageHeader, Status, block_digests, data_digest};
+use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MessageHeader, Status, block_digests, data_digest};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -659,17 +659,17 @@ impl Shard {
 
     /// Answers a pull with the data of its reads.
     fn reply_pulled(&mut self, index: usize, id: ConnectionId, header: &MessageHeader, data: &PulledData) {
-        let mut bytes = Vec::new();
-        if let Some(member) = self.members[index].as_mut() {
-            for buffer in data.reads.iter().filter_map(|io| member.take_read(*io)) {
-                bytes.extend_from_slice(buffer.bytes());
-            }
-        }
+        let Some(member) = self.members[index].as_mut() else { return };
+        let buffers: Vec<Buffer> = data.reads.iter().filter_map(|io| member.take_read(*io)).collect();
+        let found: Vec<&[u8]> = buffers.iter().map(Buffer::bytes).collect();
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let mut header = *header;
-        let body = (header.status == Status::Ok).then(|| data.encode(&bytes));
+        let body = (header.status == Status::Ok).then(|| data.encode(&found));
         header.payload = body.as_ref().map_or(0, |b| u32::try_from(b.len()).unwrap_or(u32::MAX));
         peer.wire.queue(&header, body);
+        if let Some(member) = &mut self.members[index] {
+            member.resync_sent += HEADER_SIZE as u64 + u64::from(header.payload);
+        }
         self.queue(id);
     }
 

@@ -10,7 +10,7 @@ use rmr_common::time::Time;
 use rmr_common::transport::connect::Dialled;
 use rmr_common::transport::tcp::TcpConnection;
 use rmr_common::transport::{Connection, Place, Receiver};
-use rmr_common::wire::{Hello, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status};
+use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status};
 use vmm_sys_util::epoll::EventSet;
 
 use super::member::Member;
@@ -81,6 +81,7 @@ impl Receiver for Sink<'_> {
 
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
         if *self.is_greeted {
+            self.member.resync_received += (HEADER_SIZE + body.len()) as u64;
             self.member.replica.apply(Event::PeerMessage(header, body), self.now);
         } else if header.kind == Kind::HelloReply && header.status == Status::Ok {
             *self.is_greeted = true;
