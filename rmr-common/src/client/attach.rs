@@ -371,6 +371,7 @@ impl Client {
     /// Members can not be reached any more. The pool goes on with the others if a Clean one is left.
     pub(super) fn lose(&mut self, members: MemberSet, reason: &str) {
         self.stale_lost(members);
+        self.commands_lost(members);
         for member in members.iter() {
             self.parts.fail_member(member);
             if let Some(flush) = &mut self.flush

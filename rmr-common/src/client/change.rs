@@ -120,6 +120,12 @@ impl Client {
         self.pump();
     }
 
+    /// The command that is under way.
+    #[must_use]
+    pub(crate) fn running_command(&self) -> Option<&Command> {
+        self.commands.running.as_ref().map(|r| &r.asked.command)
+    }
+
     /// What the command that is under way is doing, in a word.
     #[must_use]
     pub(crate) fn command_phase(&self) -> Option<(&Command, &'static str)> {
@@ -203,7 +209,11 @@ impl Client {
     pub(super) fn advance_command(&mut self) {
         while self.is_active() && !self.detach_requested {
             if self.commands.running.is_none() {
-                let Some(asked) = self.commands.waiting.pop_front() else { return };
+                let Some(mut asked) = self.commands.waiting.pop_front() else { return };
+                // The one that has the id now is meant, and no other when that is gone.
+                if let Command::Remove { member, store: store @ None } = &mut asked.command {
+                    *store = self.spec.as_ref().and_then(|s| s.member(*member)).map(|m| m.store);
+                }
                 let (phase, since) = (Phase::Deciding, self.now);
                 self.commands.running =
                     Some(Running { asked, phase, since, met: false, grown: MemberSet::EMPTY });
@@ -405,10 +415,10 @@ impl Client {
             },
         };
         self.set_command_phase(Phase::Meeting(id));
-        // The leg of a member, whose other store it may be.
-        if self.hello_of(id).is_some() {
+        // It may be the leg of a member whose disk was exchanged, and the end of the connection may not be known yet.
+        let wanted = self.running_command().and_then(new_store);
+        if self.hello_of(id).is_some_and(|hello| Some(hello.store()) == wanted) {
             self.command_met(id);
-            return true;
         }
         false
     }
@@ -462,26 +472,42 @@ impl Client {
         self.advance_command();
     }
 
+    /// Members were lost. They need not have room: they make some when they come back.
+    pub(super) fn commands_lost(&mut self, members: MemberSet) {
+        let Some(running) = &mut self.commands.running else { return };
+        running.grown = running.grown.without(members);
+        if let Phase::Growing(asked) = &mut running.phase {
+            *asked = asked.without(members);
+        }
+    }
+
     /// Time has passed.
     pub(super) fn tick_commands(&mut self) {
         self.advance_command();
         let (now, limit) = (self.now, self.config.leg_timeout * 2);
-        let ready = self.view_active().intersection(self.ready_members());
         let Some(running) = &mut self.commands.running else { return };
         let is_late = now - running.since > limit;
         let refusal = match &mut running.phase {
             Phase::Meeting(id) if is_late => {
                 let id = *id;
-                let error = self.links.get(usize::from(id.0)).map_or("", |l| l.last_error.as_str());
-                Some((Refusal::Unreachable, format!("the node of the new store does not answer: {error}")))
+                match self.links.get(usize::from(id.0)) {
+                    Some(link) if matches!(link.state, LinkState::Ready(_)) => {
+                        let text = format!("the node at {} has another store of the pool", link.address);
+                        Some((Refusal::StoreNotFound, text))
+                    }
+                    link => {
+                        let error = link.map_or("", |l| l.last_error.as_str());
+                        let text = format!("the node of the new store does not answer: {error}");
+                        Some((Refusal::Unreachable, text))
+                    }
+                }
             }
             Phase::Flushing(_) | Phase::Quiescing(_) | Phase::FlushingQuiet(_) | Phase::Leaving(_)
                 if is_late =>
             {
                 Some((Refusal::Busy, "the pool is too busy to let a member go".to_owned()))
             }
-            // One that was lost need not have room: it makes some when it comes back.
-            Phase::Growing(asked) if asked.intersection(ready).is_empty() => {
+            Phase::Growing(asked) if asked.is_empty() => {
                 running.phase = Phase::Deciding;
                 None
             }

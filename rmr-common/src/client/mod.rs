@@ -694,4 +694,6 @@ impl Client {
 }
 
 #[cfg(test)]
+mod change_tests;
+#[cfg(test)]
 mod tests;

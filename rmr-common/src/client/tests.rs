@@ -1,34 +1,41 @@
 //! Unit tests of the machine; the simulator tests it together with replicas.
 
 use super::*;
-use crate::pool::{BootId, ChunkSize, MemberSpec, MemberState, StoreId};
+use crate::pool::{BootId, ChunkSize, CommandReply, MemberSpec, MemberState, StoreId};
 use crate::wire::{DirtyAddition, Kind, Limits, SetView, Status};
 
 const SECOND: u64 = 1_000_000_000;
 
-fn member(index: u8) -> MemberId {
+pub(super) fn member(index: u8) -> MemberId {
     MemberId::new(index).unwrap()
 }
 
 /// A client with nodes that answer whatever is no request of the guest by themselves, and well.
-struct Bench {
-    client: Client,
-    now: Time,
-    spec: PoolSpec,
-    views: Vec<View>,
-    epochs: Vec<Epoch>,
-    host_boots: Vec<u8>,
-    write_through: bool,
-    up: Vec<bool>,
+pub(super) struct Bench {
+    pub(super) client: Client,
+    pub(super) now: Time,
+    pub(super) spec: PoolSpec,
+    /// By node, as the others.
+    pub(super) specs: Vec<PoolSpec>,
+    /// What a node says of room for a larger pool; `None` for no answer.
+    pub(super) room: Vec<Option<Status>>,
+    pub(super) replies: Vec<CommandReply>,
+    pub(super) views: Vec<View>,
+    pub(super) epochs: Vec<Epoch>,
+    pub(super) host_boots: Vec<u8>,
+    pub(super) write_through: bool,
+    pub(super) up: Vec<bool>,
     /// Requests that were sent and not answered, by member.
-    sent: Vec<(MemberId, MessageHeader)>,
+    pub(super) sent: Vec<(MemberId, MessageHeader)>,
+    /// The node that each link leads to.
+    pub(super) nodes: Vec<usize>,
     /// What came with views.
-    additions: Vec<DirtyAddition>,
-    done: Vec<(Token, Result<(), IoError>)>,
+    pub(super) additions: Vec<DirtyAddition>,
+    pub(super) done: Vec<(Token, Result<(), IoError>)>,
 }
 
 impl Bench {
-    fn new(members: u8, configure: impl FnOnce(&mut Config)) -> Self {
+    pub(super) fn new(members: u8, configure: impl FnOnce(&mut Config)) -> Self {
         let line = |i: u8| MemberSpec {
             id: member(i),
             store: StoreId::from_bytes([i + 1; 16]),
@@ -53,6 +60,9 @@ impl Bench {
         let mut bench = Self {
             client,
             now: Time(SECOND),
+            specs: vec![spec.clone(); count],
+            room: vec![Some(Status::Ok); count],
+            replies: Vec::new(),
             spec,
             views: vec![view; count],
             epochs: vec![Epoch(0); count],
@@ -60,6 +70,7 @@ impl Bench {
             write_through: true,
             up: vec![true; count],
             sent: Vec::new(),
+            nodes: Vec::new(),
             additions: Vec::new(),
             done: Vec::new(),
         };
@@ -69,25 +80,30 @@ impl Bench {
     }
 
     /// Carries out what the client wants until it waits for something that the test has to do.
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         while let Some(output) = self.client.take_output() {
             match output {
                 Output::Connect(link, address) => {
-                    let node = self.spec.members.iter().position(|m| m.address == address).unwrap();
-                    let event =
-                        if self.up[node] { Event::LinkUp(link) } else { Event::LinkDown(link, "down") };
+                    let node = usize::from(address.port() - 1);
+                    let is_up = self.up.get(node).copied().unwrap_or(false);
+                    if self.nodes.len() <= usize::from(link.0) {
+                        self.nodes.resize(usize::from(link.0) + 1, 0);
+                    }
+                    self.nodes[usize::from(link.0)] = node;
+                    let event = if is_up { Event::LinkUp(link) } else { Event::LinkDown(link, "down") };
                     self.client.apply(event, self.now);
                 }
                 Output::Send(link, header, payload) => self.deliver(link, &header, payload),
                 Output::Complete(token, result) => self.done.push((token, result)),
-                Output::Disconnect(_) | Output::Notice(_) | Output::CommandDone(..) | Output::Unbounce(_) => {
-                }
+                Output::CommandDone(_, reply) => self.replies.push(reply),
+                Output::Disconnect(_) | Output::Notice(_) | Output::Unbounce(_) => {}
             }
         }
     }
 
     fn deliver(&mut self, link: LinkId, header: &MessageHeader, payload: Payload) {
-        let node = usize::from(link.0);
+        let node = self.nodes[usize::from(link.0)];
+        let of_node = self.of_node(node);
         let body = if let Payload::Body(body) = payload { body } else { Vec::new() };
         let (kind, body) = match header.kind {
             Kind::Hello => {
@@ -95,11 +111,11 @@ impl Bench {
                     version: 1,
                     capabilities: 0,
                     limits: Limits { max_io: 1 << 20, slots: 64, max_bytes: 8 << 20 },
-                    member: member(link.0),
+                    member: of_node,
                     write_through: self.write_through,
                     host_boot: BootId::from_bytes([self.host_boots[node]; 16]),
                     process_boot: BootId::from_bytes([1; 16]),
-                    spec: self.spec.clone(),
+                    spec: self.specs[node].clone(),
                     view: self.views[node].clone(),
                     epoch: self.epochs[node],
                 };
@@ -109,7 +125,7 @@ impl Bench {
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
                     view: self.views[node].clone(),
-                    spec: self.spec.clone(),
+                    spec: self.specs[node].clone(),
                     last_client: None,
                     clean_detach: false,
                     slots: Vec::new(),
@@ -125,18 +141,53 @@ impl Bench {
                     self.additions.extend(set.additions);
                 }
                 self.views[node] = set.view;
+                self.specs[node] = set.spec;
                 (Kind::SetViewReply, Vec::new())
             }
             Kind::Prepare => (Kind::PrepareReply, Vec::new()),
             Kind::Ping => (Kind::Pong, Vec::new()),
-            _ => return self.sent.push((member(link.0), *header)),
+            Kind::Grow => {
+                let Some(status) = self.room[node] else { return };
+                let reply = header.reply(Kind::GrowReply, status);
+                return self.client.apply(Event::Message(link, &reply, &[]), self.now);
+            }
+            _ => return self.sent.push((of_node, *header)),
         };
         let mut reply = header.reply(kind, Status::Ok);
         reply.payload = u32::try_from(body.len()).unwrap();
         self.client.apply(Event::Message(link, &reply, &body), self.now);
     }
 
-    fn pass(&mut self, time: Duration) {
+    /// The member that a node has the store of.
+    fn of_node(&self, node: usize) -> MemberId {
+        let store = StoreId::from_bytes([u8::try_from(node).unwrap() + 1; 16]);
+        self.specs[node].members.iter().find(|m| m.store == store).unwrap().id
+    }
+
+    /// A further node, with an empty store for this member.
+    pub(super) fn add_node(&mut self, id: u8) -> (StoreId, Address) {
+        let number = u8::try_from(self.specs.len()).unwrap();
+        let store = StoreId::from_bytes([number + 1; 16]);
+        let address = Address::tcp("node", 1 + u16::from(number));
+        let mut spec = self.specs[0].clone();
+        spec.members.retain(|m| m.id != member(id));
+        spec.members.push(MemberSpec::new(member(id), store, address.clone()));
+        spec.members.sort_by_key(|m| m.id);
+        self.views.push(View::unjoined(spec.members.iter().map(|m| (m.id, m.store)), member(id)));
+        self.specs.push(spec);
+        self.room.push(Some(Status::Ok));
+        self.epochs.push(Epoch(0));
+        self.host_boots.push(1);
+        self.up.push(true);
+        (store, address)
+    }
+
+    pub(super) fn command(&mut self, command: crate::pool::Command) {
+        self.client.command(CommandToken(1), command, self.now);
+        self.run();
+    }
+
+    pub(super) fn pass(&mut self, time: Duration) {
         let end = self.now + time;
         while self.now < end {
             self.now = self.now + Duration::from_millis(100);
@@ -145,13 +196,13 @@ impl Bench {
         }
     }
 
-    fn submit(&mut self, token: u64, operation: Operation, offset: u64, length: u64) {
+    pub(super) fn submit(&mut self, token: u64, operation: Operation, offset: u64, length: u64) {
         self.client.submit(Token(token), operation, offset, length, self.now);
         self.run();
     }
 
     /// Answers the oldest request that a member, or any, was sent. Returns who that was.
-    fn answer(&mut self, who: Option<MemberId>, status: Status) -> MemberId {
+    pub(super) fn answer(&mut self, who: Option<MemberId>, status: Status) -> MemberId {
         let at = self.sent.iter().position(|(m, _)| who.is_none_or(|who| *m == who)).expect("a request");
         let (member, header) = self.sent.remove(at);
         let kind = if header.kind == Kind::Flush { Kind::FlushReply } else { Kind::IoReply };
@@ -165,13 +216,13 @@ impl Bench {
     }
 
     /// Answers all requests well, until no more come.
-    fn answer_all(&mut self) {
+    pub(super) fn answer_all(&mut self) {
         while !self.sent.is_empty() {
             self.answer(None, Status::Ok);
         }
     }
 
-    fn state(&self, member: MemberId) -> Option<MemberState> {
+    pub(super) fn state(&self, member: MemberId) -> Option<MemberState> {
         self.client.view.as_ref().and_then(|v| v.state(member))
     }
 
@@ -188,7 +239,7 @@ impl Bench {
     }
 
     /// Tells the client that a Syncing member has everything.
-    fn synced(&mut self, member: MemberId) {
+    pub(super) fn synced(&mut self, member: MemberId) {
         let list = crate::wire::ChunkList { member, blocks_left: 0, chunks: Vec::new() };
         let body = list.encode();
         let header = MessageHeader {

@@ -572,4 +572,6 @@ impl Replica {
 }
 
 #[cfg(test)]
+mod room_tests;
+#[cfg(test)]
 mod tests;

@@ -288,9 +288,10 @@ impl Replica {
             let text = format!("{} does not follow {} on member {}", set.view, self.view, self.member);
             return refuse(self, Status::IllegalView, text);
         }
-        // A pool is smaller than before only when the operator forced it into use from a member that had not grown.
-        let is_forced = set.view.number.0.saturating_sub(self.view.number.0) >= crate::pool::FORCED_JUMP / 2;
-        if !self.spec.is_same_pool(&set.spec) || set.spec.size < self.spec.size && !is_forced {
+        // Of one attachment a pool only grows. A later one may not know of a size that was never committed, or the operator
+        // forced the pool into use from a member that had not grown.
+        let is_later = set.view.epoch > self.view.epoch;
+        if !self.spec.is_same_pool(&set.spec) || set.spec.size < self.spec.size && !is_later {
             let text = format!(
                 "{} of {} bytes does not follow {} of {} bytes",
                 set.spec, set.spec.size, self.spec, self.spec.size

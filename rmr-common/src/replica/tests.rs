@@ -110,7 +110,7 @@ impl Bench {
     }
 
     /// The tickets of metadata that was asked for and not looked at.
-    fn take_tickets(&mut self) -> Vec<(Ticket, Metadata)> {
+    pub(super) fn take_tickets(&mut self) -> Vec<(Ticket, Metadata)> {
         let (persists, rest) = std::mem::take(&mut self.outputs)
             .into_iter()
             .partition::<Vec<_>, _>(|o| matches!(o, Output::Persist(..)));

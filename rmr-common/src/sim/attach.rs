@@ -59,15 +59,16 @@ impl World<'_> {
 
     /// An attachment begins: whatever the clients before left behind, all Clean members have the same.
     pub(super) fn check_agreement(&self, view: &View) -> Check {
-        let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
+        let clean: Vec<_> = view.clean().iter().map(|m| self.node_in(view, m)).collect();
         let first = clean.first().copied().unwrap_or(0);
-        for (sector, &expected) in self.nodes[first].disk.sectors.iter().enumerate() {
+        for sector in 0..self.sectors() {
+            let expected = self.nodes[first].value(sector);
             // What this client had sent before, and sends again.
             if self.oracle.is_in_flight(sector) {
                 continue;
             }
             for &index in &clean {
-                let value = self.nodes[index].disk.sectors[sector];
+                let value = self.nodes[index].value(sector);
                 if value != expected || !self.oracle.is_current(sector, value) {
                     return Err(format!(
                         "{view}: a client attached, and sector {sector} is {} on node {first} and {} on node {index}; \

@@ -17,7 +17,23 @@ impl World<'_> {
     }
 
     pub(super) fn node_index(&self, member: crate::pool::MemberId) -> usize {
-        self.nodes.iter().position(|n| n.member == member).unwrap_or(0)
+        let view = self.committed.as_ref().filter(|v| v.member(member).is_some());
+        match view {
+            Some(view) => self.node_in(view, member),
+            None => self.nodes.iter().rposition(|n| n.member == member).unwrap_or(0),
+        }
+    }
+
+    /// The node that has the store of a member in a view.
+    pub(super) fn node_in(&self, view: &View, member: crate::pool::MemberId) -> usize {
+        let store = view.member(member).map(|m| m.store);
+        self.nodes.iter().position(|n| Some(n.store) == store).unwrap_or(0)
+    }
+
+    /// Whether a node's store is a member of the pool.
+    pub(super) fn is_member(&self, index: usize) -> bool {
+        let node = &self.nodes[index];
+        self.committed.as_ref().is_none_or(|v| v.has_store(node.member, node.store))
     }
 
     // Nodes ------------------------------------------------------------------------------------------------------
@@ -99,7 +115,10 @@ impl World<'_> {
                     header.epoch, node.answered
                 ));
             }
-            missing = header.missing;
+            // One that was removed since is of no interest any more.
+            let view = node.replica.as_ref().map(replica::Replica::view);
+            let is_there = |m: &crate::pool::MemberId| view.is_none_or(|v| v.member(*m).is_some());
+            missing = header.missing.iter().filter(is_there).collect();
         }
         for chunk in chunks {
             if !node.has_bit(MapId::Intent, chunk) {
@@ -116,7 +135,7 @@ impl World<'_> {
     pub(super) fn check_page(&mut self, index: usize, page: MapPage, bytes: &PageBytes) -> Check {
         let Some(old) = self.nodes[index].pages.get(&page) else { return Ok(()) };
         let first = u64::from(page.page) * crate::map::MAP_PAGE_BITS;
-        let last = (first + crate::map::MAP_PAGE_BITS).min(self.spec.chunk_count());
+        let last = (first + crate::map::MAP_PAGE_BITS).min(self.committed_spec.chunk_count());
         let cleared: Vec<_> = (first..last).map(Chunk).filter(|&c| bit(old, c) && !bit(bytes, c)).collect();
         for chunk in cleared {
             if page.map != MapId::Intent {
@@ -131,12 +150,12 @@ impl World<'_> {
     fn check_cleared(&self, index: usize, chunk: Chunk) -> Check {
         let active = self.committed.as_ref().map_or(MemberSet::EMPTY, View::active);
         let node = &self.nodes[index];
-        if !active.contains(node.member) {
+        if !active.contains(node.member) || !self.is_member(index) {
             return Ok(());
         }
         let per_chunk = usize::try_from(self.spec.chunk_size.bytes() / SECTOR).unwrap_or(0);
         let start = usize::try_from(chunk.0).unwrap_or(0) * per_chunk;
-        for sector in start..(start + per_chunk).min(node.disk.sectors.len()) {
+        for sector in start..(start + per_chunk).min(self.sectors()) {
             // What was pulled is on record as missed until it is flushed.
             if node.disk.unflushed_since[sector] != 0 && !node.disk.pulled[sector] {
                 return Err(format!(
@@ -145,7 +164,7 @@ impl World<'_> {
             }
             let value = node.disk.sectors[sector];
             for member in active.iter().filter(|&m| m != node.member) {
-                let other = self.nodes[self.node_index(member)].disk.sectors[sector];
+                let other = self.nodes[self.node_index(member)].value(sector);
                 // The other one may be a step ahead: its next write to the sector is in flight.
                 let is_excused =
                     !self.oracle.has_failed(value) && self.oracle.may_be_unfinished(sector, other);
@@ -177,10 +196,24 @@ impl World<'_> {
             return Err(format!("node {index} goes back from {} to {}", old.view, state.view));
         }
         state.view.validate().map_err(|e| format!("node {index}: {}: {e}", state.view))?;
+        if !state.spec.describes(&state.view) {
+            return Err(format!("node {index} has {} with {:?}", state.view, state.spec));
+        }
+        let node = &self.nodes[index];
+        if !state.view.has_store(node.member, node.store) {
+            return Err(format!("node {index} has {}, in which its store is no member", state.view));
+        }
+        if state.spec.size > node.room {
+            return Err(format!(
+                "node {index} has a pool of {} bytes, and room for {}",
+                state.spec.size, node.room
+            ));
+        }
         let key = (state.view.number.0, state.view.epoch.0);
-        let known = self.views.entry(key).or_insert_with(|| state.view.clone());
-        if *known != state.view {
-            return Err(format!("two views of one number: {known} and {}", state.view));
+        let known = self.views.entry(key).or_insert_with(|| (state.view.clone(), state.spec.clone()));
+        // Stores that have not joined have each a view of their own.
+        if (&known.0, &known.1) != (&state.view, &state.spec) && key.0 > 0 {
+            return Err(format!("two views of one number: {} and {}", known.0, state.view));
         }
         Ok(())
     }
@@ -285,8 +318,8 @@ impl World<'_> {
     fn give_up_unflushed(&mut self, members: MemberSet) -> Check {
         let clean: Vec<_> = members.iter().map(|m| self.node_index(m)).collect();
         for index in clean {
-            for sector in 0..self.nodes[index].disk.sectors.len() {
-                let value = self.nodes[index].disk.sectors[sector];
+            for sector in 0..self.sectors() {
+                let value = self.nodes[index].value(sector);
                 if self.oracle.is_current(sector, value) {
                     continue;
                 }
@@ -357,13 +390,14 @@ impl World<'_> {
             self.check_steps(&last, &view)?;
         }
         for member in view.active().iter() {
-            let durable = &self.nodes[self.node_index(member)].durable.view;
+            let durable = &self.nodes[self.node_in(&view, member)].durable.view;
             if durable.order() < view.order()
                 || (durable.epoch == view.epoch && durable.number == view.number && *durable != view)
             {
                 return Err(format!("client {host} committed {view}; durable on member {member}: {durable}"));
             }
         }
+        self.check_spec(host, &view)?;
         self.committed = Some(view);
         self.check_stale()
     }
@@ -468,7 +502,7 @@ impl World<'_> {
         for member in view.active().iter() {
             let node = &self.nodes[self.node_index(member)];
             for sector in request.first..request.first + request.count {
-                let value = node.disk.sectors[sector];
+                let value = node.value(sector);
                 // A part of the request may have completed before the member was brought back in.
                 let is_known = |k: crate::pool::MemberId| self.has_record(self.node_index(k), member, sector);
                 let is_stale =
@@ -486,11 +520,14 @@ impl World<'_> {
             for absent in view.out().iter() {
                 let disk = &self.nodes[self.node_index(absent)].disk;
                 let misses = |&sector: &usize| {
-                    disk.unflushed_since[sector] > 0 || !self.oracle.is_current(sector, disk.sectors[sector])
+                    disk.unflushed_since[sector] > 0
+                        || !self.oracle.is_current(sector, self.nodes[self.node_index(absent)].value(sector))
                 };
                 for sector in (request.first..request.first + request.count).filter(misses) {
                     let chunk = self.spec.chunk_size.chunk_of(sector as u64 * SECTOR);
-                    if !node.has_bit(MapId::Dirty(absent), chunk) {
+                    let is_dropped =
+                        view.member(absent).is_some_and(|m| self.has_dropped(self.node_index(member), m));
+                    if !node.has_bit(MapId::Dirty(absent), chunk) && !is_dropped {
                         return Err(format!(
                             "member {member} has no durable record that {absent} misses sector {sector}, chunk {chunk}"
                         ));
@@ -510,11 +547,11 @@ impl World<'_> {
     pub(super) fn check_data(&self) -> Check {
         let view = self.committed.as_ref().ok_or("no client ever attached")?;
         let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
-        let reference = &self.nodes[clean[0]].disk.sectors;
-        for (sector, &expected) in reference.iter().enumerate() {
+        for sector in 0..self.sectors() {
+            let expected = self.nodes[clean[0]].value(sector);
             let is_undecided = self.oracle.is_undecided(sector);
             for &index in &clean {
-                let value = self.nodes[index].disk.sectors[sector];
+                let value = self.nodes[index].value(sector);
                 if !self.oracle.is_current(sector, value) {
                     return Err(format!(
                         "at the end, node {index} has {} in sector {sector}; possible: {}",
@@ -532,7 +569,7 @@ impl World<'_> {
                 }
             }
             for out in view.out().iter().filter(|_| !is_undecided) {
-                let value = self.nodes[self.node_index(out)].disk.sectors[sector];
+                let value = self.nodes[self.node_index(out)].value(sector);
                 if value == expected {
                     continue;
                 }
@@ -555,7 +592,7 @@ impl World<'_> {
         Err(format!(
             "at the end, absent member {out} differs in sector {sector} ({}), which node {keeper} has not on record; \
              possible: {}",
-            Oracle::name(self.nodes[self.node_index(out)].disk.sectors[sector]),
+            Oracle::name(self.nodes[self.node_index(out)].value(sector)),
             self.oracle.describe(sector)
         ))
     }
@@ -592,7 +629,7 @@ impl World<'_> {
 
     /// What is only known at the end of a run.
     pub(super) fn cover_end(&mut self) {
-        match self.nodes.len() {
+        match self.spec.members.len() {
             1 => self.coverage.hit("pool of one"),
             8 => self.coverage.hit("pool of eight"),
             _ => {} // The usual sizes.

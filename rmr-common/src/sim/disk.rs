@@ -67,10 +67,13 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    pub(super) fn new(sectors: usize, write_back: bool) -> Self {
+    /// A disk whose first sectors are zeroes, and the others whatever they were.
+    pub(super) fn new(zeroes: usize, sectors: usize, write_back: bool) -> Self {
+        let mut content = vec![super::operator::GARBAGE; sectors];
+        content[..zeroes].fill(0);
         Self {
-            sectors: vec![0; sectors],
-            durable: vec![0; sectors],
+            durable: content.clone(),
+            sectors: content,
             unflushed_since: vec![0; sectors],
             pulled: vec![false; sectors],
             rot: Rot::default(),
@@ -80,6 +83,12 @@ impl Disk {
             healed: 0,
             running: BTreeMap::new(),
         }
+    }
+
+    /// Makes room: these sectors read as zeroes, durably.
+    pub(super) fn zero(&mut self, first: usize, end: usize) {
+        self.sectors[first..end].fill(0);
+        self.durable[first..end].fill(0);
     }
 
     /// Starts a request. Fails when that breaks a rule of the replica.

@@ -14,7 +14,8 @@ impl World<'_> {
         }
         let pause = self.rng.range(1, self.profile.pause);
         self.after(pause, Event::Work);
-        let live: Vec<_> = (0..self.hosts.len()).filter(|&h| self.hosts[h].is_live()).collect();
+        let is_guest = |h: &usize| self.hosts[*h].is_live() && !self.hosts[*h].is_admin;
+        let live: Vec<_> = (0..self.hosts.len()).filter(is_guest).collect();
         let Some(&newest) = live.last() else {
             self.start_some_host();
             return Ok(());
@@ -34,7 +35,9 @@ impl World<'_> {
     /// The guest is busy just when a member is being brought back in.
     pub(super) fn burst(&mut self, host: usize) -> Check {
         for _ in 0..self.rng.range(2, 8) {
-            let is_ready = self.hosts[host].is_live() && self.hosts[host].requests.len() < 64;
+            let is_ready = self.hosts[host].is_live()
+                && !self.hosts[host].is_admin
+                && self.hosts[host].requests.len() < 64;
             if is_ready && !self.is_calm {
                 self.submit_any(host)?;
             }
@@ -73,7 +76,12 @@ impl World<'_> {
         if operation == Operation::Flush {
             return self.submit(host, operation, 0, 0);
         }
-        let sectors = usize::try_from(self.spec.size / SECTOR).unwrap_or(0);
+        // What the guest was told, and no more than is committed.
+        let told = self.hosts[host].client.spec().map_or(0, |s| s.size);
+        let sectors = usize::try_from(told.min(self.committed_spec.size) / SECTOR).unwrap_or(0);
+        if sectors == 0 {
+            return Ok(());
+        }
         let length = match self.rng.range(0, 99) {
             0..=39 => self.rng.range(1, 16),
             40..=79 => self.rng.range(1, 8) * 8,
@@ -191,7 +199,7 @@ impl World<'_> {
                 // Some blocks of one disk cannot be read; where the guest is most of the time, as likely as not.
                 trace!(self, "blocks of node {node} become unreadable");
                 self.had_errors = true;
-                let blocks = usize::try_from(self.spec.block_count()).unwrap_or(1);
+                let blocks = usize::try_from(self.committed_spec.block_count()).unwrap_or(1);
                 for _ in 0..self.rng.range(1, 4) {
                     let most = if self.rng.percent(70) { 6 } else { blocks };
                     let block = self.rng.index(most.min(blocks));
@@ -225,6 +233,7 @@ impl World<'_> {
         if self.nodes[index].replica.take().is_none() {
             return Ok(());
         }
+        self.cover_command("node crashed", None);
         trace!(self, "node {index} crashes, with its machine: {power}");
         let node = &mut self.nodes[index];
         if !node.disk.running.is_empty() {
@@ -335,8 +344,21 @@ impl World<'_> {
         Ok(())
     }
 
+    /// A client dies, and is started anew.
+    pub(super) fn doom(&mut self, host: usize) {
+        if self.is_calm || !self.hosts[host].is_live() {
+            return;
+        }
+        let (id, is_admin) = (self.hosts[host].id, self.hosts[host].is_admin);
+        self.crash_host(host);
+        if !is_admin {
+            self.start_host(id, false);
+        }
+    }
+
     pub(super) fn crash_host(&mut self, host: usize) {
         trace!(self, "client {host} crashes");
+        self.cover_command("client crashed", Some(host));
         self.hosts[host].is_crashed = true;
         self.resyncs.is_unflushed_unknown = true;
         let requests = std::mem::take(&mut self.hosts[host].requests);
@@ -366,6 +388,12 @@ impl World<'_> {
             host.partitioned.iter_mut().for_each(|p| *p = false);
             host.stalled_until.iter_mut().for_each(|s| *s = 0);
         }
+        // One that knows nobody who is still there would look for the pool for ever.
+        for host in 0..self.hosts.len() {
+            if self.hosts[host].is_live() && self.hosts[host].client.spec().is_none() {
+                self.crash_host(host);
+            }
+        }
         for index in 0..self.nodes.len() {
             self.nodes[index].disk_errors = 0;
             self.nodes[index].disk.bad.clear();
@@ -373,7 +401,7 @@ impl World<'_> {
             if self.nodes[index].replica.as_ref().is_some_and(|r| r.status().broken) {
                 self.crash_node(index, false)?;
             }
-            if self.nodes[index].replica.is_none() {
+            if self.nodes[index].replica.is_none() && !self.nodes[index].is_gone {
                 self.restart(index);
             }
         }

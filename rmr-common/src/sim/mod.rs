@@ -9,6 +9,7 @@ mod coverage;
 mod disk;
 mod fault;
 mod node;
+mod operator;
 mod oracle;
 mod peers;
 mod resync;
@@ -134,7 +135,7 @@ fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
 /// Reads the whole pool and flushes it.
 fn read_all(world: &mut World<'_>, host: usize, deadline: u64) -> Check {
     world.is_verifying = true;
-    let sectors = world.nodes[0].disk.sectors.len();
+    let sectors = world.sectors();
     world.submit(host, client::Operation::Read, 0, sectors)?;
     world.submit(host, client::Operation::Flush, 0, 0)?;
     while !world.hosts[host].requests.is_empty() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::disk::Disk;
 use crate::map::{ChunkMap, MAP_PAGE_BYTES, MapId, MapPage, MemberMaps};
-use crate::pool::{BootId, Chunk, Epoch, MemberId, PoolSpec};
+use crate::pool::{Address, BootId, Chunk, Epoch, MemberId, StoreId};
 use crate::replica::{Config, ConnectionId, DurableState, Replica, ResyncLimits, Ticket};
 use crate::wire::{Limits, MessageHeader};
 
@@ -35,6 +35,12 @@ pub(super) struct MetadataQueue {
 /// One node of the pool.
 pub(super) struct Node {
     pub(super) member: MemberId,
+    pub(super) store: StoreId,
+    pub(super) address: Address,
+    /// Its disk is lost: it never comes back.
+    pub(super) is_gone: bool,
+    /// Bytes of a pool that the store has room for: what lies beyond was never made to read as zeroes.
+    pub(super) room: u64,
     /// Grows with every start, so that events of an earlier life are told apart.
     pub(super) life: u32,
     /// `None` while the process is down.
@@ -68,13 +74,24 @@ pub(super) struct Node {
 }
 
 impl Node {
-    pub(super) fn new(spec: &PoolSpec, member: MemberId, durable: DurableState, write_back: bool) -> Self {
-        let sectors = usize::try_from(spec.size / super::oracle::SECTOR).unwrap_or(0);
+    pub(super) fn new(
+        member: MemberId,
+        store: StoreId,
+        address: Address,
+        durable: DurableState,
+        write_back: bool,
+        capacity: usize,
+    ) -> Self {
+        let sectors = usize::try_from(durable.spec.size / super::oracle::SECTOR).unwrap_or(0);
         Self {
             member,
+            store,
+            address,
+            is_gone: false,
+            room: durable.spec.size,
             life: 0,
             replica: None,
-            disk: Disk::new(sectors, write_back),
+            disk: Disk::new(sectors, capacity, write_back),
             durable,
             pages: BTreeMap::new(),
             metadata: BTreeMap::new(),
@@ -95,13 +112,7 @@ impl Node {
     }
 
     /// Starts the process from what is durable.
-    pub(super) fn start(
-        &mut self,
-        spec: &PoolSpec,
-        limits: Limits,
-        intent_idle: std::time::Duration,
-        resync: ResyncLimits,
-    ) {
+    pub(super) fn start(&mut self, limits: Limits, intent_idle: std::time::Duration, resync: ResyncLimits) {
         self.life += 1;
         self.peer = None;
         self.holder = None;
@@ -111,6 +122,7 @@ impl Node {
             self.host_boot += 1;
             self.lost_power = false;
         }
+        let spec = &self.durable.spec;
         let mut maps = MemberMaps::new(spec);
         for id in std::iter::once(MapId::Intent).chain(MemberId::all().map(MapId::Dirty)) {
             let mut map = ChunkMap::new(spec.chunk_count());
@@ -125,14 +137,51 @@ impl Node {
             resync,
             limits,
             intent_idle,
-            host_boot: BootId::from_bytes([member, self.host_boot, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+            host_boot: BootId::from_bytes([
+                member,
+                self.host_boot,
+                self.store.as_bytes()[0],
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+                1,
+            ]),
             process_boot: BootId::from_bytes([
-                member, life[0], life[1], 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
+                member,
+                life[0],
+                life[1],
+                self.store.as_bytes()[0],
+                2,
+                2,
+                2,
+                2,
+                2,
+                2,
+                2,
+                2,
+                2,
+                2,
+                2,
+                2,
             ]),
             write_through: !self.disk.write_back,
         };
         let state = self.durable.clone();
         self.replica = Some(Replica::new(config, self.member, state, maps));
+    }
+
+    /// What a read of the pool finds in a sector. Beyond what the store has room for, there is nothing yet.
+    pub(super) fn value(&self, sector: usize) -> u64 {
+        if sector as u64 * super::oracle::SECTOR >= self.room { 0 } else { self.disk.sectors[sector] }
     }
 
     /// Whether the bit of a chunk is durable.

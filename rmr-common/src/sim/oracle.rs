@@ -48,6 +48,12 @@ impl Oracle {
         }
     }
 
+    /// The pool has so many sectors from now on. The new ones read as zeroes.
+    pub(super) fn grow(&mut self, sectors: usize) {
+        let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER, doubt: 0 };
+        self.sectors.resize(sectors, vec![genesis]);
+    }
+
     /// The value that write `id` gives to the `index`-th sector of its range.
     pub(super) fn stamp(id: WriteId, index: usize) -> u64 {
         u64::from(id) << 24 | index as u64

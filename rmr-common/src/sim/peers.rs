@@ -41,7 +41,7 @@ impl Peer {
 
 impl World<'_> {
     pub(super) fn peer_connect(&mut self, node: usize, address: &Address) -> Check {
-        let source = self.spec.members.iter().position(|m| m.address == *address);
+        let source = self.node_at(address);
         let source = source.ok_or_else(|| format!("a connection to {address}, which is no node"))?;
         if source == node || self.nodes[node].peer.is_some() {
             return Err(format!(

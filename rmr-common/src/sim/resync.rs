@@ -40,7 +40,9 @@ pub(super) type Cleared = Option<(MemberId, Vec<Chunk>)>;
 
 impl World<'_> {
     fn state(&self, index: usize) -> Option<MemberState> {
-        self.committed.as_ref().and_then(|v| v.state(self.nodes[index].member))
+        let node = &self.nodes[index];
+        let line = self.committed.as_ref()?.member(node.member)?;
+        (line.store == node.store).then_some(line.state)
     }
 
     fn is_stale(&self, index: usize, sector: usize) -> bool {
@@ -103,8 +105,7 @@ impl World<'_> {
     pub(super) fn after_message(&mut self, index: usize, before: Cleared) -> Check {
         let Some((member, chunks)) = before else { return Ok(()) };
         // A node that was lost may hear late what was passed on before; nobody goes by its record any more.
-        let own = self.nodes[index].member;
-        if !self.committed.as_ref().is_some_and(|v| v.active().contains(own)) {
+        if self.state(index).is_none_or(|s| s == MemberState::Out) {
             return Ok(());
         }
         let stale = self.node_index(member);
@@ -118,7 +119,7 @@ impl World<'_> {
             self.coverage.hit("dirty bit cleared by a report");
             let start = usize::try_from(chunk.0).unwrap_or(0) * per_chunk;
             let disk = &self.nodes[stale].disk;
-            for sector in start..(start + per_chunk).min(disk.sectors.len()) {
+            for sector in start..(start + per_chunk).min(self.sectors()) {
                 let is_unflushed = disk.pulled[sector] && disk.unflushed_since[sector] > 0;
                 if is_unflushed || self.is_missing(stale, sector) {
                     return Err(format!(
@@ -135,7 +136,7 @@ impl World<'_> {
 
     /// Whether a sector of a node is older than what was acknowledged, beyond doubt.
     fn is_missing(&self, index: usize, sector: usize) -> bool {
-        let value = self.nodes[index].disk.sectors[sector];
+        let value = self.nodes[index].value(sector);
         !self.oracle.is_current(sector, value) && !self.oracle.is_open(sector)
     }
 
@@ -144,12 +145,13 @@ impl World<'_> {
         let Some(view) = self.committed.clone() else { return Ok(()) };
         for stale in view.members.iter().filter(|m| m.state != MemberState::Clean) {
             let index = self.node_index(stale.id);
-            let missing: Vec<usize> =
-                (0..self.nodes[index].disk.sectors.len()).filter(|&s| self.is_missing(index, s)).collect();
+            let keepers: Vec<_> =
+                view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
+            let missing: Vec<usize> = (0..self.sectors())
+                .filter(|&s| !self.is_well_known(&keepers, index, stale.id, s) && self.is_missing(index, s))
+                .collect();
             for sector in missing {
-                let keepers: Vec<_> =
-                    view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
-                let has = |k: &usize| self.has_record(*k, stale.id, sector);
+                let has = |k: &usize| self.has_record(*k, stale.id, sector) || self.has_dropped(*k, stale);
                 let is_kept = keepers.iter().all(has);
                 let own = self.nodes[index].replica.as_ref();
                 let own = own
@@ -170,6 +172,18 @@ impl World<'_> {
         Ok(())
     }
 
+    /// Whether everybody has a sector on record as missed, so that it does not matter what is in it.
+    fn is_well_known(&self, keepers: &[usize], index: usize, member: MemberId, sector: usize) -> bool {
+        keepers.iter().all(|&k| self.has_record(k, member, sector)) && self.is_stale(index, sector)
+    }
+
+    /// Whether a node has a later view than the committed one, in which the store is no member any more.
+    pub(super) fn has_dropped(&self, keeper: usize, stale: &crate::pool::MemberView) -> bool {
+        let view = &self.nodes[keeper].durable.view;
+        let is_later = self.committed.as_ref().is_some_and(|c| view.order() > c.order());
+        is_later && !view.has_store(stale.id, stale.store)
+    }
+
     pub(super) fn has_record(&self, keeper: usize, stale: MemberId, sector: usize) -> bool {
         let node = &self.nodes[keeper];
         let Some(replica) = &node.replica else { return true };
@@ -181,12 +195,31 @@ impl World<'_> {
     /// Clients read from Clean members only.
     pub(super) fn check_read_from(&self, host: usize, connection: Option<usize>) -> Check {
         let Some(connection) = connection else { return Ok(()) };
-        let member = self.nodes[self.connections[connection].node].member;
-        let state = self.hosts[host].committed.as_ref().and_then(|v| v.state(member));
+        let node = &self.nodes[self.connections[connection].node];
+        let line = self.hosts[host].committed.as_ref().and_then(|v| v.member(node.member));
+        let state = line.filter(|l| l.store == node.store).map(|l| l.state);
         if state == Some(MemberState::Clean) {
             return Ok(());
         }
-        Err(format!("client {host} reads from member {member}, which is {state:?}"))
+        Err(format!(
+            "client {host} reads from member {}, store {}, which is {state:?}",
+            node.member, node.store
+        ))
+    }
+
+    /// A store that was removed or replaced gets nothing.
+    pub(super) fn check_sent_to(&self, host: usize, connection: Option<usize>) -> Check {
+        let Some(connection) = connection else { return Ok(()) };
+        let node = &self.nodes[self.connections[connection].node];
+        let line = self.hosts[host].committed.as_ref().and_then(|v| v.member(node.member));
+        let state = line.filter(|l| l.store == node.store).map(|l| l.state);
+        if state.is_some_and(|s| s != MemberState::Out) {
+            return Ok(());
+        }
+        Err(format!(
+            "client {host} writes to member {}, store {}, which is {state:?}",
+            node.member, node.store
+        ))
     }
 
     /// Judges the steps from the view that was committed before.
@@ -201,6 +234,9 @@ impl World<'_> {
         }
         for member in view.clean().without(last.clean()).iter() {
             self.coverage.hit("promotion");
+            if self.node_in(view, member) >= self.spec.members.len() {
+                self.coverage.hit("a new member is brought in");
+            }
             self.check_promotion(member, view)?;
         }
         Ok(())
@@ -210,8 +246,9 @@ impl World<'_> {
     fn check_rejoined(&self, member: MemberId, view: &View) -> Check {
         let index = self.node_index(member);
         let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
-        for (sector, &value) in self.nodes[index].disk.sectors.iter().enumerate() {
-            let differs = |&k: &usize| self.nodes[k].disk.sectors[sector] != value;
+        for sector in 0..self.sectors() {
+            let value = self.nodes[index].value(sector);
+            let differs = |&k: &usize| self.nodes[k].value(sector) != value;
             let is_known = |&k: &usize| self.has_record(k, member, sector);
             if !self.oracle.is_in_flight(sector) && clean.iter().any(differs) && !clean.iter().all(is_known) {
                 return Err(format!(
@@ -228,13 +265,14 @@ impl World<'_> {
     fn check_promotion(&mut self, member: MemberId, view: &View) -> Check {
         let index = self.node_index(member);
         let disk = &self.nodes[index].disk;
-        for (sector, &value) in disk.sectors.iter().enumerate() {
+        for sector in 0..self.sectors() {
+            let value = self.nodes[index].value(sector);
             if disk.pulled[sector] && disk.unflushed_since[sector] > 0 {
                 return Err(format!("member {member} is promoted with pulled sector {sector} unflushed"));
             }
             let is_open = self.oracle.is_in_flight(sector);
             let others = view.clean().without(MemberSet::only(member));
-            let differs = |m: &MemberId| self.nodes[self.node_index(*m)].disk.sectors[sector] != value;
+            let differs = |m: &MemberId| self.nodes[self.node_index(*m)].value(sector) != value;
             if !is_open && (!self.oracle.is_current(sector, value) || others.iter().any(|m| differs(&m))) {
                 return Err(format!(
                     "member {member} is promoted with {} in sector {sector}; possible: {}",
@@ -300,8 +338,8 @@ impl World<'_> {
     /// Whether a client has nothing left to do, and every member is Clean.
     pub(super) fn is_healed(&self, host: usize) -> bool {
         let host = &self.hosts[host];
-        let is_clean = host.committed.as_ref().is_some_and(|v| v.clean().iter().count() == self.nodes.len());
-        host.client.is_active() && host.requests.is_empty() && is_clean
+        let is_clean = host.committed.as_ref().is_some_and(|v| v.clean().iter().count() == v.members.len());
+        host.client.is_active() && host.requests.is_empty() && is_clean && self.is_operator_content()
     }
 
     /// Whether a client has nothing to do, and leaves a leg out for its read errors.
@@ -315,7 +353,7 @@ impl World<'_> {
 
     /// At quiet every member is Clean, and nobody remembers that one misses anything.
     pub(super) fn check_all_clean(&self) -> Check {
-        for (index, node) in self.nodes.iter().enumerate() {
+        for (index, node) in self.nodes.iter().enumerate().filter(|(i, _)| self.is_member(*i)) {
             let missed = node.replica.as_ref().map(|r| r.status().missed).unwrap_or_default();
             if let Some(missed) = missed.first() {
                 return Err(format!("at the end node {index} still has on record: {missed:?}"));
@@ -426,6 +464,7 @@ impl World<'_> {
         self.coverage.hit(match phase {
             "attaching" => "member lost in a rejoin: attaching",
             "preparing" => "member lost in a rejoin: preparing",
+            "growing" => return,
             "quiescing" => "member lost in a rejoin: quiescing",
             _ => "member lost in a rejoin: changing",
         });

@@ -61,6 +61,8 @@ struct Watched {
     host: usize,
     options: VerifyOptions,
     start: Step,
+    /// Blocks of the pool when it began.
+    blocks: u64,
     /// The members that were Clean all the time.
     clean: MemberSet,
     /// Blocks that the report names.
@@ -131,7 +133,7 @@ impl World<'_> {
         if is_running || self.audit.done >= self.profile.audits {
             return Ok(());
         }
-        let members: Vec<_> = self.spec.members.iter().map(|m| m.id).collect();
+        let members: Vec<_> = self.committed_spec.members.iter().map(|m| m.id).collect();
         let trust = self.rng.percent(50).then(|| self.rng.pick(&members));
         let options = VerifyOptions {
             repair: self.rng.percent(50),
@@ -149,7 +151,9 @@ impl World<'_> {
             self.audit.done += 1;
             let clean = self.hosts[host].committed.as_ref().map_or(MemberSet::EMPTY, View::clean);
             let start = self.step;
-            self.audit.watched = Some(Watched { host, options, start, clean, named: BTreeSet::new() });
+            let blocks = self.committed_spec.block_count();
+            self.audit.watched =
+                Some(Watched { host, options, start, blocks, clean, named: BTreeSet::new() });
         }
         self.client_outputs(host)
     }
@@ -160,7 +164,7 @@ impl World<'_> {
             return; // What is being looked at may change, or not, and both are right.
         }
         let node = self.rng.index(self.nodes.len());
-        let blocks = self.spec.block_count();
+        let blocks = (self.nodes[node].disk.sectors.len() / SECTORS_PER_BLOCK) as u64;
         let block = if self.rng.percent(50) { self.rng.range(0, 7) } else { self.rng.range(0, blocks - 1) };
         let mark = (1 << 63) | self.rng.range(0, 127) << 56;
         let first = usize::try_from(block).unwrap_or(0) * SECTORS_PER_BLOCK;
@@ -302,7 +306,7 @@ impl World<'_> {
                 rotten.entry((sector / SECTORS_PER_BLOCK) as u64).or_default().insert(index);
             }
         }
-        for (block, nodes) in rotten.range(first..) {
+        for (block, nodes) in rotten.range(first..watched.blocks.max(first)) {
             let [index] = nodes.iter().copied().collect::<Vec<_>>()[..] else { continue };
             let node = &self.nodes[index];
             let sectors = *block * SECTORS_PER_BLOCK as u64..(*block + 1) * SECTORS_PER_BLOCK as u64;
@@ -312,7 +316,8 @@ impl World<'_> {
             });
             let is_named = watched.named.contains(block)
                 || report.unsettled.iter().any(|(o, l)| (*o..*o + *l).contains(&(*block * BLOCK_SIZE)));
-            if was_all_the_time && watched.clean.contains(node.member) && !is_named {
+            let is_member = watched.clean.contains(node.member) && self.node_index(node.member) == index;
+            if was_all_the_time && is_member && !is_named {
                 return Err(format!(
                     "a verify is done, and did not find that node {index} has block {block} rotten"
                 ));
@@ -326,11 +331,15 @@ impl World<'_> {
         self.hosts[host].client.verify_found().is_none_or(|(_, is_over)| is_over)
     }
 
-    /// The content of each block on each node.
-    fn all_contents(&self) -> Vec<Vec<Vec<u64>>> {
-        let blocks = self.spec.block_count();
-        let of = |node: usize| (0..blocks).map(|b| self.content(node, b)).collect();
-        (0..self.nodes.len()).map(of).collect()
+    /// The nodes of the members.
+    fn member_nodes(&self) -> Vec<usize> {
+        self.committed_spec.members.iter().map(|m| self.node_index(m.id)).collect()
+    }
+
+    /// The content of each block on each of these nodes.
+    fn all_contents(&self, nodes: &[usize]) -> Vec<Vec<Vec<u64>>> {
+        let blocks = self.committed_spec.block_count();
+        nodes.iter().map(|&node| (0..blocks).map(|b| self.content(node, b)).collect()).collect()
     }
 }
 
@@ -343,21 +352,22 @@ impl Audit {
 
 /// At quiet: a verify with repair leaves the members as they should be, and another one finds what is left.
 pub(super) fn audit_end(world: &mut World<'_>, host: usize, deadline: u64) -> Check<usize> {
-    if world.profile.audits == 0 || world.nodes.len() < 2 {
+    if world.profile.audits == 0 || world.committed_spec.members.len() < 2 {
         return Ok(host);
     }
     world.hosts[host].client.cancel_verify(Time(world.now));
     world.audit.watched = None;
     world.client_outputs(host)?;
     let host = rest(world, deadline)?;
-    let count = world.nodes.len();
-    let rotten = |w: &World<'_>, n: usize| w.nodes[n].disk.rot.marks.len();
+    let nodes = world.member_nodes();
+    let count = nodes.len();
+    let rotten = |w: &World<'_>, n: usize| w.nodes[nodes[n]].disk.rot.marks.len();
     let best = (0..count).min_by_key(|&n| rotten(world, n)).unwrap_or(0);
-    let trust = (count < 3 || world.rng.percent(30)).then(|| world.nodes[best].member);
-    let before = world.all_contents();
+    let trust = (count < 3 || world.rng.percent(30)).then(|| world.nodes[nodes[best]].member);
+    let before = world.all_contents(&nodes);
     let options = VerifyOptions { repair: true, trust, bytes_per_s: None, from_chunk: Chunk(0) };
     let host = run(world, host, options, deadline)?;
-    let blocks = usize::try_from(world.spec.block_count()).unwrap_or(0);
+    let blocks = usize::try_from(world.committed_spec.block_count()).unwrap_or(0);
     let mut left = Vec::new();
     for block in 0..blocks {
         let contents: Vec<_> = before.iter().map(|node| &node[block]).collect();
@@ -369,7 +379,7 @@ pub(super) fn audit_end(world: &mut World<'_>, host: usize, deadline: u64) -> Ch
         if right.is_none() {
             left.push(block as u64);
         }
-        for (node, content) in contents.iter().enumerate() {
+        for (node, content) in nodes.iter().copied().zip(&contents) {
             let expected = right.unwrap_or(content);
             if world.content(node, block as u64) != *expected {
                 return Err(format!(

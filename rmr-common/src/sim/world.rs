@@ -96,6 +96,16 @@ pub(super) enum Event {
         node: usize,
     },
     ErrorsEnd(usize),
+    /// A store has room, or not.
+    Grown {
+        node: usize,
+        life: u32,
+        from: u64,
+        to: u64,
+    },
+    /// A client is about to die.
+    Doom(usize),
+    Operate,
     /// A guest resets its device after writes were lost.
     GuestReset(usize),
     Work,
@@ -175,6 +185,8 @@ pub(super) struct Host {
     /// Another client has attached since this one did.
     pub(super) is_fenced: bool,
     pub(super) is_crashed: bool,
+    /// It was started for a command, and has no guest.
+    pub(super) is_admin: bool,
     /// A view change is under way.
     pub(super) is_changing: bool,
     /// The machines' runs when the view was committed.
@@ -231,7 +243,11 @@ pub(super) struct World<'a> {
     queue: BinaryHeap<Reverse<Scheduled>>,
     queued: u64,
     pub(super) profile: Profile,
+    /// The pool as it was made.
     pub(super) spec: PoolSpec,
+    /// The pool as it is in the view that was committed last.
+    pub(super) committed_spec: PoolSpec,
+    pub(super) operator: super::operator::Operator,
     pub(super) nodes: Vec<Node>,
     pub(super) hosts: Vec<Host>,
     pub(super) connections: Vec<Connection>,
@@ -256,7 +272,7 @@ pub(super) struct World<'a> {
     /// The view that was committed last.
     pub(super) committed: Option<View>,
     /// Every view that was ever durable anywhere.
-    pub(super) views: BTreeMap<(u64, u64), View>,
+    pub(super) views: BTreeMap<(u64, u64), (View, PoolSpec)>,
     /// Whether some member was attached that no client had left in good order.
     pub(super) unclean: bool,
     /// So many answers to reads find their memory changed by the guest.
@@ -303,7 +319,10 @@ impl<'a> World<'a> {
         let nodes: Vec<_> = spec
             .members
             .iter()
-            .map(|m| Node::new(&spec, m.id, state.clone(), all_write_back || rng.percent(20)))
+            .map(|m| {
+                let write_back = all_write_back || rng.percent(20);
+                (m.id, m.store, m.address.clone(), write_back)
+            })
             .collect();
         let mut client = client::Config::new(ClientId::from_bytes([0; 16]), "");
         let milliseconds = |rng: &mut Rng, list: &[u64]| Duration::from_millis(rng.pick(list));
@@ -353,6 +372,7 @@ impl<'a> World<'a> {
             damage: rng.pick(&[0, 0, 5]),
         };
         let sectors = usize::try_from(size / SECTOR).unwrap_or(0);
+        let operator = super::operator::Operator::new(&mut rng);
         let mut world = Self {
             rng,
             now: 0,
@@ -360,7 +380,9 @@ impl<'a> World<'a> {
             queue: BinaryHeap::new(),
             queued: 0,
             profile,
-            nodes,
+            nodes: Vec::new(),
+            operator,
+            committed_spec: spec.clone(),
             hosts: Vec::new(),
             connections: Vec::new(),
             peers: Vec::new(),
@@ -377,20 +399,24 @@ impl<'a> World<'a> {
             is_verifying: false,
             had_errors: false,
             committed: None,
-            views: BTreeMap::from([((1, 0), view)]),
+            views: BTreeMap::from([((1, 0), (view, spec.clone()))]),
             unclean: false,
             scribbles: 0,
             trace,
             spec,
         };
-        for node in 0..world.nodes.len() {
-            world.start_node(node);
+        for (member, store, address, write_back) in nodes {
+            let capacity = world.capacity();
+            let node = Node::new(member, store, address, state.clone(), write_back, capacity);
+            world.nodes.push(node);
+            world.start_node(world.nodes.len() - 1);
         }
         world.start_host(1, false);
         world.after(MILLISECOND, Event::Work);
         world.after(2 * MILLISECOND, Event::Audit);
         let pause = world.profile.fault_pause;
         world.after(pause, Event::Fault);
+        world.after(10 * MILLISECOND, Event::Operate);
         world
     }
 
@@ -482,12 +508,15 @@ impl<'a> World<'a> {
                 }
             }
             Event::NodeStart(node) => {
-                if self.nodes[node].replica.is_none() {
+                if self.nodes[node].replica.is_none() && !self.nodes[node].is_gone {
                     self.restart(node);
                 }
             }
             Event::Heal { host, node } => self.hosts[host].partitioned[node] = false,
             Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
+            Event::Grown { node, life, from, to } => self.grown(node, life, from, to)?,
+            Event::Doom(host) => self.doom(host),
+            Event::Operate => self.operate()?,
             Event::GuestReset(host) => self.guest_reset(host),
             Event::Work => self.work()?,
             Event::Audit => self.audit_some()?,
@@ -508,7 +537,7 @@ impl<'a> World<'a> {
     pub(super) fn start_node(&mut self, node: usize) {
         let (limits, idle) = (self.profile.limits, self.profile.intent_idle);
         let resync = self.profile.resync;
-        self.nodes[node].start(&self.spec, limits, idle, resync);
+        self.nodes[node].start(limits, idle, resync);
         let life = self.nodes[node].life;
         let delay = self.rng.range(1, 1000) * MILLISECOND;
         self.after(delay, Event::NodeTick { node, life });
@@ -569,7 +598,8 @@ impl<'a> World<'a> {
                         self.node_closes(connection.0 as usize);
                     }
                 }
-                replica::Output::Grow { .. } | replica::Output::CommandDone(..) => {}
+                replica::Output::Grow { from, to } => self.make_room(node, from, to)?,
+                replica::Output::CommandDone(id, reply) => self.answered(id.0, true, reply)?,
                 replica::Output::Notice(notice) => {
                     trace!(self, "node {node}: {notice:?}");
                     self.node_notice(node, &notice);
@@ -941,6 +971,10 @@ impl<'a> World<'a> {
     pub(super) fn cut(&mut self, index: usize) {
         let most = self.profile.network_delay * 4;
         let (a, b) = (self.rng.range(1, most), self.rng.range(1, most));
+        if !self.connections[index].is_cut {
+            let host = self.connections[index].host;
+            self.cover_command("leg cut", Some(host));
+        }
         let connection = &mut self.connections[index];
         if std::mem::replace(&mut connection.is_cut, true) {
             return;
@@ -1004,6 +1038,19 @@ impl<'a> World<'a> {
         self.client(host, client::Event::LinkDown(link, "connection lost"))
     }
 
+    /// Addresses that a client is started with: some member that is active comes first.
+    fn seeds(&mut self) -> Vec<Address> {
+        let active = self.committed.as_ref().map(View::active);
+        let is_active = |m: &MemberSpec| active.is_none_or(|a| a.contains(m.id));
+        let (first, rest): (Vec<_>, Vec<_>) =
+            self.committed_spec.members.clone().into_iter().partition(is_active);
+        let mut addresses: Vec<_> = first.into_iter().map(|m| m.address).collect();
+        let turn = self.rng.index(addresses.len());
+        addresses.rotate_left(turn);
+        addresses.extend(rest.into_iter().map(|m| m.address));
+        addresses
+    }
+
     // Clients ----------------------------------------------------------------------------------------------------
 
     pub(super) fn start_host(&mut self, id: u8, takeover: bool) {
@@ -1014,12 +1061,20 @@ impl<'a> World<'a> {
         let by_name = self.rng.percent(50);
         let selector =
             if by_name { PoolSelector::Name("pool".into()) } else { PoolSelector::Id(self.spec.id) };
-        let addresses: Vec<_> = self.spec.members.iter().map(|m| m.address.clone()).collect();
+        let mut addresses = self.seeds();
         let seeds = self.rng.range(1, addresses.len() as u64);
         // A client that knows one node finds the others; but then that node must be up.
         let seeds = if self.is_calm || self.rng.percent(50) { addresses.len() as u64 } else { seeds };
-        let seeds = &addresses[..usize::try_from(seeds).unwrap_or(1)];
-        let client = Client::new(config, selector, seeds, Time(self.now));
+        addresses.truncate(usize::try_from(seeds).unwrap_or(1));
+        // It may know of a node that was in use once.
+        let all: Vec<_> = self.nodes.iter().map(|n| n.address.clone()).collect();
+        if self.has_operator() && self.rng.percent(30) {
+            let other = all[self.rng.index(all.len())].clone();
+            addresses.retain(|a| *a != other);
+            addresses.insert(0, other);
+            addresses.truncate(crate::pool::MAX_MEMBERS);
+        }
+        let client = Client::new(config, selector, &addresses, Time(self.now));
         let nodes = self.nodes.len();
         self.hosts.push(Host {
             client,
@@ -1030,6 +1085,7 @@ impl<'a> World<'a> {
             committed: None,
             is_fenced: false,
             is_crashed: false,
+            is_admin: false,
             is_changing: false,
             host_boots: vec![0; nodes],
             has_lost_writes: false,
@@ -1058,7 +1114,7 @@ impl<'a> World<'a> {
         while let Some(output) = self.hosts[host].client.take_output() {
             match output {
                 client::Output::Connect(link, address) => {
-                    let node = self.spec.members.iter().position(|m| m.address == address);
+                    let node = self.node_at(&address);
                     let node = node.ok_or_else(|| format!("a connection to {address}, which is no node"))?;
                     let delay = self.rng.range(1, self.profile.network_delay * 2);
                     self.after(delay, Event::Connected { host, link, node });
@@ -1076,7 +1132,7 @@ impl<'a> World<'a> {
                     self.hosts[host].copies.remove(&slot.0);
                 }
                 client::Output::Complete(token, result) => self.complete(host, token, result)?,
-                client::Output::CommandDone(..) => {}
+                client::Output::CommandDone(token, reply) => self.answered(token.0, false, reply)?,
                 client::Output::Notice(notice) => {
                     trace!(self, "client {host}: {notice:?}");
                     self.client_notice(host, notice)?;
@@ -1096,6 +1152,7 @@ impl<'a> World<'a> {
         let mut message = Message { header, body: Vec::new(), data: Vec::new() };
         if let Some(connection) = connection {
             self.tempt_fate(host, self.connections[connection].node, &header);
+            self.tempt_operator(host, self.connections[connection].node, &header);
         }
         match payload {
             Payload::None => {}
@@ -1108,6 +1165,13 @@ impl<'a> World<'a> {
         }
         if header.kind == Kind::Read {
             self.check_read_from(host, connection)?;
+        } else if header.kind.is_request() {
+            self.check_sent_to(host, connection)?;
+        }
+        if header.kind == Kind::Hello
+            && let Some(connection) = connection
+        {
+            self.cover_stranger(self.connections[connection].node);
         }
         let Some(connection) = connection else {
             return Err(format!("client {host} sends {:?} on {link:?}, which is not connected", header.kind));
