@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rmr_common::client::{DEFAULT_BOUNCE_MEMORY, DEFAULT_READ_ERROR_LIMIT, DataDigest};
 use rmr_common::pool::{Address, AddressError, MemberId, PoolId, PoolSpec};
+use rmr_common::transport::rdma::ReadMode;
 use rmr_common::transport::tls::IdentityFiles;
 use thiserror::Error;
 use uuid::Uuid;
@@ -94,6 +95,8 @@ pub struct PoolSettings {
     pub bounce_memory: u32,
     /// No writes will be sent.
     pub read_only: bool,
+    /// How data of reads comes into guest memory over RDMA.
+    pub rdma_read_mode: ReadMode,
     /// How `tls://` addresses are reached.
     pub tls: Option<TlsFiles>,
 }
@@ -245,6 +248,7 @@ impl Settings {
                 },
                 bounce_memory: bounce_memory_mib << 20,
                 read_only,
+                rdma_read_mode: options.rdma_read_mode.unwrap_or_default().into(),
                 tls,
             },
             device: DeviceOptions { queues, queue_size, serial, read_only },

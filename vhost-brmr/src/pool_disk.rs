@@ -8,6 +8,7 @@ use rmr_common::client::{self, Config, IoError, Notice, OverReason, PoolSelector
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
+use rmr_common::transport::rdma::Fabric;
 use rmr_common::transport::tls::ClientTls;
 use vmm_sys_util::epoll::EventSet;
 
@@ -59,6 +60,7 @@ impl PoolDisk {
         if let Some(files) = &pool.tls {
             config.tls = Some(ClientTls::load(&files.authorities, files.identity.as_ref())?);
         }
+        config.fabric = Fabric::new(pool.rdma_read_mode);
         config.read_error_limit = pool.read_error_limit;
         config.data_digest = pool.data_digest;
         config.bounce_memory = pool.bounce_memory;
@@ -135,7 +137,9 @@ impl PoolDisk {
                          lost; every request fails until the guest resets the device"
                     );
                 }
-                Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached; {traffic}"),
+                Notice::Over(OverReason::Detached) => {
+                    tracing::info!(pool, transport = ?driver.counters(), "detached; {traffic}");
+                }
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }
         }
@@ -268,6 +272,10 @@ impl Disk for PoolDisk {
         }
         self.log_notices();
         self.settle();
+    }
+
+    fn fabric(&self) -> Option<Fabric> {
+        Some(self.config.fabric.clone())
     }
 
     fn timeout(&self) -> Option<Duration> {

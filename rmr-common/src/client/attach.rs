@@ -465,6 +465,7 @@ impl Client {
     }
 
     pub(super) fn end(&mut self, reason: OverReason) {
+        self.drop_hold();
         self.interrupt_verify(&reason.to_string());
         for i in 0..self.links.len() {
             if !matches!(self.links[i].state, LinkState::Down { .. }) {

@@ -27,15 +27,16 @@ use crate::clock::monotonic_now;
 use crate::pool::{Address, Command, CommandReply, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
-use crate::transport::connect::{Connector, Dialled};
-use crate::transport::tcp::TcpConnection;
-use crate::transport::tls::ClientTls;
-use crate::transport::{Connection, Place, Receiver};
+use crate::transport::connect::Connector;
+use crate::transport::{Connection, Counters, Place, Receiver, Wire as AnyConnection};
 use crate::wire::{Kind, MessageHeader, Status, data_digest};
 use bounce::Bounces;
 
+/// Slot memory that a connection over RDMA did not use for so long goes back.
+const BEAT: Duration = Duration::from_secs(1);
+
 struct Wire {
-    connection: TcpConnection,
+    connection: AnyConnection,
     descriptor: RawFd,
     watched: EventSet,
 }
@@ -116,8 +117,10 @@ pub struct PoolDriver {
     notices: Vec<Notice>,
     changes: Vec<WatchChange>,
     /// Connections that are over, kept until the loop does not watch them any more.
-    closing: Vec<TcpConnection>,
-    leg_timeout: Duration,
+    closing: Vec<AnyConnection>,
+    /// What connections that are over have done.
+    closed: Counters,
+    next_beat: Time,
     traffic: Traffic,
     /// When a request was last sent or answered.
     last_request: Time,
@@ -132,8 +135,8 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
-        let (leg_timeout, tls) = (config.leg_timeout, config.tls.clone());
-        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout, tls)
+        let connector = Self::connector(&config)?;
+        Ok(Self::start(Client::new(config, selector, seeds, monotonic_now()), connector))
     }
 
     /// Starts to attach to a pool whose specification is known from [`discover`].
@@ -141,12 +144,15 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
-        let (leg_timeout, tls) = (config.leg_timeout, config.tls.clone());
-        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout, tls)
+        let connector = Self::connector(&config)?;
+        Ok(Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), connector))
     }
 
-    fn start(client: Client, leg_timeout: Duration, tls: Option<ClientTls>) -> io::Result<Self> {
-        let connector = Connector::new(leg_timeout, tls)?;
+    fn connector(config: &Config) -> io::Result<Connector> {
+        Connector::new(config.leg_timeout, config.tls.clone(), config.fabric.clone())
+    }
+
+    fn start(client: Client, connector: Connector) -> Self {
         let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
         let mut driver = Self {
             client,
@@ -163,14 +169,15 @@ impl PoolDriver {
             notices: Vec::new(),
             changes,
             closing: Vec::new(),
-            leg_timeout,
+            closed: Counters::default(),
+            next_beat: monotonic_now() + BEAT,
             traffic: Traffic::default(),
             last_request: Time(0),
             now: monotonic_now(),
             is_now: false,
         };
         driver.carry_out();
-        Ok(driver)
+        driver
     }
 
     /// Takes in a request. `segments` have the length of the range for a read or a write, and their memory must stay
@@ -266,6 +273,14 @@ impl PoolDriver {
             self.client.apply(Event::Tick, self.now);
             self.carry_out();
         }
+        if self.next_beat <= self.now {
+            self.next_beat = self.now + BEAT;
+            for wire in self.wires.iter_mut().flatten() {
+                if let Some(connection) = wire.connection.rdma() {
+                    connection.beat();
+                }
+            }
+        }
         // A connection that is lost gives the others something to send, also those that were flushed before it.
         while self.flush_all() {}
         self.watch_wires();
@@ -302,7 +317,9 @@ impl PoolDriver {
             let Some(wire) = wire else { continue };
             let owed = self.owed[index];
             let is_watched = wire.watched.contains(EventSet::IN);
-            let watches = owed.wakes(index == self.leading, led, is_watched, is_quiet);
+            let watches = owed.wakes(index == self.leading, led, is_watched, is_quiet)
+                // A completion may also be a slot that is free, for which a write waits.
+                || wire.connection.is_rdma();
             let mut set = EventSet::READ_HANG_UP;
             set.set(EventSet::IN, watches);
             set.set(EventSet::OUT, wire.connection.wants_to_send());
@@ -395,6 +412,16 @@ impl PoolDriver {
         self.client.in_flight()
     }
 
+    /// What the connections have done so far.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let mut counters = self.closed;
+        for wire in self.wires.iter().flatten() {
+            counters += wire.connection.counters();
+        }
+        counters
+    }
+
     /// What the client is doing.
     #[must_use]
     pub fn status(&self) -> PoolStatus {
@@ -407,13 +434,13 @@ impl PoolDriver {
         &self.traffic
     }
 
-    fn connected(&mut self, mark: u64, result: Result<Dialled, String>) {
+    fn connected(&mut self, mark: u64, result: Result<AnyConnection, String>) {
         let index = usize::try_from(mark % MAX_LINKS as u64).unwrap_or(0);
         if self.attempts[index] != mark {
-            return; // The link was given up meanwhile; the stream closes itself.
+            return; // The link was given up meanwhile; the connection closes itself.
         }
         let id = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
-        match result.and_then(|dialled| dialled.into_connection(self.leg_timeout)) {
+        match result {
             Ok(connection) => {
                 let Some(descriptor) = connection.descriptor() else { return };
                 let watched = EventSet::IN | EventSet::READ_HANG_UP;
@@ -459,6 +486,7 @@ impl PoolDriver {
         self.owed[index] = Owed::default();
         if let Some(mut wire) = self.wires[index].take() {
             wire.connection.shut_down();
+            self.closed += wire.connection.counters();
             self.changes.push(WatchChange::Remove(wire.descriptor));
             self.closing.push(wire.connection);
         }
@@ -476,6 +504,21 @@ impl PoolDriver {
                         self.last_request = self.now;
                     }
                     match payload {
+                        Payload::None if header.kind == Kind::Read => {
+                            // The answer's data may come by itself, to where it will be asked for.
+                            wire.connection.queue_read(&header, &mut |parts| {
+                                let mut answer = header.reply(Kind::IoReply, Status::Ok);
+                                answer.payload = header.length;
+                                let target = self.client.payload_target(link, &answer);
+                                let Some((token, offset)) = target else { return };
+                                if self.client.is_bounced(header.slot) {
+                                    return parts.push(self.bounces.room(&answer));
+                                }
+                                let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+                                let segments = segments_of(&self.requests, token);
+                                gather(segments, offset, header.length as usize, parts);
+                            });
+                        }
                         Payload::None => wire.connection.queue(&header, None),
                         Payload::Body(body) => wire.connection.queue(&header, Some(body)),
                         Payload::Request { token, offset, protection } => {

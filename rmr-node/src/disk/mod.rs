@@ -6,17 +6,20 @@ mod buffer;
 mod engine;
 mod file;
 mod inline;
+mod part;
 pub(crate) mod sys;
 mod uring;
 
 use std::os::fd::RawFd;
 
-use rmr_common::buffer::Segment;
+use rmr_common::buffer::{Segment, digest as buffer_digest};
+use rmr_common::wire::data_digest;
 use thiserror::Error;
 
 pub use buffer::{AlignedPage, Buffer, BufferPool, MAX_BUFFER, MIN_BUFFER};
 pub use engine::{DiskEngine, EngineChoice, EngineOptions};
 pub use file::{DiskFile, Medium};
+pub use part::{Part, Returned};
 
 /// A disk of an engine.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -54,6 +57,8 @@ pub enum Payload {
     Buffer(Buffer),
     /// Several buffers of a pool.
     Buffers(Vec<Buffer>),
+    /// A part of a buffer that a client has filled.
+    Part(Part),
     /// A metadata page.
     Page(Box<AlignedPage>),
 }
@@ -224,9 +229,26 @@ impl Payload {
             Self::Segments(segments) => segments.iter().map(Segment::length).sum(),
             Self::Buffer(buffer) => buffer.length(),
             Self::Buffers(buffers) => buffers.iter().map(Buffer::length).sum(),
+            Self::Part(part) => part.segment().length(),
             Self::Page(_) => 4096,
         };
         length as u64
+    }
+
+    /// CRC32C of the memory as it is now. Not to be called while I/O into it is under way.
+    #[must_use]
+    pub fn digest(&self) -> u32 {
+        let mut list: Vec<Segment> = Vec::new();
+        match self {
+            Self::None => {}
+            Self::Page(page) => return data_digest(page.bytes()),
+            Self::Segment(segment) => list.push(*segment),
+            Self::Segments(segments) => list.extend_from_slice(segments),
+            Self::Buffer(buffer) => list.push(buffer.segment()),
+            Self::Buffers(buffers) => list.extend(buffers.iter().map(Buffer::segment)),
+            Self::Part(part) => list.push(part.segment()),
+        }
+        buffer_digest(&list, 0, list.iter().map(Segment::length).sum())
     }
 
     /// Appends the memory to `list`; the segments are valid for as long as the payload is held.
@@ -237,6 +259,7 @@ impl Payload {
             Self::Segments(segments) => list.extend_from_slice(segments),
             Self::Buffer(buffer) => list.push(buffer.segment()),
             Self::Buffers(buffers) => list.extend(buffers.iter().map(Buffer::segment)),
+            Self::Part(part) => list.push(part.segment()),
             Self::Page(page) => list.push(page.segment()),
         }
     }

@@ -172,8 +172,15 @@ impl Client {
         self.release_part(hold.slot);
     }
 
+    /// Lets go of a hold for good: what waited for it alone is sent.
+    pub(super) fn release_hold(&mut self) {
+        if let Some(hold) = self.verify.as_mut().and_then(|v| v.hold.take()) {
+            self.release_part(hold.slot);
+        }
+    }
+
     /// Lets go of a hold when nothing may be sent: what waited for it is sent with the next view.
-    pub(super) fn drop_hold(&mut self) {
+    pub(in crate::client) fn drop_hold(&mut self) {
         let Some(hold) = self.verify.as_mut().and_then(|v| v.hold.take()) else { return };
         if let Some(verify) = &mut self.verify {
             verify.suspects.push_front(hold.suspect);

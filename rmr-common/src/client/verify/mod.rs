@@ -265,6 +265,7 @@ impl Client {
 
     /// Ends the verify, if one is under way.
     pub(super) fn end_verify(&mut self, state: VerifyState) {
+        self.release_hold();
         self.verify_disturbed();
         let now = self.now;
         let Some(verify) = self.verify.as_mut().filter(|v| v.is_running()) else { return };

@@ -266,6 +266,19 @@ fn a_hold_begins_when_the_writes_before_it_are_complete() {
 }
 
 #[test]
+fn what_waits_for_a_hold_goes_on_when_the_verify_is_given_up() {
+    let mut bench = Bench::new(2);
+    bench.start(VerifyOptions::default());
+    bench.compare_all(&[5]);
+    bench.write(1, 5 * BLOCK_SIZE);
+    assert_eq!(bench.take(Kind::Write).len(), 0);
+    assert!(bench.client.cancel_verify(bench.now));
+    bench.settle();
+    bench.answer_writes();
+    assert_eq!((bench.done.clone(), bench.report().state), (vec![Token(1)], VerifyState::Cancelled));
+}
+
+#[test]
 fn a_range_that_is_always_too_busy_is_unsettled_in_the_end() {
     let mut bench = Bench::new(2);
     bench.start(VerifyOptions::default());

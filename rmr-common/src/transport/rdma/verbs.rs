@@ -1,0 +1,55 @@
+//! Verbs as owned types: each holds what must outlive it, so that whatever order things are dropped in, the libraries see
+//! the right one. These files hold the pointers to rdma-core, and nothing of the protocol.
+//!
+//! * `manager` — the connection manager: identities, connecting, listening.
+//! * `device` — protection domains, registered memory, shared receive buffers.
+//! * `queues` — a queue pair with its completion queue, as a connection sees it.
+#![allow(unsafe_code)]
+
+mod device;
+mod manager;
+mod queues;
+
+use std::ffi::c_int;
+use std::io;
+use std::os::fd::RawFd;
+
+pub(super) use device::{Domain, MemoryRegion};
+pub(super) use manager::{Listener, Offer, connect};
+pub(super) use queues::Endpoint;
+
+use super::RdmaError;
+
+fn call(what: &'static str) -> RdmaError {
+    RdmaError::Call { what, source: io::Error::last_os_error() }
+}
+
+fn check(what: &'static str, returned: c_int) -> Result<(), RdmaError> {
+    match returned {
+        0 => Ok(()),
+        -1 => Err(call(what)),
+        // Verbs return the error number, unlike the connection manager.
+        errno => Err(RdmaError::Call { what, source: io::Error::from_raw_os_error(errno.abs()) }),
+    }
+}
+
+/// Whether this machine has any RDMA device, in words if not.
+pub(super) fn device_present() -> Result<(), RdmaError> {
+    let mut count = 0;
+    // SAFETY: the pointer is to a number on this stack; the list is freed below.
+    let list = unsafe { rdma_sys::ibv_get_device_list(&mut count) };
+    if !list.is_null() {
+        // SAFETY: the list came from the call above; no device of it is used.
+        unsafe { rdma_sys::ibv_free_device_list(list) };
+    }
+    if list.is_null() || count == 0 { Err(RdmaError::NoDevice) } else { Ok(()) }
+}
+
+fn set_nonblocking(descriptor: RawFd) -> io::Result<()> {
+    // SAFETY: plain calls on a descriptor that the caller owns.
+    let returned = unsafe {
+        let flags = libc::fcntl(descriptor, libc::F_GETFL);
+        libc::fcntl(descriptor, libc::F_SETFL, flags | libc::O_NONBLOCK)
+    };
+    if returned == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
