@@ -488,7 +488,7 @@ impl World<'_> {
         };
         let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
         for sector in (request.first..request.first + request.count).filter(|&s| !self.oracle.is_open(s)) {
-            let value = |index: usize| self.nodes[index].disk.sectors[sector];
+            let value = |index: usize| self.nodes[index].value(sector);
             // The content of memory that was changed in flight is not known, but it is the same everywhere.
             if let Some(&other) = clean.iter().find(|&&i| value(i) != value(clean[0])) {
                 return Err(format!(
