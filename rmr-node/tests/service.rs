@@ -1041,7 +1041,7 @@ fn an_operators_command_from_another_node_reaches_the_client_and_its_answer_come
     };
     let reason = |reply| match reply {
         CommandReply::Refused { reason, .. } => reason,
-        CommandReply::Done { .. } => panic!("it cannot be done"),
+        CommandReply::Done { .. } | CommandReply::Verify { .. } => panic!("it cannot be done"),
     };
     assert_eq!(reason(ask(7)), Refusal::NoCoordinator);
 

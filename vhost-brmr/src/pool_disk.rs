@@ -129,6 +129,7 @@ impl PoolDisk {
                 Notice::ReadError(member, offset, length) => {
                     tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
                 }
+                Notice::Verify(text) => tracing::info!(pool, "verify {text}"),
                 Notice::LostWrites(members, blocks) => {
                     tracing::error!(
                         pool, %members, blocks,

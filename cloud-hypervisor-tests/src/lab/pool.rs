@@ -180,6 +180,28 @@ impl Pool {
         found.cloned().with_context(|| format!("rmrctl status does not know pool '{}': {status}", self.name))
     }
 
+    /// Runs `rmrctl pool COMMAND NAME …` with JSON against the nodes of all members: its exit code, and what it printed last.
+    ///
+    /// # Errors
+    /// When it cannot be started, or prints no JSON although it ended well.
+    pub fn rmrctl_pool(&self, command: &str, arguments: &[&str]) -> Result<(i32, Value)> {
+        let mut program = Command::new(programs::own("rmrctl")?);
+        for member in &self.members {
+            program.args(["--node", &member.admin.to_string()]);
+        }
+        program.args(["--json", "pool", command, &self.name]).args(arguments);
+        let output = program.output().context("starting rmrctl")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let exit = output.status.code().context("rmrctl was killed")?;
+        // Progress comes before, a line each.
+        let last = serde_json::Deserializer::from_str(&text).into_iter::<Value>().last();
+        match last {
+            Some(Ok(value)) => Ok((exit, value)),
+            _ if exit != 0 => Ok((exit, Value::from(String::from_utf8_lossy(&output.stderr).into_owned()))),
+            found => bail!("expected JSON from {program:?}, found {found:?} in '{text}'"),
+        }
+    }
+
     /// The pool's level as `rmrctl status` has it: `safe`, `degraded`, `suspended` or `unknown`.
     ///
     /// # Errors

@@ -74,6 +74,22 @@ impl Area {
     }
 }
 
+impl Area {
+    /// Changes the byte at `offset` of the data, behind the back of whoever has the store open.
+    ///
+    /// # Errors
+    /// When the store cannot be read or written there.
+    pub fn flip_byte(&self, offset: u64) -> Result<()> {
+        let mut byte = self.read(offset, 1)?;
+        byte[0] ^= 0x10;
+        File::options()
+            .write(true)
+            .open(&self.path)
+            .and_then(|file| file.write_all_at(&byte, self.offset + offset))
+            .with_context(|| format!("writing to byte {offset} of {}", self.path.display()))
+    }
+}
+
 /// Compares data areas byte for byte; all must have the same length and contents.
 ///
 /// # Errors

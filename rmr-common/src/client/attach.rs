@@ -29,6 +29,8 @@ impl Client {
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::SourceFailed => self.source_failed(member, header),
                     Kind::DetachReply => self.detach_reply(member),
+                    Kind::CompareReply => self.compare_reply(member, header, body),
+                    Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
                     Kind::Pong => {
                         if let Some(link) = self.link_mut(id) {
@@ -275,6 +277,7 @@ impl Client {
         attach: bool,
     ) {
         debug_assert!(spec.describes(&next), "{next} goes with another specification");
+        self.verify_disturbed();
         let waiting = next.active();
         self.faults.tell(&next, &mut additions);
         let mut batches: Vec<Vec<DirtyAddition>> =
@@ -440,6 +443,7 @@ impl Client {
     /// anew, so that no message of the old attachment touches a request's memory any more.
     pub(super) fn gather(&mut self) {
         self.forget_rejoin();
+        self.verify_disturbed();
         self.give_up_commands(
             Refusal::Suspended,
             "the pool is suspended: no Clean member can be reached now",
@@ -461,6 +465,8 @@ impl Client {
     }
 
     pub(super) fn end(&mut self, reason: OverReason) {
+        self.drop_hold();
+        self.interrupt_verify(&reason.to_string());
         for i in 0..self.links.len() {
             if !matches!(self.links[i].state, LinkState::Down { .. }) {
                 self.links[i].state = LinkState::Down { retry_at: Time(u64::MAX) };

@@ -154,6 +154,9 @@ impl Client {
     }
 
     fn take_command(&mut self, origin: Origin, command: Command) {
+        if let Some(reply) = self.verify_command(&command) {
+            return self.answer_command(&origin, &reply);
+        }
         let refusal = match &self.state {
             State::Over(reason) => Some((Refusal::NoCoordinator, format!("the client has ended: {reason}"))),
             State::Detaching { .. } => Some((Refusal::NoCoordinator, "the client is leaving".to_owned())),
@@ -525,7 +528,12 @@ const fn is_quiet(phase: &Phase) -> bool {
 fn new_store(command: &Command) -> Option<StoreId> {
     match command {
         Command::Add { store, .. } | Command::Replace { store, .. } => Some(*store),
-        Command::Remove { .. } | Command::Maintenance { .. } | Command::Grow { .. } => None,
+        Command::Remove { .. }
+        | Command::Maintenance { .. }
+        | Command::Grow { .. }
+        | Command::Verify { .. }
+        | Command::VerifyStatus
+        | Command::VerifyCancel => None,
     }
 }
 
@@ -558,7 +566,12 @@ fn new_member(command: &Command, spec: &PoolSpec) -> Option<MemberId> {
     match command {
         Command::Add { member: Some(member), .. } | Command::Replace { member, .. } => Some(*member),
         Command::Add { member: None, .. } => MemberId::all().find(|m| spec.member(*m).is_none()),
-        Command::Remove { .. } | Command::Maintenance { .. } | Command::Grow { .. } => None,
+        Command::Remove { .. }
+        | Command::Maintenance { .. }
+        | Command::Grow { .. }
+        | Command::Verify { .. }
+        | Command::VerifyStatus
+        | Command::VerifyCancel => None,
     }
 }
 
@@ -571,6 +584,8 @@ fn next_step(command: &Command, view: &View, spec: &PoolSpec, met: bool, has_roo
         Command::Replace { member, store, address } => replace(*member, *store, address, view, spec, met),
         Command::Maintenance { member, on } => maintenance(*member, *on, view, spec),
         Command::Grow { size } => grow(*size, spec, has_room),
+        // They change no view, and were answered at once.
+        Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => Step::Done,
     }
 }
 

@@ -12,7 +12,7 @@ const SIZE: u64 = 16 << 20;
 /// The answer to the last command.
 fn reason(bench: &Bench) -> Option<Refusal> {
     match bench.replies.last().expect("an answer") {
-        CommandReply::Done { .. } => None,
+        CommandReply::Done { .. } | CommandReply::Verify { .. } => None,
         CommandReply::Refused { reason, .. } => Some(*reason),
     }
 }

@@ -4,7 +4,7 @@ use super::{
     Client, DataDigest, FlushRound, IoError, Notice, Op, Operation, Output, Payload, Protection, State, Token,
 };
 use crate::client::parts::{OpIndex, Part, PartState};
-use crate::pool::{Chunk, MemberId, MemberSet, Slot};
+use crate::pool::{Chunk, MemberId, MemberSet, Sequence, Slot};
 use crate::time::Time;
 use crate::wire::{DirtyAddition, Kind, MessageHeader, Status};
 
@@ -21,6 +21,7 @@ impl Client {
         if self.refuse_after_loss(token) {
             return;
         }
+        self.last_request = Some(now);
         if let Err(error) = self.check(operation, offset, length) {
             self.counters.failed += 1;
             self.outputs.push_back(Output::Complete(token, Err(error)));
@@ -101,7 +102,8 @@ impl Client {
             }
             let length = self.part_length(operation, at, left);
             let credit = if operation.has_data() { u64::from(length) } else { 0 };
-            let full = self.parts.in_flight() >= self.slot_limit || !self.parts.has_free();
+            let full =
+                self.parts.in_flight() - self.held_slots() >= self.slot_limit || !self.parts.has_free();
             if full || (self.bytes_in_flight > 0 && self.bytes_in_flight + credit > self.max_bytes) {
                 return false;
             }
@@ -158,6 +160,9 @@ impl Client {
     }
 
     fn send_part(&mut self, slot: Slot) {
+        if self.is_hold(slot) {
+            return; // Its range is quiet now.
+        }
         let protection = self.protect(slot);
         let Some(part) = self.parts.get(slot).copied() else { return };
         if self.spec.as_ref().is_some_and(|s| part.offset + u64::from(part.length) > s.size) {
@@ -384,12 +389,7 @@ impl Client {
         if part.bounce {
             self.outputs.push_back(Output::Unbounce(slot));
         }
-        let mut ready = std::mem::take(&mut self.ready_slots);
-        self.parts.release(slot, |s| ready.push(s));
-        for slot in ready.drain(..) {
-            self.send_if_active(slot);
-        }
-        self.ready_slots = ready;
+        self.release_part(slot);
         if let Some(op) = self.op_mut(part.op) {
             op.parts -= 1;
             op.error = op.error.or(error);
@@ -397,6 +397,16 @@ impl Client {
                 self.finish_op(part.op);
             }
         }
+    }
+
+    /// Frees a slot, and sends what waited for it alone.
+    pub(super) fn release_part(&mut self, slot: Slot) {
+        let mut ready = std::mem::take(&mut self.ready_slots);
+        self.parts.release(slot, |s| ready.push(s));
+        for slot in ready.drain(..) {
+            self.send_if_active(slot);
+        }
+        self.ready_slots = ready;
     }
 
     fn finish_op(&mut self, index: OpIndex) {
@@ -419,7 +429,7 @@ impl Client {
         slots.extend(self.parts.slots().map(|(slot, p)| (p.sequence, slot)));
         slots.sort_unstable();
         for (_, slot) in slots.drain(..) {
-            let Some(part) = self.parts.get(slot).copied() else { continue };
+            let Some(part) = self.parts.get(slot).copied().filter(|_| !self.is_hold(slot)) else { continue };
             let is_lost =
                 part.state == PartState::Unsent || (part.state == PartState::Sent && part.pending.is_empty());
             if part.operation == Operation::Read && is_lost {
@@ -467,15 +477,21 @@ impl Client {
         if self.flush.is_some() || !is_wanted || !self.is_active() {
             return;
         }
+        let ops = std::mem::take(&mut self.flush_queue);
+        self.begin_flush(ops);
+    }
+
+    /// Starts a flush round, which completes these operations.
+    pub(super) fn begin_flush(&mut self, ops: Vec<OpIndex>) -> Sequence {
         let for_command = std::mem::take(&mut self.commands.wants_flush);
         let sequence = self.next_sequence();
-        let ops = std::mem::take(&mut self.flush_queue);
         self.flushing.append(&mut self.unflushed);
         let (epoch, since) = (self.epoch, self.now);
         let none = MemberSet::EMPTY;
         self.flush =
             Some(FlushRound { sequence, epoch, pending: none, failed: none, since, ops, for_command });
         self.send_flush();
+        sequence
     }
 
     fn send_flush(&mut self) {

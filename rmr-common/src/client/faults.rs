@@ -1,5 +1,5 @@
-//! Disk errors of single legs: the range that a leg could not read, and another one could, is marked stale on it, and a
-//! leg whose disk fails again and again is left out.
+//! Legs whose disks are at fault: the range that a leg could not read, and another one could, or in which a verify found it
+//! wrong, is marked stale on it; and a leg whose disk fails reads again and again is left out.
 //!
 //! The leg leaves the view with exactly that range on record, and comes back by the usual rejoin: resync then writes the
 //! range anew, which is what makes a disk give up a bad sector. Its link stays up. So that no answer of it touches memory
@@ -23,6 +23,8 @@ pub(super) struct Faults {
     legs: [LegFaults; MAX_MEMBERS],
     /// The leg that is about to leave the view; requests are held back for it.
     leaving: Option<MemberId>,
+    /// Legs that a verify wants repaired, which leave together; requests are held back for them.
+    expelled: MemberSet,
 }
 
 #[derive(Default)]
@@ -50,7 +52,12 @@ impl Faults {
 
     /// Whether requests are held back until a leg can leave the view.
     pub(super) const fn holds_requests(&self) -> bool {
-        self.leaving.is_some()
+        self.leaving.is_some() || self.is_expelling()
+    }
+
+    /// Whether legs that a verify wants repaired are still to leave.
+    pub(super) const fn is_expelling(&self) -> bool {
+        !self.expelled.is_empty()
     }
 
     pub(super) fn count(&mut self, member: MemberId) {
@@ -98,6 +105,7 @@ impl Faults {
             leg.told = 0;
         }
         self.leaving = self.leaving.filter(|&m| !attach && view.clean().contains(m));
+        self.expelled = if attach { MemberSet::EMPTY } else { self.expelled.intersection(view.clean()) };
     }
 
     /// The member is gone, or has another store.
@@ -109,10 +117,20 @@ impl Faults {
     /// The attachment is over.
     pub(super) fn forget_leaving(&mut self) {
         self.leaving = None;
+        self.expelled = MemberSet::EMPTY;
     }
 }
 
 impl Client {
+    /// A verify found these members wrong in these ranges: they leave the view with them on record.
+    pub(super) fn expel(&mut self, members: MemberSet, ranges: &[DirtyAddition]) {
+        for range in ranges {
+            range.members.iter().for_each(|m| self.note_bad_range(m, range.offset, range.length));
+        }
+        self.faults.expelled = members;
+        self.try_leave();
+    }
+
     /// Another leg has served a range that this one could not read.
     pub(super) fn note_bad_range(&mut self, member: MemberId, offset: u64, length: u64) {
         let size = self.spec.as_ref().map_or(0, |s| s.size);
@@ -136,6 +154,15 @@ impl Client {
             // Nobody would be left whose disk is known to be good. The reads go on to be repeated; whichever leg is found
             // to be the only bad one is seen to.
             return self.give_up_leaving(bad);
+        }
+        let expelled = self.faults.expelled.intersection(clean);
+        if !expelled.is_empty() {
+            let is_awaited = expelled.iter().any(|m| self.parts.is_awaited_from(m));
+            if !self.is_rejoin_quiescing() && !self.parts.has_sent_write() && !is_awaited {
+                self.faults.expelled = MemberSet::EMPTY;
+                self.lose(expelled, "a verify found blocks in which it is wrong");
+            }
+            return;
         }
         let Some(member) = self.faults.leaving.or_else(|| bad.intersection(clean).iter().next()) else {
             return;
@@ -172,7 +199,9 @@ impl Client {
             self.faults.leg_mut(member).ranges.clear();
             self.faults.leg_mut(member).told = 0;
         }
-        if self.faults.leaving.take().is_some() {
+        let was_held = self.faults.holds_requests();
+        self.faults.forget_leaving();
+        if was_held {
             self.resume_requests();
         }
     }

@@ -27,6 +27,7 @@ pub mod recovery;
 mod rejoin;
 mod status;
 mod unflushed;
+mod verify;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -83,6 +84,8 @@ pub struct Config {
     pub reconnect_interval: Duration,
     /// A silent link is probed this often.
     pub ping_interval: Duration,
+    /// A verify that looks at a range again holds writes to it for so long at most.
+    pub verify_hold: Duration,
     /// How drivers connect to `tls://` addresses; without it they refuse them. The state machine itself has no use for it.
     pub tls: Option<ClientTls>,
     /// What connections over RDMA have in common, with the memory that is registered for them; for drivers as well.
@@ -128,6 +131,7 @@ impl Config {
             attach_grace: Duration::from_secs(1),
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
+            verify_hold: Duration::from_millis(20),
             tls: None,
             fabric: Fabric::new(ReadMode::Direct),
             read_error_limit: DEFAULT_READ_ERROR_LIMIT,
@@ -365,6 +369,8 @@ pub enum Notice {
     /// The machines of all these members, which are all that are Clean, were started anew, and so many blocks of completed
     /// writes were not flushed on them: every request fails until that is acknowledged.
     LostWrites(MemberSet, u64),
+    /// A verify began, or ended; how, in words.
+    Verify(String),
     /// A member cannot come back, because its store cannot hold the pool as it is now.
     NoRoom(MemberId, String),
     /// The client is over.
@@ -491,6 +497,9 @@ pub struct Client {
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
     stale: rejoin::Stale,
+    verify: Option<Box<verify::Verify>>,
+    /// When the guest last asked for something.
+    last_request: Option<Time>,
     commands: change::Commands,
     faults: faults::Faults,
     detach_requested: bool,
@@ -557,6 +566,8 @@ impl Client {
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
             stale: rejoin::Stale::default(),
+            verify: None,
+            last_request: None,
             commands: change::Commands::default(),
             faults: faults::Faults::default(),
             detach_requested: false,
@@ -595,6 +606,7 @@ impl Client {
             Event::Tick => self.tick(),
             Event::Detach => {
                 self.detach_requested = true;
+                self.interrupt_verify("the client detaches");
                 let was_held = self.is_command_quiescing() && self.is_active();
                 self.give_up_commands(Refusal::NoCoordinator, "the client is leaving");
                 if was_held {
@@ -605,6 +617,7 @@ impl Client {
             Event::Cancel => self.cancel(),
         }
         self.pump();
+        self.pump_verify();
     }
 
     /// The next thing to do, if any.
@@ -614,8 +627,8 @@ impl Client {
 
     /// When [`Event::Tick`] is due at the latest.
     #[must_use]
-    pub const fn deadline(&self) -> Time {
-        self.next_tick
+    pub fn deadline(&self) -> Time {
+        self.verify_deadline().map_or(self.next_tick, |due| due.min(self.next_tick))
     }
 
     /// The pool's specification, known once a node has answered.

@@ -210,6 +210,33 @@ impl Parts {
         Some(Slot(index))
     }
 
+    /// Takes a slot for a hold on a range. It stands in line like a write and is never sent: once it is `Unsent`, no write
+    /// to the range is under way, and none begins until it is released.
+    pub(super) fn admit_hold(&mut self, (offset, length): (u64, u32), sequence: Sequence) -> Option<Slot> {
+        let index = self.free.pop()?;
+        let operation = Operation::Read;
+        let part = Part {
+            operation,
+            op: OpIndex::MAX,
+            offset,
+            length,
+            sequence,
+            order: sequence,
+            in_line: true,
+            ..Part::FREE
+        };
+        self.parts[usize::from(index)] = part;
+        let blocker = self.blocker(index);
+        self.link(index);
+        self.block_on(index, blocker);
+        Some(Slot(index))
+    }
+
+    /// Whether a part waits for this one.
+    pub(super) fn is_waited_for(&self, slot: Slot) -> bool {
+        self.get(slot).is_some_and(|part| part.first_waiter != NONE)
+    }
+
     /// Puts a read that is to be sent again at the end of the line, where it is then `Unsent` or `Blocked`.
     pub(super) fn requeue(&mut self, slot: Slot, sequence: Sequence) {
         let index = slot.0;
@@ -475,6 +502,25 @@ mod tests {
         let mut ready = Vec::new();
         parts.release(write, |s| ready.push(s));
         assert_eq!(ready, vec![slot]);
+    }
+
+    #[test]
+    fn a_hold_waits_for_writes_under_way_and_holds_back_those_that_come_after() {
+        let mut parts = Parts::new(8);
+        let before = admit(&mut parts, 1, 4096, 4096);
+        let hold = parts.admit_hold((0, 16384), Sequence(2)).unwrap();
+        let state = |parts: &Parts, slot| parts.get(slot).unwrap().state;
+        assert_eq!(state(&parts, hold), PartState::Blocked);
+        assert!(!parts.is_waited_for(hold));
+        let after = admit(&mut parts, 3, 8192, 4096);
+        let beside = admit(&mut parts, 4, 16384, 4096);
+        assert_eq!((state(&parts, after), state(&parts, beside)), (PartState::Blocked, PartState::Unsent));
+        assert!(parts.is_waited_for(hold));
+        let mut ready = Vec::new();
+        parts.release(before, |s| ready.push(s));
+        assert_eq!(ready, vec![hold]);
+        parts.release(hold, |s| ready.push(s));
+        assert_eq!(ready, vec![hold, after]);
     }
 
     #[test]

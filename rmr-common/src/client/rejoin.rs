@@ -208,8 +208,11 @@ impl Client {
         }
         let exact = usable.without(self.stale.inexact);
         let stale = self.view_active().without(clean).without(MemberSet::only(member));
-        let wrong = stale.iter().filter(|_| mutant!(PullFromStale));
-        let source = wrong.chain(exact.iter()).chain(usable.iter()).next();
+        let stale = if mutant!(PullFromStale) { stale } else { MemberSet::EMPTY };
+        let wrong = self.known_wrong();
+        // An exact one hands out what was missed and nothing beside it, so what else is wrong there stays there.
+        let best = [stale, exact.without(wrong), exact, usable.without(wrong), usable];
+        let source = best.iter().find_map(|set| set.iter().next());
         let address = source.and_then(|s| self.spec.as_ref()?.member(s)).map(|m| m.address.clone());
         let (Some(source), Some(address)) = (source, address) else { return };
         self.stale.sources[member.index()] = Some(source);
@@ -336,6 +339,10 @@ impl Client {
         }
         if attach {
             self.stale = Stale { inexact: self.stale.inexact.intersection(clean), ..Stale::default() };
+        }
+        if self.view.as_ref().is_some_and(|v| v.members.iter().all(|m| m.state == MemberState::Clean)) {
+            // Every map is empty, and what is recorded from now on is exact everywhere.
+            self.stale.inexact = MemberSet::EMPTY;
         }
         if self.stale.rejoin.as_ref().is_some_and(|r| r.phase == Phase::Changing) {
             self.stale.rejoin = None;

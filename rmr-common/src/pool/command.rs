@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Address, MemberId, PoolSpec, StoreId, View};
+use super::{Address, MemberId, PoolSpec, StoreId, VerifyOptions, VerifyReport, View};
 
 /// A change of a pool in use. A move to another node is an addition, the wait until the new member is Clean, and a removal.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -51,6 +51,17 @@ pub enum Command {
         /// The new size in bytes, a multiple of 4096.
         size: u64,
     },
+    /// All Clean members are compared with each other, while the pool is in use. Answered when it has begun; so are the
+    /// two below, with [`CommandReply::Verify`].
+    Verify {
+        /// How.
+        #[serde(default)]
+        options: VerifyOptions,
+    },
+    /// How far the verify is that is under way, or how the last one of this client ended.
+    VerifyStatus,
+    /// Gives up the verify that is under way.
+    VerifyCancel,
 }
 
 impl fmt::Display for Command {
@@ -67,6 +78,10 @@ impl fmt::Display for Command {
             Self::Maintenance { member, on: true } => write!(f, "maintenance of member {member}"),
             Self::Maintenance { member, on: false } => write!(f, "end of the maintenance of member {member}"),
             Self::Grow { size } => write!(f, "grow to {size} bytes"),
+            Self::Verify { options } if options.repair => f.write_str("verify and repair"),
+            Self::Verify { .. } => f.write_str("verify"),
+            Self::VerifyStatus => f.write_str("status of the verify"),
+            Self::VerifyCancel => f.write_str("end of the verify"),
         }
     }
 }
@@ -105,6 +120,8 @@ pub enum Refusal {
     BadSize,
     /// The store of a member cannot be made as large.
     NoRoom,
+    /// A verify cannot do what is asked: one is under way, or there are too few Clean members.
+    CannotVerify,
 }
 
 /// What became of a command.
@@ -117,6 +134,11 @@ pub enum CommandReply {
         view: View,
         /// The specification that goes with it.
         spec: PoolSpec,
+    },
+    /// What the verify of the pool has done and found, if there ever was one under this client.
+    Verify {
+        /// The report.
+        report: Option<Box<VerifyReport>>,
     },
     /// It was not carried out.
     Refused {
@@ -149,6 +171,11 @@ mod tests {
             Command::Replace { member, store, address },
             Command::Maintenance { member, on: true },
             Command::Grow { size: 1 << 30 },
+            Command::Verify {
+                options: VerifyOptions { repair: true, trust: Some(member), ..Default::default() },
+            },
+            Command::VerifyStatus,
+            Command::VerifyCancel,
         ] {
             let text = serde_json::to_string(&command).unwrap();
             assert_eq!(serde_json::from_str::<Command>(&text).unwrap(), command, "{text}");

@@ -5,6 +5,7 @@
 mod command;
 mod id;
 mod spec;
+mod verify;
 mod view;
 
 pub use command::{Command, CommandReply, Refusal};
@@ -15,5 +16,6 @@ pub use spec::{
     Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,
     MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
 };
+pub use verify::{VerifiedMember, VerifyDifference, VerifyOptions, VerifyOutcome, VerifyReport, VerifyState};
 pub(crate) use view::FORCED_JUMP;
 pub use view::{IllegalStep, MemberState, MemberView, View, ViewError, ViewStep};

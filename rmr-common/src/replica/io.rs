@@ -259,7 +259,7 @@ impl Replica {
             return self.check_drained();
         }
         self.free_ios.push(id.0);
-        if self.pulled_written(id, result) {
+        if self.pulled_written(id, result) || self.digest_read_done(id, None) {
             return self.check_drained();
         }
         let status = match result {
@@ -281,6 +281,15 @@ impl Replica {
             }
         }
         self.check_drained();
+    }
+
+    /// What a comparison had to read is read.
+    pub(super) fn digested(&mut self, id: IoId, digests: &[u64]) {
+        if self.ios.get_mut(id.0 as usize).and_then(Option::take).is_some() {
+            self.free_ios.push(id.0);
+            self.digest_read_done(id, Some(digests));
+            self.check_drained();
+        }
     }
 
     fn request_done(&mut self, id: IoId, connection: ConnectionId, header: &MessageHeader, status: Status) {

@@ -11,6 +11,7 @@ mod room;
 mod session;
 mod source;
 mod status;
+mod verify;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -84,6 +85,8 @@ pub enum Metadata {
 pub enum DiskOperation {
     /// Read into a buffer that the node finds.
     Read,
+    /// Read, and give the digest of each block: see [`Event::Digested`].
+    Digest,
     /// Write from the buffer.
     Write(BufferToken),
     /// Write bytes that came from another member; see [`Output::DiskWrite`].
@@ -147,6 +150,8 @@ pub enum Event<'a> {
     Closed(ConnectionId),
     /// A disk request ended.
     Disk(IoId, DiskResult),
+    /// The blocks that a [`DiskOperation::Digest`] read, by [`crate::wire::block_digests`].
+    Digested(IoId, &'a [u64]),
     /// Metadata is durable, or cannot be made durable.
     Durable(Ticket, Result<(), ()>),
     /// The connection to another node that [`Output::PeerConnect`] asked for stands, and its hello is answered.
@@ -313,6 +318,7 @@ pub struct Replica {
     /// Guest writes that wait for a block to be pulled, or for pulled data to be written.
     held: VecDeque<IoId>,
     source: source::Source,
+    verify: verify::Verify,
     ios: Vec<Option<Io>>,
     free_ios: Vec<u32>,
     next_ticket: Ticket,
@@ -366,6 +372,7 @@ impl Replica {
             pulled_writes: HashMap::new(),
             held: VecDeque::new(),
             source: source::Source::default(),
+            verify: verify::Verify::default(),
             ios: Vec::new(),
             free_ios: Vec::new(),
             next_ticket: Ticket(1),
@@ -416,14 +423,21 @@ impl Replica {
             }
             Event::Closed(connection) => self.closed(connection),
             Event::Disk(io, result) => self.disk_done(io, result),
+            Event::Digested(io, digests) => self.digested(io, digests),
             Event::Durable(ticket, result) => self.durable(ticket, result),
+            Event::PeerUp if self.has_compare_link() => self.compare_link_up(),
             Event::PeerUp => self.peer_up(),
+            Event::PeerDown(reason) if self.has_compare_link() => self.fail_compares(reason),
             Event::PeerDown(reason) => self.peer_down(reason),
+            Event::PeerMessage(header, body) if self.has_compare_link() => {
+                self.reference_message(header, body);
+            }
             Event::PeerMessage(header, body) => self.peer_message(header, body),
             Event::Grown(result) => self.grown(result),
             Event::Tick => {
                 self.clear_intents();
                 self.pump_resync();
+                self.tick_verify();
             }
         }
     }

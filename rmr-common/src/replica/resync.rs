@@ -139,6 +139,7 @@ impl Replica {
             }
         };
         self.drop_resync();
+        self.drop_verify();
         self.resync = Some(Resync {
             source: prepare.source,
             address: prepare.address,

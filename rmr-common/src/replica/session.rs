@@ -62,6 +62,8 @@ impl Replica {
             Kind::ClearDirty => self.clear_dirty(connection, header, body),
             Kind::PullMap => self.pull_map(connection, header),
             Kind::Pull => self.pull(connection, header),
+            Kind::Compare => self.compare(connection, header, body),
+            Kind::Digest => self.digest(connection, header),
             Kind::CommandReply => self.command_reply(connection, header, body),
             Kind::Grow => self.make_room(connection, header),
             Kind::Ping => {
@@ -141,6 +143,7 @@ impl Replica {
         self.additions.clear();
         self.detach = None;
         self.drop_resync();
+        self.drop_verify();
         self.fail_held_writes();
         self.holder = Some(Holder {
             client: attach.client,
@@ -528,6 +531,7 @@ impl Replica {
         let who = self.holder.take().map(|h| h.description).unwrap_or_default();
         self.lose_commands("the client detached");
         self.drop_resync();
+        self.drop_verify();
         // A client that gave a write up does not leave in good order: members may differ in it.
         self.clean_detach = self.maps.intent().count() == 0;
         self.notice(Notice::Detached(self.epoch, who));
@@ -548,6 +552,7 @@ impl Replica {
         self.notice(Notice::ClientLost(self.epoch, who));
         self.session += 1;
         self.drop_resync();
+        self.drop_verify();
         self.fail_held_writes();
     }
 }

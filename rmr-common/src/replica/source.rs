@@ -51,7 +51,7 @@ impl PulledData {
 
 impl Replica {
     /// A member that is stale may only be told by one that is Clean in the same attachment.
-    fn may_be_source(&self, header: &MessageHeader) -> bool {
+    pub(super) fn may_be_source(&self, header: &MessageHeader) -> bool {
         header.epoch == self.epoch
             && (self.view.state(self.member) == Some(MemberState::Clean) || mutant!(PullFromStale))
             && !self.broken

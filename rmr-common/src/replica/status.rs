@@ -26,6 +26,8 @@ pub struct ReplicaCounters {
     pub pulled_out_blocks: u64,
     /// Missed blocks pulled from other members and written here.
     pub pulled_in_blocks: u64,
+    /// Blocks read for comparisons of members.
+    pub digested_blocks: u64,
     /// Requests that the disk failed.
     pub errors: u64,
     /// Reads among them, and those for other members.

@@ -8,7 +8,7 @@ use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, Status};
 
 const CHUNK: u64 = 64 << 10;
 
-fn member(index: u8) -> MemberId {
+pub(super) fn member(index: u8) -> MemberId {
     MemberId::new(index).unwrap()
 }
 
@@ -224,7 +224,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
 
 impl Bench {
     /// Attached and linked to member 2 as its source.
-    fn prepare(&mut self) {
+    pub(super) fn prepare(&mut self) {
         self.attach_as(1, 1, true);
         self.durable();
         let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
@@ -258,7 +258,7 @@ impl Bench {
         self.durable();
     }
 
-    fn take_sent(&mut self, kind: Kind) -> Vec<MessageHeader> {
+    pub(super) fn take_sent(&mut self, kind: Kind) -> Vec<MessageHeader> {
         let sent = |o: &Output| if let Output::PeerSend(h) = o { Some(*h) } else { None };
         let found = self.outputs.iter().filter_map(sent).filter(|h| h.kind == kind).collect();
         self.outputs.retain(|o| sent(o).is_none_or(|h| h.kind != kind));

@@ -93,7 +93,7 @@ impl World<'_> {
         offset: u64,
         length: u32,
     ) -> Check {
-        if matches!(operation, DiskOperation::Read | DiskOperation::Flush) {
+        if matches!(operation, DiskOperation::Read | DiskOperation::Digest | DiskOperation::Flush) {
             return Ok(());
         }
         let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
@@ -288,7 +288,11 @@ impl World<'_> {
                 Ok(())
             }
             Notice::Over(reason) => self.ended(host, &reason),
-            Notice::LegUp(..) | Notice::LinkLost(..) | Notice::Spec(_) | Notice::NoRoom(..) => Ok(()), // Of interest to people only.
+            Notice::LegUp(..)
+            | Notice::LinkLost(..)
+            | Notice::Spec(_)
+            | Notice::NoRoom(..)
+            | Notice::Verify(_) => Ok(()), // Of interest to people only.
         }
     }
 

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::oracle::{SECTOR, Step};
 use super::rng::Rng;
+use super::verify::{Rot, strip};
 use crate::pool::{BLOCK_SIZE, Block};
 use crate::replica::{BufferToken, DiskOperation, DiskResult, IoId};
 
@@ -53,6 +54,8 @@ pub(super) struct Disk {
     pub(super) unflushed_since: Vec<Step>,
     /// The sector's unflushed content came from another member.
     pub(super) pulled: Vec<bool>,
+    /// Where the medium returns something else than was written.
+    pub(super) rot: Rot,
     pub(super) write_back: bool,
     /// Sectors whose content went with the cache in a power cut, and were not written since.
     pub(super) lost: BTreeSet<usize>,
@@ -73,6 +76,7 @@ impl Disk {
             sectors: content,
             unflushed_since: vec![0; sectors],
             pulled: vec![false; sectors],
+            rot: Rot::default(),
             write_back,
             lost: BTreeSet::new(),
             bad: BTreeSet::new(),
@@ -136,7 +140,9 @@ impl Disk {
         running.is_applied = true;
         let (first, count, failed) = (running.first, running.count, running.result != DiskResult::Done);
         match running.operation {
-            DiskOperation::Read => self.sectors[first..first + count].to_vec(),
+            DiskOperation::Read | DiskOperation::Digest => {
+                (first..first + count).map(|s| self.sectors[s] | self.rot.mark(s)).collect()
+            }
             DiskOperation::Flush => {
                 for (sector, value) in if failed { Vec::new() } else { std::mem::take(&mut running.snapshot) }
                 {
@@ -185,7 +191,9 @@ impl Disk {
             if skipped.1 {
                 continue;
             }
-            self.sectors[sector] = data.get(i).copied().unwrap_or(0);
+            let value = data.get(i).copied().unwrap_or(0);
+            self.sectors[sector] = strip(value);
+            self.rot.written(sector, value, now);
             self.lost.remove(&sector);
             if self.write_back {
                 let since = &mut self.unflushed_since[sector];

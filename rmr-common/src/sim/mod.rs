@@ -14,6 +14,7 @@ mod oracle;
 mod peers;
 mod resync;
 mod rng;
+mod verify;
 mod world;
 
 use std::io::Write;
@@ -76,7 +77,7 @@ fn play(world: &mut World<'_>) -> Check {
     let deadline = world.now + MAX_REST;
     loop {
         let host = rest(world, deadline)?;
-        verify(world, host, deadline)?;
+        read_all(world, host, deadline)?;
         // A power cut may be noticed only now, and with it that writes are lost.
         if !world.hosts[host].has_lost_writes {
             break;
@@ -84,6 +85,7 @@ fn play(world: &mut World<'_>) -> Check {
     }
     // What was lost without being noticed is found out by the flush.
     let host = rest(world, deadline)?;
+    let host = verify::audit_end(world, host, deadline)?;
     world.check_data()?;
     world.client(host, client::Event::Detach)?;
     let is_busy = |world: &World<'_>| {
@@ -131,7 +133,7 @@ fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
 }
 
 /// Reads the whole pool and flushes it.
-fn verify(world: &mut World<'_>, host: usize, deadline: u64) -> Check {
+fn read_all(world: &mut World<'_>, host: usize, deadline: u64) -> Check {
     world.is_verifying = true;
     let sectors = world.sectors();
     world.submit(host, client::Operation::Read, 0, sectors)?;

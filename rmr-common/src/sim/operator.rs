@@ -188,6 +188,9 @@ impl World<'_> {
         match reply {
             CommandReply::Done { view, spec } => self.check_done(&pending.command, &view, &spec)?,
             CommandReply::Refused { reason, text } => self.refused(&pending.command, reason, &text)?,
+            CommandReply::Verify { .. } => {
+                return Err(format!("'{}' is answered by a report", pending.command));
+            }
         }
         if let Way::Admin(host) = pending.way
             && self.hosts[host].is_live()
@@ -217,6 +220,8 @@ impl World<'_> {
             }
             Command::Maintenance { member, on } => spec.member(*member).is_some_and(|m| m.maintenance == *on),
             Command::Grow { size } => spec.size == *size,
+            // Verifies are not the operator's here: see `sim/verify.rs`.
+            Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => false,
         };
         if !is_so {
             return Err(format!("'{command}' is answered as done, and is not: {spec:?}"));
@@ -238,7 +243,9 @@ impl World<'_> {
                     return Err(format!("'{command}' is refused: {text}"));
                 }
             }
-            Refusal::BadCommand => return Err(format!("'{command}' is refused: {text}")),
+            Refusal::BadCommand | Refusal::CannotVerify => {
+                return Err(format!("'{command}' is refused: {text}"));
+            }
             Refusal::StoreNotFound
             | Refusal::StoreInUse
             | Refusal::AddressInUse
@@ -262,6 +269,7 @@ impl World<'_> {
                 self.committed_spec.member(*member).is_some()
             }
             Command::Add { .. } | Command::Maintenance { .. } | Command::Grow { .. } => true,
+            Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => false,
         };
         if may_come && is_wanted && (reason != Refusal::Unreachable || !self.is_gone(command)) {
             self.operator.unfinished = Some(command.clone());
@@ -531,6 +539,9 @@ fn situation(command: &Command, what: &'static str) -> &'static str {
         Command::Remove { .. } => names[1],
         Command::Replace { .. } => names[2],
         Command::Maintenance { .. } => names[3],
-        Command::Grow { .. } => names[4],
+        // The operator gives no commands about verifies here.
+        Command::Grow { .. } | Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => {
+            names[4]
+        }
     }
 }

@@ -69,6 +69,8 @@ pub(super) enum Event {
         at: u64,
     },
     HostTick(usize, u64),
+    /// Somebody has the pool verified, or a disk rots.
+    Audit,
     /// A stale member's link to its source, and what goes over it.
     PeerConnected {
         node: usize,
@@ -224,6 +226,10 @@ pub(super) struct Profile {
     pub(super) fault_pause: u64,
     /// Whether clients may die with writes in flight.
     pub(super) client_crashes: bool,
+    /// How often the pool is verified while the run goes on.
+    pub(super) audits: u64,
+    /// Whether disks rot.
+    pub(super) rot: bool,
     /// Per cent of the transfers before which the guest changes the memory that is sent.
     restless: u64,
     /// Per mille of the transfers with a digest whose data arrives damaged.
@@ -251,6 +257,7 @@ pub(super) struct World<'a> {
     /// Messages between two nodes arrive no earlier than this.
     pub(super) stalled: BTreeMap<(usize, usize), u64>,
     pub(super) resyncs: super::resync::Resyncs,
+    pub(super) audit: super::verify::Audit,
     pub(super) oracle: Oracle,
     pub(super) coverage: Coverage,
     pub(super) next_token: u64,
@@ -324,6 +331,7 @@ impl<'a> World<'a> {
         client.attach_grace = milliseconds(&mut rng, &[0, 50, 500]);
         client.reconnect_interval = milliseconds(&mut rng, &[10, 50, 300]);
         client.ping_interval = milliseconds(&mut rng, &[50, 200, 1000]);
+        client.verify_hold = milliseconds(&mut rng, &[5, 20, 200]);
         client.data_digest = rng.pick(&[
             client::DataDigest::Off,
             client::DataDigest::Off,
@@ -358,6 +366,8 @@ impl<'a> World<'a> {
                 1000 * MILLISECOND,
             ]),
             client_crashes: rng.percent(40),
+            audits: if rng.percent(35) { rng.range(1, 8) } else { 0 },
+            rot: rng.percent(60),
             restless: rng.pick(&[0, 10, 50]),
             damage: rng.pick(&[0, 0, 5]),
         };
@@ -379,6 +389,7 @@ impl<'a> World<'a> {
             parted: BTreeSet::new(),
             stalled: BTreeMap::new(),
             resyncs: super::resync::Resyncs::default(),
+            audit: super::verify::Audit::default(),
             oracle: Oracle::new(sectors),
             coverage: Coverage::default(),
             next_token: 1,
@@ -402,6 +413,7 @@ impl<'a> World<'a> {
         }
         world.start_host(1, false);
         world.after(MILLISECOND, Event::Work);
+        world.after(2 * MILLISECOND, Event::Audit);
         let pause = world.profile.fault_pause;
         world.after(pause, Event::Fault);
         world.after(10 * MILLISECOND, Event::Operate);
@@ -458,7 +470,7 @@ impl<'a> World<'a> {
                     self.nodes[node].reads.remove(&io);
                 }
                 let stale = self.own_stale(node);
-                self.replica(node, replica::Event::Disk(IoId(io), running.result))?;
+                self.disk_ended(node, io, &running)?;
                 self.cover_disk_done(node, &running, stale);
             }
             Event::MetadataDone { node, life, target } if self.nodes[node].life == life => {
@@ -507,6 +519,7 @@ impl<'a> World<'a> {
             Event::Operate => self.operate()?,
             Event::GuestReset(host) => self.guest_reset(host),
             Event::Work => self.work()?,
+            Event::Audit => self.audit_some()?,
             Event::Fault => self.fault()?,
             Event::Burst(host) => self.burst(host)?,
             Event::HostCrash(host) if self.is_calm || !self.hosts[host].is_live() => {} // Too late.
@@ -614,7 +627,8 @@ impl<'a> World<'a> {
             }
             ReplyPayload::Data(io) => {
                 let found = self.nodes[node].reads.remove(&io.0);
-                message.data = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
+                let found = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
+                message.data = found.into_iter().map(super::verify::strip).collect();
                 header.digest = header.digest.map(|_| digest_of(&message.data));
                 message.header = header;
             }
@@ -666,9 +680,10 @@ impl<'a> World<'a> {
         } else {
             self.check_disk(index, operation, offset, length)?;
         }
-        let is_unreadable = operation == DiskOperation::Read && self.nodes[index].disk.is_bad(offset, length);
+        let is_read = matches!(operation, DiskOperation::Read | DiskOperation::Digest);
+        let is_unreadable = is_read && self.nodes[index].disk.is_bad(offset, length);
         let is_bad = self.rng.percent(self.nodes[index].disk_errors) || is_unreadable;
-        let no_space = self.rng.percent(30) && !matches!(operation, DiskOperation::Read);
+        let no_space = self.rng.percent(30) && !is_read;
         let result = match (is_bad, no_space) {
             (false, _) => DiskResult::Done,
             (true, true) => DiskResult::NoSpace,
@@ -1091,6 +1106,7 @@ impl<'a> World<'a> {
         let now = Time(self.now);
         self.cover_client_event(host, &event);
         self.hosts[host].client.apply(event, now);
+        self.check_verify(host)?;
         self.client_outputs(host)
     }
 

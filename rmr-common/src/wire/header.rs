@@ -63,6 +63,14 @@ pub enum Kind {
     Pull = 26,
     /// Answer to [`Kind::Pull`].
     PullReply = 27,
+    /// The coordinator asks a Clean member to compare a range of its own with that of another one.
+    Compare = 28,
+    /// Answer to [`Kind::Compare`]: which blocks differed.
+    CompareReply = 29,
+    /// Another member, or the coordinator, asks for the digests of the blocks of a range.
+    Digest = 30,
+    /// Answer to [`Kind::Digest`].
+    DigestReply = 31,
     /// Answer to a request with a slot; carries the data of a read.
     IoReply = 32,
     /// Answer to [`Kind::Flush`].
@@ -108,6 +116,10 @@ impl Kind {
             25 => Self::PullMapReply,
             26 => Self::Pull,
             27 => Self::PullReply,
+            28 => Self::Compare,
+            29 => Self::CompareReply,
+            30 => Self::Digest,
+            31 => Self::DigestReply,
             32 => Self::IoReply,
             33 => Self::FlushReply,
             40 => Self::Command,

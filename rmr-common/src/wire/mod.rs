@@ -6,6 +6,7 @@
 mod body;
 mod frame;
 mod header;
+mod verify;
 
 pub use body::{
     Attach, AttachReply, ChunkList, Decoder, DirtyAddition, Encoder, Hello, HelloReply, Limits, Prepare,
@@ -15,6 +16,7 @@ pub use frame::{
     FRAME_HEADER_SIZE, FRAME_MAGIC, FrameHeader, MAX_FRAME_MESSAGES, frame_crc, frame_crc as data_digest,
 };
 pub use header::{HEADER_SIZE, Kind, MessageHeader, Status};
+pub use verify::{Compare, CompareReply, DigestReply, MAX_COMPARE, block_digest, block_digests};
 
 use thiserror::Error;
 

@@ -229,6 +229,9 @@ pub struct IoCounters {
     pub zeroes: u64,
     /// Flushes that were answered.
     pub flushes: u64,
+    /// Bytes that were read to be compared with other members.
+    #[serde(default)]
+    pub compared_bytes: u64,
     /// Requests that were answered with an error.
     pub errors: u64,
     /// Reads that the disk failed, those for other members' resync included.

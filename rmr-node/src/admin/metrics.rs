@@ -66,7 +66,7 @@ impl Page {
 
     fn stores(&mut self, pools: &[PoolStatus]) {
         type Value = fn(&PoolStatus) -> Option<u64>;
-        let families: [(&str, &str, &str, Value); 26] = [
+        let families: [(&str, &str, &str, Value); 27] = [
             ("rmr_pool_size_bytes", "gauge", "Size of the pool.", |p| Some(p.spec.size)),
             ("rmr_store_serving", "gauge", "1 if the store serves, 0 if it waits or failed.", |p| {
                 Some(u64::from(p.store_state == StoreState::Serving))
@@ -90,6 +90,9 @@ impl Page {
                 Some(p.io.zeroes)
             }),
             ("rmr_store_flushes_total", "counter", "Flushes answered.", |p| Some(p.io.flushes)),
+            ("rmr_store_compared_bytes_total", "counter", "Bytes read to compare members.", |p| {
+                Some(p.io.compared_bytes)
+            }),
             ("rmr_store_errors_total", "counter", "Requests answered with an error.", |p| Some(p.io.errors)),
             ("rmr_store_resync_sent_bytes_total", "counter", "Bytes answered to stale members.", |p| {
                 Some(p.io.resync_sent_bytes)

@@ -16,7 +16,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use rmr_common::pool::{Command, CommandReply, StoreId};
 use serde::de::DeserializeOwned;
-use tracing::info;
+use tracing::{debug, info};
 use uuid::Uuid;
 
 use super::api::{
@@ -168,6 +168,8 @@ async fn command(
     match &reply {
         CommandReply::Done { view, .. } => info!(pool = %key, view = %view.number, "done: {command}"),
         CommandReply::Refused { text, .. } => info!(pool = %key, "refused: {command}: {text}"),
+        // Asked for again and again; the client logs how a verify begins and ends.
+        CommandReply::Verify { .. } => debug!(pool = %key, "{command}"),
     }
     Ok(Json(reply))
 }

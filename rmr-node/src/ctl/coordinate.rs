@@ -25,6 +25,9 @@ pub(super) enum NotDone {
     /// The coordinator refuses it.
     #[error("{text}")]
     Refused { reason: Refusal, text: String },
+    /// The answer is to something else.
+    #[error("the coordinator answered with the report of a verify, which nobody asked for")]
+    Unexpected,
     /// It is not known what became of it.
     #[error("{0}; it may have been carried out or not: run the same command again")]
     Unknown(CallError),
@@ -41,7 +44,7 @@ impl NotDone {
                 reason,
                 Refusal::NoCoordinator | Refusal::CoordinatorLost | Refusal::Suspended | Refusal::Busy
             ),
-            Self::Unknown(_) | Self::NotAttached(_) => false,
+            Self::Unexpected | Self::Unknown(_) | Self::NotAttached(_) => false,
         }
     }
 }
@@ -61,6 +64,48 @@ pub(super) async fn deliver(
     command: &Command,
     limit: Duration,
 ) -> Result<PoolSpec, NotDone> {
+    let mut why = String::new();
+    for _ in 0..ATTEMPTS {
+        let (reply, is_here) = match ask(context, survey, picture, command, limit).await? {
+            Answered::Reply(reply) => (reply, false),
+            Answered::Hold(hold) => {
+                let reply = hold.command(command.clone()).await;
+                hold.release().await;
+                (reply?, true)
+            }
+        };
+        match reply {
+            CommandReply::Done { spec, .. } => return Ok(spec),
+            // A guest's client came meanwhile.
+            CommandReply::Refused { reason: Refusal::CoordinatorLost | Refusal::NoCoordinator, text }
+                if is_here =>
+            {
+                why = text
+            }
+            CommandReply::Refused { reason, text } => return Err(NotDone::Refused { reason, text }),
+            CommandReply::Verify { .. } => return Err(NotDone::Unexpected),
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+    Err(NotDone::NotAttached(why))
+}
+
+/// Who is to carry a command out.
+pub(super) enum Answered {
+    /// The client that is attached has answered.
+    Reply(CommandReply),
+    /// Nobody was attached. Now `rmrctl` is, and has not been asked.
+    Hold(Hold),
+}
+
+/// Gives a command to the client that is attached, or attaches.
+pub(super) async fn ask(
+    context: &Context,
+    survey: &Survey,
+    picture: &Picture,
+    command: &Command,
+    limit: Duration,
+) -> Result<Answered, NotDone> {
     let nodes: Vec<_> = picture.reports.iter().filter_map(|r| survey.holder(r.store)).collect();
     let client = Client { timeout: limit.max(context.client.timeout) };
     let mut why = String::new();
@@ -68,25 +113,15 @@ pub(super) async fn deliver(
         if attempt > 0 {
             tokio::time::sleep(PAUSE).await;
         }
-        match ask_nodes(client, &nodes, &picture.spec, command).await {
-            Ok(Some(spec)) => return Ok(spec),
-            Err(NotDone::Refused { reason: Refusal::CoordinatorLost, text }) if attempt + 1 < ATTEMPTS => {
-                why = text
+        match ask_nodes(client, &nodes, &picture.spec, command).await? {
+            Some(CommandReply::Refused { reason: Refusal::CoordinatorLost, text })
+                if attempt + 1 < ATTEMPTS =>
+            {
+                why = text;
             }
-            Err(error) => return Err(error),
-            Ok(None) => match Hold::attach(context, picture, None).await {
-                Ok(hold) => {
-                    let reply = hold.command(command.clone()).await;
-                    hold.release().await;
-                    match settle(reply?) {
-                        // A guest's client came meanwhile.
-                        Err(NotDone::Refused {
-                            reason: Refusal::CoordinatorLost | Refusal::NoCoordinator,
-                            text,
-                        }) => why = text,
-                        settled => return settled,
-                    }
-                }
+            Some(reply) => return Ok(Answered::Reply(reply)),
+            None => match Hold::attach(context, picture, None).await {
+                Ok(hold) => return Ok(Answered::Hold(hold)),
                 // Somebody was faster: it is the one to ask.
                 Err(NotHeld::HeldBy(holder)) => why = format!("the pool is held by {holder}"),
                 Err(NotHeld::Failed(reason)) => return Err(NotDone::NotAttached(reason)),
@@ -97,29 +132,22 @@ pub(super) async fn deliver(
 }
 
 /// Asks one node after the other to pass the command on; `None` when none knows of a client that is attached.
-async fn ask_nodes(
+pub(super) async fn ask_nodes(
     client: Client,
     nodes: &[&NodeAddress],
     spec: &PoolSpec,
     command: &Command,
-) -> Result<Option<PoolSpec>, NotDone> {
+) -> Result<Option<CommandReply>, NotDone> {
     for node in nodes {
         let path = format!("/v1/pools/{}/commands", spec.id);
         match client.post::<CommandReply>(node, &path, command).await {
             Ok(CommandReply::Refused { reason: Refusal::NoCoordinator, .. }) => {}
-            Ok(reply) => return settle(reply).map(Some),
+            Ok(reply) => return Ok(Some(reply)),
             Err(error) if error.never_arrived() => {}
             Err(error) => return Err(NotDone::Unknown(error)),
         }
     }
     Ok(None)
-}
-
-fn settle(reply: CommandReply) -> Result<PoolSpec, NotDone> {
-    match reply {
-        CommandReply::Done { spec, .. } => Ok(spec),
-        CommandReply::Refused { reason, text } => Err(NotDone::Refused { reason, text }),
-    }
 }
 
 /// The client that left without a goodbye, as active members know it.

@@ -11,6 +11,7 @@ pub mod http;
 mod pool;
 mod status;
 mod sync;
+mod verify;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -32,6 +33,7 @@ use change_args::{
     ResyncArgs,
 };
 use http::{CallError, Client, NodeAddress};
+pub use verify::VerifyArgs;
 
 /// Exit code of a command that failed.
 pub const EXIT_FAILED: u8 = 1;
@@ -47,7 +49,7 @@ Examples:
   RMR_NODES=node-a,node-b rmrctl pool list --json
 
 Exit codes: 0 done (status: every copy current), 1 failed, 2 wrong usage,
-  3 status: degraded, 4 status: suspended or unknown";
+  3 status: degraded, 4 status: suspended or unknown, 5 verify: copies differ";
 
 const CREATE_EXAMPLES: &str = "\
 Examples:
@@ -71,6 +73,15 @@ Examples:
   rmrctl --node node-a pool add-member vm-1 --member node-c=/dev/vdb
 
 Run the same command again after a failure: what is done is not done twice.";
+
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  rmrctl --node node-a --node node-b pool verify vm-1 --wait
+  rmrctl --node node-a pool verify vm-1 --rate 100M
+  rmrctl --node node-a pool verify vm-1 --repair --trust 0 --wait
+
+Exit codes: 0 begun, or done and no copy differs (any more), 1 failed or interrupted,
+  5 copies differ and were not repaired";
 
 const REPLACE_EXAMPLES: &str = "\
 Examples:
@@ -194,6 +205,21 @@ pub enum PoolCommand {
     Grow(GrowArgs),
     /// Go on with one member although others may have newer data, which is lost then
     ForceFrom(ForceFromArgs),
+    /// Compare the copies with each other, while the pool is in use, and repair what differs
+    #[command(after_help = VERIFY_EXAMPLES)]
+    Verify(VerifyArgs),
+    /// How far a verify is, or what the last one found
+    VerifyStatus {
+        /// Name or uuid of the pool
+        #[arg(value_name = "NAME|UUID")]
+        pool: PoolKey,
+    },
+    /// Give a verify up
+    VerifyCancel {
+        /// Name or uuid of the pool
+        #[arg(value_name = "NAME|UUID")]
+        pool: PoolKey,
+    },
     /// Wait until every copy is current. Without a guest, rmrctl holds the pool meanwhile, so that it is brought up to date
     Resync(ResyncArgs),
 }
@@ -464,6 +490,9 @@ pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
         Command::Pool(PoolCommand::Grow(args)) => change::grow(&context, args).await,
         Command::Pool(PoolCommand::ForceFrom(args)) => sync::force_from(&context, args).await,
         Command::Pool(PoolCommand::Resync(args)) => sync::resync(&context, args).await,
+        Command::Pool(PoolCommand::Verify(args)) => verify::verify(&context, args).await,
+        Command::Pool(PoolCommand::VerifyStatus { pool }) => verify::status(&context, pool).await,
+        Command::Pool(PoolCommand::VerifyCancel { pool }) => verify::cancel(&context, pool).await,
         Command::Status(args) => status::status(&context, args.pool.as_ref()).await,
         Command::Node(NodeCommand::Show) => show_nodes(&context).await,
         Command::Doctor => doctor(),

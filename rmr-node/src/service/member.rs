@@ -29,6 +29,8 @@ pub(super) struct WaitingRead {
     pub(super) io: IoId,
     pub(super) offset: u64,
     pub(super) length: u32,
+    /// The digests of its blocks are wanted, and not the data.
+    pub(super) digests: bool,
 }
 
 /// An open store of a shard.
@@ -390,6 +392,7 @@ impl Member {
                 written_bytes: counters.written_bytes,
                 zeroes: counters.zeroes,
                 flushes: counters.flushes,
+                compared_bytes: counters.digested_blocks * BLOCK_SIZE,
                 errors: counters.errors,
                 read_errors: counters.read_errors,
                 digest_mismatches: counters.digest_mismatches,
@@ -431,6 +434,8 @@ const fn map_kind(id: MapId) -> MapKind {
 pub(super) enum IoTag {
     /// A disk request of the replica that leaves data in its buffer.
     Read(u16, IoId),
+    /// A disk request of the replica whose data is only looked at.
+    Digest(u16, IoId),
     /// Any other disk request of the replica.
     Replica(u16, IoId),
     /// An I/O of the metadata writer; its id, of which the low 47 bits are enough to tell those under way apart.
@@ -440,10 +445,12 @@ pub(super) enum IoTag {
 impl IoTag {
     const METADATA: u64 = 1 << 47;
     const READ: u64 = 1 << 46;
+    const DIGEST: u64 = 1 << 45;
 
     pub(super) const fn encode(self) -> u64 {
         match self {
             Self::Read(member, io) => (member as u64) << 48 | Self::READ | io.0 as u64,
+            Self::Digest(member, io) => (member as u64) << 48 | Self::DIGEST | io.0 as u64,
             Self::Replica(member, io) => (member as u64) << 48 | io.0 as u64,
             Self::Metadata(member, id) => {
                 (member as u64) << 48 | Self::METADATA | (id & (Self::METADATA - 1))
@@ -457,7 +464,11 @@ impl IoTag {
             return Self::Metadata(member, tag & (Self::METADATA - 1));
         }
         let io = IoId(u32::try_from(tag & u64::from(u32::MAX)).unwrap_or(u32::MAX));
-        if tag & Self::READ != 0 { Self::Read(member, io) } else { Self::Replica(member, io) }
+        match (tag & Self::READ != 0, tag & Self::DIGEST != 0) {
+            (true, _) => Self::Read(member, io),
+            (false, true) => Self::Digest(member, io),
+            (false, false) => Self::Replica(member, io),
+        }
     }
 }
 
@@ -471,6 +482,7 @@ mod tests {
             IoTag::Replica(0, IoId(0)),
             IoTag::Replica(u16::MAX, IoId(u32::MAX)),
             IoTag::Read(7, IoId(9)),
+            IoTag::Digest(8, IoId(10)),
             IoTag::Metadata(3, 77),
             IoTag::Metadata(u16::MAX, IoTag::METADATA - 1),
         ] {

@@ -22,7 +22,7 @@ use rmr_common::time::Time;
 use rmr_common::transport::connect::Connector;
 use rmr_common::transport::rdma::{Exposure, Registration};
 use rmr_common::transport::{Connection, Counters, Listener};
-use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MessageHeader, Status, data_digest};
+use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MessageHeader, Status, block_digests, data_digest};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -552,8 +552,9 @@ impl Shard {
         let own = u16::try_from(index).unwrap_or(u16::MAX);
         let tag = IoTag::Replica(own, io);
         let (kind, payload) = match operation {
-            DiskOperation::Read => {
-                member.waiting_reads.push_back(WaitingRead { io, offset, length });
+            DiskOperation::Read | DiskOperation::Digest => {
+                let digests = operation == DiskOperation::Digest;
+                member.waiting_reads.push_back(WaitingRead { io, offset, length, digests });
                 // At once, if it is the first and there is no need to stand in line.
                 if !member.in_line && (self.short || !matches!(self.feed_reads(index), Turn::Served)) {
                     self.stand_in_line(Waiter::Reads(index));
@@ -584,18 +585,30 @@ impl Shard {
         let Completion { id, result, payload, .. } = completion;
         let tag = IoTag::decode(id);
         match tag {
-            IoTag::Read(index, io) | IoTag::Replica(index, io) => {
+            IoTag::Read(index, io) | IoTag::Digest(index, io) | IoTag::Replica(index, io) => {
                 let index = usize::from(index);
                 let Some(Some(member)) = self.members.get_mut(index) else { return };
                 if let Err(error) = &result {
                     let pool = &member.replica.spec().name;
                     tracing::error!(%pool, member = %member.replica.member(), "disk error: {error}");
                 }
-                if let (IoTag::Read(..), Payload::Buffer(buffer)) = (tag, payload) {
-                    member.reading_bytes -= buffer.length();
-                    if result.is_ok() {
-                        member.keep_read(io, buffer);
+                match (tag, payload) {
+                    (IoTag::Read(..), Payload::Buffer(buffer)) => {
+                        member.reading_bytes -= buffer.length();
+                        if result.is_ok() {
+                            member.keep_read(io, buffer);
+                        }
                     }
+                    (IoTag::Digest(..), Payload::Buffer(buffer)) => {
+                        member.reading_bytes -= buffer.length();
+                        if result.is_ok() {
+                            // A few microseconds: a range is short.
+                            let digests = block_digests(buffer.bytes());
+                            member.replica.apply(Event::Digested(io, &digests), self.now);
+                            return self.activate(index);
+                        }
+                    }
+                    _ => {} // What was written; the engine has freed it.
                 }
                 let result = match result {
                     Ok(()) => DiskResult::Done,
@@ -770,7 +783,7 @@ impl Shard {
     /// Starts the first disk read of a member that waits for a buffer.
     fn feed_reads(&mut self, index: usize) -> Turn {
         let Some(Some(member)) = self.members.get_mut(index) else { return Turn::Gone };
-        let Some(&WaitingRead { io, offset, length }) = member.waiting_reads.front() else {
+        let Some(&WaitingRead { io, offset, length, digests }) = member.waiting_reads.front() else {
             return Turn::Gone;
         };
         let client = member.replica.holder_connection().and_then(|id| self.peers.get(&id));
@@ -781,9 +794,11 @@ impl Shard {
         let Some(buffer) = self.buffers.try_acquire(length as usize) else { return Turn::NoMemory };
         member.waiting_reads.pop_front();
         member.reading_bytes += buffer.length();
+        let own = u16::try_from(index).unwrap_or(u16::MAX);
+        let tag = if digests { IoTag::Digest(own, io) } else { IoTag::Read(own, io) };
         self.engine.submit(Io {
             disk: member.disk,
-            id: IoTag::Read(u16::try_from(index).unwrap_or(u16::MAX), io).encode(),
+            id: tag.encode(),
             kind: IoKind::Read,
             offset: member.store.superblock().layout.data_offset + offset,
             length: length.into(),
