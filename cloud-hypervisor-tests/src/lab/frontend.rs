@@ -302,6 +302,12 @@ impl Frontend {
         self.queue_size
     }
 
+    /// The driver's memory, for a thread that changes it behind the device's back.
+    #[must_use]
+    pub fn memory(&self) -> GuestMemoryMmap {
+        self.memory.clone()
+    }
+
     /// The connection itself, for messages that this driver has no call for.
     pub fn connection(&mut self) -> &mut Connection {
         &mut self.connection

@@ -224,6 +224,11 @@ impl World<'_> {
 
     /// Judges the steps from the view that was committed before.
     pub(super) fn check_steps(&mut self, last: &View, view: &View) -> Check {
+        if view.number.0 != last.number.0 + 1 {
+            // A view was given up for this one. A member that did not adopt it takes its map over again, chunk by chunk, and
+            // pulls once more what it had not reported.
+            self.resyncs.started.clear();
+        }
         let syncing = view.in_state(MemberState::Syncing);
         for member in syncing.without(last.in_state(MemberState::Syncing)).iter() {
             self.check_rejoined(member, view)?;
