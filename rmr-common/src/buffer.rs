@@ -88,6 +88,39 @@ pub fn gather(segments: &[Segment], offset: usize, length: usize, parts: &mut Ve
     }
 }
 
+/// Copies the bytes of `segments` to `bytes`, as far as both go; returns how many.
+pub fn copy_from_segments(segments: &[Segment], bytes: &mut [u8]) -> usize {
+    let mut done = 0;
+    for segment in segments {
+        let length = segment.length().min(bytes.len() - done);
+        // SAFETY: readable by the promise made when the segment was created; `bytes` has room from `done` on, and is no part
+        // of the segment, which is memory that Rust has no reference to.
+        unsafe { std::ptr::copy_nonoverlapping(segment.base(), bytes[done..].as_mut_ptr(), length) };
+        done += length;
+    }
+    done
+}
+
+/// Copies `bytes` to `segments`, as far as both go; returns how many.
+pub fn copy_to_segments(bytes: &[u8], segments: &[Segment]) -> usize {
+    let mut done = 0;
+    for segment in segments {
+        let length = segment.length().min(bytes.len() - done);
+        // SAFETY: writable by the promise made when the segment was created, which is for the destination of a read; as
+        // above, the two do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), segment.base(), length) };
+        done += length;
+    }
+    done
+}
+
+/// A segment at an address that is only compared, never touched.
+#[cfg(test)]
+pub(crate) fn for_tests(base: usize, length: usize) -> Segment {
+    // SAFETY: the memory is never accessed.
+    unsafe { Segment::new(base as *mut u8, length) }
+}
+
 /// Appends a segment for each buffer. The caller keeps the buffers, unmoved in content, until the I/O completed.
 pub(crate) fn segments_of_buffers(buffers: &mut [Vec<u8>], segments: &mut Vec<Segment>) {
     for buffer in buffers {

@@ -163,7 +163,7 @@ pub struct Settings {
     /// Name of this node in status output and logs [default: the host name]
     #[arg(long, value_name = "NAME")]
     pub node_name: Option<String>,
-    /// Data addresses, comma-separated: tcp://HOST:PORT [default: tcp://0.0.0.0:7700]
+    /// Data addresses, comma-separated: tcp://HOST:PORT or rdma://HOST:PORT [default: tcp://0.0.0.0:7700]
     #[arg(long, value_name = "ADDRESS,…", value_delimiter = ',')]
     pub listen: Option<Vec<Address>>,
     /// Data addresses that other machines use, the first one for new pools [default: derived from --listen]
@@ -651,9 +651,6 @@ fn check_listen(listen: &[Address]) -> Result<(), ConfigError> {
             let problem = format!("{address}: expected a numeric IP address of this machine, or 0.0.0.0");
             return Err(ConfigError::value("listen", problem));
         }
-        if address.transport() == TransportKind::Rdma {
-            return Err(ConfigError::value("listen", format!("{address}: this build has no rdma; use tcp")));
-        }
     }
     Ok(())
 }
@@ -828,7 +825,6 @@ mod tests {
             ),
             ("[tls]\nkey = \"k\"", "tls: expected certificate and key, found only one"),
             ("[tls]\nverify_clients = true", "tls: verify_clients needs authorities"),
-            ("listen = [\"rdma://10.0.0.1:1\"]", "listen: rdma://10.0.0.1:1: this build has no rdma"),
             ("listen = [\"10.0.0.1:1\", \"tcp://10.0.0.1:1\"]", "listen: tcp://10.0.0.1:1 is given twice"),
             ("advertise = [\"0.0.0.0:7700\"]", "advertise: tcp://0.0.0.0:7700 stands for every address"),
             ("advertise = [\"[::]:7700\"]", "advertise: tcp://[::]:7700 stands for every address"),

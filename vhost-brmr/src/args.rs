@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use rmr_common::transport::rdma::ReadMode;
 use serde::Deserialize;
 
 const EXAMPLES: &str = "\
@@ -96,6 +97,11 @@ pub struct Options {
     #[arg(long, value_name = "MILLISECONDS", help_heading = "Pool")]
     pub leg_timeout_ms: Option<u32>,
 
+    /// How the data of reads comes into guest memory over RDMA: written there by the node, which is given the key, or by a
+    /// copy, so that no key of guest memory leaves the host. [default: direct]
+    #[arg(long, value_name = "MODE", value_enum, help_heading = "Pool")]
+    pub rdma_read_mode: Option<RdmaReadMode>,
+
     /// A member whose disk fails reads is resynchronised so many times within an hour, then left out until the daemon
     /// attaches anew. [default: 16]
     #[arg(long, value_name = "N", help_heading = "Pool")]
@@ -143,6 +149,26 @@ pub struct Options {
     pub log_format: Option<LogFormat>,
 }
 
+/// How data of reads comes into guest memory over RDMA.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RdmaReadMode {
+    /// The node writes it there.
+    #[default]
+    Direct,
+    /// It is copied there from memory of the daemon.
+    Bounce,
+}
+
+impl From<RdmaReadMode> for ReadMode {
+    fn from(mode: RdmaReadMode) -> Self {
+        match mode {
+            RdmaReadMode::Direct => Self::Direct,
+            RdmaReadMode::Bounce => Self::Bounce,
+        }
+    }
+}
+
 /// What happens when the hypervisor goes away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -186,6 +212,7 @@ impl Options {
             force_from: self.force_from,
             suspend_timeout_s: self.suspend_timeout_s.or(file.suspend_timeout_s),
             leg_timeout_ms: self.leg_timeout_ms.or(file.leg_timeout_ms),
+            rdma_read_mode: self.rdma_read_mode.or(file.rdma_read_mode),
             read_error_limit: self.read_error_limit.or(file.read_error_limit),
             num_queues: self.num_queues.or(file.num_queues),
             queue_size: self.queue_size.or(file.queue_size),

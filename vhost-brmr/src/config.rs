@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use rmr_common::client::DEFAULT_READ_ERROR_LIMIT;
 use rmr_common::pool::{Address, AddressError, MemberId, PoolId, PoolSpec};
+use rmr_common::transport::rdma::ReadMode;
 use rmr_common::transport::tls::IdentityFiles;
 use thiserror::Error;
 use uuid::Uuid;
@@ -90,6 +91,8 @@ pub struct PoolSettings {
     pub read_error_limit: u32,
     /// No writes will be sent.
     pub read_only: bool,
+    /// How data of reads comes into guest memory over RDMA.
+    pub rdma_read_mode: ReadMode,
     /// How `tls://` addresses are reached.
     pub tls: Option<TlsFiles>,
 }
@@ -231,6 +234,7 @@ impl Settings {
                 leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
                 read_error_limit: options.read_error_limit.unwrap_or(DEFAULT_READ_ERROR_LIMIT),
                 read_only,
+                rdma_read_mode: options.rdma_read_mode.unwrap_or_default().into(),
                 tls,
             },
             device: DeviceOptions { queues, queue_size, serial, read_only },

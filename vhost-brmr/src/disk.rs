@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use rmr_common::buffer::Segment;
 use rmr_common::reactor::WatchChange;
+use rmr_common::transport::rdma::Fabric;
 use thiserror::Error;
 use vmm_sys_util::epoll::EventSet;
 
@@ -223,6 +224,11 @@ pub trait Disk {
 
     /// How long the loop may sleep without calling [`upkeep`](Self::upkeep); zero if completions wait to be taken.
     fn timeout(&self) -> Option<Duration>;
+
+    /// With what guest memory is to be registered before it is used, if the disk may move data by RDMA.
+    fn fabric(&self) -> Option<Fabric> {
+        None
+    }
 }
 
 impl<D: Disk + ?Sized> Disk for Box<D> {
@@ -268,5 +274,9 @@ impl<D: Disk + ?Sized> Disk for Box<D> {
 
     fn timeout(&self) -> Option<Duration> {
         (**self).timeout()
+    }
+
+    fn fabric(&self) -> Option<Fabric> {
+        (**self).fabric()
     }
 }

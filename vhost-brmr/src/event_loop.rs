@@ -116,7 +116,8 @@ impl<D: Disk> EventLoop<D> {
         let geometry = disk.geometry();
         geometry.validate()?;
         let capacity = usize::from(device.queues) * usize::from(device.queue_size);
-        let session = Session::new(Device::new(device, geometry))?;
+        let mut session = Session::new(Device::new(device, geometry))?;
+        session.memory.use_fabric(disk.fabric());
         let mut worker = Worker {
             disk,
             session: Arc::new(Mutex::new(session)),

@@ -13,6 +13,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use rmr_common::buffer::Segment;
+use rmr_common::transport::rdma::{Fabric, RdmaError, Registration};
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::bitmap::BS;
@@ -61,6 +62,14 @@ pub enum MemoryError {
         /// Why.
         source: io::Error,
     },
+    /// An RDMA device in use cannot have it.
+    #[error("memory region of {size:#x} bytes: {source}")]
+    Register {
+        /// Size of the region.
+        size: u64,
+        /// Why.
+        source: RdmaError,
+    },
     /// Two regions cover the same guest address.
     #[error("memory regions overlap near guest address {0:#x}")]
     Overlap(u64),
@@ -88,7 +97,9 @@ pub struct Region {
     user: u64,
     length: u64,
     host: *mut u8,
-    _mapping: Mapping,
+    /// Lets RDMA devices use the memory; ends before the mapping does, and holds it as well.
+    _registration: Option<Registration>,
+    _mapping: Arc<Mapping>,
 }
 
 // SAFETY: the pointer is to a shared mapping that lives as long as the region; it is only handed on as volatile slices
@@ -98,11 +109,15 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps a region that the front end announced.
+    /// Maps a region that the front end announced, and registers it for RDMA with `fabric`.
     ///
     /// # Errors
     /// When the region overflows, its file is too short, or the kernel refuses the mapping.
-    pub fn map(announced: &VhostUserMemoryRegion, file: &File) -> Result<Self, MemoryError> {
+    pub fn map(
+        announced: &VhostUserMemoryRegion,
+        file: &File,
+        fabric: Option<&Fabric>,
+    ) -> Result<Self, MemoryError> {
         let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = *announced;
         let bounds = MemoryError::Bounds { guest: guest_phys_addr, size: memory_size, offset: mmap_offset };
         let end = mmap_offset.checked_add(memory_size);
@@ -128,14 +143,24 @@ impl Region {
         let length =
             (end - base).checked_next_multiple_of(page).and_then(|length| usize::try_from(length).ok());
         let Some(length) = length else { return Err(bounds) };
-        let mapping = Mapping::new(file, base, length)?;
+        let mapping = Arc::new(Mapping::new(file, base, length)?);
         let into = usize::try_from(mmap_offset - base).map_err(|_| bounds)?;
         let host = mapping.base.wrapping_add(into);
+        let size = memory_size;
+        let register = |fabric: &Fabric| {
+            // SAFETY: within the mapping, which the registration holds until no device uses it any more.
+            let segment = unsafe { Segment::new(host, usize::try_from(size).unwrap_or(0)) };
+            let owner: Arc<Mapping> = Arc::clone(&mapping);
+            fabric.register(segment, owner, fabric.exposure())
+        };
+        let registration = fabric.map(register).transpose();
+        let registration = registration.map_err(|source| MemoryError::Register { size, source })?;
         Ok(Self {
             guest: GuestAddress(guest_phys_addr),
             user: user_addr,
             length: memory_size,
             host,
+            _registration: registration,
             _mapping: mapping,
         })
     }
@@ -190,6 +215,11 @@ struct Mapping {
     length: usize,
 }
 
+// SAFETY: an address and a length; what is done with the memory is up to the region.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; `&Mapping` gives out the address and nothing else.
+unsafe impl Sync for Mapping {}
+
 impl Mapping {
     fn new(file: &File, offset: u64, length: usize) -> Result<Self, MemoryError> {
         let failed = |source| MemoryError::Map { size: length, source };
@@ -227,9 +257,16 @@ impl Drop for Mapping {
 pub struct MemoryTable {
     current: Arc<GuestMemory>,
     shared: Option<GuestMemoryAtomic<GuestMemory>>,
+    /// What regions are registered with.
+    fabric: Option<Fabric>,
 }
 
 impl MemoryTable {
+    /// Registers regions that are announced from now on for RDMA.
+    pub fn use_fabric(&mut self, fabric: Option<Fabric>) {
+        self.fabric = fabric;
+    }
+
     /// The current snapshot.
     #[must_use]
     pub fn snapshot(&self) -> &Arc<GuestMemory> {
@@ -254,7 +291,7 @@ impl MemoryTable {
         for (region, file) in announced.iter().zip(files) {
             // A region that is already mapped from the same file could be kept, but the file may have been replaced
             // under the same address; a mapping is cheap next to the risk.
-            regions.push(Arc::new(Region::map(region, file)?));
+            regions.push(Arc::new(Region::map(region, file, self.fabric.as_ref())?));
         }
         self.install(regions)
     }
@@ -265,7 +302,7 @@ impl MemoryTable {
     /// When the region is refused, overlaps another, or all slots are taken.
     pub fn add(&mut self, announced: &VhostUserMemoryRegion, file: &File) -> Result<(), MemoryError> {
         let mut regions = self.regions(|_| true);
-        regions.push(Arc::new(Region::map(announced, file)?));
+        regions.push(Arc::new(Region::map(announced, file, self.fabric.as_ref())?));
         self.install(regions)
     }
 

@@ -8,6 +8,7 @@ use rmr_common::client::{self, Config, IoError, Notice, OverReason, PoolSelector
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
+use rmr_common::transport::rdma::Fabric;
 use rmr_common::transport::tls::ClientTls;
 use vmm_sys_util::epoll::EventSet;
 
@@ -57,6 +58,7 @@ impl PoolDisk {
         if let Some(files) = &pool.tls {
             config.tls = Some(ClientTls::load(&files.authorities, files.identity.as_ref())?);
         }
+        config.fabric = Fabric::new(pool.rdma_read_mode);
         config.read_error_limit = pool.read_error_limit;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
         let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
@@ -121,7 +123,9 @@ impl PoolDisk {
                 Notice::ReadError(member, offset, length) => {
                     tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
                 }
-                Notice::Over(OverReason::Detached) => tracing::info!(pool, "detached"),
+                Notice::Over(OverReason::Detached) => {
+                    tracing::info!(pool, transport = ?driver.counters(), "detached");
+                }
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }
         }
@@ -241,6 +245,10 @@ impl Disk for PoolDisk {
         }
         self.log_notices();
         self.settle();
+    }
+
+    fn fabric(&self) -> Option<Fabric> {
+        Some(self.config.fabric.clone())
     }
 
     fn timeout(&self) -> Option<Duration> {

@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::system::LIMIT;
-use super::{Counts, Effort, System};
+use super::{Counters, Counts, Effort, System};
 use crate::lab::{Daemon, Lab, Node};
 
 /// How long a load runs before something happens to it.
@@ -20,7 +20,8 @@ pub(super) fn killed_nodes(lab: &Lab, effort: Effort) -> Result<Counts> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let load = scope.spawn(|| System::mixed_load(&daemon, &mut system.promises, effort, &stop));
-        let outcome = (0..effort.rounds).try_for_each(|round| {
+        // Without one of its nodes the pool cannot be attached for the first time.
+        let outcome = wait_for_writes(&system.nodes[0]).and_then(|()| (0..effort.rounds).try_for_each(|round| {
             let node = &mut system.nodes[round % 3];
             thread::sleep(WARM_UP);
             node.kill()?;
@@ -28,7 +29,7 @@ pub(super) fn killed_nodes(lab: &Lab, effort: Effort) -> Result<Counts> {
             thread::sleep(WARM_UP);
             node.restart(lab)?;
             system.pool.wait_for_level("safe", LIMIT).with_context(|| format!("round {round}"))
-        });
+        }));
         stop.store(true, Ordering::Relaxed);
         let loaded = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
         outcome.and(loaded)
@@ -36,6 +37,16 @@ pub(super) fn killed_nodes(lab: &Lab, effort: Effort) -> Result<Counts> {
     system.check_everything(&daemon)?;
     daemon.stop()?;
     Ok(Counts::from([("rounds".to_owned(), effort.rounds as u64)]))
+}
+
+/// Waits until a node has answered a write.
+fn wait_for_writes(node: &Node) -> Result<()> {
+    let end = Instant::now() + LIMIT;
+    while Counters::of(node)?.since(&Counters::default(), "rmr_store_writes_total")? == 0 {
+        ensure!(Instant::now() < end, "no write came to node '{}' within {LIMIT:?}", node.name());
+        thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
 }
 
 /// A daemon killed under load again and again leaves copies that agree.

@@ -41,6 +41,7 @@ use crate::pool::{
     StoreId, View, ViewNumber,
 };
 use crate::time::Time;
+use crate::transport::rdma::{Fabric, ReadMode};
 use crate::transport::tls::ClientTls;
 use crate::wire::{AttachReply, HelloReply, MAX_SLOTS, MessageHeader};
 use parts::{OpIndex, Parts};
@@ -80,6 +81,8 @@ pub struct Config {
     pub ping_interval: Duration,
     /// How drivers connect to `tls://` addresses; without it they refuse them. The state machine itself has no use for it.
     pub tls: Option<ClientTls>,
+    /// What connections over RDMA have in common, with the memory that is registered for them; for drivers as well.
+    pub fabric: Fabric,
     /// A leg whose disk fails reads is resynchronised so many times within an hour; after that it is left out until the
     /// client attaches anew. Errors that come together count once.
     pub read_error_limit: u32,
@@ -101,6 +104,7 @@ impl Config {
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
             tls: None,
+            fabric: Fabric::new(ReadMode::Direct),
             read_error_limit: DEFAULT_READ_ERROR_LIMIT,
         }
     }

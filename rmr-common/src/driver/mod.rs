@@ -23,14 +23,15 @@ use crate::clock::monotonic_now;
 use crate::pool::{Address, Command, CommandReply, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
-use crate::transport::connect::{Connector, Dialled};
-use crate::transport::tcp::TcpConnection;
-use crate::transport::tls::ClientTls;
-use crate::transport::{Connection, Place, Receiver};
-use crate::wire::{Kind, MessageHeader};
+use crate::transport::connect::Connector;
+use crate::transport::{Connection, Counters, Place, Receiver, Wire as AnyConnection};
+use crate::wire::{Kind, MessageHeader, Status};
+
+/// Slot memory that a connection over RDMA did not use for so long goes back.
+const BEAT: Duration = Duration::from_secs(1);
 
 struct Wire {
-    connection: TcpConnection,
+    connection: AnyConnection,
     descriptor: RawFd,
     watched: EventSet,
 }
@@ -90,8 +91,10 @@ pub struct PoolDriver {
     notices: Vec<Notice>,
     changes: Vec<WatchChange>,
     /// Connections that are over, kept until the loop does not watch them any more.
-    closing: Vec<TcpConnection>,
-    leg_timeout: Duration,
+    closing: Vec<AnyConnection>,
+    /// What connections that are over have done.
+    closed: Counters,
+    next_beat: Time,
     now: Time,
     /// `now` is of this wake-up.
     is_now: bool,
@@ -103,8 +106,8 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
-        let (leg_timeout, tls) = (config.leg_timeout, config.tls.clone());
-        Self::start(Client::new(config, selector, seeds, monotonic_now()), leg_timeout, tls)
+        let connector = Self::connector(&config)?;
+        Ok(Self::start(Client::new(config, selector, seeds, monotonic_now()), connector))
     }
 
     /// Starts to attach to a pool whose specification is known from [`discover`].
@@ -112,12 +115,15 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
-        let (leg_timeout, tls) = (config.leg_timeout, config.tls.clone());
-        Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), leg_timeout, tls)
+        let connector = Self::connector(&config)?;
+        Ok(Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), connector))
     }
 
-    fn start(client: Client, leg_timeout: Duration, tls: Option<ClientTls>) -> io::Result<Self> {
-        let connector = Connector::new(leg_timeout, tls)?;
+    fn connector(config: &Config) -> io::Result<Connector> {
+        Connector::new(config.leg_timeout, config.tls.clone(), config.fabric.clone())
+    }
+
+    fn start(client: Client, connector: Connector) -> Self {
         let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
         let mut driver = Self {
             client,
@@ -133,12 +139,13 @@ impl PoolDriver {
             notices: Vec::new(),
             changes,
             closing: Vec::new(),
-            leg_timeout,
+            closed: Counters::default(),
+            next_beat: monotonic_now() + BEAT,
             now: monotonic_now(),
             is_now: false,
         };
         driver.carry_out();
-        Ok(driver)
+        driver
     }
 
     /// Takes in a request. `segments` have the length of the range for a read or a write, and their memory must stay
@@ -230,6 +237,14 @@ impl PoolDriver {
             self.client.apply(Event::Tick, self.now);
             self.carry_out();
         }
+        if self.next_beat <= self.now {
+            self.next_beat = self.now + BEAT;
+            for wire in self.wires.iter_mut().flatten() {
+                if let Some(connection) = wire.connection.rdma() {
+                    connection.beat();
+                }
+            }
+        }
         // A connection that is lost gives the others something to send, also those that were flushed before it.
         while self.flush_all() {}
         self.watch_wires();
@@ -268,7 +283,9 @@ impl PoolDriver {
             let watches = match owed.answers {
                 0 => wire.watched.contains(EventSet::IN),
                 answers => index == self.leading || owed.reads > 0 || answers > led,
-            } || owed.control;
+            } || owed.control
+                // A completion may also be a slot that is free, for which a write waits.
+                || wire.connection.is_rdma();
             let mut set = EventSet::READ_HANG_UP;
             set.set(EventSet::IN, watches);
             set.set(EventSet::OUT, wire.connection.wants_to_send());
@@ -344,19 +361,29 @@ impl PoolDriver {
         self.client.in_flight()
     }
 
+    /// What the connections have done so far.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let mut counters = self.closed;
+        for wire in self.wires.iter().flatten() {
+            counters += wire.connection.counters();
+        }
+        counters
+    }
+
     /// What the client is doing.
     #[must_use]
     pub fn status(&self) -> PoolStatus {
         self.client.status()
     }
 
-    fn connected(&mut self, mark: u64, result: Result<Dialled, String>) {
+    fn connected(&mut self, mark: u64, result: Result<AnyConnection, String>) {
         let index = usize::try_from(mark % MAX_LINKS as u64).unwrap_or(0);
         if self.attempts[index] != mark {
-            return; // The link was given up meanwhile; the stream closes itself.
+            return; // The link was given up meanwhile; the connection closes itself.
         }
         let id = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
-        match result.and_then(|dialled| dialled.into_connection(self.leg_timeout)) {
+        match result {
             Ok(connection) => {
                 let Some(descriptor) = connection.descriptor() else { return };
                 let watched = EventSet::IN | EventSet::READ_HANG_UP;
@@ -389,6 +416,7 @@ impl PoolDriver {
         self.owed[index] = Owed::default();
         if let Some(mut wire) = self.wires[index].take() {
             wire.connection.shut_down();
+            self.closed += wire.connection.counters();
             self.changes.push(WatchChange::Remove(wire.descriptor));
             self.closing.push(wire.connection);
         }
@@ -402,6 +430,18 @@ impl PoolDriver {
                     let Some(wire) = &mut self.wires[usize::from(link.0)] else { continue };
                     self.owed[usize::from(link.0)].sent(header.kind);
                     match payload {
+                        Payload::None if header.kind == Kind::Read => {
+                            // The answer's data may come by itself, to where it will be asked for.
+                            wire.connection.queue_read(&header, &mut |parts| {
+                                let mut answer = header.reply(Kind::IoReply, Status::Ok);
+                                answer.payload = header.length;
+                                let target = self.client.payload_target(link, &answer);
+                                let Some((token, offset)) = target else { return };
+                                let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+                                let segments = segments_of(&self.requests, token);
+                                gather(segments, offset, header.length as usize, parts);
+                            });
+                        }
                         Payload::None => wire.connection.queue(&header, None),
                         Payload::Body(body) => wire.connection.queue(&header, Some(body)),
                         Payload::Request { token, offset } => {

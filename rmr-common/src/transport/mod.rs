@@ -2,21 +2,31 @@
 //!
 //! A [`Connection`] belongs to one thread, never blocks, and is driven by that thread's event loop. Messages are queued
 //! while work is done and sent together by [`Connection::flush`]; data goes from and to the memory of whoever asked
-//! for it. [`tcp`] binds it to TCP, with [`tls`] under it or without, and [`memory`] to a pair of buffers in one process, for tests without sockets.
+//! for it. [`tcp`] binds it to TCP, with [`tls`] under it or without, [`rdma`] to verbs, and [`memory`] to a pair of buffers
+//! in one process, for tests without sockets. [`Wire`] is a connection of either of the first two kinds.
 
 pub mod connect;
 pub mod memory;
+#[cfg(feature = "rdma")]
+pub mod rdma;
+#[cfg(not(feature = "rdma"))]
+#[path = "no_rdma.rs"]
+pub mod rdma;
 mod socket;
 pub mod tcp;
 pub mod tls;
+mod wire;
 
 use std::io;
 use std::os::fd::RawFd;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::buffer::Segment;
-use crate::wire::{MAX_BODY, MessageHeader, WireError};
+use crate::wire::{MAX_BODY, MAX_IO, MessageHeader, WireError};
+
+pub use wire::{Listener, Wire};
 
 /// Why a connection is over. The owner closes it, whatever the reason.
 #[derive(Debug, Error)]
@@ -30,6 +40,49 @@ pub enum ConnectionError {
     /// The peer sent what is no message.
     #[error("protocol error: {0}")]
     Protocol(#[from] WireError),
+    /// The peer breaks a rule of the binding.
+    #[error("protocol error: {0}")]
+    Broken(&'static str),
+    /// The network card gave up, or its manager says that the connection is over.
+    #[error("connection lost: {0}")]
+    Link(String),
+}
+
+/// What a connection did so far: system calls and work for the network, and what was copied on the way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Counters {
+    /// Bytes given to the kernel by a TCP connection, which copies them.
+    pub tcp_sent_bytes: u64,
+    /// Bytes taken from the kernel by a TCP connection, which copies them.
+    pub tcp_received_bytes: u64,
+    /// Bytes of data that the processor copied for RDMA, because their memory is not registered or no key may leave the host.
+    pub data_copied_bytes: u64,
+    /// Bytes of control messages that were copied to and from buffers for RDMA.
+    pub body_copied_bytes: u64,
+    /// Sends posted: requests without data, answers, control messages.
+    pub sends: u64,
+    /// RDMA writes posted: data of reads, and parts of writes that have many segments.
+    pub writes: u64,
+    /// RDMA writes posted that end a write: data with its header.
+    pub writes_with_immediate: u64,
+    /// Receive buffers that were used.
+    pub receives: u64,
+    /// Chains of work handed to the card.
+    pub posts: u64,
+}
+
+impl std::ops::AddAssign for Counters {
+    fn add_assign(&mut self, other: Self) {
+        self.tcp_sent_bytes += other.tcp_sent_bytes;
+        self.tcp_received_bytes += other.tcp_received_bytes;
+        self.data_copied_bytes += other.data_copied_bytes;
+        self.body_copied_bytes += other.body_copied_bytes;
+        self.sends += other.sends;
+        self.writes += other.writes;
+        self.writes_with_immediate += other.writes_with_immediate;
+        self.receives += other.receives;
+        self.posts += other.posts;
+    }
 }
 
 /// Where the data of an arriving message goes.
@@ -53,6 +106,12 @@ pub trait Receiver {
         MAX_BODY
     }
 
+    /// Says that the data of a write, whose header this is, lies in memory that the owner has lent: `offset` bytes into
+    /// the window. True if the owner keeps it, and will release the mark. Called before the message is delivered.
+    fn placed(&mut self, _header: &MessageHeader, _window: u16, _offset: u32, _mark: u32) -> bool {
+        false
+    }
+
     /// Takes a complete message. The payload of a message that carries data is where [`Receiver::place`] said, and
     /// `body` is empty.
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]);
@@ -71,6 +130,17 @@ pub trait Connection {
         tag: Option<u32>,
         gather: &mut dyn FnMut(&mut Vec<Segment>),
     );
+
+    /// Queues a read: `gather` adds segments of `header.length` bytes, into which the answer's data may go by itself. Their
+    /// memory must stay until the answer was delivered, or the connection was shut down.
+    fn queue_read(&mut self, header: &MessageHeader, _gather: &mut dyn FnMut(&mut Vec<Segment>)) {
+        self.queue(header, None);
+    }
+
+    /// Most bytes of data in one message.
+    fn max_io(&self) -> u32 {
+        MAX_IO
+    }
 
     /// Sends as much of what is queued as the network takes.
     ///

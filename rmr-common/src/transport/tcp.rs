@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::socket::{self, MAX_SEGMENTS};
 use super::tls::{ClientTls, ServerTls, TlsStream};
-use super::{Connection, ConnectionError, Place, Receiver};
+use super::{Connection, ConnectionError, Counters, Place, Receiver};
 use crate::buffer::Segment;
 use crate::wire::{
     FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Kind, MAX_FRAME_MESSAGES, MAX_SLOTS, MessageHeader,
@@ -88,6 +88,7 @@ pub struct TcpConnection {
     stream: Stream,
     sender: Sender,
     receiver: ReceiveState,
+    counters: Counters,
 }
 
 impl TcpConnection {
@@ -124,7 +125,12 @@ impl TcpConnection {
     }
 
     fn over(stream: Stream) -> Self {
-        Self { stream, sender: Sender::default(), receiver: ReceiveState::new() }
+        Self {
+            stream,
+            sender: Sender::default(),
+            receiver: ReceiveState::new(),
+            counters: Counters::default(),
+        }
     }
 
     fn prepare(stream: &TcpStream, dead_after: Duration) -> io::Result<()> {
@@ -136,6 +142,12 @@ impl TcpConnection {
         // timers. These two do not; where neither is allowed, the system's stays.
         let _ = ["cubic", "reno"].iter().find(|name| socket::set_congestion(stream.as_fd(), name).is_ok());
         Ok(())
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub const fn counters(&self) -> Counters {
+        self.counters
     }
 
     /// Ends the connection at once for the peer, and touches no memory of requests any more, while the descriptor stays
@@ -173,11 +185,11 @@ impl Connection for TcpConnection {
 
     fn flush(&mut self) -> Result<(), ConnectionError> {
         self.stream.push()?;
-        self.sender.flush(&mut self.stream)
+        self.sender.flush(&mut self.stream, &mut self.counters)
     }
 
     fn receive(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
-        self.receiver.run(&mut self.stream, receiver)
+        self.receiver.run(&mut self.stream, receiver, &mut self.counters)
     }
 
     fn take_sent(&mut self, tags: &mut Vec<u32>) {
@@ -274,12 +286,13 @@ impl Sender {
         }
     }
 
-    fn flush(&mut self, stream: &mut Stream) -> Result<(), ConnectionError> {
+    fn flush(&mut self, stream: &mut Stream, counters: &mut Counters) -> Result<(), ConnectionError> {
         self.close_open();
         while !self.frames.is_empty() {
             let wanted = self.collect();
             match stream.send(&self.scratch) {
                 Ok(sent) => {
+                    counters.tcp_sent_bytes += sent as u64;
                     self.advance(sent);
                     if sent < wanted {
                         return Ok(());
@@ -382,7 +395,12 @@ impl ReceiveState {
         }
     }
 
-    fn run(&mut self, stream: &mut Stream, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+    fn run(
+        &mut self,
+        stream: &mut Stream,
+        receiver: &mut dyn Receiver,
+        counters: &mut Counters,
+    ) -> Result<(), ConnectionError> {
         let mut budget = RECEIVE_BUDGET;
         self.starved = false;
         loop {
@@ -399,6 +417,7 @@ impl ReceiveState {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error.into()),
             };
+            counters.tcp_received_bytes += received as u64;
             self.take(received, receiver)?;
             budget = budget.saturating_sub(received);
             // A lone message without payload is mostly the only thing there; asking again would only be told so.

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rmr_common::pool::{Address, ClientId, MemberId, PoolId, PoolSpec, StoreId, View};
+use rmr_common::transport::Counters;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -59,6 +60,9 @@ pub struct NodeInfo {
     pub buffer_bytes: u64,
     /// How much of the buffer memory is in use.
     pub buffer_used_bytes: u64,
+    /// What all data connections have done since the node was started: work for the network, and bytes that were copied.
+    #[serde(default)]
+    pub transport: Counters,
 }
 
 /// Answer of `GET /v1/health`.

@@ -43,6 +43,7 @@ pub(crate) fn node_info(name: &str) -> NodeInfo {
         max_connections: 256,
         buffer_bytes: 64 << 20,
         buffer_used_bytes: 0,
+        transport: rmr_common::transport::Counters::default(),
     }
 }
 

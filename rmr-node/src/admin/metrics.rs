@@ -36,6 +36,32 @@ impl Page {
         self.single("rmr_node_connections_max", "gauge", "Limit of data connections.", node.max_connections);
         self.single("rmr_node_buffer_bytes", "gauge", "Buffer memory.", node.buffer_bytes);
         self.single("rmr_node_buffer_used_bytes", "gauge", "Buffer memory in use.", node.buffer_used_bytes);
+        let t = &node.transport;
+        for (name, help, value) in [
+            ("rmr_tcp_sent_bytes_total", "Bytes sent over TCP, copied by the kernel.", t.tcp_sent_bytes),
+            (
+                "rmr_tcp_received_bytes_total",
+                "Bytes received over TCP, copied by the kernel.",
+                t.tcp_received_bytes,
+            ),
+            (
+                "rmr_rdma_data_copied_bytes_total",
+                "Data copied by the processor for RDMA.",
+                t.data_copied_bytes,
+            ),
+            ("rmr_rdma_body_copied_bytes_total", "Control messages copied for RDMA.", t.body_copied_bytes),
+            ("rmr_rdma_sends_total", "RDMA sends posted.", t.sends),
+            ("rmr_rdma_writes_total", "RDMA writes posted.", t.writes),
+            (
+                "rmr_rdma_writes_with_immediate_total",
+                "RDMA writes posted that end a write.",
+                t.writes_with_immediate,
+            ),
+            ("rmr_rdma_receives_total", "RDMA receive buffers used.", t.receives),
+            ("rmr_rdma_posts_total", "Chains of work posted.", t.posts),
+        ] {
+            self.single(name, "counter", help, value);
+        }
     }
 
     fn stores(&mut self, pools: &[PoolStatus]) {

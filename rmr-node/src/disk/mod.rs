@@ -6,6 +6,7 @@ mod buffer;
 mod engine;
 mod file;
 mod inline;
+mod part;
 pub(crate) mod sys;
 mod uring;
 
@@ -17,6 +18,7 @@ use thiserror::Error;
 pub use buffer::{AlignedPage, Buffer, BufferPool, MAX_BUFFER, MIN_BUFFER};
 pub use engine::{DiskEngine, EngineChoice, EngineOptions};
 pub use file::{DiskFile, Medium};
+pub use part::{Part, Returned};
 
 /// A disk of an engine.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -54,6 +56,8 @@ pub enum Payload {
     Buffer(Buffer),
     /// Several buffers of a pool.
     Buffers(Vec<Buffer>),
+    /// A part of a buffer that a client has filled.
+    Part(Part),
     /// A metadata page.
     Page(Box<AlignedPage>),
 }
@@ -224,6 +228,7 @@ impl Payload {
             Self::Segments(segments) => segments.iter().map(Segment::length).sum(),
             Self::Buffer(buffer) => buffer.length(),
             Self::Buffers(buffers) => buffers.iter().map(Buffer::length).sum(),
+            Self::Part(part) => part.segment().length(),
             Self::Page(_) => 4096,
         };
         length as u64
@@ -237,6 +242,7 @@ impl Payload {
             Self::Segments(segments) => list.extend_from_slice(segments),
             Self::Buffer(buffer) => list.push(buffer.segment()),
             Self::Buffers(buffers) => list.extend(buffers.iter().map(Buffer::segment)),
+            Self::Part(part) => list.push(part.segment()),
             Self::Page(page) => list.push(page.segment()),
         }
     }

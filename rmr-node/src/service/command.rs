@@ -110,6 +110,7 @@ pub(super) fn ask_others(shared: &Arc<Shared>, asked: Answered, command: &PoolCo
             description: format!("node {}, for an operator", shared.config.node_name),
             connect_timeout: CONNECT_TIMEOUT.min(shared.config.leg_timeout),
             answer_timeout: ANSWER_TIMEOUT,
+            fabric: &shared.fabric,
             tls: shared.client_tls.clone(),
         };
         match forward.run(command) {

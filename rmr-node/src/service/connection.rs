@@ -8,13 +8,13 @@ use rmr_common::buffer::Segment;
 use rmr_common::pool::PoolId;
 use rmr_common::replica::{BufferToken, ConnectionId, Event};
 use rmr_common::time::Time;
-use rmr_common::transport::tcp::TcpConnection;
-use rmr_common::transport::{Connection, Place, Receiver};
+use rmr_common::transport::{Connection, Place, Receiver, Wire};
 use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader};
 use vmm_sys_util::epoll::EventSet;
 
 use super::member::Member;
-use crate::disk::{Buffer, BufferPool};
+use super::windows::Windows;
+use crate::disk::{BufferPool, Payload};
 
 /// Longest body of a hello in bytes: the texts and numbers that it has, and room for later versions.
 const MAX_HELLO: u32 = 4096;
@@ -27,7 +27,7 @@ const MAX_REQUESTS: usize = 2 * MAX_SLOTS as usize;
 
 /// A connection and what the shard knows of it.
 pub(super) struct Peer {
-    pub(super) wire: TcpConnection,
+    pub(super) wire: Wire,
     pub(super) descriptor: RawFd,
     pub(super) address: SocketAddr,
     /// Index of the member it talks to; `None` until it was greeted.
@@ -46,6 +46,8 @@ pub(super) struct Peer {
     pub(super) arriving: VecDeque<Option<BufferToken>>,
     /// Bytes of buffers in `arriving`.
     pub(super) arriving_bytes: usize,
+    /// It is closed with a last word, and was lent nothing.
+    pub(super) parts: bool,
     /// Tags of data that is on its way to the client, in order.
     pub(super) sending: VecDeque<u32>,
     /// Bytes of buffers in `sending`.
@@ -53,7 +55,7 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn new(wire: TcpConnection, descriptor: RawFd, address: SocketAddr, now: Time) -> Self {
+    pub(super) fn new(wire: Wire, descriptor: RawFd, address: SocketAddr, now: Time) -> Self {
         Self {
             wire,
             descriptor,
@@ -67,6 +69,7 @@ impl Peer {
             requests: 0,
             arriving: VecDeque::new(),
             arriving_bytes: 0,
+            parts: false,
             sending: VecDeque::new(),
             sending_bytes: 0,
         }
@@ -75,6 +78,10 @@ impl Peer {
     /// What its descriptor is to be watched for. A connection that waits for memory, or does not take its answers, is
     /// not read, although it is readable; that its peer hangs up counts all the same.
     pub(super) fn interest(&self) -> EventSet {
+        if self.wire.is_rdma() {
+            // It shows completions of what was sent as well, and its credits bound what may arrive.
+            return EventSet::IN;
+        }
         let takes = !self.wire.is_starved() && self.wire.backlog() < MAX_BACKLOG;
         let read = if takes { EventSet::IN } else { EventSet::READ_HANG_UP };
         if self.wire.wants_to_send() { read | EventSet::OUT } else { read }
@@ -84,12 +91,12 @@ impl Peer {
 /// Buffers that hold the data of writes, by their token.
 #[derive(Default)]
 pub(super) struct WriteBuffers {
-    buffers: Vec<Option<Buffer>>,
+    buffers: Vec<Option<Payload>>,
     free: Vec<u32>,
 }
 
 impl WriteBuffers {
-    fn insert(&mut self, buffer: Buffer) -> BufferToken {
+    fn insert(&mut self, buffer: Payload) -> BufferToken {
         if let Some(index) = self.free.pop() {
             self.buffers[index as usize] = Some(buffer);
             return BufferToken(index);
@@ -99,7 +106,7 @@ impl WriteBuffers {
     }
 
     /// Takes the buffer out; `None` when the disk has it already.
-    pub(super) fn take(&mut self, token: BufferToken) -> Option<Buffer> {
+    pub(super) fn take(&mut self, token: BufferToken) -> Option<Payload> {
         self.buffers.get_mut(token.0 as usize).and_then(Option::take)
     }
 
@@ -126,6 +133,8 @@ pub(super) struct Sink<'a> {
     /// Bytes of buffers that the connection may have arriving.
     pub(super) share: usize,
     pub(super) buffers: &'a BufferPool,
+    /// What the client was lent to write to, over RDMA.
+    pub(super) windows: Option<&'a Windows>,
     /// Others stand in line for memory that is not there.
     pub(super) short: &'a mut bool,
     /// Buffers that were found.
@@ -142,14 +151,19 @@ pub(super) struct Sink<'a> {
     pub(super) now: Time,
 }
 
+impl Sink<'_> {
+    fn holds(&self) -> bool {
+        self.member.as_ref().is_some_and(|m| m.replica.holder_connection() == Some(self.id))
+    }
+}
+
 impl Receiver for Sink<'_> {
     fn place(&mut self, header: &MessageHeader, segments: &mut Vec<Segment>) -> Place {
         if header.kind != Kind::Write {
             return Place::Discard;
         }
         // Only who may write gets memory: whoever has not attached will be refused, and could keep it for long.
-        let holds = |m: &&mut Member| m.replica.holder_connection() == Some(self.id);
-        if !self.member.as_ref().is_some_and(holds) {
+        if !self.holds() {
             self.arriving.push_back(None);
             return Place::Discard;
         }
@@ -164,11 +178,20 @@ impl Receiver for Sink<'_> {
             return Place::Wait;
         };
         segments.push(buffer.segment());
-        let token = self.writes.insert(buffer);
+        let token = self.writes.insert(Payload::Buffer(buffer));
         self.arriving.push_back(Some(token));
         *self.arriving_bytes += length;
         *self.found += 1;
         Place::Data
+    }
+
+    fn placed(&mut self, header: &MessageHeader, window: u16, offset: u32, mark: u32) -> bool {
+        let data = self.windows.filter(|_| self.holds());
+        let data = data.and_then(|windows| windows.written(window, offset, header.payload, mark));
+        *self.arriving_bytes += if data.is_some() { header.payload as usize } else { 0 };
+        let token = data.map(|data| self.writes.insert(data));
+        self.arriving.push_back(token);
+        token.is_some()
     }
 
     fn longest_body(&self) -> u32 {

@@ -42,6 +42,7 @@ impl Control {
             connections: sum(self.shared.connections.load(Ordering::Relaxed)),
             max_connections: sum(config.max_connections),
             buffer_bytes: config.buffer_memory * config.shards as u64,
+            transport: self.shared.counters(),
             buffer_used_bytes: self.shared.buffer_used.iter().map(|u| u.load(Ordering::Relaxed)).sum(),
         }
     }
@@ -49,8 +50,14 @@ impl Control {
 
 impl NodeControl for Control {
     fn node_info(&self) -> Reply<NodeInfo> {
-        let info = self.info();
-        Box::pin(async { Ok(info) })
+        // Shards note their counters when they are asked for their pools.
+        let (pools, info) = (self.pools(), self.info());
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move {
+            // A shard that has ended has noted its last ones.
+            let _ = pools.await;
+            Ok(NodeInfo { transport: shared.counters(), ..info })
+        })
     }
 
     fn pools(&self) -> Reply<Vec<PoolStatus>> {

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use rmr_common::buffer::Segment;
 use rmr_common::pool::{Address, ClientId, Command, CommandReply, PoolId, Sequence};
 use rmr_common::transport::connect::Connector;
-use rmr_common::transport::tcp::TcpConnection;
+use rmr_common::transport::rdma::Fabric;
 use rmr_common::transport::tls::ClientTls;
-use rmr_common::transport::{Connection, Place, Receiver};
+use rmr_common::transport::{Connection, Place, Receiver, Wire};
 use rmr_common::wire::{Hello, Kind, MessageHeader, PROTOCOL_VERSION, Role, Status};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -27,6 +27,7 @@ pub(super) struct Forward<'a> {
     pub(super) description: String,
     pub(super) connect_timeout: Duration,
     pub(super) answer_timeout: Duration,
+    pub(super) fabric: &'a Fabric,
     /// How a `tls://` address is reached.
     pub(super) tls: Option<ClientTls>,
 }
@@ -71,12 +72,13 @@ impl Forward<'_> {
     /// Connects and says hello.
     fn connect(&self) -> Result<Talk, String> {
         let text = |error: io::Error| error.to_string();
-        let connector = Connector::new(self.connect_timeout, self.tls.clone()).map_err(text)?;
+        let connector =
+            Connector::new(self.connect_timeout, self.tls.clone(), self.fabric.clone()).map_err(text)?;
         connector.connect(1, self.address);
         let waits = Waits::on(connector.descriptor()).map_err(text)?;
         // A name may have several addresses, each with the time allowed.
         let deadline = Instant::now() + self.connect_timeout * 4;
-        let dialled = loop {
+        let wire = loop {
             if let Some((_, attempt)) = connector.next() {
                 break attempt?;
             }
@@ -86,7 +88,6 @@ impl Forward<'_> {
             }
             waits.wait(EventSet::IN, left).map_err(text)?;
         };
-        let wire = dialled.into_connection(self.connect_timeout)?;
         let waits = Waits::on(wire.descriptor().ok_or("no descriptor")?).map_err(text)?;
         let mut talk = Talk { wire, waits, pool: self.pool, state: State::default() };
         let hello = Hello {
@@ -106,7 +107,7 @@ impl Forward<'_> {
 
 /// A connection with what has arrived on it.
 struct Talk {
-    wire: TcpConnection,
+    wire: Wire,
     waits: Waits,
     pool: PoolId,
     state: State,

@@ -15,6 +15,7 @@ mod member;
 mod room;
 mod shard;
 mod source_link;
+mod windows;
 
 use std::collections::HashMap;
 use std::net::{TcpListener, ToSocketAddrs};
@@ -24,7 +25,9 @@ use std::thread::JoinHandle;
 
 use anyhow::Context;
 use rmr_common::pool::{Address, BootId, PoolId, TransportKind};
+use rmr_common::transport::rdma::{Fabric, RdmaListener, ReadMode};
 use rmr_common::transport::tls::{ClientTls, ServerTls};
+use rmr_common::transport::{Counters, Listener};
 
 use crate::admin::AdminServer;
 use crate::admin::api::UnixMs;
@@ -44,17 +47,11 @@ pub(crate) struct Shared {
     pools: Mutex<HashMap<PoolId, PoolPlace>>,
     connections: AtomicUsize,
     buffer_used: Vec<AtomicU64>,
-    /// How connections to `tls://` listeners are served.
-    server_tls: Option<ServerTls>,
+    /// What the connections of each shard have done.
+    counters: Mutex<Vec<Counters>>,
+    fabric: Fabric,
     /// How other nodes at `tls://` addresses are reached.
     client_tls: Option<ClientTls>,
-}
-
-/// A socket on which clients and peers come.
-pub(crate) struct Listener {
-    socket: TcpListener,
-    /// They have to speak TLS.
-    tls: bool,
 }
 
 /// Where a pool's store is served.
@@ -69,6 +66,20 @@ impl Shared {
     /// The list of pools. A panic elsewhere cannot have left it half changed: each change is one insert or remove.
     pub(crate) fn pools(&self) -> MutexGuard<'_, HashMap<PoolId, PoolPlace>> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_counters(&self, shard: usize, counters: Counters) {
+        let mut all = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = all.get_mut(shard) {
+            *own = counters;
+        }
+    }
+
+    /// What all connections have done, as of a second ago at most.
+    fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|c| sum += *c);
+        sum
     }
 
     fn advertised(&self) -> MutexGuard<'_, Vec<Address>> {
@@ -90,9 +101,9 @@ impl Shared {
 /// # Errors
 /// When an address, a store or a thread cannot be had at start, or a shard failed while running.
 pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
-    let listeners = listen(&config)?;
-    let bound: Vec<Address> = listeners.iter().map(|(_, at)| at.clone()).collect();
+    let fabric = Fabric::new(ReadMode::Direct);
     let (server_tls, client_tls) = load_tls(&config.tls)?;
+    let (listeners, bound) = listen(&config, server_tls.as_ref(), &fabric)?;
     let shared = Arc::new(Shared {
         host_boot: host_boot()?,
         process_boot: BootId::random(),
@@ -101,7 +112,8 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         pools: Mutex::default(),
         connections: AtomicUsize::new(0),
         buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
-        server_tls,
+        counters: Mutex::new(vec![Counters::default(); config.shards]),
+        fabric,
         client_tls,
         config,
     });
@@ -129,7 +141,7 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     drop(opening);
     // A client that came before would be told that there is no such pool, and believe it.
     while opened.recv().is_ok() {}
-    handles[0].send(Command::Listen(listeners.into_iter().map(|(l, _)| l).collect()));
+    handles[0].send(Command::Listen(listeners));
     let control = Arc::new(Control::new(Arc::clone(&shared), handles));
     let admin = AdminServer::start(shared.config.admin, shared.config.admin_limits, control)?;
     let addresses: Vec<String> = shared.advertised().iter().map(ToString::to_string).collect();
@@ -156,25 +168,39 @@ pub(crate) fn load_tls(config: &TlsConfig) -> anyhow::Result<(Option<ServerTls>,
     Ok((server, client))
 }
 
-fn listen(config: &Config) -> anyhow::Result<Vec<(Listener, Address)>> {
-    let mut listeners = Vec::new();
+fn listen(
+    config: &Config,
+    tls: Option<&ServerTls>,
+    fabric: &Fabric,
+) -> anyhow::Result<(Vec<Listener>, Vec<Address>)> {
+    let (mut listeners, mut bound) = (Vec::new(), Vec::new());
+    let dead_after = config.leg_timeout;
     for address in &config.listen {
-        anyhow::ensure!(
-            address.transport() != TransportKind::Rdma,
-            "listen address {address}: this build has no RDMA transport; use tcp://"
-        );
         let candidates: Vec<_> = (address.host(), address.port())
             .to_socket_addrs()
             .with_context(|| format!("listen address {address}"))?
             .collect();
-        let socket =
-            TcpListener::bind(&candidates[..]).with_context(|| format!("listen address {address}"))?;
-        socket.set_nonblocking(true)?;
-        let at = socket.local_addr()?;
-        let at = Address::new(address.transport(), at.ip().to_string(), at.port());
-        listeners.push((Listener { socket, tls: address.transport() == TransportKind::Tls }, at));
+        let (listener, at) = match address.transport() {
+            TransportKind::Tcp | TransportKind::Tls => {
+                let socket = TcpListener::bind(&candidates[..])
+                    .with_context(|| format!("listen address {address}"))?;
+                socket.set_nonblocking(true)?;
+                let at = socket.local_addr()?;
+                let tls = tls.filter(|_| address.transport() == TransportKind::Tls).cloned();
+                (Listener::Tcp { socket, dead_after, tls }, at)
+            }
+            TransportKind::Rdma => {
+                let first = *candidates.first().with_context(|| format!("listen address {address}"))?;
+                let listener = RdmaListener::bind(fabric, first, dead_after)
+                    .with_context(|| format!("listen address {address}"))?;
+                let at = listener.local_addr().unwrap_or(first);
+                (Listener::Rdma(Box::new(listener)), at)
+            }
+        };
+        bound.push(Address::new(address.transport(), at.ip().to_string(), at.port()));
+        listeners.push(listener);
     }
-    Ok(listeners)
+    Ok((listeners, bound))
 }
 
 /// The run of this machine's kernel: what it has in its caches is lost when this changes.

@@ -19,9 +19,9 @@ use rmr_common::replica::{
     CommandId, ConnectionId, DiskOperation, DiskResult, Event, IoId, Notice, Output, PulledData, ReplyPayload,
 };
 use rmr_common::time::Time;
-use rmr_common::transport::Connection;
 use rmr_common::transport::connect::Connector;
-use rmr_common::transport::tcp::TcpConnection;
+use rmr_common::transport::rdma::{Exposure, Registration};
+use rmr_common::transport::{Connection, Counters, Listener};
 use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -30,7 +30,8 @@ use super::command::Answered;
 use super::connection::{Greeting, Peer, Sink, WriteBuffers};
 use super::member::{IoTag, Member, PulledWrite, WaitingRead, buffer_share};
 use super::source_link::SourceLink;
-use super::{Listener, PoolPlace, Shared, count_connection};
+use super::windows::{Lending, Windows};
+use super::{PoolPlace, Shared, count_connection};
 use crate::admin::Responder;
 use crate::admin::api::{ControlError, ErrorCode, PoolStatus, StoreCreated};
 use crate::config::EngineChoice;
@@ -147,6 +148,12 @@ pub(super) struct Shard {
     share: usize,
     writes: WriteBuffers,
     peers: HashMap<ConnectionId, Peer>,
+    /// Buffers lent to clients over RDMA.
+    windows: HashMap<ConnectionId, Windows>,
+    /// The buffers as memory that RDMA devices may use.
+    _registrations: Vec<Registration>,
+    /// What connections that are over have done.
+    counters: Counters,
     by_descriptor: HashMap<RawFd, ConnectionId>,
     next_connection: u32,
     members: Vec<Option<Member>>,
@@ -204,7 +211,11 @@ impl Shard {
         let mut engine = DiskEngine::new(EngineOptions { choice, ..EngineOptions::default() })?;
         let buffers = BufferPool::new(usize::try_from(shared.config.buffer_memory)?)?;
         engine.register_buffers(&buffers);
-        let connector = Connector::new(shared.config.leg_timeout, shared.client_tls.clone())?;
+        // The pool's mapping stays for the life of the process, so there is nothing to keep.
+        let register = |region| shared.fabric.register(region, Arc::new(()), Exposure::Peers);
+        let registrations = buffers.regions().into_iter().map(register).collect::<Result<_, _>>()?;
+        let (tls, fabric) = (shared.client_tls.clone(), shared.fabric.clone());
+        let connector = Connector::new(shared.config.leg_timeout, tls, fabric)?;
         let now = monotonic_now();
         let mut shard = Self {
             index,
@@ -219,6 +230,9 @@ impl Shard {
             buffers,
             writes: WriteBuffers::default(),
             peers: HashMap::new(),
+            windows: HashMap::new(),
+            _registrations: registrations,
+            counters: Counters::default(),
             by_descriptor: HashMap::new(),
             next_connection: 0,
             members: Vec::new(),
@@ -293,7 +307,9 @@ impl Shard {
 
     /// Lets go of descriptors that the loop does not watch any more.
     fn let_go(&mut self) {
-        self.closing.clear();
+        for peer in self.closing.drain(..) {
+            peer.wire.finish();
+        }
         self.closing_sources.clear();
         // Not before: clients that come now are refused at once, where an answer would never come.
         self.closed_listeners.clear();
@@ -473,8 +489,7 @@ impl Shard {
             };
             member.source_attempt = 0;
             let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
-            let dead_after = self.shared.config.leg_timeout;
-            let link = result.and_then(|dialled| SourceLink::new(dialled, member.pool(), who, dead_after));
+            let link = result.and_then(|wire| SourceLink::new(wire, member.pool(), who));
             match link {
                 Ok(link) => {
                     self.changes.push(WatchChange::Add(link.descriptor, link.watched));
@@ -546,7 +561,7 @@ impl Shard {
                 return;
             }
             DiskOperation::Write(token) => match self.writes.take(token) {
-                Some(buffer) => (IoKind::Write, Payload::Buffer(buffer)),
+                Some(data) => (IoKind::Write, data),
                 None => (IoKind::Write, Payload::None),
             },
             // Its bytes come with `Output::DiskWrite`.
@@ -670,6 +685,9 @@ impl Shard {
     fn send(&mut self, id: ConnectionId) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
         peer.queued = false;
+        if let (Some(rdma), Some(windows)) = (peer.wire.rdma(), self.windows.get_mut(&id)) {
+            windows.dealt_with(|mark| rdma.release(mark));
+        }
         let sent = peer.wire.flush();
         peer.wire.take_sent(&mut self.tags);
         for tag in self.tags.drain(..) {
@@ -773,6 +791,9 @@ impl Shard {
 
     /// Lets a connection receive that waits for a buffer.
     fn feed_connection(&mut self, id: ConnectionId) -> Turn {
+        if self.peers.get(&id).is_some_and(|p| p.wire.is_rdma()) {
+            return self.lend(id);
+        }
         if !self.peers.get(&id).is_some_and(|p| p.wire.is_starved()) {
             return Turn::Gone;
         }
@@ -791,8 +812,50 @@ impl Shard {
         }
     }
 
+    /// Lends a client over RDMA the memory that it waits for.
+    fn lend(&mut self, id: ConnectionId) -> Turn {
+        let Some(peer) = self.peers.get_mut(&id) else { return Turn::Gone };
+        let member = peer.member.and_then(|m| self.members[m].as_ref());
+        // As with data over TCP: only who may write gets memory.
+        let holds = member.is_some_and(|m| m.replica.holder_connection() == Some(id));
+        let Some(rdma) = peer.wire.rdma().filter(|_| holds) else { return Turn::Gone };
+        let wanted = rdma.peer_wants();
+        if wanted == 0 {
+            return Turn::Gone;
+        }
+        match self.windows.entry(id).or_default().lend(wanted, self.share / 2, &self.buffers) {
+            Lending::Lent(window, memory) => {
+                if !rdma.grant(window, &memory) {
+                    self.lost(id, "the buffers are not registered with its RDMA device");
+                    return Turn::Gone;
+                }
+                self.queue(id);
+                Turn::Served
+            }
+            Lending::HasShare => Turn::HasShare,
+            Lending::NoMemory => Turn::NoMemory,
+        }
+    }
+
+    /// What follows when something came over RDMA: memory that was given back, or is wanted, and completions.
+    fn rdma_received(&mut self, id: ConnectionId) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let stands = peer.in_line;
+        let Some(rdma) = peer.wire.rdma() else { return };
+        let mut returned = Vec::new();
+        rdma.take_returned(&mut returned);
+        if let Some(windows) = self.windows.get_mut(&id) {
+            returned.into_iter().for_each(|window| windows.take_back(window));
+        }
+        if rdma.peer_wants() > 0 && !stands && (self.short || !matches!(self.lend(id), Turn::Served)) {
+            self.stand_in_line(Waiter::Connection(id));
+        }
+        self.queue(id);
+    }
+
     fn receive(&mut self, id: ConnectionId) {
         self.take_in(id);
+        self.rdma_received(id);
         if self.peers.get(&id).is_some_and(|p| p.wire.is_starved()) {
             self.stand_in_line(Waiter::Connection(id));
         }
@@ -813,6 +876,7 @@ impl Shard {
             arriving_bytes: &mut peer.arriving_bytes,
             share: self.share.saturating_sub(others),
             buffers: &self.buffers,
+            windows: self.windows.get(&id),
             short: &mut self.short,
             found: &mut found,
             writes: &mut self.writes,
@@ -883,7 +947,14 @@ impl Shard {
             return self.refuse(id, header, Status::NoSuchPool, "the pool is being deleted".to_owned());
         };
         match member.replica.greet(hello) {
-            Ok(reply) => {
+            Ok(mut reply) => {
+                if let Some(peer) = self.peers.get(&id) {
+                    reply.limits.max_io = reply.limits.max_io.min(peer.wire.max_io());
+                    if peer.wire.is_rdma() {
+                        let share = u32::try_from(self.share / 2).unwrap_or(u32::MAX);
+                        reply.limits.max_bytes = reply.limits.max_bytes.min(share);
+                    }
+                }
                 let body = reply.encode();
                 let mut answer = header.reply(Kind::HelloReply, Status::Ok);
                 answer.pool = pool;
@@ -906,21 +977,23 @@ impl Shard {
             peer.wire.queue(&answer, Some(text.into_bytes()));
             // Sent now; whatever does not go out at once is lost with the connection.
             let _ = peer.wire.flush();
+            peer.parts = true;
             self.lost(id, "it was refused");
         }
     }
 
     fn accept(&mut self, descriptor: RawFd) {
-        let Some(listener) = self.listeners.iter().find(|l| l.socket.as_raw_fd() == descriptor) else {
-            return;
-        };
+        let Some(listener) = self.listeners.iter_mut().find(|l| l.as_raw_fd() == descriptor) else { return };
         for _ in 0..ACCEPT_BATCH {
-            let (stream, address) = match listener.socket.accept() {
+            let (wire, address) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock => return,
-                    // It went away before it was accepted.
-                    ErrorKind::ConnectionAborted | ErrorKind::Interrupted => continue,
+                    // It went away before it was accepted, or is no peer.
+                    ErrorKind::ConnectionAborted | ErrorKind::Interrupted => {
+                        tracing::warn!("a connection was not accepted: {error}");
+                        continue;
+                    }
                     _ => {
                         // For want of descriptors or memory as a rule. The listener stays readable all the while.
                         tracing::warn!("cannot accept connections, trying again in a second: {error}");
@@ -933,23 +1006,10 @@ impl Shard {
                 tracing::warn!(client = %address, "connection refused: there are {most}, as many as max_connections");
                 continue;
             }
-            let dead_after = self.shared.config.leg_timeout;
-            let wire = match self.shared.server_tls.as_ref().filter(|_| listener.tls) {
-                Some(tls) => TcpConnection::accepted_with_tls(stream, dead_after, tls),
-                None => TcpConnection::new(stream, dead_after),
-            };
-            match wire {
-                Ok(wire) => {
-                    let Some(descriptor) = wire.descriptor() else { continue };
-                    let peer = Peer::new(wire, descriptor, address, self.now);
-                    Self::insert(&mut self.next_connection, &mut self.peers, &mut self.by_descriptor, peer);
-                    self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
-                }
-                Err(error) => {
-                    self.shared.connections.fetch_sub(1, Ordering::Relaxed);
-                    tracing::warn!(client = %address, "cannot serve the connection: {error}");
-                }
-            }
+            let Some(descriptor) = wire.descriptor() else { continue };
+            let peer = Peer::new(wire, descriptor, address, self.now);
+            Self::insert(&mut self.next_connection, &mut self.peers, &mut self.by_descriptor, peer);
+            self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
         }
     }
 
@@ -957,7 +1017,7 @@ impl Shard {
     fn listen(&mut self, listens: bool) {
         self.listens = listens;
         let set = if listens { EventSet::IN } else { EventSet::empty() };
-        self.changes.extend(self.listeners.iter().map(|l| WatchChange::Modify(l.socket.as_raw_fd(), set)));
+        self.changes.extend(self.listeners.iter().map(|l| WatchChange::Modify(l.as_raw_fd(), set)));
     }
 
     fn insert(
@@ -995,7 +1055,15 @@ impl Shard {
         tracing::debug!(client = %peer.address, "connection closed: {reason}");
         self.by_descriptor.remove(&peer.descriptor);
         self.shared.connections.fetch_sub(1, Ordering::Relaxed);
-        peer.wire.shut_down();
+        let windows = self.windows.remove(&id);
+        if peer.parts && windows.is_none() {
+            peer.wire.part();
+        } else {
+            peer.wire.shut_down();
+        }
+        // Not before: until then the client can write to it.
+        drop(windows);
+        self.counters += peer.wire.counters();
         for tag in peer.sending.drain(..) {
             self.sending[tag as usize] = None;
             self.free_tags.push(tag);
@@ -1032,11 +1100,22 @@ impl Shard {
         }
         let used = self.buffers.total_bytes() - self.buffers.free_bytes();
         self.shared.buffer_used[self.index].store(used as u64, Ordering::Relaxed);
+        self.tell_counters();
+    }
+
+    fn tell_counters(&self) {
+        let mut counters = self.counters;
+        let sources = self.members.iter().flatten().filter_map(|m| m.source.as_ref()).map(|s| &s.wire);
+        for wire in self.peers.values().map(|p| &p.wire).chain(sources) {
+            counters += wire.counters();
+        }
+        self.shared.note_counters(self.index, counters);
     }
 
     fn command(&mut self, command: Command) {
         match command {
             Command::Status(responder) => {
+                self.tell_counters();
                 let node = &self.shared.config.node_name;
                 responder.send(Ok(self.members.iter().flatten().map(|m| m.status(node)).collect()));
             }
@@ -1049,8 +1128,7 @@ impl Shard {
             Command::RoomMade(store, result) => self.room_made(store, result),
             // One that stops already closes them here.
             Command::Listen(listeners) if matches!(self.phase, Phase::Serving) => {
-                self.changes
-                    .extend(listeners.iter().map(|l| WatchChange::Add(l.socket.as_raw_fd(), EventSet::IN)));
+                self.changes.extend(listeners.iter().map(|l| WatchChange::Add(l.as_raw_fd(), EventSet::IN)));
                 self.listeners = listeners;
             }
             Command::Listen(_) => {}
@@ -1156,7 +1234,7 @@ impl Shard {
             Phase::Serving if self.shutdown.requested() => {
                 self.changes.push(WatchChange::Remove(self.shutdown.as_raw_fd()));
                 let listeners = std::mem::take(&mut self.listeners);
-                self.changes.extend(listeners.iter().map(|l| WatchChange::Remove(l.socket.as_raw_fd())));
+                self.changes.extend(listeners.iter().map(|l| WatchChange::Remove(l.as_raw_fd())));
                 // Kept until the loop does not watch them any more; no connection is accepted meanwhile.
                 self.closed_listeners = listeners;
                 let deadline = self.now + self.shared.config.stop_timeout;
@@ -1283,6 +1361,7 @@ impl Shard {
             } else {
                 // What does not go out at once is lost with the connection, which says the same.
                 let _ = peer.wire.flush();
+                peer.parts = true;
                 self.lost(id, "the node is stopping");
             }
         }
@@ -1321,7 +1400,7 @@ impl MutEventSubscriber for Shard {
             }
         } else if descriptor == self.connector.descriptor() {
             self.sources_connected();
-        } else if self.listeners.iter().any(|l| l.socket.as_raw_fd() == descriptor) {
+        } else if self.listeners.iter().any(|l| l.as_raw_fd() == descriptor) {
             self.accept(descriptor);
         } else {
             self.source_ready(descriptor);

@@ -1,15 +1,12 @@
 //! The connection of a stale member to the node that it is brought up to date from.
 
 use std::os::fd::RawFd;
-use std::time::Duration;
 
 use rmr_common::buffer::Segment;
 use rmr_common::pool::{ClientId, PoolId};
 use rmr_common::replica::Event;
 use rmr_common::time::Time;
-use rmr_common::transport::connect::Dialled;
-use rmr_common::transport::tcp::TcpConnection;
-use rmr_common::transport::{Connection, Place, Receiver};
+use rmr_common::transport::{Connection, Place, Receiver, Wire};
 use rmr_common::wire::{Hello, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status};
 use vmm_sys_util::epoll::EventSet;
 
@@ -17,21 +14,15 @@ use super::member::Member;
 
 /// See the module's comment.
 pub(super) struct SourceLink {
-    pub(super) wire: TcpConnection,
+    pub(super) wire: Wire,
     pub(super) descriptor: RawFd,
     pub(super) watched: EventSet,
     is_greeted: bool,
 }
 
 impl SourceLink {
-    /// Takes over a connected stream and says hello.
-    pub(super) fn new(
-        dialled: Dialled,
-        pool: PoolId,
-        description: String,
-        dead_after: Duration,
-    ) -> Result<Self, String> {
-        let mut wire = dialled.into_connection(dead_after)?;
+    /// Takes over a connection and says hello.
+    pub(super) fn new(mut wire: Wire, pool: PoolId, description: String) -> Result<Self, String> {
         let descriptor = wire.descriptor().ok_or("no descriptor")?;
         let hello = Hello {
             versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),

@@ -1,0 +1,335 @@
+//! RDMA: data goes by the network card straight between guest memory and the slots of a node, over reliable connections.
+//!
+//! A [`Fabric`] is what all connections of a process share: devices, and memory that is registered with them.
+//! `docs/rdma.md` tells how to set it up, `docs/protocol.md` what goes over the wire.
+//!
+//! * `verbs` — rdma-core as owned types; all the `unsafe` of it.
+//! * `endpoint` — what a connection needs of that, as a trait, so that tests can play the card.
+//! * `link` — one connection: credits, slots, posted work. `packet` — what it sends.
+
+mod endpoint;
+mod fabric;
+mod link;
+mod memory;
+mod packet;
+mod slots;
+mod verbs;
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
+
+use thiserror::Error;
+
+pub use fabric::{Fabric, Registration};
+
+use self::endpoint::QueueSizes;
+use self::fabric::Keyring;
+use self::link::{Link, Role};
+use self::packet::Introduction;
+use super::{Connection, ConnectionError, Counters, Receiver};
+use crate::buffer::Segment;
+use crate::wire::MessageHeader;
+
+/// Largest piece of slot memory that is lent at once, in bytes: what the number in an RDMA write can name.
+pub const MAX_WINDOW: u32 = 1 << 20;
+/// Least piece of slot memory that is lent, in bytes.
+pub const MIN_WINDOW: u32 = 64 << 10;
+/// Most bytes of data in one message over RDMA: three fit a window of 1 MiB with what goes behind them.
+pub const MAX_IO: u32 = 256 << 10;
+/// Size of a receive buffer in bytes: a read with its targets fits.
+const RECEIVE_SIZE: u32 = 4096;
+/// Receive buffers of a connection that was opened here: 512 KiB.
+const OPENER_RECEIVES: u32 = 128;
+/// Receive buffers promised to each connection that was accepted: 256 KiB, which connections share.
+const ACCEPTOR_RECEIVES: u32 = 64;
+/// Most receive buffers that accepted connections share on a device: 16 MiB.
+const SHARED_RECEIVES: u32 = 4096;
+/// Work under way on a connection.
+const SENDS: u32 = 256;
+/// What is sent inline where the card can: an answer, with room for the connection's own affairs.
+const INLINE: u32 = 256;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// Who may write to registered memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Exposure {
+    /// Nobody but this process: data leaves it, and comes into it by copies.
+    Local,
+    /// Peers that were given the key, too.
+    Peers,
+}
+
+/// How the data of a read comes into the memory of whoever asked.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReadMode {
+    /// The node writes it there: the node is given the key of that memory.
+    #[default]
+    Direct,
+    /// The node writes it to memory of this process, which copies it: no key of other memory leaves the host.
+    Bounce,
+}
+
+/// Why RDMA does not work.
+#[derive(Debug, Error)]
+pub enum RdmaError {
+    /// There is none here.
+    #[error(
+        "this machine has no RDMA device (or its driver rdma_ucm is not loaded): use tcp:// or see docs/rdma.md"
+    )]
+    NoDevice,
+    /// The kernel does not let the process keep memory in place.
+    #[error(
+        "{device} cannot pin {bytes} bytes of memory: {source}; the limit of locked memory is {limit} (ulimit -l, \
+         LimitMEMLOCK=), and it must allow the memory of the guest, see docs/rdma.md"
+    )]
+    Pin {
+        /// The device.
+        device: String,
+        /// How much.
+        bytes: usize,
+        /// The limit, in words.
+        limit: String,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// A call failed.
+    #[error("{what}: {source}")]
+    Call {
+        /// What was to be done.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The connection manager says so.
+    #[error("{0}")]
+    Event(String),
+    /// The peer did not answer in time.
+    #[error("the peer did not answer in time")]
+    Timeout,
+    /// The peer is something else.
+    #[error("the peer at this address: {0}")]
+    Stranger(String),
+    /// The connection was closed before.
+    #[error("the connection is closed")]
+    Over,
+}
+
+impl RdmaError {
+    fn pinning(bytes: usize, device: &str, source: io::Error) -> Self {
+        let limit = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+        let limit = limit.lines().find(|line| line.starts_with("Max locked memory"));
+        let limit = limit.and_then(|line| line.split_whitespace().nth(3)).unwrap_or("unknown");
+        let limit = if limit == "unlimited" { limit.to_owned() } else { format!("{limit} bytes") };
+        Self::Pin { device: device.to_owned(), bytes, limit, source }
+    }
+}
+
+/// A connection over RDMA.
+pub struct RdmaConnection {
+    link: Link<verbs::Endpoint>,
+}
+
+impl RdmaConnection {
+    /// Connects, and waits for it at most about `dead_after`, within which a dead peer is found later on.
+    ///
+    /// # Errors
+    /// When there is no device with a route, memory cannot be pinned, or nobody answers there.
+    pub fn connect(fabric: &Fabric, address: SocketAddr, dead_after: Duration) -> Result<Self, RdmaError> {
+        let sizes = QueueSizes {
+            sends: SENDS,
+            receives: OPENER_RECEIVES,
+            receive_size: RECEIVE_SIZE,
+            inline: INLINE,
+        };
+        let own = introduction(sizes).encode();
+        let offer = verbs::Offer { private: &own, sizes, dead_after };
+        let (endpoint, private) = verbs::connect(address, &offer, &mut |context| fabric.domain_of(context))?;
+        let peer = Introduction::decode(&private).map_err(RdmaError::Stranger)?;
+        let keyring = fabric.keyring(&endpoint.domain)?;
+        let link = Link::new(endpoint, keyring, Role::Opener(fabric.read_mode()), peer)?;
+        Ok(Self { link })
+    }
+
+    /// Bytes of slot memory that the peer waits for; zero when it waits for none.
+    #[must_use]
+    pub const fn peer_wants(&self) -> u32 {
+        self.link.peer_wants()
+    }
+
+    /// Lends registered memory to the peer, to write data to; false when it is not registered on this device.
+    pub fn grant(&mut self, window: u16, memory: &Segment) -> bool {
+        self.link.grant(window, memory)
+    }
+
+    /// Says that a slot's data is dealt with, by the mark that [`Receiver::placed`] was given.
+    pub fn release(&mut self, mark: u32) {
+        self.link.release(mark);
+    }
+
+    /// Moves the windows that the peer has given back to `windows`.
+    pub fn take_returned(&mut self, windows: &mut Vec<u16>) {
+        self.link.take_returned(windows);
+    }
+
+    /// To be called about once a second: gives back slot memory that was not used since the last call.
+    pub fn beat(&mut self) {
+        self.link.beat();
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub const fn counters(&self) -> Counters {
+        self.link.counters()
+    }
+
+    /// Ends the connection at once: no work of it touches memory any more when this returns, here or from the peer.
+    pub fn shut_down(&mut self) {
+        self.link.shut_down();
+    }
+
+    /// Whether what was flushed has not all arrived.
+    #[must_use]
+    pub fn has_unsent(&self) -> bool {
+        self.link.has_unsent()
+    }
+
+    /// Takes completions and forgets messages, for a connection that is only to get its last words out.
+    pub fn linger(&mut self) -> bool {
+        self.link.linger()
+    }
+}
+
+impl Connection for RdmaConnection {
+    fn queue(&mut self, header: &MessageHeader, body: Option<Vec<u8>>) {
+        self.link.queue(header, body);
+    }
+
+    fn queue_data(
+        &mut self,
+        header: &MessageHeader,
+        tag: Option<u32>,
+        gather: &mut dyn FnMut(&mut Vec<Segment>),
+    ) {
+        self.link.queue_data(header, tag, gather);
+    }
+
+    fn queue_read(&mut self, header: &MessageHeader, gather: &mut dyn FnMut(&mut Vec<Segment>)) {
+        self.link.queue_read(header, gather);
+    }
+
+    fn flush(&mut self) -> Result<(), ConnectionError> {
+        self.link.flush()
+    }
+
+    fn receive(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+        self.link.receive(receiver)
+    }
+
+    fn take_sent(&mut self, tags: &mut Vec<u32>) {
+        self.link.take_sent(tags);
+    }
+
+    /// Never: room shows as a completion, which makes the descriptor readable.
+    fn wants_to_send(&self) -> bool {
+        false
+    }
+
+    fn backlog(&self) -> usize {
+        self.link.backlog()
+    }
+
+    fn is_starved(&self) -> bool {
+        false
+    }
+
+    fn descriptor(&self) -> Option<RawFd> {
+        Some(self.link.descriptor())
+    }
+
+    fn max_io(&self) -> u32 {
+        MAX_IO
+    }
+}
+
+const fn introduction(sizes: QueueSizes) -> Introduction {
+    #[expect(clippy::cast_possible_truncation, reason = "constants far below 65536")]
+    let receives = sizes.receives as u16;
+    Introduction { receives, receive_size: sizes.receive_size }
+}
+
+/// Where peers connect to over RDMA.
+pub struct RdmaListener {
+    listener: verbs::Listener,
+    fabric: Fabric,
+    dead_after: Duration,
+}
+
+impl RdmaListener {
+    /// Listens on an address, which may stand for all addresses of the machine. `dead_after` is as in
+    /// [`RdmaConnection::connect`].
+    ///
+    /// # Errors
+    /// When no device has the address, or somebody listens there already.
+    pub fn bind(fabric: &Fabric, address: SocketAddr, dead_after: Duration) -> Result<Self, RdmaError> {
+        let listener = verbs::Listener::bind(address, BACKLOG)?;
+        if !listener.context().is_null() {
+            // Before the first connection, which should not wait until memory is pinned.
+            fabric.domain_of(listener.context())?;
+        }
+        Ok(Self { listener, fabric: fabric.clone(), dead_after })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        self.listener.local()
+    }
+
+    /// The next connection, if a peer waits for one.
+    ///
+    /// # Errors
+    /// When the peer could not be accepted; the listener goes on, unless its device is gone.
+    pub fn accept(&mut self) -> Result<Option<(RdmaConnection, SocketAddr)>, RdmaError> {
+        let Some(request) = self.listener.next()? else { return Ok(None) };
+        let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+        let peer_address = request.peer.unwrap_or(unknown);
+        let peer = match Introduction::decode(&request.private) {
+            Ok(peer) => peer,
+            Err(words) => {
+                request.reject();
+                return Err(RdmaError::Stranger(words));
+            }
+        };
+        let domain = self.fabric.domain_of(request.context())?;
+        let keyring: Keyring = self.fabric.keyring(&domain)?;
+        let sizes = QueueSizes {
+            sends: SENDS,
+            receives: ACCEPTOR_RECEIVES,
+            receive_size: RECEIVE_SIZE,
+            inline: INLINE,
+        };
+        let own = introduction(sizes).encode();
+        let offer = verbs::Offer { private: &own, sizes, dead_after: self.dead_after };
+        let endpoint = request.accept(&offer, domain)?;
+        let link = Link::new(endpoint, keyring, Role::Acceptor, peer)?;
+        Ok(Some((RdmaConnection { link }, peer_address)))
+    }
+}
+
+impl AsRawFd for RdmaListener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.listener.descriptor()
+    }
+}
+
+/// Whether RDMA can be used here at all, in words if not.
+///
+/// # Errors
+/// When there is no device.
+pub fn available() -> Result<(), RdmaError> {
+    verbs::device_present()
+}

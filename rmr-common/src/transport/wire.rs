@@ -1,0 +1,221 @@
+//! A connection of either kind behind one type, without a virtual call for each message.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use super::rdma::{RdmaConnection, RdmaListener};
+use super::tcp::TcpConnection;
+use super::tls::ServerTls;
+use super::{Connection, ConnectionError, Counters, Receiver};
+use crate::buffer::Segment;
+use crate::wire::MessageHeader;
+
+/// The last words of a connection may take so long.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// A connection over TCP or RDMA.
+#[expect(clippy::large_enum_variant, reason = "an indirection on the common path costs more than the memory")]
+pub enum Wire {
+    /// Over TCP.
+    Tcp(TcpConnection),
+    /// Over RDMA.
+    Rdma(Box<RdmaConnection>),
+}
+
+impl Wire {
+    /// The connection, if it is one over RDMA.
+    pub fn rdma(&mut self) -> Option<&mut RdmaConnection> {
+        match self {
+            Self::Tcp(_) => None,
+            Self::Rdma(connection) => Some(connection),
+        }
+    }
+
+    /// Whether it goes over RDMA.
+    #[must_use]
+    pub const fn is_rdma(&self) -> bool {
+        matches!(self, Self::Rdma(_))
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        match self {
+            Self::Tcp(connection) => connection.counters(),
+            Self::Rdma(connection) => connection.counters(),
+        }
+    }
+
+    /// Ends the connection at once: when this returns, nothing touches memory of requests any more, here or from the peer.
+    /// The descriptor stays open until the value is dropped.
+    pub fn shut_down(&mut self) {
+        match self {
+            Self::Tcp(connection) => connection.shut_down(),
+            Self::Rdma(connection) => connection.shut_down(),
+        }
+    }
+
+    /// As [`Wire::shut_down`], for a peer that was lent no memory: what was flushed still goes out, if the value is then
+    /// given to [`Wire::finish`].
+    pub fn part(&mut self) {
+        match self {
+            // The kernel sends what it has taken.
+            Self::Tcp(connection) => connection.shut_down(),
+            Self::Rdma(connection) if connection.has_unsent() => {}
+            Self::Rdma(connection) => connection.shut_down(),
+        }
+    }
+
+    /// Drops the connection; one that still has last words under way goes on by itself for a moment.
+    pub fn finish(self) {
+        let Self::Rdma(mut connection) = self else { return };
+        if !connection.has_unsent() {
+            return;
+        }
+        let work = move || {
+            let end = Instant::now() + LINGER;
+            while connection.linger() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        // Without a thread it is dropped at once, and the peer does not hear why.
+        let _ = std::thread::Builder::new().name("linger".into()).spawn(work);
+    }
+}
+
+impl Connection for Wire {
+    fn queue(&mut self, header: &MessageHeader, body: Option<Vec<u8>>) {
+        match self {
+            Self::Tcp(connection) => connection.queue(header, body),
+            Self::Rdma(connection) => connection.queue(header, body),
+        }
+    }
+
+    fn queue_data(
+        &mut self,
+        header: &MessageHeader,
+        tag: Option<u32>,
+        gather: &mut dyn FnMut(&mut Vec<Segment>),
+    ) {
+        match self {
+            Self::Tcp(connection) => connection.queue_data(header, tag, gather),
+            Self::Rdma(connection) => connection.queue_data(header, tag, gather),
+        }
+    }
+
+    fn queue_read(&mut self, header: &MessageHeader, gather: &mut dyn FnMut(&mut Vec<Segment>)) {
+        match self {
+            Self::Tcp(connection) => connection.queue_read(header, gather),
+            Self::Rdma(connection) => connection.queue_read(header, gather),
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), ConnectionError> {
+        match self {
+            Self::Tcp(connection) => connection.flush(),
+            Self::Rdma(connection) => connection.flush(),
+        }
+    }
+
+    fn receive(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+        match self {
+            Self::Tcp(connection) => connection.receive(receiver),
+            Self::Rdma(connection) => connection.receive(receiver),
+        }
+    }
+
+    fn take_sent(&mut self, tags: &mut Vec<u32>) {
+        match self {
+            Self::Tcp(connection) => connection.take_sent(tags),
+            Self::Rdma(connection) => connection.take_sent(tags),
+        }
+    }
+
+    fn wants_to_send(&self) -> bool {
+        match self {
+            Self::Tcp(connection) => connection.wants_to_send(),
+            Self::Rdma(connection) => connection.wants_to_send(),
+        }
+    }
+
+    fn backlog(&self) -> usize {
+        match self {
+            Self::Tcp(connection) => connection.backlog(),
+            Self::Rdma(connection) => connection.backlog(),
+        }
+    }
+
+    fn is_starved(&self) -> bool {
+        match self {
+            Self::Tcp(connection) => connection.is_starved(),
+            Self::Rdma(connection) => connection.is_starved(),
+        }
+    }
+
+    fn descriptor(&self) -> Option<RawFd> {
+        match self {
+            Self::Tcp(connection) => connection.descriptor(),
+            Self::Rdma(connection) => connection.descriptor(),
+        }
+    }
+
+    fn max_io(&self) -> u32 {
+        match self {
+            Self::Tcp(connection) => connection.max_io(),
+            Self::Rdma(connection) => connection.max_io(),
+        }
+    }
+}
+
+/// Where peers connect to, over TCP or RDMA.
+pub enum Listener {
+    /// Over TCP.
+    Tcp {
+        /// Where peers come.
+        socket: TcpListener,
+        /// What was sent may stay unacknowledged so long.
+        dead_after: Duration,
+        /// They have to speak TLS.
+        tls: Option<ServerTls>,
+    },
+    /// Over RDMA.
+    Rdma(Box<RdmaListener>),
+}
+
+impl Listener {
+    /// The next connection.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] when none waits, [`io::ErrorKind::ConnectionAborted`] when one could not be taken and
+    /// others may.
+    pub fn accept(&mut self) -> io::Result<(Wire, SocketAddr)> {
+        match self {
+            Self::Tcp { socket, dead_after, tls } => {
+                let (stream, address) = socket.accept()?;
+                let connection = match tls {
+                    Some(tls) => TcpConnection::accepted_with_tls(stream, *dead_after, tls),
+                    None => TcpConnection::new(stream, *dead_after),
+                };
+                let connection =
+                    connection.map_err(|e| io::Error::new(io::ErrorKind::ConnectionAborted, e))?;
+                Ok((Wire::Tcp(connection), address))
+            }
+            Self::Rdma(listener) => match listener.accept() {
+                Ok(Some((connection, address))) => Ok((Wire::Rdma(Box::new(connection)), address)),
+                Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
+                Err(error) => Err(io::Error::new(io::ErrorKind::ConnectionAborted, error)),
+            },
+        }
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Tcp { socket, .. } => socket.as_raw_fd(),
+            Self::Rdma(listener) => listener.as_raw_fd(),
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Buffers that are lent to clients over RDMA, who write their data straight into them: how much each gets, and what
+//! becomes of it.
+
+use std::rc::Rc;
+
+use rmr_common::buffer::Segment;
+use rmr_common::transport::rdma::{MAX_WINDOW, MIN_WINDOW};
+
+use crate::disk::{Buffer, BufferPool, Part, Payload, Returned};
+
+/// What one client was lent.
+#[derive(Default)]
+pub(super) struct Windows {
+    lent: Vec<(u16, Rc<Buffer>)>,
+    bytes: usize,
+    next: u16,
+    /// Data that disks have dealt with, by mark.
+    returned: Returned,
+}
+
+/// Whether a client could be lent what it wants.
+pub(super) enum Lending {
+    /// This window, for this memory.
+    Lent(u16, Segment),
+    /// It has its share, and may go on when it has used that.
+    HasShare,
+    /// There is no memory for it now.
+    NoMemory,
+}
+
+impl Windows {
+    /// Lends memory to a client that waits for `wanted` bytes in a row: as much as it has, so that it doubles; less when
+    /// that is not to be had, and beyond `share` bytes only what it cannot do without.
+    pub(super) fn lend(&mut self, wanted: u32, share: usize, buffers: &BufferPool) -> Lending {
+        let (least, most) = (MIN_WINDOW as usize, MAX_WINDOW as usize);
+        let needed = (wanted as usize).clamp(least, most).next_power_of_two();
+        let largest = self.lent.iter().map(|(_, buffer)| buffer.length()).max().unwrap_or(0);
+        let generous = self.bytes.next_power_of_two().clamp(needed, most);
+        let sizes = [generous, needed];
+        let allowed = |size: &usize| self.bytes + *size <= share || (*size == needed && largest < needed);
+        let mut found_share = false;
+        for size in sizes.into_iter().filter(allowed) {
+            found_share = true;
+            if let Some(buffer) = buffers.try_acquire(size) {
+                return self.note(buffer);
+            }
+        }
+        if found_share { Lending::NoMemory } else { Lending::HasShare }
+    }
+
+    fn note(&mut self, buffer: Buffer) -> Lending {
+        while self.lent.iter().any(|(window, _)| *window == self.next) {
+            self.next = self.next.wrapping_add(1);
+        }
+        let (window, segment) = (self.next, buffer.segment());
+        self.bytes += buffer.length();
+        self.lent.push((window, Rc::new(buffer)));
+        self.next = self.next.wrapping_add(1);
+        Lending::Lent(window, segment)
+    }
+
+    /// Data that a client has written to a window, for a disk.
+    pub(super) fn written(&self, window: u16, offset: u32, length: u32, mark: u32) -> Option<Payload> {
+        let (_, memory) = self.lent.iter().find(|(w, _)| *w == window)?;
+        Part::new(memory, offset as usize, length as usize, mark, &self.returned).map(Payload::Part)
+    }
+
+    /// A client has given a window back.
+    pub(super) fn take_back(&mut self, window: u16) {
+        if let Some(index) = self.lent.iter().position(|(w, _)| *w == window) {
+            let (_, buffer) = self.lent.swap_remove(index);
+            self.bytes -= buffer.length();
+        }
+    }
+
+    /// Moves out the marks of data that was dealt with.
+    pub(super) fn dealt_with(&mut self, mut tell: impl FnMut(u32)) {
+        for mark in self.returned.borrow_mut().drain(..) {
+            tell(mark);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lent(lending: &Lending) -> usize {
+        match lending {
+            Lending::Lent(_, segment) => segment.length(),
+            Lending::HasShare | Lending::NoMemory => 0,
+        }
+    }
+
+    #[test]
+    fn windows_double_up_to_the_share_and_a_large_request_gets_one_beyond_it() {
+        let buffers = BufferPool::new(8 << 20).unwrap();
+        let mut windows = Windows::default();
+        let mut sizes = Vec::new();
+        loop {
+            match lent(&windows.lend(4192, 512 << 10, &buffers)) {
+                0 => break,
+                size => sizes.push(size >> 10),
+            }
+        }
+        assert_eq!(sizes, [64, 64, 128, 256], "KiB");
+        assert!(matches!(windows.lend(4192, 512 << 10, &buffers), Lending::HasShare));
+        assert_eq!(lent(&windows.lend((256 << 10) + 96, 512 << 10, &buffers)), 512 << 10);
+        assert!(matches!(windows.lend((256 << 10) + 96, 512 << 10, &buffers), Lending::HasShare));
+    }
+
+    #[test]
+    fn no_memory_is_told_from_no_share_and_what_comes_back_is_free() {
+        let buffers = BufferPool::new(1 << 20).unwrap();
+        let held = buffers.try_acquire(1 << 20).unwrap();
+        let mut windows = Windows::default();
+        assert!(matches!(windows.lend(4192, 1 << 20, &buffers), Lending::NoMemory));
+        drop(held);
+        let Lending::Lent(window, _) = windows.lend(4192, 1 << 20, &buffers) else { panic!("no window") };
+        let data = windows.written(window, 4096, 4096, 9).unwrap();
+        windows.take_back(window);
+        assert_eq!(buffers.free_bytes(), (1 << 20) - (64 << 10), "the disk has the data still");
+        drop(data);
+        assert_eq!(buffers.free_bytes(), 1 << 20);
+        let mut marks = Vec::new();
+        windows.dealt_with(|mark| marks.push(mark));
+        assert_eq!(marks, [9]);
+        assert!(windows.written(window, 0, 4096, 1).is_none());
+    }
+}
