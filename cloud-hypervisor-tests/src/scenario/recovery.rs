@@ -21,15 +21,17 @@ pub(super) fn killed_nodes(lab: &Lab, effort: Effort) -> Result<Counts> {
     thread::scope(|scope| {
         let load = scope.spawn(|| System::mixed_load(&daemon, &mut system.promises, effort, &stop));
         // Without one of its nodes the pool cannot be attached for the first time.
-        let outcome = wait_for_writes(&system.nodes[0]).and_then(|()| (0..effort.rounds).try_for_each(|round| {
-            let node = &mut system.nodes[round % 3];
-            thread::sleep(WARM_UP);
-            node.kill()?;
-            system.pool.wait_for_level("degraded", LIMIT)?;
-            thread::sleep(WARM_UP);
-            node.restart(lab)?;
-            system.pool.wait_for_level("safe", LIMIT).with_context(|| format!("round {round}"))
-        }));
+        let outcome = wait_for_writes(&system.nodes[0]).and_then(|()| {
+            (0..effort.rounds).try_for_each(|round| {
+                let node = &mut system.nodes[round % 3];
+                thread::sleep(WARM_UP);
+                node.kill()?;
+                system.pool.wait_for_level("degraded", LIMIT)?;
+                thread::sleep(WARM_UP);
+                node.restart(lab)?;
+                system.pool.wait_for_level("safe", LIMIT).with_context(|| format!("round {round}"))
+            })
+        });
         stop.store(true, Ordering::Relaxed);
         let loaded = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
         outcome.and(loaded)
