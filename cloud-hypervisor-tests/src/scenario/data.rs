@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 
 use super::system::LIMIT;
-use super::{Counters, Counts, Effort, System, not_run};
+use super::{Counters, Counts, Effort, System};
 use crate::bench::load::{LoadSpec, Pattern};
 use crate::lab::frontend::{self, BUFFERS, Descriptor, flag, request};
 use crate::lab::{Frontend, FrontendBuilder, Lab, Status, Transport, stores};
@@ -223,14 +223,6 @@ pub(super) fn exhaustion(lab: &Lab, effort: Effort) -> Result<Counts> {
     system.pool.assert_identical_within(LIMIT)?;
     daemon.stop()?;
     Ok(Counts::from([("requests".to_owned(), report.requests)]))
-}
-
-/// A peer with wrong keys is refused, and no byte of the guest's memory changes.
-pub(super) fn wrong_keys(lab: &Lab, _effort: Effort) -> Result<Counts> {
-    if lab.fabric().transport() == Transport::Tcp {
-        return Err(not_run("only verbs have keys of memory"));
-    }
-    Err(not_run("the verbs transport has no test client yet"))
 }
 
 /// A member that was away is brought up to date by exactly what it missed, from node to node.
