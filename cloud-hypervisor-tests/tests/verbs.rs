@@ -1,10 +1,10 @@
 //! The whole system over real verbs: one guest with Soft-RoCE, everything inside it. First that the guest's verbs work at
 //! all, with tools of others; what fails after that is ours. Then the scenarios, some on TCP, which must hold in the guest
-//! before verbs can be blamed for anything, and all on verbs.
+//! before verbs can be blamed for anything, and all on verbs. RMR_SCENARIOS="io resync" runs only these.
 
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use cloud_hypervisor_tests::lab::{self, Checks, Fabric, Roce, RoceBuilder, Transport, roce};
 use cloud_hypervisor_tests::scenario::{self, Outcome, Report};
 
@@ -24,8 +24,11 @@ fn the_whole_system_runs_over_the_verbs_of_soft_roce() -> Result<()> {
             .boot(lab)?;
         let mut checks = Checks::new();
         check_the_guest(&roce, &mut checks);
-        check_scenarios(&roce, roce.fabric(Transport::Tcp), &ON_TCP, &mut checks);
-        let all: Vec<_> = scenario::ALL.iter().map(|scenario| scenario.name).collect();
+        let only = std::env::var("RMR_SCENARIOS").ok();
+        let wanted = |name: &&str| only.as_ref().is_none_or(|o| o.split_whitespace().any(|one| one == *name));
+        let on_tcp: Vec<_> = ON_TCP.into_iter().filter(wanted).collect();
+        check_scenarios(&roce, roce.fabric(Transport::Tcp), &on_tcp, &mut checks);
+        let all: Vec<_> = scenario::ALL.iter().map(|scenario| scenario.name).filter(wanted).collect();
         check_scenarios(&roce, roce.fabric(Transport::Rdma), &all, &mut checks);
         roce.shutdown()?;
         checks.finish()
@@ -57,6 +60,24 @@ fn check_the_guest(roce: &Roce, checks: &mut Checks) {
             &format!("rping -c -a {host} -C 10 -V -v"),
         ))?;
         ensure!(said.contains("rdma-ping-9"), "expected ten pings, found: {said}");
+        Ok(())
+    });
+    checks.check("the doctor says that verbs work here, and at no other address", || {
+        let doctor = |host: &str| {
+            let listen = format!("--node-name guest --listen rdma://{host}:7700 --store-dir /tmp");
+            vm.try_run(&format!("rmr-node doctor --json {listen}"))
+        };
+        let said = doctor(&roce::HOST.to_string())?;
+        let report: serde_json::Value =
+            serde_json::from_str(&said.stdout).with_context(|| format!("expected JSON, found {said:?}"))?;
+        let verdicts = report["verdicts"].as_array().cloned().unwrap_or_default();
+        let verbs = verdicts.iter().find(|verdict| verdict["subject"] == "rdma://");
+        ensure!(verbs.is_some_and(|verdict| verdict["level"] == "works"), "{said:?}");
+        let elsewhere = doctor("10.77.0.9")?;
+        ensure!(
+            elsewhere.exit == 4 && elsewhere.stdout.contains("No active port has the address"),
+            "{elsewhere:?}"
+        );
         Ok(())
     });
     checks.check("the project's programs find their libraries in the guest", || {

@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::lab::Node;
+use crate::lab::{Daemon, Node};
 
+/// What a daemon says when it has left its pool.
+const DETACHED: &str = "detached";
 /// Longest wait for a page.
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -34,6 +36,39 @@ impl Counters {
         Ok(Self::parse(&page))
     }
 
+    /// Those that a daemon wrote to its log when it detached from its pool, together for all times that it did.
+    ///
+    /// # Errors
+    /// When it did not within a few seconds, after its guest has gone.
+    pub fn of_daemon(daemon: &Daemon) -> Result<Self> {
+        daemon.process().wait_for_log(DETACHED, LIMIT)?;
+        Self::parse_log(&daemon.process().log_text())
+    }
+
+    fn parse_log(log: &str) -> Result<Self> {
+        let mut counters = Self::default();
+        for line in log.lines().filter(|line| line.contains(DETACHED)) {
+            let (_, list) = line.split_once("Counters {").with_context(|| {
+                format!("expected 'Counters {{' in what the daemon says when it detaches, found '{line}'")
+            })?;
+            let list = list.split('}').next().unwrap_or(list);
+            for (name, value) in list.split(',').filter_map(|part| part.split_once(':')) {
+                let value: u64 =
+                    value.trim().parse().with_context(|| format!("the counter {name} in '{line}'"))?;
+                *counters.0.entry(name.trim().to_owned()).or_default() += value;
+            }
+        }
+        Ok(counters)
+    }
+
+    /// The value of a counter.
+    ///
+    /// # Errors
+    /// When there is no such counter.
+    pub fn get(&self, name: &str) -> Result<u64> {
+        self.since(&Self::default(), name)
+    }
+
     /// Those in the text of a page: all whose name ends with `_total`.
     fn parse(page: &str) -> Self {
         let mut counters = Self::default();
@@ -56,6 +91,25 @@ impl Counters {
         self
     }
 
+    /// What has been counted since `before`.
+    ///
+    /// # Errors
+    /// When a counter went backwards: somebody was started again.
+    pub fn minus(&self, before: &Self) -> Result<Self> {
+        self.0
+            .keys()
+            .map(|name| Ok((name.clone(), self.since(before, name)?)))
+            .collect::<Result<_>>()
+            .map(Self)
+    }
+
+    /// Tells every counter and its value.
+    pub fn each(&self, mut tell: impl FnMut(&str, u64) -> Option<u64>) {
+        for (name, value) in &self.0 {
+            tell(name, *value);
+        }
+    }
+
     /// How much a counter has grown since `before`.
     ///
     /// # Errors
@@ -64,12 +118,6 @@ impl Counters {
         let now = self.0.get(name).with_context(|| format!("the nodes have no counter '{name}'"))?;
         let then = before.0.get(name).copied().unwrap_or(0);
         now.checked_sub(then).with_context(|| format!("the counter '{name}' went from {then} to {now}"))
-    }
-
-    /// Whether there is such a counter.
-    #[must_use]
-    pub fn has(&self, name: &str) -> bool {
-        self.0.contains_key(name)
     }
 }
 
@@ -86,6 +134,15 @@ mod tests {
         let twice = counters.clone().plus(&counters);
         assert_eq!(twice.since(&counters, "a_total").expect("known"), 7);
         assert!(twice.since(&counters, "gauge").is_err() && counters.since(&twice, "a_total").is_err());
-        assert!(counters.has("b_total") && !counters.has("gauge"));
+        assert_eq!(counters.get("b_total").expect("known"), 1);
+    }
+
+    #[test]
+    fn what_a_daemon_says_when_it_detaches_is_added_up() {
+        let line = "INFO detached; bytes sent pool=\"d\" transport=Counters { sends: 3, writes: 0 }\n";
+        let counters = Counters::parse_log(&format!("INFO attached\n{line}{line}")).expect("well-formed");
+        assert_eq!((counters.get("sends").expect("known"), counters.get("writes").expect("known")), (6, 0));
+        assert!(Counters::parse_log("INFO detached").is_err());
+        assert!(Counters::parse_log("INFO detached Counters { sends: x }").is_err());
     }
 }

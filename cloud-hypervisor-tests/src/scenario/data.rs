@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 
 use super::system::LIMIT;
-use super::{Counts, Effort, System, not_run};
+use super::{Counters, Counts, Effort, System};
 use crate::bench::load::{LoadSpec, Pattern};
 use crate::lab::frontend::{self, BUFFERS, Descriptor, flag, request};
 use crate::lab::{Frontend, FrontendBuilder, Lab, Status, Transport, stores};
@@ -34,26 +34,105 @@ pub(super) fn io(lab: &Lab, effort: Effort) -> Result<Counts> {
 }
 
 /// A request costs the messages, work requests and copies that the design says.
+///
+/// Per 4 KiB write and leg: one RDMA write of the client, one send of the node. Per 4 KiB read: one send of the client,
+/// one RDMA write and one send of the node. Nothing is copied by a processor. Over TCP, every byte is copied once by the
+/// kernel on either side, and nothing else is.
 pub(super) fn counts(lab: &Lab, effort: Effort) -> Result<Counts> {
     let mut system = System::on_disk(lab, effort, 2)?;
-    let daemon = system.daemon(lab, "daemon")?;
-    let before = system.counters()?;
-    let writes = system.load(&daemon, &System::spec(Pattern::Write, 1, Some(effort.requests / 4)))?;
-    let between = system.counters()?;
-    let reads = system.load(&daemon, &System::spec(Pattern::Read, 1, Some(effort.requests / 4)))?;
-    let after = system.counters()?;
-    daemon.stop()?;
-
     let legs = system.nodes.len() as u64;
-    let written = between.since(&before, "rmr_store_writes_total")?;
-    ensure!(written == writes.requests * legs, "{} writes on {legs} legs became {written}", writes.requests);
-    let read = after.since(&between, "rmr_store_reads_total")?;
-    ensure!(read == reads.requests, "{} reads became {read} at the nodes", reads.requests);
-    Ok(Counts::from([
-        ("writes".to_owned(), writes.requests),
-        ("reads".to_owned(), reads.requests),
-        ("legs".to_owned(), legs),
-    ]))
+    let requests = effort.requests / 2;
+    // One daemon for each direction, since a daemon tells its counters when its guest has gone.
+    let (writes, by_writer, for_writes) = counted(lab, &mut system, "writer", Pattern::Write, requests)?;
+    let (reads, by_reader, for_reads) = counted(lab, &mut system, "reader", Pattern::Read, requests)?;
+    let count = |counters: &Counters, name: &str| counters.get(name);
+
+    let written = count(&for_writes, "rmr_store_writes_total")?;
+    ensure!(written == writes * legs, "{writes} writes on {legs} legs became {written}");
+    let read = count(&for_reads, "rmr_store_reads_total")?;
+    ensure!(read == reads, "{reads} reads became {read} at the nodes");
+
+    let mut counts =
+        Counts::from([("writes".to_owned(), writes), ("reads".to_owned(), reads), ("legs".to_owned(), legs)]);
+    for (side, counters) in [
+        ("client_for_writes", &by_writer),
+        ("nodes_for_writes", &for_writes),
+        ("client_for_reads", &by_reader),
+        ("nodes_for_reads", &for_reads),
+    ] {
+        counters.each(|name, value| counts.insert(format!("{side}.{name}"), value));
+    }
+    match lab.fabric().transport() {
+        Transport::Tcp => {
+            let sent = count(&by_writer, "tcp_sent_bytes")?;
+            ensure!(
+                sent >= writes * legs * 4096,
+                "{sent} bytes were sent for {writes} writes on {legs} legs"
+            );
+            for counters in [&by_writer, &by_reader] {
+                ensure!(count(counters, "sends")? == 0, "TCP alone, and verbs were used: {counters:?}");
+            }
+        }
+        Transport::Rdma => {
+            for (name, counters) in [
+                ("data_copied_bytes", &by_writer),
+                ("data_copied_bytes", &by_reader),
+                ("tcp_sent_bytes", &by_writer),
+                ("tcp_received_bytes", &by_reader),
+                ("rmr_rdma_data_copied_bytes_total", &for_writes),
+                ("rmr_rdma_data_copied_bytes_total", &for_reads),
+                ("rmr_tcp_received_bytes_total", &for_writes),
+                ("rmr_tcp_sent_bytes_total", &for_reads),
+            ] {
+                let found = count(counters, name)?;
+                ensure!(found == 0, "expected nothing under {name}, found {found}: {counters:?}");
+            }
+            exactly(&by_writer, "writes_with_immediate", writes * legs)?;
+            exactly(&by_writer, "writes", 0)?;
+            nearly(&for_writes, "rmr_rdma_sends_total", writes * legs)?;
+            exactly(&for_writes, "rmr_rdma_writes_total", 0)?;
+            nearly(&by_reader, "sends", reads)?;
+            exactly(&by_reader, "writes_with_immediate", 0)?;
+            exactly(&for_reads, "rmr_rdma_writes_total", reads)?;
+            nearly(&for_reads, "rmr_rdma_sends_total", reads)?;
+        }
+    }
+    Ok(counts)
+}
+
+/// A load of one direction by a daemon of its own: its requests, what the daemon counted, what the nodes counted.
+fn counted(
+    lab: &Lab,
+    system: &mut System,
+    name: &str,
+    pattern: Pattern,
+    requests: u64,
+) -> Result<(u64, Counters, Counters)> {
+    let daemon = system.daemon(lab, name)?;
+    let before = system.counters()?;
+    let report = system.load(&daemon, &System::spec(pattern, 1, Some(requests)))?;
+    let by_daemon = Counters::of_daemon(&daemon)?;
+    let at_nodes = system.counters()?.minus(&before)?;
+    daemon.stop()?;
+    Ok((report.requests, by_daemon, at_nodes))
+}
+
+fn exactly(counters: &Counters, name: &str, expected: u64) -> Result<()> {
+    let found = counters.get(name)?;
+    ensure!(found == expected, "expected {expected} under {name}, found {found}: {counters:?}");
+    Ok(())
+}
+
+/// As many as `expected`, and those of connecting, attaching, pings and flushes besides.
+fn nearly(counters: &Counters, name: &str, expected: u64) -> Result<()> {
+    /// Far fewer than requests, so that another message for each one is noticed.
+    const BESIDES: u64 = 120;
+    let found = counters.get(name)?;
+    ensure!(
+        (expected..=expected + BESIDES).contains(&found),
+        "expected {expected} and at most {BESIDES} more under {name}, found {found}: {counters:?}"
+    );
+    Ok(())
 }
 
 /// Requests of 1 MiB in 128 segments are carried whole.
@@ -144,14 +223,6 @@ pub(super) fn exhaustion(lab: &Lab, effort: Effort) -> Result<Counts> {
     system.pool.assert_identical_within(LIMIT)?;
     daemon.stop()?;
     Ok(Counts::from([("requests".to_owned(), report.requests)]))
-}
-
-/// A peer with wrong keys is refused, and no byte of the guest's memory changes.
-pub(super) fn wrong_keys(lab: &Lab, _effort: Effort) -> Result<Counts> {
-    if lab.fabric().transport() == Transport::Tcp {
-        return Err(not_run("only verbs have keys of memory"));
-    }
-    Err(not_run("the verbs transport has no test client yet"))
 }
 
 /// A member that was away is brought up to date by exactly what it missed, from node to node.

@@ -4,6 +4,7 @@
 
 mod counters;
 pub mod data;
+mod keys;
 pub mod recovery;
 mod system;
 
@@ -79,7 +80,7 @@ pub const ALL: [Scenario; 9] = [
     Scenario {
         name: "wrong-keys",
         sentence: "a peer with wrong keys is refused, and no byte of the guest's memory changes",
-        run: data::wrong_keys,
+        run: keys::wrong_keys,
     },
     Scenario {
         name: "resync",

@@ -1,0 +1,156 @@
+//! Keys of memory that are wrong: two ends of a verbs connection in one process, of which one answers a read with a key that
+//! its owner took back.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rmr_common::buffer::Segment;
+use rmr_common::pool::PoolId;
+use rmr_common::transport::rdma::{Exposure, Fabric, RdmaConnection, RdmaListener, ReadMode};
+use rmr_common::transport::{Connection, Place, Receiver};
+use rmr_common::wire::{Kind, MessageHeader};
+use rmr_node::disk::{Buffer, BufferPool};
+
+use super::{Counts, Effort, not_run};
+use crate::lab::{Lab, Transport, free_port};
+
+const LIMIT: Duration = Duration::from_secs(30);
+/// Bytes of the reads.
+const LENGTH: u32 = 4096;
+/// What the memory of the one who asks holds before.
+const UNTOUCHED: u8 = 0xee;
+/// What the other sends.
+const SENT: u8 = 0xaa;
+
+/// A peer with wrong keys is refused, and no byte of the guest's memory changes.
+///
+/// First the right key, so that what follows is known to be refused for the key alone.
+pub(super) fn wrong_keys(lab: &Lab, _effort: Effort) -> Result<Counts> {
+    if lab.fabric().transport() == Transport::Tcp {
+        return Err(not_run("only verbs have keys of memory"));
+    }
+    let address = SocketAddr::new(lab.fabric().host(), free_port()?);
+    let (node_fabric, client_fabric) = (Fabric::new(ReadMode::Direct), Fabric::new(ReadMode::Direct));
+    // Memory of a pool stays mapped for the life of the process, so nobody need keep it for the registrations.
+    let pool = BufferPool::new(1 << 20).context("memory")?;
+    let (asked, sent) = (buffer(&pool, UNTOUCHED)?, buffer(&pool, SENT)?);
+    let register = |fabric: &Fabric, memory: &Buffer, exposure| {
+        fabric.register(memory.segment(), Arc::new(()), exposure).context("registering memory")
+    };
+    let _sent = register(&node_fabric, &sent, Exposure::Local)?;
+    let given = register(&client_fabric, &asked, Exposure::Peers)?;
+    let (mut client, mut node) = connect(&client_fabric, &node_fabric, address)?;
+
+    ask(&mut client, &asked, 1)?;
+    exchange(&mut client, &mut node, &sent, 1).context("a read with the right key")?;
+    ensure!(asked.bytes().iter().all(|byte| *byte == SENT), "the data of the first read did not arrive");
+
+    let mut asked = asked;
+    asked.bytes_mut().fill(UNTOUCHED);
+    ask(&mut client, &asked, 2)?;
+    // The key is on its way, or there already.
+    drop(given);
+    let outcome = exchange(&mut client, &mut node, &sent, 2);
+    let Err(refusal) = outcome else { bail!("a read with a key that was taken back was answered") };
+    ensure!(
+        refusal.is::<Refused>(),
+        "expected the node's connection to be refused the write, found: {refusal:#}"
+    );
+    let changed = asked.bytes().iter().filter(|byte| **byte != UNTOUCHED).count();
+    ensure!(changed == 0, "{changed} bytes were written with a key that was taken back");
+    eprintln!("  refused: {refusal:#}");
+    Ok(Counts::from([("changed_bytes".to_owned(), 0)]))
+}
+
+/// The card or the peer's card ended the connection.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection ended: {0}")]
+struct Refused(String);
+
+fn buffer(pool: &BufferPool, byte: u8) -> Result<Buffer> {
+    let mut buffer = pool.try_acquire(LENGTH as usize).context("no buffer is free")?;
+    buffer.bytes_mut().fill(byte);
+    Ok(buffer)
+}
+
+fn connect(client: &Fabric, node: &Fabric, address: SocketAddr) -> Result<(RdmaConnection, RdmaConnection)> {
+    let mut listener = RdmaListener::bind(node, address, LIMIT).context("listening")?;
+    let fabric = client.clone();
+    let connecting = thread::spawn(move || RdmaConnection::connect(&fabric, address, LIMIT));
+    let end = Instant::now() + LIMIT;
+    let accepted = loop {
+        if let Some((accepted, _)) = listener.accept().context("accepting")? {
+            break accepted;
+        }
+        ensure!(Instant::now() < end, "no connection came within {LIMIT:?}");
+        thread::sleep(Duration::from_millis(10));
+    };
+    let connected = connecting.join().map_err(|_| anyhow::anyhow!("connecting panicked"))?;
+    Ok((connected.context("connecting")?, accepted))
+}
+
+fn header(kind: Kind, number: u64) -> MessageHeader {
+    let mut header = MessageHeader::new(kind, PoolId(uuid::Uuid::nil()));
+    header.sequence.0 = number;
+    header.length = LENGTH;
+    header
+}
+
+fn ask(client: &mut RdmaConnection, memory: &Buffer, number: u64) -> Result<()> {
+    client.queue_read(&header(Kind::Read, number), &mut |segments| segments.push(memory.segment()));
+    client.flush().context("asking")
+}
+
+/// Carries one read to the node and its answer back.
+fn exchange(
+    client: &mut RdmaConnection,
+    node: &mut RdmaConnection,
+    sent: &Buffer,
+    number: u64,
+) -> Result<()> {
+    let ended = |error: rmr_common::transport::ConnectionError| Refused(error.to_string());
+    let end = Instant::now() + LIMIT;
+    let mut at_node = Arrivals::default();
+    let mut at_client = Arrivals::default();
+    let mut answered = false;
+    while !at_client.has(Kind::IoReply, number) {
+        ensure!(Instant::now() < end, "no answer and no error within {LIMIT:?}");
+        client.flush().map_err(ended)?;
+        node.receive(&mut at_node).map_err(ended)?;
+        if at_node.has(Kind::Read, number) && !answered {
+            answered = true;
+            let reply = MessageHeader { payload: LENGTH, ..header(Kind::IoReply, number) };
+            node.queue_data(&reply, Some(1), &mut |segments: &mut Vec<Segment>| {
+                segments.push(sent.segment())
+            });
+        }
+        node.flush().map_err(ended)?;
+        client.receive(&mut at_client).map_err(ended)?;
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// What came.
+#[derive(Default)]
+struct Arrivals(Vec<MessageHeader>);
+
+impl Arrivals {
+    fn has(&self, kind: Kind, number: u64) -> bool {
+        self.0.iter().any(|header| header.kind == kind && header.sequence.0 == number)
+    }
+}
+
+impl Receiver for Arrivals {
+    fn place(&mut self, _header: &MessageHeader, _segments: &mut Vec<Segment>) -> Place {
+        // Data comes by itself, or not at all.
+        Place::Discard
+    }
+
+    fn deliver(&mut self, header: &MessageHeader, _body: &[u8]) {
+        self.0.push(*header);
+    }
+}
