@@ -75,9 +75,27 @@ impl Client {
             return;
         }
         let highest = self.hellos().map(|r| r.epoch).max().unwrap_or_default();
+        if self.yields_to_rival(highest) {
+            return;
+        }
         self.epoch = recovery::proposed_epoch(highest, self.epoch);
         let asked = view.active().intersection(ready);
         self.attach_to(view, spec, asked);
+    }
+
+    /// Whether another client, whose epoch is the `highest`, cut an attach of this one short a moment ago. It is given the
+    /// time to come through; else two that may displace each other could do so for ever.
+    fn yields_to_rival(&mut self, highest: Epoch) -> bool {
+        if !self.was_cut_short || highest <= self.epoch {
+            return false;
+        }
+        match self.rival {
+            Some((epoch, since)) if epoch == highest => self.now - since < self.config.leg_timeout,
+            Some(_) | None => {
+                self.rival = Some((highest, self.now));
+                true
+            }
+        }
     }
 
     /// The members of a view whose stores are connected.
@@ -325,6 +343,7 @@ impl Client {
         self.counters.views += 1;
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
+        self.was_cut_short = false;
         self.committed_out = next.out();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
         let replaced = self.replaced_by(&spec);
@@ -460,6 +479,8 @@ impl Client {
         if matches!(self.state, State::Active | State::Changing { attach: false, .. }) {
             self.suspended_since = Some(self.now);
         }
+        self.was_cut_short |=
+            matches!(self.state, State::Attaching { .. } | State::Changing { attach: true, .. });
         self.state = State::Gathering { possible_since: None, told: String::new() };
         self.next_tick = self.now + self.config.reconnect_interval / 4;
     }

@@ -470,6 +470,10 @@ pub struct Client {
     epoch: Epoch,
     /// The attachment of the last commit, and those under which views were proposed since. Empty before the first.
     own_epochs: Vec<Epoch>,
+    /// An attach of this client did not come through since the last one that did.
+    was_cut_short: bool,
+    /// The epoch of a client that cut one short, and when it was seen first.
+    rival: Option<(Epoch, Time)>,
     /// The members that are Out in the view committed last.
     committed_out: MemberSet,
     sequence: Sequence,
@@ -546,6 +550,8 @@ impl Client {
             view: None,
             epoch: Epoch(0),
             own_epochs: Vec::new(),
+            was_cut_short: false,
+            rival: None,
             committed_out: MemberSet::EMPTY,
             sequence: Sequence(0),
             parts: Parts::new(MAX_SLOTS),

@@ -25,6 +25,8 @@ pub(super) struct Bench {
     pub(super) host_boots: Vec<u8>,
     pub(super) write_through: bool,
     pub(super) up: Vec<bool>,
+    /// Whether nodes answer an attach.
+    admits: bool,
     /// Requests that were sent and not answered, by member.
     pub(super) sent: Vec<(MemberId, MessageHeader)>,
     /// The node that each link leads to.
@@ -69,6 +71,7 @@ impl Bench {
             host_boots: vec![1; count],
             write_through: true,
             up: vec![true; count],
+            admits: true,
             sent: Vec::new(),
             nodes: Vec::new(),
             additions: Vec::new(),
@@ -121,6 +124,7 @@ impl Bench {
                 };
                 (Kind::HelloReply, reply.encode())
             }
+            Kind::Attach if !self.admits => return,
             Kind::Attach => {
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
@@ -251,6 +255,21 @@ impl Bench {
         self.run();
         self.sent.retain(|(_, h)| h.kind != Kind::ClearDirty);
     }
+}
+
+#[test]
+fn a_client_whose_attach_was_cut_short_by_another_gives_that_one_time_to_come_through() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.admits = false;
+    bench.restart_all(&[1, 1]);
+    assert_eq!(bench.client.status().state, "attaching");
+    // The nodes took another client in meanwhile.
+    bench.admits = true;
+    bench.epochs = vec![bench.client.epoch.next(); 2];
+    bench.restart_all(&[1, 1]);
+    assert!(!bench.client.is_active(), "it displaces the other one at once");
+    bench.pass(bench.client.config.leg_timeout);
+    assert!(bench.client.is_active(), "the other one is gone, and it waits for ever");
 }
 
 #[test]

@@ -15,6 +15,8 @@ const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
 
 /// A request that was submitted and not answered.
 pub(super) struct Running {
+    /// Grows with each request.
+    order: u64,
     pub(super) operation: DiskOperation,
     pub(super) first: usize,
     pub(super) count: usize,
@@ -50,6 +52,8 @@ pub(super) struct Disk {
     pub(super) sectors: Vec<u64>,
     /// What a power cut leaves.
     durable: Vec<u64>,
+    /// How many requests were submitted.
+    submitted: u64,
     /// The first write to the sector that no flush covers yet; zero for none.
     pub(super) unflushed_since: Vec<Step>,
     /// The sector's unflushed content came from another member.
@@ -73,6 +77,7 @@ impl Disk {
         content[..zeroes].fill(0);
         Self {
             durable: content.clone(),
+            submitted: 0,
             sectors: content,
             unflushed_since: vec![0; sectors],
             pulled: vec![false; sectors],
@@ -109,8 +114,10 @@ impl Disk {
         } else {
             Vec::new()
         };
+        self.submitted += 1;
+        let order = self.submitted;
         let running =
-            Running { operation, first, count, result, data, snapshot, is_applied: false, is_pulled };
+            Running { order, operation, first, count, result, data, snapshot, is_applied: false, is_pulled };
         if running.is_write() {
             let clash = |other: &&Running| {
                 other.is_write() && other.first < first + count && first < other.first + other.count
@@ -144,8 +151,14 @@ impl Disk {
                 (first..first + count).map(|s| self.sectors[s] | self.rot.mark(s)).collect()
             }
             DiskOperation::Flush => {
-                for (sector, value) in if failed { Vec::new() } else { std::mem::take(&mut running.snapshot) }
-                {
+                let order = running.order;
+                let flushed = if failed { Vec::new() } else { std::mem::take(&mut running.snapshot) };
+                // What is durable now does not become older again when an earlier flush is slower.
+                let sectors: BTreeSet<_> = flushed.iter().map(|(sector, _)| *sector).collect();
+                for earlier in self.running.values_mut().filter(|r| r.order < order) {
+                    earlier.snapshot.retain(|(sector, _)| !sectors.contains(sector));
+                }
+                for (sector, value) in flushed {
                     self.durable[sector] = value;
                     if self.sectors[sector] == value {
                         self.unflushed_since[sector] = 0;

@@ -67,7 +67,9 @@ impl World<'_> {
             return Ok(());
         }
         let pause = if self.is_calm { 50 * MILLISECOND } else { self.rng.range(1, self.operator.pause) };
-        let is_over = self.is_calm && self.is_operator_content();
+        // An attach may find that a command was done which the operator does not know of.
+        let is_attached = self.hosts.iter().any(|h| h.is_live() && h.client.is_active());
+        let is_over = self.is_calm && is_attached && self.is_operator_content();
         if !is_over {
             self.after(pause, Event::Operate);
         }
