@@ -68,7 +68,9 @@ impl Client {
             return self.tell_waiting(&view, &spec, ready);
         }
         let since = possible_since.unwrap_or(self.now);
-        if !view.active().is_subset(ready) && self.now - since < self.config.attach_grace {
+        // One that is Out may have been forced into use meanwhile, and know of a later view.
+        let may_learn_more = !view.active().is_subset(ready) || !self.has_asked_all();
+        if may_learn_more && self.now - since < self.config.attach_grace {
             if let State::Gathering { possible_since, .. } = &mut self.state {
                 *possible_since = Some(since);
             }
