@@ -26,6 +26,8 @@ pub enum Exposure {
     Local,
     /// Peers that were given the key, too.
     Peers,
+    /// Peers, through windows.
+    Windows,
 }
 
 /// How the data of a read comes into the memory of whoever asked.
@@ -35,6 +37,8 @@ pub enum ReadMode {
     /// The node writes it there.
     #[default]
     Direct,
+    /// The same, through a window.
+    Window,
     /// It is copied there.
     Bounce,
 }
