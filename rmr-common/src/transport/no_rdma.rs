@@ -88,6 +88,14 @@ impl Fabric {
     }
 }
 
+/// Whether what is here can do what a read mode needs: nobody asks it to.
+///
+/// # Errors
+/// Never.
+pub const fn supports(_: ReadMode) -> Result<(), RdmaError> {
+    Ok(())
+}
+
 /// Memory that connections may use.
 pub struct Registration {
     _owner: Arc<dyn Any + Send + Sync>,
