@@ -3,22 +3,20 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use cloud_hypervisor_tests::bench::disk::{Disk as RawDisk, DiskOptions};
-use cloud_hypervisor_tests::bench::load::{self, LoadSpec, Pattern, Surroundings};
-use cloud_hypervisor_tests::bench::processes::{Role, Watched};
 use cloud_hypervisor_tests::bench::verify::{Promises, Unwritten};
 use cloud_hypervisor_tests::lab::{
     self, Daemon, DaemonBuilder, Disk, FrontendBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder, Status,
     VmBuilder, wait_until,
 };
+use cloud_hypervisor_tests::scenario::{Writer, check_everything};
 use serde_json::Value;
 
 const MIB: u64 = 64;
+const WRITER: Writer = Writer { depth: 8, rate: 2000, span: Some(MIB << 20) };
 /// How long a member may take to be missed, or to be Clean again.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -331,54 +329,7 @@ fn under_load<T>(
     promises: &mut Promises,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let load = scope.spawn(|| run_load(daemon, promises, &stop));
-        let outcome = wait_until("the writer to be attached", LIMIT, || {
-            Ok(pool.status()?.pointer("/assessment/client/state") == Some(&"attached".into()))
-        });
-        let outcome = outcome.and_then(|()| work());
-        stop.store(true, Ordering::Relaxed);
-        let loaded = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
-        let outcome = outcome?;
-        loaded.map(|()| outcome)
-    })
-}
-
-fn run_load(daemon: &Daemon, promises: &mut Promises, stop: &AtomicBool) -> Result<()> {
-    let spec = LoadSpec {
-        name: "membership".into(),
-        pattern: Pattern::RandRw,
-        read_percent: 30,
-        depth: 8,
-        rate: Some(2000),
-        runtime_ms: 600_000,
-        size: Some(MIB << 20),
-        ..LoadSpec::default()
-    };
-    // A daemon that ends also ends the load, at once.
-    let watched = [Watched { role: Role::Client, pid: daemon.process().pid() }];
-    let around = Surroundings { stop: Some(stop), promises: Some(promises), watched: &watched };
-    let report = load::run(daemon.socket(), &spec, around)?;
-    ensure!(
-        report.is_good(),
-        "{} errors, {} broken promises: {:?}",
-        report.errors,
-        report.violations,
-        report.first_violations
-    );
-    Ok(())
-}
-
-/// A guest on the disk sees what was promised, every member becomes Clean, and all copies are the same.
-fn check_everything(pool: &Pool, daemon: &Daemon, promises: &mut Promises) -> Result<()> {
-    let options = DiskOptions { daemons: vec![daemon.process().pid()], ..DiskOptions::new(daemon.socket()) };
-    let mut disk = RawDisk::attach(options)?;
-    let check = promises.check_disk(&mut disk, 3)?;
-    ensure!(check.is_good() && check.blocks > 0, "the disk does not hold what was promised: {check:?}");
-    pool.wait_for_level("safe", LIMIT)?;
-    drop(disk);
-    pool.assert_identical_within(LIMIT)
+    WRITER.during(pool, daemon, promises, work).map(|(outcome, _)| outcome)
 }
 
 /// Writes through a daemon of its own, which leaves again.

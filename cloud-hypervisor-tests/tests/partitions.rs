@@ -1,18 +1,16 @@
 //! Connections between nodes and daemon are cut one by one, both ways and in one direction only, under a writer that
 //! remembers what it was promised; each machine is a network namespace of its own. Skipped, loudly, where those cannot be made.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use cloud_hypervisor_tests::bench::disk::{Disk, DiskOptions};
-use cloud_hypervisor_tests::bench::load::{self, LoadSpec, Pattern, Report, Surroundings};
-use cloud_hypervisor_tests::bench::processes::{Role, Watched};
 use cloud_hypervisor_tests::bench::verify::{Promises, Unwritten};
-use cloud_hypervisor_tests::lab::{self, Daemon, DaemonBuilder, Network, NodeBuilder, Pool, PoolBuilder};
+use cloud_hypervisor_tests::lab::{self, DaemonBuilder, Network, NodeBuilder, Pool, PoolBuilder};
+use cloud_hypervisor_tests::scenario::{Writer, check_everything};
 
 const MIB: u64 = 64;
+const WRITER: Writer = Writer { depth: 16, rate: 1500, span: None };
 /// How long a member may take to be missed, or to be Clean again.
 const LIMIT: Duration = Duration::from_secs(40);
 /// The daemon drops a leg that is silent for so long, a node gives a connection up.
@@ -47,14 +45,8 @@ fn every_connection_cut_in_every_direction_under_load_heals_and_no_promise_is_br
             .arguments(["--leg-timeout-ms", LEG_TIMEOUT_MS])
             .start(lab)?;
         let mut promises = Promises::new(MIB << 20, 4096, 11, Unwritten::Zeroes);
-        let stop = AtomicBool::new(false);
-        let report = thread::scope(|scope| {
-            let load = scope.spawn(|| run_load(&daemon, &mut promises, &stop));
-            let outcome = Cuts { network: &network, pool: &pool }.all();
-            stop.store(true, Ordering::Relaxed);
-            let loaded = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
-            outcome.and(loaded)
-        })?;
+        let cuts = Cuts { network: &network, pool: &pool };
+        let ((), report) = WRITER.during(&pool, &daemon, &mut promises, || cuts.all())?;
         ensure!(report.requests > 1000, "the writer was hardly served: {report:?}");
         check_everything(&pool, &daemon, &mut promises)?;
         daemon.stop()
@@ -147,36 +139,4 @@ impl Cuts<'_> {
 fn rest(time: Duration) -> Result<()> {
     thread::sleep(time);
     Ok(())
-}
-
-fn run_load(daemon: &Daemon, promises: &mut Promises, stop: &AtomicBool) -> Result<Report> {
-    let spec = LoadSpec {
-        name: "partitions".into(),
-        pattern: Pattern::RandRw,
-        read_percent: 30,
-        depth: 16,
-        rate: Some(1500),
-        runtime_ms: 600_000,
-        ..LoadSpec::default()
-    };
-    let watched = [Watched { role: Role::Client, pid: daemon.process().pid() }];
-    let around = Surroundings { stop: Some(stop), promises: Some(promises), watched: &watched };
-    let report = load::run(daemon.socket(), &spec, around)?;
-    let Report { errors, violations, first_error, first_violations, .. } = &report;
-    ensure!(
-        report.is_good(),
-        "{errors} errors ({first_error:?}), {violations} broken promises: {first_violations:?}"
-    );
-    Ok(report)
-}
-
-/// A guest on the disk sees what was promised, every member becomes Clean, and all copies are the same.
-fn check_everything(pool: &Pool, daemon: &Daemon, promises: &mut Promises) -> Result<()> {
-    let options = DiskOptions { daemons: vec![daemon.process().pid()], ..DiskOptions::new(daemon.socket()) };
-    let mut disk = Disk::attach(options)?;
-    let check = promises.check_disk(&mut disk, 3)?;
-    ensure!(check.is_good() && check.blocks > 0, "the disk does not hold what was promised: {check:?}");
-    pool.wait_for_level("safe", LIMIT)?;
-    drop(disk);
-    pool.assert_identical_within(LIMIT)
 }

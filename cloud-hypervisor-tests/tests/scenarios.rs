@@ -17,3 +17,18 @@ fn requests_of_all_shapes_are_carried_whole_and_counted_once_for_each_leg() -> R
 fn a_member_that_was_away_is_brought_up_to_date_by_exactly_what_it_missed() -> Result<()> {
     run("resync")
 }
+
+#[test]
+fn nodes_killed_one_after_the_other_under_load_come_back_and_no_promise_is_broken() -> Result<()> {
+    run("killed-nodes")
+}
+
+#[test]
+fn a_daemon_killed_under_load_again_and_again_leaves_copies_that_agree() -> Result<()> {
+    run("killed-daemon")
+}
+
+#[test]
+fn everything_killed_at_once_comes_back_with_all_that_was_promised() -> Result<()> {
+    run("killed-everything")
+}

@@ -1,18 +1,18 @@
 //! A byte of a store is changed behind the back of everybody: a verify finds exactly that block, under load too, and mends it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use cloud_hypervisor_tests::bench::load::{self, LoadSpec, Pattern, Surroundings};
-use cloud_hypervisor_tests::bench::processes::{Role, Watched};
 use cloud_hypervisor_tests::bench::verify::{Promises, Unwritten};
-use cloud_hypervisor_tests::lab::{self, Daemon, DaemonBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder};
+use cloud_hypervisor_tests::lab::{self, DaemonBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder};
+use cloud_hypervisor_tests::scenario::Writer;
 use serde_json::{Value, json};
 
 const MIB: u64 = 32;
 const BLOCK: u64 = 4096;
+/// In the half that no test damages: it would see that where it reads.
+const WRITER: Writer = Writer { depth: 16, rate: 2000, span: Some(MIB << 19) };
 const LIMIT: Duration = Duration::from_secs(30);
 /// Exit code of `rmrctl pool verify` when copies differ.
 const DIFFERENT: i32 = 5;
@@ -52,14 +52,7 @@ fn under_load_a_verify_finds_the_block_and_no_other_and_the_majority_mends_it() 
         let pool = create(lab, &nodes)?;
         let daemon = DaemonBuilder::new(&pool).start(lab)?;
         let mut promises = Promises::new(MIB << 20, 4096, 7, Unwritten::Zeroes);
-        let stop = AtomicBool::new(false);
-        thread::scope(|scope| {
-            let load = scope.spawn(|| run_load(&daemon, &mut promises, &stop));
-            let outcome = check_under_load(&pool);
-            stop.store(true, Ordering::Relaxed);
-            let loaded = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
-            outcome.and(loaded)
-        })?;
+        WRITER.during(&pool, &daemon, &mut promises, || check_under_load(&pool))?;
         pool.wait_for_level("safe", LIMIT)?;
         pool.assert_identical_within(LIMIT)?;
         daemon.stop()
@@ -128,28 +121,4 @@ fn start_nodes(lab: &Lab, names: &[&str]) -> Result<Vec<Node>> {
 fn create(lab: &Lab, nodes: &[Node]) -> Result<Pool> {
     let builder = PoolBuilder::new("disk").size_mib(MIB);
     nodes.iter().fold(builder, |pool, node| pool.member(node)).create(lab)
-}
-
-fn run_load(daemon: &Daemon, promises: &mut Promises, stop: &AtomicBool) -> Result<()> {
-    let spec = LoadSpec {
-        name: "verify".into(),
-        pattern: Pattern::RandRw,
-        read_percent: 30,
-        depth: 16,
-        rate: Some(2000),
-        runtime_ms: 600_000,
-        size: Some(MIB << 19),
-        ..LoadSpec::default()
-    };
-    let watched = [Watched { role: Role::Client, pid: daemon.process().pid() }];
-    let around = Surroundings { stop: Some(stop), promises: Some(promises), watched: &watched };
-    let report = load::run(daemon.socket(), &spec, around)?;
-    ensure!(
-        report.is_good(),
-        "{} errors, {} broken promises: {:?}",
-        report.errors,
-        report.violations,
-        report.first_violations
-    );
-    Ok(())
 }

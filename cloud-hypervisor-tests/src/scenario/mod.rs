@@ -7,6 +7,7 @@ pub mod data;
 mod keys;
 pub mod recovery;
 mod system;
+mod writer;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use counters::Counters;
 pub use system::System;
+pub use writer::{Writer, check_everything};
 
 use crate::lab::{self, Fabric, Lab, Roce};
 

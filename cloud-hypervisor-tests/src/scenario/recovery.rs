@@ -1,6 +1,5 @@
 //! Nodes, the daemon, and all of them at once are killed again and again under a writer that remembers what it was promised.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,33 +7,28 @@ use anyhow::{Context, Result, ensure};
 
 use super::system::LIMIT;
 use super::{Counters, Counts, Effort, System};
-use crate::lab::{Daemon, Lab, Node};
+use crate::lab::{Lab, Node};
 
-/// How long a load runs before something happens to it.
+/// How long things stay as they are before something happens again.
 const WARM_UP: Duration = Duration::from_millis(700);
 
 /// Nodes killed one after the other under load come back, and no promise is broken.
 pub(super) fn killed_nodes(lab: &Lab, effort: Effort) -> Result<Counts> {
     let mut system = System::new(lab, effort, 3, "")?;
     let daemon = system.daemon(lab, "daemon")?;
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let load = scope.spawn(|| System::mixed_load(&daemon, &mut system.promises, effort, &stop));
-        // Without one of its nodes the pool cannot be attached for the first time.
-        let outcome = wait_for_writes(&system.nodes[0]).and_then(|()| {
-            (0..effort.rounds).try_for_each(|round| {
-                let node = &mut system.nodes[round % 3];
-                thread::sleep(WARM_UP);
-                node.kill()?;
-                system.pool.wait_for_level("degraded", LIMIT)?;
-                thread::sleep(WARM_UP);
-                node.restart(lab)?;
-                system.pool.wait_for_level("safe", LIMIT).with_context(|| format!("round {round}"))
-            })
-        });
-        stop.store(true, Ordering::Relaxed);
-        let loaded = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
-        outcome.and(loaded)
+    let writer = system.writer();
+    let System { nodes, pool, promises, .. } = &mut system;
+    writer.during(pool, &daemon, promises, || {
+        wait_for_writes(&nodes[0])?;
+        (0..effort.rounds).try_for_each(|round| {
+            let node = &mut nodes[round % 3];
+            thread::sleep(WARM_UP);
+            node.kill()?;
+            pool.wait_for_level("degraded", LIMIT)?;
+            thread::sleep(WARM_UP);
+            node.restart(lab)?;
+            pool.wait_for_level("safe", LIMIT).with_context(|| format!("round {round}"))
+        })
     })?;
     system.check_everything(&daemon)?;
     daemon.stop()?;
@@ -56,7 +50,7 @@ pub(super) fn killed_daemon(lab: &Lab, effort: Effort) -> Result<Counts> {
     let mut system = System::new(lab, effort, 3, "")?;
     for round in 0..effort.rounds {
         let daemon = system.daemon(lab, &format!("daemon-{round}"))?;
-        under_load(&daemon, &mut system, || daemon.kill())?;
+        system.writer().until_killed(&daemon, &mut system.promises, || daemon.kill())?;
     }
     finish(lab, system)
 }
@@ -67,28 +61,13 @@ pub(super) fn killed_everything(lab: &Lab, effort: Effort) -> Result<Counts> {
     for round in 0..effort.rounds {
         let daemon = system.daemon(lab, &format!("daemon-{round}"))?;
         let nodes = std::mem::take(&mut system.nodes);
-        under_load(&daemon, &mut system, || {
+        system.writer().until_killed(&daemon, &mut system.promises, || {
             nodes.iter().try_for_each(Node::kill).and_then(|()| daemon.kill())
         })?;
         system.nodes = nodes;
         system.nodes.iter_mut().try_for_each(|node| node.restart(lab))?;
     }
     finish(lab, system)
-}
-
-/// Runs `kill` in the middle of a load, which does not survive it; what its requests may have done is remembered.
-fn under_load(daemon: &Daemon, system: &mut System, kill: impl FnOnce() -> Result<()>) -> Result<()> {
-    let stop = AtomicBool::new(false);
-    let effort = system.effort();
-    thread::scope(|scope| {
-        let load = scope.spawn(|| System::mixed_load(daemon, &mut system.promises, effort, &stop));
-        thread::sleep(WARM_UP);
-        let killed = kill();
-        stop.store(true, Ordering::Relaxed);
-        // It ends with an error: its disk is gone.
-        drop(load.join());
-        killed
-    })
 }
 
 fn finish(lab: &Lab, mut system: System) -> Result<Counts> {

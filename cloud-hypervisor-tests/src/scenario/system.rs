@@ -1,21 +1,18 @@
 //! What nearly every scenario begins with: nodes, one pool over all of them, a daemon, and a writer that remembers.
 
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
+use super::writer::{ENDLESS, Writer, attach, check_everything, run_load};
 use super::{Counters, Effort, not_run};
-use crate::bench::disk::{Disk, DiskOptions};
-use crate::bench::load::{self, LoadSpec, Pattern, Report, Surroundings};
-use crate::bench::processes::{Role, Watched};
+use crate::bench::disk::Disk;
+use crate::bench::load::{LoadSpec, Pattern, Report};
 use crate::bench::verify::{Promises, Unwritten};
 use crate::lab::{Daemon, DaemonBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder, Transport};
 
 /// How long a member may take to be missed, or to be Clean again.
 pub(super) const LIMIT: Duration = Duration::from_secs(60);
-/// Longest load that is ended from outside.
-const ENDLESS: u64 = 600_000;
 
 /// Nodes and the pool that has a member on each.
 pub struct System {
@@ -86,8 +83,7 @@ impl System {
     /// # Errors
     /// When the daemon does not take part.
     pub fn attach(daemon: &Daemon, load: &LoadSpec) -> Result<Disk> {
-        let watched = [Watched { role: Role::Client, pid: daemon.process().pid() }];
-        Ok(Disk::attach(load.disk_options(daemon.socket(), &watched))?)
+        attach(daemon, load)
     }
 
     /// What a load is whose end is a number of requests, or the stop of whoever runs it.
@@ -104,38 +100,18 @@ impl System {
         }
     }
 
-    /// Puts a mixed load on the disk until `stop`, or until the daemon ends.
-    ///
-    /// # Errors
-    /// When a request failed, a promise was broken, or the daemon ended.
-    pub fn mixed_load(
-        daemon: &Daemon,
-        promises: &mut Promises,
-        effort: Effort,
-        stop: &AtomicBool,
-    ) -> Result<()> {
-        let load =
-            LoadSpec { read_percent: 30, rate: Some(effort.rate), ..Self::spec(Pattern::RandRw, 16, None) };
-        run_load(&mut Self::attach(daemon, &load)?, &load, promises, Some(stop)).map(|_| ())
+    /// The writer under which something breaks.
+    #[must_use]
+    pub fn writer(&self) -> Writer {
+        Writer { depth: 16, rate: self.effort.rate, span: None }
     }
 
-    /// A guest on the disk sees what was promised, every member becomes Clean, and all copies are the same.
+    /// As [`check_everything`].
     ///
     /// # Errors
-    /// When that is not so.
+    /// As [`check_everything`].
     pub fn check_everything(&mut self, daemon: &Daemon) -> Result<()> {
-        let options = DiskOptions {
-            daemons: vec![daemon.process().pid()],
-            buffer_size: 64 << 10,
-            depth: 4,
-            ..DiskOptions::new(daemon.socket())
-        };
-        let mut disk = Disk::attach(options)?;
-        let check = self.promises.check_disk(&mut disk, 3)?;
-        ensure!(check.is_good() && check.blocks > 0, "the disk does not hold what was promised: {check:?}");
-        self.pool.wait_for_level("safe", LIMIT)?;
-        drop(disk);
-        self.pool.assert_identical_within(LIMIT)
+        check_everything(&self.pool, daemon, &mut self.promises)
     }
 
     /// What all nodes together have counted so far.
@@ -151,25 +127,6 @@ impl System {
     pub fn effort(&self) -> Effort {
         self.effort
     }
-}
-
-fn run_load(
-    disk: &mut Disk,
-    load: &LoadSpec,
-    promises: &mut Promises,
-    stop: Option<&AtomicBool>,
-) -> Result<Report> {
-    let around = Surroundings { stop, promises: Some(promises), ..Surroundings::default() };
-    let report = load::run_on(disk, load, around).context("the load")?;
-    ensure!(
-        report.is_good(),
-        "{} errors ({:?}), {} broken promises: {:?}",
-        report.errors,
-        report.first_error,
-        report.violations,
-        report.first_violations
-    );
-    Ok(report)
 }
 
 /// A node without the transport says so and ends; that is no failure of a scenario.
