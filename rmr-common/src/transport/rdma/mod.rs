@@ -113,6 +113,9 @@ pub enum RdmaError {
     /// The peer is something else.
     #[error("the peer at this address: {0}")]
     Stranger(String),
+    /// There are as many connections as there may be.
+    #[error("a peer was refused: there is no room for another connection")]
+    Full,
     /// The connection was closed before.
     #[error("the connection is closed")]
     Over,
@@ -294,6 +297,17 @@ impl RdmaListener {
     /// # Errors
     /// When the peer could not be accepted; the listener goes on, unless its device is gone.
     pub fn accept(&mut self) -> Result<Option<(RdmaConnection, SocketAddr)>, RdmaError> {
+        self.accept_if(&mut |_| true)
+    }
+
+    /// As [`RdmaListener::accept`], but only peers that `admit` says yes to; others cost no more than the question.
+    ///
+    /// # Errors
+    /// As with [`RdmaListener::accept`], and [`RdmaError::Full`] for a peer that was not admitted.
+    pub fn accept_if(
+        &mut self,
+        admit: &mut dyn FnMut(SocketAddr) -> bool,
+    ) -> Result<Option<(RdmaConnection, SocketAddr)>, RdmaError> {
         let Some(request) = self.listener.next()? else { return Ok(None) };
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
         let peer_address = request.peer.unwrap_or(unknown);
@@ -304,6 +318,10 @@ impl RdmaListener {
                 return Err(RdmaError::Stranger(words));
             }
         };
+        if !admit(peer_address) {
+            request.reject();
+            return Err(RdmaError::Full);
+        }
         let domain = self.fabric.domain_of(request.context())?;
         let keyring: Keyring = self.fabric.keyring(&domain)?;
         let sizes = QueueSizes {

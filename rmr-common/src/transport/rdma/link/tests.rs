@@ -785,6 +785,20 @@ fn a_peer_that_breaks_the_rules_is_refused_whatever_it_sends() {
 }
 
 #[test]
+fn a_peer_that_sends_more_than_it_has_credits_for_is_refused() {
+    let mut pair = Pair::new(ReadMode::Direct);
+    let mut bytes = Vec::new();
+    packet::begin(PacketKind::Flow, &Affairs::default(), 0, 0, &mut bytes);
+    for _ in 0..8 {
+        pair.wire.borrow_mut()[1].arrive(&bytes, None);
+        pair.node.receive(&mut pair.at_node).unwrap();
+    }
+    pair.wire.borrow_mut()[1].arrive(&bytes, None);
+    let error = pair.node.receive(&mut pair.at_node).unwrap_err();
+    assert!(error.to_string().contains("credits"), "{error}");
+}
+
+#[test]
 fn data_outside_of_free_slots_is_refused() {
     let tail = |kind, header: MessageHeader| {
         let mut bytes = Vec::new();
