@@ -246,7 +246,6 @@ impl Replica {
         }
         self.activity.clear();
         self.clearing = None;
-        self.watermark = Sequence(0);
         self.clean_detach = false;
         let who = self.holder.as_ref().map(|h| h.description.clone()).unwrap_or_default();
         self.notice(Notice::Attached(self.epoch, who));
@@ -437,6 +436,10 @@ impl Replica {
     fn adopt_view(&mut self) {
         let Some(pending) = &mut self.set_view else { return };
         pending.adopted = true;
+        if pending.view.epoch > self.view.epoch {
+            // What earlier clients left behind is dealt with by now, and not before: an attach may be given up half-way.
+            self.watermark = Sequence(0);
+        }
         self.view = pending.view.clone();
         let old = std::mem::replace(&mut self.spec, pending.spec.clone());
         self.room.fit(old.size, self.spec.size);

@@ -200,6 +200,8 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
     let mut bench = Bench::new(true);
     bench.attach(1, 1);
     bench.durable();
+    bench.set_view(1, 1, 1, &[]);
+    bench.durable();
     for (slot, sequence) in [(0, 1), (1, 2)] {
         let write = MessageHeader {
             slot: Slot(slot),
@@ -207,6 +209,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
             offset: u64::from(slot) * CHUNK,
             length: 4096,
             payload: 4096,
+            missing: MemberSet::only(member(1)),
             ..bench.header(Kind::Write, 1)
         };
         bench.message(1, write, &[]);
@@ -220,6 +223,48 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
     bench.durable();
     assert_eq!(bench.answer(Kind::DetachReply), Some(Status::Ok));
     assert_eq!(bench.replica.maps().intent().iter().collect::<Vec<_>>(), vec![Chunk(1)]);
+}
+
+impl Bench {
+    /// The last one.
+    fn attach_reply(&self) -> crate::wire::AttachReply {
+        let body = self.outputs.iter().rev().find_map(|o| match o {
+            Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => {
+                Some(body)
+            }
+            _ => None,
+        });
+        crate::wire::AttachReply::decode(body.expect("an answer")).unwrap()
+    }
+}
+
+#[test]
+fn the_watermark_of_a_client_counts_from_its_first_view_on() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    bench.set_view(1, 1, 1, &[0]);
+    bench.durable();
+    bench.durable();
+    let ping = |bench: &mut Bench, connection, epoch, watermark| {
+        let header = MessageHeader { watermark: Sequence(watermark), ..bench.header(Kind::Ping, epoch) };
+        bench.message(connection, header, &[]);
+    };
+    ping(&mut bench, 1, 1, 40);
+    // A client that brings this member back in, and does not come far. Its writes have higher sequences.
+    for connection in [2, 3] {
+        bench.attach_as(connection, 2, true);
+        bench.durable();
+        assert_eq!(bench.attach_reply().watermark, Sequence(40));
+        ping(&mut bench, connection, 2, 1000);
+    }
+    bench.set_view(3, 2, 2, &[0]);
+    bench.durable();
+    bench.durable();
+    ping(&mut bench, 3, 2, 30);
+    bench.attach(4, 3);
+    bench.durable();
+    assert_eq!(bench.attach_reply().watermark, Sequence(30));
 }
 
 impl Bench {
@@ -347,7 +392,7 @@ fn a_detach_ends_the_resync() {
 }
 
 #[test]
-fn a_write_that_the_disk_failed_is_told_to_the_next_client_and_is_like_no_other() {
+fn a_write_that_the_disk_failed_is_told_to_the_next_client_as_such() {
     let mut bench = Bench::new(true);
     bench.attach(1, 1);
     bench.durable();
@@ -369,14 +414,10 @@ fn a_write_that_the_disk_failed_is_told_to_the_next_client_and_is_like_no_other(
     assert_eq!(bench.answer(Kind::IoReply), Some(Status::IoError));
     bench.attach(2, 2);
     bench.durable();
-    let body = bench.outputs.iter().rev().find_map(|o| match o {
-        Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => Some(body),
-        _ => None,
-    });
-    let reply = crate::wire::AttachReply::decode(body.unwrap()).unwrap();
+    let reply = bench.attach_reply();
     let [entry] = reply.slots[..] else { panic!("{:?}", reply.slots) };
     assert_eq!((entry.sequence, entry.offset, entry.length), (Sequence(7), 4096, 4096));
-    assert_ne!(entry.slot, Slot(3), "a member that carried it out has the same entry");
+    assert!(entry.slot == Slot(3) && entry.failed);
 }
 
 #[test]

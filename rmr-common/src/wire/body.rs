@@ -440,7 +440,7 @@ impl Attach {
     }
 }
 
-/// The last write that a member finished in one slot.
+/// The last write that a member carried out in one slot, or one that its disk failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SlotEntry {
     /// The slot.
@@ -451,6 +451,8 @@ pub struct SlotEntry {
     pub offset: u64,
     /// Bytes written.
     pub length: u32,
+    /// The disk failed it: any part of it may have been carried out.
+    pub failed: bool,
 }
 
 /// Body of a good [`Kind::AttachReply`].
@@ -464,7 +466,7 @@ pub struct AttachReply {
     pub last_client: Option<ClientId>,
     /// Whether the last client detached with everything complete and flushed.
     pub clean_detach: bool,
-    /// The used entries of the slot table.
+    /// The used entries of the slot table, and the writes that the disk failed.
     pub slots: Vec<SlotEntry>,
     /// Every write of the last client up to this one was complete on every active member.
     pub watermark: Sequence,
@@ -487,6 +489,7 @@ impl AttachReply {
         e.u8(self.clean_detach.into()).u16(u16::try_from(self.slots.len()).unwrap_or(0));
         for entry in &self.slots {
             e.u16(entry.slot.0).u64(entry.sequence.0).u64(entry.offset).u32(entry.length);
+            e.u8(entry.failed.into());
         }
         e.u64(self.watermark.0).u8(self.tables_lost.into());
         e.u32(u32::try_from(self.intents.len()).unwrap_or(0));
@@ -512,8 +515,9 @@ impl AttachReply {
         }
         let mut slots = Vec::with_capacity(count.into());
         for _ in 0..count {
-            let slot = Slot(d.u16()?);
-            slots.push(SlotEntry { slot, sequence: Sequence(d.u64()?), offset: d.u64()?, length: d.u32()? });
+            let (slot, sequence) = (Slot(d.u16()?), Sequence(d.u64()?));
+            let (offset, length, failed) = (d.u64()?, d.u32()?, d.u8()? != 0);
+            slots.push(SlotEntry { slot, sequence, offset, length, failed });
         }
         let watermark = Sequence(d.u64()?);
         let tables_lost = d.u8()? != 0;
@@ -806,13 +810,14 @@ mod tests {
             description: "x".into(),
         };
         check(&attach, attach.encode(), Attach::decode);
-        let entry = SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512 };
+        let entry =
+            SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512, failed: false };
         let attached = AttachReply {
             view: view.clone(),
             spec: pool.clone(),
             last_client: Some(ClientId::random()),
             clean_detach: false,
-            slots: vec![entry, entry],
+            slots: vec![entry, SlotEntry { failed: true, ..entry }],
             watermark: Sequence(4),
             tables_lost: true,
             intents: vec![(Chunk(3), 2)],
