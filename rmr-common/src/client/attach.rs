@@ -340,6 +340,10 @@ impl Client {
             return;
         };
         self.counters.views += 1;
+        if attach {
+            // Writes are given up before an attachment is complete only, so its comparison has seen all of them.
+            self.parts.settled();
+        }
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
         self.was_cut_short = false;

@@ -342,6 +342,24 @@ fn sequences_of_a_forced_attachment_go_on_above_those_that_the_member_remembers(
     assert!(bench.sent[0].1.sequence > Sequence(500), "{:?}", bench.sent[0].1.sequence);
 }
 
+#[test]
+fn a_write_that_was_given_up_holds_the_watermark_until_members_were_made_to_agree() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.submit(1, Operation::Write, 0, 4096);
+    bench.admits = false;
+    bench.client.apply(Event::Cancel, bench.now);
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(bench.done, [(Token(1), Err(IoError::Cancelled))]);
+    assert_eq!((bench.client.status().state, &bench.watermarks), ("attaching", &vec![Sequence(0); 2]));
+    bench.admits = true;
+    bench.sent.clear();
+    bench.attach_anew();
+    bench.submit(2, Operation::Write, 0, 4096);
+    bench.answer_all();
+    bench.pass(Duration::from_secs(3));
+    assert_eq!(bench.watermarks, vec![bench.client.sequence; 2]);
+}
+
 /// Both members were attached to by a client that died; these are their slot tables.
 fn after_a_death(slots: [Vec<SlotEntry>; 2]) -> Bench {
     let mut bench = Bench::new(2, |_| {});

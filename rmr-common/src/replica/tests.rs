@@ -280,16 +280,21 @@ impl Bench {
 
     /// A view that has this member Syncing and member 1 Out, which adds to what that one misses.
     fn syncing(&mut self) {
+        self.syncing_in(1, 7);
+    }
+
+    /// The view with this number, on this connection.
+    fn syncing_in(&mut self, connection: u32, number: u64) {
         let states = [MemberState::Syncing, MemberState::Out, MemberState::Clean];
         let mut view = self.replica.view().clone();
-        (view.number, view.epoch) = (ViewNumber(7), Epoch(1));
+        (view.number, view.epoch) = (ViewNumber(number), Epoch(1));
         view.members.iter_mut().zip(states).for_each(|(line, state)| line.state = state);
         let addition = DirtyAddition { members: MemberSet::only(member(1)), offset: 0, length: 4096 };
         let header = MessageHeader { view: view.number, ..self.header(Kind::SetView, 1) };
         let body =
             SetView { view, spec: self.replica.spec().clone(), additions: vec![addition], more: false }
                 .encode();
-        self.message(1, header, &body);
+        self.message(connection, header, &body);
     }
 
     /// Answers every page that was asked for; the source has on record that this member misses chunk 0.
@@ -326,6 +331,46 @@ fn a_view_of_an_earlier_session_is_no_reason_to_report_that_nothing_is_stale() {
     again.replica.apply(Event::Tick, Time(5_000_000_000));
     again.apply(Event::Tick);
     assert_eq!((again.take_flush(), again.answer(Kind::ChunksDone)), (None, None));
+}
+
+#[test]
+fn a_syncing_member_takes_over_no_maps_for_a_view_that_follows_one_which_it_did_not_get_to_see() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    // It covers all that is stale. The source may not have carried it out yet, and knows nothing better than before.
+    let missing = MemberSet::only(member(1));
+    let write = MessageHeader { length: 65536, payload: 65536, missing, ..bench.header(Kind::Write, 1) };
+    bench.message(1, MessageHeader { sequence: Sequence(1), ..write }, &[]);
+    bench.durable();
+    let written = |o: &Output| match o {
+        Output::Disk { io, operation: DiskOperation::Write(_), .. } => Some(*io),
+        _ => None,
+    };
+    let io = bench.outputs.iter().find_map(written).expect("a write");
+    bench.apply(Event::Disk(io, DiskResult::Done));
+    assert_eq!(bench.replica.maps().missed(member(0)), (0, 0));
+    // Another leg was lost, and one more before the view without the first was durable everywhere.
+    bench.syncing_in(1, 8);
+    bench.syncing_in(1, 9);
+    bench.hand_over();
+    assert_eq!(
+        (bench.replica.view().number, bench.replica.maps().missed(member(0))),
+        (ViewNumber(9), (0, 0))
+    );
+    assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+}
+
+#[test]
+fn a_member_that_is_brought_back_in_takes_over_maps_whatever_the_number_of_the_view() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    bench.prepare();
+    bench.syncing_in(1, 8);
+    assert!(!bench.take_sent(Kind::PullMap).is_empty());
 }
 
 #[test]
