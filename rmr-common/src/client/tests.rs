@@ -44,11 +44,6 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new(members: u8, configure: impl FnOnce(&mut Config)) -> Self {
-        Self::with_nodes(members, configure, |_| {})
-    }
-
-    /// The same with something about the nodes as the client finds them.
-    fn with_nodes(members: u8, configure: impl FnOnce(&mut Config), arrange: impl FnOnce(&mut Self)) -> Self {
         let line = |i: u8| MemberSpec {
             id: member(i),
             store: StoreId::from_bytes([i + 1; 16]),
@@ -91,10 +86,21 @@ impl Bench {
             additions: Vec::new(),
             done: Vec::new(),
         };
-        arrange(&mut bench);
         bench.run();
         assert!(bench.client.is_active());
         bench
+    }
+
+    /// Another client, with the nodes as they are.
+    pub(super) fn start_client(&mut self, configure: impl FnOnce(&mut Config)) {
+        let mut config = Config::new(ClientId::from_bytes([2; 16]), "another test");
+        config.attach_grace = Duration::ZERO;
+        configure(&mut config);
+        let seeds: Vec<_> = self.spec.members.iter().map(|m| m.address.clone()).collect();
+        self.client = Client::new(config, PoolSelector::Id(self.spec.id), &seeds, self.now);
+        self.sent.clear();
+        self.nodes.clear();
+        self.run();
     }
 
     /// Carries out what the client wants until it waits for something that the test has to do.
@@ -336,8 +342,10 @@ fn sequences_go_on_above_those_that_a_member_brings_back() {
 
 #[test]
 fn sequences_of_a_forced_attachment_go_on_above_those_that_the_member_remembers() {
-    let force = |c: &mut Config| c.force_from = Some(member(0));
-    let mut bench = Bench::with_nodes(2, force, |b| b.slots[0] = vec![written(500, 0)]);
+    let mut bench = Bench::new(2, |_| {});
+    bench.slots[0] = vec![written(500, 0)];
+    let force = Force { member: member(0), decided: std::time::UNIX_EPOCH };
+    bench.start_client(|c| c.force_from = Some(force));
     bench.submit(1, Operation::Write, 0, 4096);
     assert!(bench.sent[0].1.sequence > Sequence(500), "{:?}", bench.sent[0].1.sequence);
 }
