@@ -114,6 +114,21 @@ pub fn copy_to_segments(bytes: &[u8], segments: &[Segment]) -> usize {
     done
 }
 
+/// Copies the bytes of a segment to `segments`, as far as both go; returns how many. Either may be changed by others
+/// meanwhile: no reference to it is made.
+#[must_use]
+pub fn copy_segment(from: &Segment, segments: &[Segment]) -> usize {
+    let mut done = 0;
+    for segment in segments {
+        let part = from.part(done, segment.length());
+        // SAFETY: `part` is readable and `segment`, which is at least as long, writable by the promises made when they were
+        // created; `copy` allows that they overlap.
+        unsafe { std::ptr::copy(part.base(), segment.base(), part.length()) };
+        done += part.length();
+    }
+    done
+}
+
 /// A segment at an address that is only compared, never touched.
 #[cfg(test)]
 pub(crate) fn for_tests(base: usize, length: usize) -> Segment {
@@ -202,6 +217,12 @@ mod tests {
             copy_out(&segments, offset, length, &mut copy);
             assert!(copy == part);
         }
+        let mut target = vec![vec![0; 7], vec![0; 99_000], vec![0; 5]];
+        let mut into = Vec::new();
+        segments_of_buffers(&mut target, &mut into);
+        assert_eq!(copy_segment(&segments[2], &into), 60_000);
+        assert!(target.concat()[..60_000] == bytes[40_000..]);
+        assert_eq!(copy_segment(&segments[2], &into[..1]), 7);
         copy_in(&[0xee; 40_000], &segments, 5);
         let mut copy = Vec::new();
         copy_out(&segments, 0, 100_000, &mut copy);

@@ -30,6 +30,8 @@ use crate::sys::{self, Peeked, StopSignals};
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
 /// Most messages of the front end in one turn, so that a talkative one cannot starve the rings.
 const MAX_MESSAGES: usize = 64;
+/// How long the listener rests when a front end could not be accepted: it is readable all the while.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Tags of watched descriptors; those of the disk carry none.
 const TAG_DISK: u32 = 0;
@@ -130,6 +132,7 @@ impl<D: Disk> EventLoop<D> {
             state: State::Running,
             kicks: Vec::new(),
             listener_ready: false,
+            listener_rests: None,
             changes: Vec::new(),
             control_changes: Vec::new(),
             kick_changes: Vec::new(),
@@ -167,20 +170,23 @@ impl<D: Disk> EventLoop<D> {
             if let State::Finished(refused) = &mut worker.state {
                 return refused.take().map_or(Ok(()), |reason| Err(LoopError::Refused(reason)));
             }
-            self.apply_changes()?;
+            if self.apply_changes()? {
+                wait = 0;
+            }
         }
     }
 
-    fn apply_changes(&mut self) -> Result<(), LoopError> {
+    /// Watches what is to be watched now; whether that led to something that is to be dealt with at once.
+    fn apply_changes(&mut self) -> Result<bool, LoopError> {
         let worker = self.manager.subscriber_mut(self.id)?;
         worker.disk.watch_changes(&mut worker.changes);
         if worker.changes.is_empty() && worker.control_changes.is_empty() && worker.kick_changes.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let mut disk = std::mem::take(&mut worker.changes);
         let control = std::mem::take(&mut worker.control_changes);
         let kicks = std::mem::take(&mut worker.kick_changes);
-        let mut failed = Vec::new();
+        let (mut failed, mut unwatched) = (Vec::new(), false);
         let mut ops = self.manager.event_ops(self.id)?;
         for change in disk.drain(..) {
             if let Err(error) = change.apply(&mut ops) {
@@ -191,9 +197,21 @@ impl<D: Disk> EventLoop<D> {
             match change {
                 ControlChange::Add(fd) => {
                     let set = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-                    ops.add(Events::with_data_raw(fd, TAG_CONTROL, set))?;
+                    if let Err(error) = ops.add(Events::with_data_raw(fd, TAG_CONTROL, set)) {
+                        error!(?error, "the front end's socket cannot be watched");
+                        unwatched = true;
+                    }
                 }
-                ControlChange::Remove(fd) => ops.remove(Events::empty_raw(fd))?,
+                ControlChange::Listen(fd) => {
+                    if let Err(error) = ops.add(Events::with_data_raw(fd, TAG_LISTENER, EventSet::IN)) {
+                        error!(?error, "the listening socket cannot be watched");
+                    }
+                }
+                ControlChange::Remove(fd) => {
+                    if let Err(error) = ops.remove(Events::empty_raw(fd)) {
+                        debug!(?error, fd, "was not watched");
+                    }
+                }
             }
         }
         for change in kicks {
@@ -216,7 +234,10 @@ impl<D: Disk> EventLoop<D> {
             error!(queue, "the kick descriptor cannot be watched, expected an eventfd");
             worker.session().kick_failed(queue);
         }
-        Ok(())
+        if unwatched {
+            worker.disconnect("its socket cannot be watched");
+        }
+        Ok(unwatched)
     }
 }
 
@@ -226,10 +247,11 @@ impl<D: Disk> std::fmt::Debug for EventLoop<D> {
     }
 }
 
-/// A change of whether the control socket is watched.
+/// A change of whether the control socket or the listener is watched.
 #[derive(Clone, Copy, Debug)]
 enum ControlChange {
     Add(RawFd),
+    Listen(RawFd),
     Remove(RawFd),
 }
 
@@ -278,6 +300,8 @@ struct Worker<D: Disk> {
     state: State,
     kicks: Vec<usize>,
     listener_ready: bool,
+    /// The listener is not watched until then.
+    listener_rests: Option<Instant>,
     changes: Vec<WatchChange>,
     control_changes: Vec<ControlChange>,
     kick_changes: Vec<KickChange>,
@@ -325,6 +349,11 @@ impl<D: Disk> Worker<D> {
         }
         if self.listener_ready {
             self.accept();
+        }
+        if self.listener_rests.is_some_and(|until| until <= Instant::now()) {
+            self.listener_rests = None;
+            self.control_changes
+                .extend(self.listener.as_ref().map(|listener| ControlChange::Listen(listener.as_raw_fd())));
         }
         self.attach_or_stop();
         let serve = matches!(self.state, State::Running)
@@ -391,7 +420,8 @@ impl<D: Disk> Worker<D> {
             State::Stopping { deadline, .. } => Some(until(deadline)),
             State::Running | State::Finished(_) => None,
         };
-        let wait = [self.disk.timeout(), draining, stopping].into_iter().flatten().min();
+        let resting = self.listener_rests.map(until);
+        let wait = [self.disk.timeout(), draining, stopping, resting].into_iter().flatten().min();
         // Rounded up: waking early would only find that nothing is due yet.
         wait.map_or(-1, |wait| i32::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX))
     }
@@ -516,7 +546,13 @@ impl<D: Disk> Worker<D> {
             }
             Ok(_) => warn!("a second front end was turned away: one at a time"),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
-            Err(error) => warn!("a front end could not be accepted: {error}"),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            Err(error) => {
+                // For want of descriptors as a rule. The front end waits in the queue, and would wake the loop at once again.
+                warn!("a front end could not be accepted, trying again in a second: {error}");
+                self.control_changes.push(ControlChange::Remove(listener.as_raw_fd()));
+                self.listener_rests = Some(Instant::now() + ACCEPT_PAUSE);
+            }
         }
     }
 
@@ -600,7 +636,17 @@ impl<D: Disk> Worker<D> {
                     );
                     self.state = State::Finished(None);
                 } else {
-                    warn!(in_flight, "requests did not complete in time; cancelling them");
+                    // A front end that waits for its rings to end gets an answer for each request, as without a stop.
+                    let waits = self.connection.as_ref().is_some_and(|c| c.draining.is_some());
+                    if in_flight > 0 && !waits && self.session().inflight.is_some() {
+                        warn!(
+                            in_flight,
+                            "requests did not complete in time; the next daemon serves them again"
+                        );
+                        self.session().leave_in_flight();
+                    } else {
+                        warn!(in_flight, "requests did not complete in time; cancelling them");
+                    }
                     self.disk.cancel();
                     self.state = State::Stopping { deadline: Instant::now() + CANCEL_GRACE, cancelled: true };
                 }

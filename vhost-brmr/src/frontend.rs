@@ -149,6 +149,15 @@ impl Session {
         self.told_size = None;
     }
 
+    /// Leaves the requests in flight to the next daemon, which finds them in the inflight region: no ring takes anything
+    /// more, and nobody is told of their end.
+    pub fn leave_in_flight(&mut self) {
+        for ring in &mut self.rings {
+            ring.stop();
+        }
+        self.ran = false;
+    }
+
     /// Whether the guest has reset the device since this was asked last.
     pub fn take_reset(&mut self) -> bool {
         std::mem::take(&mut self.was_reset)

@@ -49,6 +49,9 @@ pub enum RdmaError {
     /// The feature `rdma` is switched off.
     #[error("this build has no RDMA transport: use tcp://, or build with the feature rdma (docs/rdma.md)")]
     NotBuilt,
+    /// There are as many connections as there may be.
+    #[error("a peer was refused: there is no room for another connection")]
+    Full,
 }
 
 /// What the RDMA connections of a process have in common: nothing here.
@@ -126,7 +129,10 @@ impl RdmaConnection {
     }
 
     /// See there.
-    pub const fn grant(&mut self, _window: u16, _memory: &Segment) -> bool {
+    ///
+    /// # Errors
+    /// Never.
+    pub const fn grant(&mut self, _window: u16, _memory: &Segment) -> Result<(), RdmaError> {
         match *self {}
     }
 
@@ -225,6 +231,17 @@ impl RdmaListener {
     }
 
     /// Cannot be called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn accept_if(
+        &mut self,
+        _admit: &mut dyn FnMut(SocketAddr) -> bool,
+    ) -> Result<Option<(RdmaConnection, SocketAddr)>, RdmaError> {
+        match *self {}
+    }
+
+    /// None waits.
     ///
     /// # Errors
     /// None.

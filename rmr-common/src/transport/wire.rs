@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use super::rdma::{RdmaConnection, RdmaListener};
+use super::rdma::{RdmaConnection, RdmaError, RdmaListener};
 use super::tcp::TcpConnection;
 use super::tls::ServerTls;
 use super::{Connection, ConnectionError, Counters, Receiver};
@@ -68,8 +68,8 @@ impl Wire {
         }
     }
 
-    /// Drops the connection; one that still has last words under way goes on by itself for a moment.
-    pub fn finish(self) {
+    /// Drops the connection, and then `keep`; one that still has last words under way goes on by itself for a moment.
+    pub fn finish(self, keep: impl Send + 'static) {
         let Self::Rdma(mut connection) = self else { return };
         if !connection.has_unsent() {
             return;
@@ -79,6 +79,8 @@ impl Wire {
             while connection.linger() && Instant::now() < end {
                 std::thread::sleep(Duration::from_millis(1));
             }
+            drop(connection);
+            drop(keep);
         };
         // Without a thread it is dropped at once, and the peer does not hear why.
         let _ = std::thread::Builder::new().name("linger".into()).spawn(work);
@@ -185,15 +187,18 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// The next connection.
+    /// The next connection, if `admit` says yes to it: it is asked before anything is set aside for the peer.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] when none waits, [`io::ErrorKind::ConnectionAborted`] when one could not be taken and
-    /// others may.
-    pub fn accept(&mut self) -> io::Result<(Wire, SocketAddr)> {
+    /// [`io::ErrorKind::WouldBlock`] when none waits, [`io::ErrorKind::ConnectionRefused`] when one was not admitted,
+    /// [`io::ErrorKind::ConnectionAborted`] when one could not be taken and others may.
+    pub fn accept(&mut self, admit: &mut dyn FnMut(SocketAddr) -> bool) -> io::Result<(Wire, SocketAddr)> {
         match self {
             Self::Tcp { socket, dead_after, tls } => {
                 let (stream, address) = socket.accept()?;
+                if !admit(address) {
+                    return Err(io::ErrorKind::ConnectionRefused.into());
+                }
                 let connection = match tls {
                     Some(tls) => TcpConnection::accepted_with_tls(stream, *dead_after, tls),
                     None => TcpConnection::new(stream, *dead_after),
@@ -202,9 +207,10 @@ impl Listener {
                     connection.map_err(|e| io::Error::new(io::ErrorKind::ConnectionAborted, e))?;
                 Ok((Wire::Tcp(connection), address))
             }
-            Self::Rdma(listener) => match listener.accept() {
+            Self::Rdma(listener) => match listener.accept_if(admit) {
                 Ok(Some((connection, address))) => Ok((Wire::Rdma(Box::new(connection)), address)),
                 Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
+                Err(RdmaError::Full) => Err(io::ErrorKind::ConnectionRefused.into()),
                 Err(error) => Err(io::Error::new(io::ErrorKind::ConnectionAborted, error)),
             },
         }
@@ -217,5 +223,35 @@ impl AsRawFd for Listener {
             Self::Tcp { socket, .. } => socket.as_raw_fd(),
             Self::Rdma(listener) => listener.as_raw_fd(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::TcpStream;
+
+    use super::*;
+
+    #[test]
+    fn a_peer_that_is_not_admitted_is_closed_and_the_next_one_is_asked_for() {
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let mut listener = Listener::Tcp { socket, dead_after: Duration::from_secs(1), tls: None };
+        let mut first = TcpStream::connect(address).unwrap();
+        let _second = TcpStream::connect(address).unwrap();
+        let mut asked = Vec::new();
+        let mut admit = |peer| {
+            asked.push(peer);
+            asked.len() > 1
+        };
+        let refused = listener.accept(&mut admit).err().unwrap();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(first.read(&mut [0]).unwrap(), 0);
+        let (wire, peer) = listener.accept(&mut admit).unwrap();
+        assert_eq!(asked, [first.local_addr().unwrap(), peer]);
+        let keep = std::sync::Arc::new(());
+        wire.finish(keep.clone());
+        assert_eq!(std::sync::Arc::strong_count(&keep), 1, "let go of with the connection");
     }
 }

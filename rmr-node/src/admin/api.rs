@@ -46,7 +46,7 @@ pub struct NodeInfo {
     pub data_addresses: Vec<Address>,
     /// Where it listens for admin requests.
     pub admin_address: SocketAddr,
-    /// Which disk engine is in use: `uring` or `inline`.
+    /// Which disk engine is in use: `uring`, `inline`, or `mixed` when some shards could not get an io_uring.
     pub engine: String,
     /// How many I/O threads it runs.
     pub shards: u32,
@@ -60,6 +60,9 @@ pub struct NodeInfo {
     pub buffer_bytes: u64,
     /// How much of the buffer memory is in use.
     pub buffer_used_bytes: u64,
+    /// How much of that is lent to clients over RDMA, to write to.
+    #[serde(default)]
+    pub buffer_lent_bytes: u64,
     /// What all data connections have done since the node was started: work for the network, and bytes that were copied.
     #[serde(default)]
     pub transport: Counters,
@@ -152,8 +155,8 @@ pub struct ClientStatus {
     pub address: String,
     /// Attached now, or lost.
     pub state: ClientState,
-    /// When it attached to this member.
-    pub attached_unix_ms: UnixMs,
+    /// When it attached to this member; absent when that was before the node was started.
+    pub attached_unix_ms: Option<UnixMs>,
 }
 
 /// Whether the holder of a pool is there.

@@ -43,6 +43,7 @@ pub(crate) fn node_info(name: &str) -> NodeInfo {
         max_connections: 256,
         buffer_bytes: 64 << 20,
         buffer_used_bytes: 0,
+        buffer_lent_bytes: 0,
         transport: rmr_common::transport::Counters::default(),
     }
 }
@@ -84,7 +85,7 @@ pub(crate) fn client(attached_unix_ms: u64) -> ClientStatus {
         text: "vhost-brmr on hv-1, pid 77".into(),
         address: "10.0.0.9:40000".into(),
         state: ClientState::Attached,
-        attached_unix_ms: UnixMs(attached_unix_ms),
+        attached_unix_ms: Some(UnixMs(attached_unix_ms)),
     }
 }
 

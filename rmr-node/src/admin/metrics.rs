@@ -36,6 +36,12 @@ impl Page {
         self.single("rmr_node_connections_max", "gauge", "Limit of data connections.", node.max_connections);
         self.single("rmr_node_buffer_bytes", "gauge", "Buffer memory.", node.buffer_bytes);
         self.single("rmr_node_buffer_used_bytes", "gauge", "Buffer memory in use.", node.buffer_used_bytes);
+        self.single(
+            "rmr_node_buffer_lent_bytes",
+            "gauge",
+            "Buffer memory lent to clients over RDMA, to write to.",
+            node.buffer_lent_bytes,
+        );
         let t = &node.transport;
         for (name, help, value) in [
             ("rmr_tcp_sent_bytes_total", "Bytes sent over TCP, copied by the kernel.", t.tcp_sent_bytes),

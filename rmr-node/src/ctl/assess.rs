@@ -621,7 +621,7 @@ mod tests {
         found[1].client = Some(ClientStatus { id: rmr_common::pool::ClientId::random(), ..client(6) });
         let a = assess(&one(found), true, NOW);
         assert!(a.notes[0].starts_with("2 clients say"), "{:?}", a.notes);
-        assert_eq!(a.client.unwrap().attached_unix_ms, UnixMs(6));
+        assert_eq!(a.client.unwrap().attached_unix_ms, Some(UnixMs(6)));
     }
 
     #[test]
@@ -634,8 +634,17 @@ mod tests {
             found[0].client = Some(client(5));
             found[1].client = Some(client(6));
             let a = assess(&one(found), true, NOW);
-            assert_eq!(a.client.map(|c| c.attached_unix_ms), Some(UnixMs(shown)), "{states:?}");
+            assert_eq!(a.client.map(|c| c.attached_unix_ms), Some(Some(UnixMs(shown))), "{states:?}");
         }
+        // A member whose node was started since knows no time, and says less than one that does.
+        let mut found = statuses(&[Clean, Clean]);
+        found[0].client = Some(ClientStatus { attached_unix_ms: None, ..client(9) });
+        found[1].client = Some(client(6));
+        let a = assess(&one(found.clone()), true, NOW);
+        assert_eq!(a.client.map(|c| c.attached_unix_ms), Some(Some(UnixMs(6))));
+        found[1].client = None;
+        let a = assess(&one(found), true, NOW);
+        assert_eq!(a.client.map(|c| c.attached_unix_ms), Some(None));
         let mut found = statuses(&[Clean, Out]);
         found[1].client = Some(client(6));
         assert_eq!(assess(&one(found), true, NOW).client, None);

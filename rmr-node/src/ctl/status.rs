@@ -82,9 +82,12 @@ pub(super) fn client_words(client: Option<&ClientStatus>, now: UnixMs) -> String
                 ClientState::Attached => "attached",
                 ClientState::Crashed => "lost without a detach, was attached",
             };
-            let since = format::utc_with_age(c.attached_unix_ms, now);
+            let since = c.attached_unix_ms.map_or_else(
+                || "before its node was started".to_owned(),
+                |since| format!("since {}", format::utc_with_age(since, now)),
+            );
             let (text, address) = (format::plain(&c.text), format::plain(&c.address));
-            format!("{text} ({}, from {address}) {state} since {since}", c.id)
+            format!("{text} ({}, from {address}) {state} {since}", c.id)
         },
     )
 }

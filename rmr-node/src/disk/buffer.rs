@@ -8,7 +8,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
-use rmr_common::buffer::Segment;
+use rmr_common::buffer::{Segment, copy_out, copy_to_segments};
 
 use super::buddy::{Buddy, MAX_ORDER};
 
@@ -235,14 +235,32 @@ impl Buffer {
         unsafe { Segment::new(self.base(), self.length) }
     }
 
-    /// The bytes. Not to be called while I/O into the buffer is under way.
+    /// CRC32C of the bytes as they are now.
+    #[must_use]
+    pub fn digest(&self) -> u32 {
+        rmr_common::buffer::digest(&[self.segment()], 0, self.length)
+    }
+
+    /// Copies the bytes as they are now to the end of `bytes`.
+    pub fn copy_out(&self, offset: usize, length: usize, bytes: &mut Vec<u8>) {
+        copy_out(&[self.segment()], offset, length.min(self.length.saturating_sub(offset)), bytes);
+    }
+
+    /// Copies these bytes to the start, as many as fit.
+    pub fn fill(&mut self, bytes: &[u8]) {
+        copy_to_segments(bytes, &[self.segment()]);
+    }
+
+    /// The bytes. Not to be called while I/O into the buffer is under way, and only for a pool that is not registered for
+    /// RDMA: a client may write to what was lent to it before, and with it to what a reference says does not change.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the range belongs to this buffer alone while it lives, is mapped and initialised (anonymous memory).
+        // SAFETY: the range belongs to this buffer alone while it lives, is mapped and initialised (anonymous memory), and the
+        // caller promises that no device writes to it.
         unsafe { std::slice::from_raw_parts(self.base(), self.length) }
     }
 
-    /// The bytes, to change them. Not to be called while I/O on the buffer is under way.
+    /// The bytes, to change them. As with [`Buffer::bytes`].
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `bytes`; `&mut self` makes this the only reference.
         unsafe { std::slice::from_raw_parts_mut(self.base(), self.length) }
@@ -284,6 +302,20 @@ mod tests {
         drop(held);
         assert_eq!(pool.free_bytes(), pool.total_bytes());
         assert_eq!(pool.try_acquire(1 << 20).unwrap().capacity(), 1 << 20);
+    }
+
+    #[test]
+    fn bytes_are_filled_in_copied_out_and_digested_without_a_reference_to_them() {
+        let pool = BufferPool::new(1 << 20).unwrap();
+        let mut buffer = pool.try_acquire(8192).unwrap();
+        let bytes: Vec<u8> = (0..8192u32).map(|i| (i % 251) as u8).collect();
+        buffer.fill(&bytes);
+        assert_eq!(buffer.digest(), rmr_common::wire::data_digest(&bytes));
+        let mut copy = Vec::new();
+        buffer.copy_out(4096, 1 << 20, &mut copy);
+        assert!(copy == bytes[4096..]);
+        buffer.copy_out(1 << 20, 1, &mut copy);
+        assert_eq!(copy.len(), 4096);
     }
 
     #[test]

@@ -192,6 +192,12 @@ impl DiskEngine {
         matches!(self.disks.get(usize::from(id.0)), Some(Some(Disk::Inline(_))))
     }
 
+    /// Whether there is an io_uring; all disks are executed inline where there is none.
+    #[must_use]
+    pub const fn has_ring(&self) -> bool {
+        self.ring.is_some()
+    }
+
     /// As [`Engine::completions`], but waits for at least one when any request is in flight. For opening and closing,
     /// not for the loop of a shard.
     ///

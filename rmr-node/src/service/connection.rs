@@ -12,6 +12,7 @@ use rmr_common::transport::{Connection, Place, Receiver, Wire};
 use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader, Status};
 use vmm_sys_util::epoll::EventSet;
 
+use super::ConnectionPlace;
 use super::member::Member;
 use super::windows::Windows;
 use crate::disk::{BufferPool, Payload};
@@ -20,7 +21,7 @@ use crate::disk::{BufferPool, Payload};
 const MAX_HELLO: u32 = 4096;
 /// Most messages that wait for a client to take them before nothing more is read from it. A session has fewer answers
 /// outstanding; only one that asks and does not listen comes here.
-const MAX_BACKLOG: usize = 4 * MAX_SLOTS as usize;
+pub(super) const MAX_BACKLOG: usize = 4 * MAX_SLOTS as usize;
 /// Most requests of a connection at a time. A session has a slot for each; twice that allows for slots that a client
 /// uses again after it gave the request up.
 const MAX_REQUESTS: usize = 2 * MAX_SLOTS as usize;
@@ -30,6 +31,7 @@ pub(super) struct Peer {
     pub(super) wire: Wire,
     pub(super) descriptor: RawFd,
     pub(super) address: SocketAddr,
+    pub(super) place: ConnectionPlace,
     /// Index of the member it talks to; `None` until it was greeted.
     pub(super) member: Option<usize>,
     pub(super) since: Time,
@@ -55,11 +57,18 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn new(wire: Wire, descriptor: RawFd, address: SocketAddr, now: Time) -> Self {
+    pub(super) fn new(
+        wire: Wire,
+        descriptor: RawFd,
+        address: SocketAddr,
+        place: ConnectionPlace,
+        now: Time,
+    ) -> Self {
         Self {
             wire,
             descriptor,
             address,
+            place,
             member: None,
             since: now,
             last_heard: now,

@@ -12,7 +12,6 @@ use crate::admin::api::{
     ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, UnixMs,
 };
 use crate::admin::{NodeControl, Reply, Responder, reply};
-use crate::config::EngineChoice;
 use crate::store::{CreateOptions, Store, ZeroPolicy};
 
 /// See the module's comment.
@@ -36,7 +35,7 @@ impl Control {
             now_unix_ms: UnixMs::now(),
             data_addresses: self.shared.advertised().clone(),
             admin_address: config.admin,
-            engine: if config.engine == EngineChoice::Inline { "inline" } else { "uring" }.to_owned(),
+            engine: engine_words(self.shared.inline.iter().map(|i| i.load(Ordering::Relaxed))).to_owned(),
             shards: sum(config.shards),
             stores: sum(self.shared.pools().len()),
             connections: sum(self.shared.connections.load(Ordering::Relaxed)),
@@ -44,6 +43,7 @@ impl Control {
             buffer_bytes: config.buffer_memory * config.shards as u64,
             transport: self.shared.counters(),
             buffer_used_bytes: self.shared.buffer_used.iter().map(|u| u.load(Ordering::Relaxed)).sum(),
+            buffer_lent_bytes: self.shared.buffer_lent.iter().map(|u| u.load(Ordering::Relaxed)).sum(),
         }
     }
 }
@@ -142,6 +142,16 @@ impl NodeControl for Control {
     }
 }
 
+/// What shards use, by which of them have no io_uring.
+fn engine_words(inline: impl Iterator<Item = bool>) -> &'static str {
+    let (without, with): (Vec<bool>, Vec<bool>) = inline.partition(|inline| *inline);
+    match (with.is_empty(), without.is_empty()) {
+        (_, true) => "uring",
+        (true, false) => "inline",
+        (false, false) => "mixed",
+    }
+}
+
 fn create(shared: &Shared, request: &CreateStore) -> Result<Store, ControlError> {
     let spec = &request.spec;
     {
@@ -173,4 +183,18 @@ fn create(shared: &Shared, request: &CreateStore) -> Result<Store, ControlError>
     };
     Store::create(&path, &options, &mut |_, _| {}).map_err(ControlError::from)?;
     Store::open(&path, Some(spec.id)).map_err(ControlError::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_engine_is_what_the_shards_have_and_not_what_was_configured() {
+        for (shards, words) in
+            [(&[false, false][..], "uring"), (&[true, true], "inline"), (&[false, true], "mixed")]
+        {
+            assert_eq!(engine_words(shards.iter().copied()), words);
+        }
+    }
 }

@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rmr_common::map::{ChunkMap, MapId, MemberMaps};
-use rmr_common::pool::{BLOCK_SIZE, MemberState, PoolId};
+use rmr_common::pool::{BLOCK_SIZE, MemberId, MemberState, PoolId};
 use rmr_common::replica::{
     CommandId, Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica,
-    ReplicaStatus, ResyncLimits, Ticket,
+    ReplicaStatus, ResyncLimits, ResyncStatus as ReplicaResync, Ticket,
 };
 use rmr_common::time::Time;
 use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
@@ -346,8 +346,8 @@ impl Member {
             let connected = status.holder.as_ref().is_some_and(|h| h.connected);
             let state = if connected { ClientState::Attached } else { ClientState::Crashed };
             let (since, address) = match &self.attached {
-                Some((since, address)) => (*since, address.to_string()),
-                None => (UnixMs(superblock.created_unix_s * 1000), "unknown".to_owned()),
+                Some((since, address)) => (Some(*since), address.to_string()),
+                None => (None, "unknown".to_owned()),
             };
             let client = ClientStatus {
                 id: record.id,
@@ -362,7 +362,7 @@ impl Member {
             let missed = status.missed.iter().find(|x| x.member == m.id);
             PeerStatus {
                 member: m.id,
-                link: LinkState::Idle,
+                link: link_to(m.id, status.resync.as_ref()),
                 state_since_unix_ms: self.state_since[m.id.index()].filter(|_| m.state != MemberState::Clean),
                 missed: missed
                     .map_or(Missed::default(), |x| Missed { chunks: x.chunks, blocks: Some(x.blocks) }),
@@ -405,6 +405,18 @@ impl Member {
             latency: None,
             resync,
             max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
+        }
+    }
+}
+
+/// The link to another member: there is one to the source of a resync.
+fn link_to(member: MemberId, resync: Option<&ReplicaResync>) -> LinkState {
+    match resync.filter(|resync| resync.source == member) {
+        None => LinkState::Idle,
+        Some(resync) if resync.linked => LinkState::Up,
+        Some(resync) => {
+            let reason = resync.last_error.clone().unwrap_or_else(|| "connecting".to_owned());
+            LinkState::Down { reason }
         }
     }
 }
@@ -475,6 +487,26 @@ impl IoTag {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_link_to_a_source_is_told_and_none_is_needed_to_others() {
+        let member = |n| MemberId::new(n).unwrap();
+        let mut resync = ReplicaResync {
+            source: member(1),
+            linked: true,
+            blocks_left: 0,
+            blocks_pulled: 0,
+            yielding: false,
+            last_error: None,
+        };
+        assert_eq!(link_to(member(1), Some(&resync)), LinkState::Up);
+        assert_eq!(link_to(member(2), Some(&resync)), LinkState::Idle);
+        assert_eq!(link_to(member(1), None), LinkState::Idle);
+        resync.linked = false;
+        assert_eq!(link_to(member(1), Some(&resync)), LinkState::Down { reason: "connecting".into() });
+        resync.last_error = Some("refused".into());
+        assert_eq!(link_to(member(1), Some(&resync)), LinkState::Down { reason: "refused".into() });
+    }
 
     #[test]
     fn tags_survive_the_engine() {

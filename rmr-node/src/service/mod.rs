@@ -10,6 +10,7 @@
 mod command;
 mod connection;
 mod control;
+mod deletion;
 mod forward;
 mod member;
 mod room;
@@ -19,7 +20,7 @@ mod windows;
 
 use std::collections::HashMap;
 use std::net::{TcpListener, ToSocketAddrs};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
@@ -47,6 +48,10 @@ pub(crate) struct Shared {
     pools: Mutex<HashMap<PoolId, PoolPlace>>,
     connections: AtomicUsize,
     buffer_used: Vec<AtomicU64>,
+    /// How much of that is lent to clients over RDMA.
+    buffer_lent: Vec<AtomicU64>,
+    /// Which shards have no io_uring, and do without.
+    inline: Vec<AtomicBool>,
     /// What the connections of each shard have done.
     counters: Mutex<Vec<Counters>>,
     fabric: Fabric,
@@ -112,6 +117,8 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         pools: Mutex::default(),
         connections: AtomicUsize::new(0),
         buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
+        buffer_lent: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
+        inline: (0..config.shards).map(|_| AtomicBool::new(false)).collect(),
         counters: Mutex::new(vec![Counters::default(); config.shards]),
         fabric,
         client_tls,
@@ -224,12 +231,20 @@ fn open_stores(shared: &Arc<Shared>) -> anyhow::Result<Vec<Store>> {
     Ok(stores)
 }
 
-/// Counts a connection; false when there are as many as there may be.
-pub(crate) fn count_connection(shared: &Shared) -> bool {
-    let before = shared.connections.fetch_add(1, Ordering::Relaxed);
-    if before < shared.config.max_connections {
-        return true;
+/// A connection's place among those that there may be; given back when dropped, which is when nothing of it is left.
+pub(crate) struct ConnectionPlace(Arc<Shared>);
+
+impl ConnectionPlace {
+    /// Takes a place, if there is one.
+    pub(crate) fn take(shared: &Arc<Shared>) -> Option<Self> {
+        let before = shared.connections.fetch_add(1, Ordering::Relaxed);
+        let place = Self(Arc::clone(shared));
+        (before < shared.config.max_connections).then_some(place)
     }
-    shared.connections.fetch_sub(1, Ordering::Relaxed);
-    false
+}
+
+impl Drop for ConnectionPlace {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
 }

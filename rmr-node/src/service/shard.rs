@@ -13,25 +13,26 @@ use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use rmr_common::clock::monotonic_now;
-use rmr_common::pool::{Command as PoolCommand, PoolId, StoreId};
+use rmr_common::pool::{Command as PoolCommand, PoolId, StoreId, TransportKind};
 use rmr_common::reactor::WatchChange;
 use rmr_common::replica::{
     CommandId, ConnectionId, DiskOperation, DiskResult, Event, IoId, Notice, Output, PulledData, ReplyPayload,
 };
 use rmr_common::time::Time;
 use rmr_common::transport::connect::Connector;
-use rmr_common::transport::rdma::{Exposure, Registration};
+use rmr_common::transport::rdma::{Exposure, MIN_WINDOW, Registration};
 use rmr_common::transport::{Connection, Counters, Listener};
-use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MessageHeader, Status, block_digests, data_digest};
+use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MessageHeader, Status, block_digests};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::command::Answered;
-use super::connection::{Greeting, Peer, Sink, WriteBuffers};
+use super::connection::{Greeting, MAX_BACKLOG, Peer, Sink, WriteBuffers};
+use super::deletion::{Deletion, Remains, Stage};
 use super::member::{IoTag, Member, PulledWrite, WaitingRead, buffer_share};
 use super::source_link::SourceLink;
-use super::windows::{Lending, Windows};
-use super::{PoolPlace, Shared, count_connection};
+use super::windows::{Lending, RESERVE_PART, Shortage, Windows};
+use super::{ConnectionPlace, PoolPlace, Shared};
 use crate::admin::Responder;
 use crate::admin::api::{ControlError, ErrorCode, PoolStatus, StoreCreated};
 use crate::config::EngineChoice;
@@ -62,6 +63,8 @@ pub(super) enum Command {
     /// The work that makes room in a store has ended.
     RoomMade(StoreId, Result<u64, StoreError>),
     Connection(Box<Handover>),
+    /// The work that destroys a store has ended.
+    Destroyed(StoreId, Result<(), String>),
     /// Clients may come now.
     Listen(Vec<Listener>),
 }
@@ -165,11 +168,14 @@ pub(super) struct Shard {
     line: VecDeque<Waiter>,
     /// Somebody in the line found no memory: nobody else may take any before.
     short: bool,
+    shortage: Shortage,
     /// Buffers whose data is on its way to a client, by tag.
     sending: Vec<Option<Buffer>>,
     free_tags: Vec<u32>,
-    /// Deletions that wait for the disk to be idle.
-    deleting: Vec<(usize, Responder<()>)>,
+    /// Stores that are being deleted, or could not be.
+    deletions: Vec<Deletion>,
+    /// Copies of data that is to be looked at.
+    looked_at: Vec<u8>,
     completions: Vec<Completion>,
     tags: Vec<u32>,
     changes: Vec<WatchChange>,
@@ -209,10 +215,11 @@ impl Shard {
             EngineChoice::Inline => disk::EngineChoice::Inline,
         };
         let mut engine = DiskEngine::new(EngineOptions { choice, ..EngineOptions::default() })?;
+        shared.inline[index].store(!engine.has_ring(), Ordering::Relaxed);
         let buffers = BufferPool::new(usize::try_from(shared.config.buffer_memory)?)?;
         engine.register_buffers(&buffers);
         // The pool's mapping stays for the life of the process, so there is nothing to keep.
-        let register = |region| shared.fabric.register(region, Arc::new(()), Exposure::Peers);
+        let register = |region| shared.fabric.register(region, Arc::new(()), Exposure::Windows);
         let registrations = buffers.regions().into_iter().map(register).collect::<Result<_, _>>()?;
         let (tls, fabric) = (shared.client_tls.clone(), shared.fabric.clone());
         let connector = Connector::new(shared.config.leg_timeout, tls, fabric)?;
@@ -240,9 +247,11 @@ impl Shard {
             queued: Vec::new(),
             line: VecDeque::new(),
             short: false,
+            shortage: Shortage::default(),
             sending: Vec::new(),
             free_tags: Vec::new(),
-            deleting: Vec::new(),
+            deletions: Vec::new(),
+            looked_at: Vec::new(),
             completions: Vec::new(),
             tags: Vec::new(),
             changes: Vec::new(),
@@ -265,7 +274,26 @@ impl Shard {
             }
         }
         drop(opening);
+        shard.check_memory();
         shard.serve()
+    }
+
+    /// Warns when the least that clients over RDMA are lent is more than what is to be lent.
+    fn check_memory(&self) {
+        let config = &self.shared.config;
+        if !config.listen.iter().any(|address| address.transport() == TransportKind::Rdma) {
+            return;
+        }
+        let least = self.members.iter().flatten().count() * MIN_WINDOW as usize;
+        let most = self.buffers.total_bytes() - self.buffers.total_bytes() / RESERVE_PART;
+        if least > most {
+            tracing::warn!(
+                shard = self.index,
+                least,
+                most,
+                "the clients of all pools together need more buffers for writes over RDMA than are lent: raise buffer_memory"
+            );
+        }
     }
 
     fn serve(mut self) -> anyhow::Result<()> {
@@ -297,18 +325,64 @@ impl Shard {
             let wait = (due - monotonic_now()).as_millis() + 1;
             changes.append(&mut shard.changes);
             let mut ops = manager.event_ops(id).map_err(failed)?;
+            let mut refused = Vec::new();
             for change in changes.drain(..) {
-                change.apply(&mut ops).map_err(failed)?;
+                if let Err(error) = change.apply(&mut ops) {
+                    refused.push((change, error.to_string()));
+                }
             }
-            manager.subscriber_mut(id).map_err(failed)?.let_go();
+            let shard = manager.subscriber_mut(id).map_err(failed)?;
+            shard.let_go();
+            for (change, error) in refused {
+                shard.not_watched(change, &error)?;
+            }
+            let wait = if shard.changes.is_empty() { wait } else { 0 };
             manager.run_with_timeout(i32::try_from(wait).unwrap_or(i32::MAX)).map_err(failed)?;
         }
+    }
+
+    /// The loop refused a change of what is watched. Whoever belongs to the descriptor is lost, and nobody else with it.
+    fn not_watched(&mut self, change: WatchChange, error: &str) -> anyhow::Result<()> {
+        let descriptor = match change {
+            WatchChange::Add(descriptor, _) | WatchChange::Modify(descriptor, _) => descriptor,
+            WatchChange::Remove(descriptor) => {
+                tracing::warn!(shard = self.index, descriptor, "a descriptor was not watched: {error}");
+                return Ok(());
+            }
+        };
+        let reason = format!("its descriptor cannot be watched: {error}");
+        if let Some(&id) = self.by_descriptor.get(&descriptor) {
+            tracing::error!(shard = self.index, "a connection is closed: {reason}");
+            self.lost(id, &reason);
+            return Ok(());
+        }
+        let is_its = |m: &Member| m.source.as_ref().is_some_and(|s| s.descriptor == descriptor);
+        if let Some(index) = self.members.iter().position(|m| m.as_ref().is_some_and(is_its)) {
+            tracing::error!(shard = self.index, "the connection to a source is closed: {reason}");
+            self.source_lost(index, &reason);
+            return Ok(());
+        }
+        let own = [
+            self.shards[self.index].wake.as_raw_fd(),
+            self.shutdown.as_raw_fd(),
+            self.connector.descriptor(),
+        ];
+        let listeners = self.listeners.iter().map(AsRawFd::as_raw_fd);
+        let is_own = own.into_iter().chain(self.engine.fd()).chain(listeners).any(|fd| fd == descriptor);
+        // Without one of those the shard is deaf.
+        anyhow::ensure!(!is_own, "shard {}: event loop: {error}", self.index);
+        tracing::warn!(
+            shard = self.index,
+            descriptor,
+            "a descriptor that is not in use any more was not watched: {error}"
+        );
+        Ok(())
     }
 
     /// Lets go of descriptors that the loop does not watch any more.
     fn let_go(&mut self) {
         for peer in self.closing.drain(..) {
-            peer.wire.finish();
+            peer.wire.finish(peer.place);
         }
         self.closing_sources.clear();
         // Not before: clients that come now are refused at once, where an answer would never come.
@@ -334,9 +408,8 @@ impl Shard {
             }
         }
         self.work();
-        if !self.deleting.is_empty() {
-            self.finish_deletions();
-        }
+        self.note_shortage();
+        self.advance_deletions();
         self.advance_shutdown();
     }
 
@@ -448,7 +521,7 @@ impl Shard {
         while let Some(pulled) = member.pulled.front() {
             // Tried again with the next thing that happens, at the latest after a tick.
             let Some(mut buffer) = self.buffers.try_acquire(pulled.bytes.len()) else { return };
-            buffer.bytes_mut().copy_from_slice(&pulled.bytes);
+            buffer.fill(&pulled.bytes);
             self.engine.submit(Io {
                 disk: member.disk,
                 id: IoTag::Replica(u16::try_from(index).unwrap_or(u16::MAX), pulled.io).encode(),
@@ -603,7 +676,9 @@ impl Shard {
                         member.reading_bytes -= buffer.length();
                         if result.is_ok() {
                             // A few microseconds: a range is short.
-                            let digests = block_digests(buffer.bytes());
+                            self.looked_at.clear();
+                            buffer.copy_out(0, buffer.length(), &mut self.looked_at);
+                            let digests = block_digests(&self.looked_at);
                             member.replica.apply(Event::Digested(io, &digests), self.now);
                             return self.activate(index);
                         }
@@ -645,7 +720,7 @@ impl Shard {
             (_, Some(buffer)) => {
                 let segment = buffer.segment();
                 let mut header = *header;
-                header.digest = header.digest.map(|_| data_digest(buffer.bytes()));
+                header.digest = header.digest.map(|_| buffer.digest());
                 let header = &header;
                 let tag = self.free_tags.pop().unwrap_or_else(|| {
                     self.sending.push(None);
@@ -676,8 +751,21 @@ impl Shard {
     fn reply_pulled(&mut self, index: usize, id: ConnectionId, header: &MessageHeader, data: &PulledData) {
         let Some(member) = self.members[index].as_mut() else { return };
         let buffers: Vec<Buffer> = data.reads.iter().filter_map(|io| member.take_read(*io)).collect();
-        let found: Vec<&[u8]> = buffers.iter().map(Buffer::bytes).collect();
         let Some(peer) = self.peers.get_mut(&id) else { return };
+        // A copy, because clients over RDMA have keys to the buffers: what is looked at must not change.
+        self.looked_at.clear();
+        for buffer in &buffers {
+            buffer.copy_out(0, buffer.length(), &mut self.looked_at);
+        }
+        let mut rest = self.looked_at.as_slice();
+        let found: Vec<&[u8]> = buffers
+            .iter()
+            .map(|buffer| {
+                let (found, behind) = rest.split_at(buffer.length().min(rest.len()));
+                rest = behind;
+                found
+            })
+            .collect();
         let mut header = *header;
         let body = (header.status == Status::Ok).then(|| data.encode(&found));
         header.payload = body.as_ref().map_or(0, |b| u32::try_from(b.len()).unwrap_or(u32::MAX));
@@ -843,8 +931,8 @@ impl Shard {
         }
         match self.windows.entry(id).or_default().lend(wanted, self.share / 2, &self.buffers) {
             Lending::Lent(window, memory) => {
-                if !rdma.grant(window, &memory) {
-                    self.lost(id, "the buffers are not registered with its RDMA device");
+                if let Err(error) = rdma.grant(window, &memory) {
+                    self.lost(id, &error.to_string());
                     return Turn::Gone;
                 }
                 self.queue(id);
@@ -865,6 +953,11 @@ impl Shard {
         if let Some(windows) = self.windows.get_mut(&id) {
             returned.into_iter().for_each(|window| windows.take_back(window));
         }
+        if peer.wire.backlog() > MAX_BACKLOG {
+            // Over TCP it would not be read any more; here it does not keep to what it may have outstanding.
+            return self.lost(id, "it asks, and does not take the answers");
+        }
+        let Some(rdma) = peer.wire.rdma() else { return };
         if rdma.peer_wants() > 0 && !stands && (self.short || !matches!(self.lend(id), Turn::Served)) {
             self.stand_in_line(Waiter::Connection(id));
         }
@@ -1003,10 +1096,20 @@ impl Shard {
     fn accept(&mut self, descriptor: RawFd) {
         let Some(listener) = self.listeners.iter_mut().find(|l| l.as_raw_fd() == descriptor) else { return };
         for _ in 0..ACCEPT_BATCH {
-            let (wire, address) = match listener.accept() {
+            let mut place = None;
+            let mut admit = |address| {
+                place = ConnectionPlace::take(&self.shared);
+                if place.is_none() {
+                    let most = self.shared.config.max_connections;
+                    tracing::warn!(client = %address, "connection refused: there are {most}, as many as max_connections");
+                }
+                place.is_some()
+            };
+            let (wire, address) = match listener.accept(&mut admit) {
                 Ok(accepted) => accepted,
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock => return,
+                    ErrorKind::ConnectionRefused => continue,
                     // It went away before it was accepted, or is no peer.
                     ErrorKind::ConnectionAborted | ErrorKind::Interrupted => {
                         tracing::warn!("a connection was not accepted: {error}");
@@ -1019,13 +1122,8 @@ impl Shard {
                     }
                 },
             };
-            if !count_connection(&self.shared) {
-                let most = self.shared.config.max_connections;
-                tracing::warn!(client = %address, "connection refused: there are {most}, as many as max_connections");
-                continue;
-            }
-            let Some(descriptor) = wire.descriptor() else { continue };
-            let peer = Peer::new(wire, descriptor, address, self.now);
+            let (Some(descriptor), Some(place)) = (wire.descriptor(), place) else { continue };
+            let peer = Peer::new(wire, descriptor, address, place, self.now);
             Self::insert(&mut self.next_connection, &mut self.peers, &mut self.by_descriptor, peer);
             self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
         }
@@ -1072,7 +1170,6 @@ impl Shard {
         let Some(mut peer) = self.peers.remove(&id) else { return };
         tracing::debug!(client = %peer.address, "connection closed: {reason}");
         self.by_descriptor.remove(&peer.descriptor);
-        self.shared.connections.fetch_sub(1, Ordering::Relaxed);
         let windows = self.windows.remove(&id);
         if peer.parts && windows.is_none() {
             peer.wire.part();
@@ -1118,7 +1215,28 @@ impl Shard {
         }
         let used = self.buffers.total_bytes() - self.buffers.free_bytes();
         self.shared.buffer_used[self.index].store(used as u64, Ordering::Relaxed);
+        self.shared.buffer_lent[self.index].store(self.lent_bytes() as u64, Ordering::Relaxed);
         self.tell_counters();
+    }
+
+    fn lent_bytes(&self) -> usize {
+        self.windows.values().map(Windows::bytes).sum()
+    }
+
+    /// Tells operators when requests have waited for memory for long.
+    fn note_shortage(&mut self) {
+        if self.shortage.is_due(self.short, self.now) {
+            let (total, free, lent) =
+                (self.buffers.total_bytes(), self.buffers.free_bytes(), self.lent_bytes());
+            tracing::warn!(
+                shard = self.index,
+                total,
+                free,
+                lent,
+                waiting = self.line.len(),
+                "requests wait for buffers for more than a second: the disks are slow, or buffer_memory is small"
+            );
+        }
     }
 
     fn tell_counters(&self) {
@@ -1144,6 +1262,15 @@ impl Shard {
             Command::Delete(store, force, responder) => self.delete(store, force, responder),
             Command::Operator(pool, command, responder) => self.admin_command(pool, &command, responder),
             Command::RoomMade(store, result) => self.room_made(store, result),
+            Command::Destroyed(store, result) => {
+                let Some(index) = self.deletions.iter().position(|d| d.remains.store == store) else {
+                    return;
+                };
+                if self.deletions[index].ended(result) {
+                    let deletion = self.deletions.swap_remove(index);
+                    self.shared.pools().remove(&deletion.remains.pool);
+                }
+            }
             // One that stops already closes them here.
             Command::Listen(listeners) if matches!(self.phase, Phase::Serving) => {
                 self.changes.extend(listeners.iter().map(|l| WatchChange::Add(l.as_raw_fd(), EventSet::IN)));
@@ -1196,6 +1323,13 @@ impl Shard {
     }
 
     fn delete(&mut self, store: StoreId, force: bool, responder: Responder<()>) {
+        if let Some(index) = self.deletions.iter().position(|d| d.remains.store == store) {
+            return match self.deletions[index].is_under_way() {
+                Some(busy) => responder.send(Err(busy)),
+                None => self.destroy(index, responder),
+            };
+        }
+        let store_dir = self.shared.config.store_dir.clone();
         let Some((index, member)) = self.member_of_store(store) else {
             let text = format!("this node has no store {store}");
             return responder.send(Err(ControlError::new(ErrorCode::NotFound, text)));
@@ -1205,44 +1339,54 @@ impl Shard {
             return responder.send(Err(ControlError::new(ErrorCode::InUse, text)));
         }
         member.closing = true;
+        let path = member.store.path().to_owned();
+        let remains = Remains {
+            store,
+            pool: member.pool(),
+            name: member.replica.spec().name.clone(),
+            own: store_dir.is_some_and(|dir| path.parent() == Some(&dir)),
+            path,
+            tried: false,
+        };
         let clients: Vec<_> =
             self.peers.iter().filter(|(_, p)| p.member == Some(index)).map(|(id, _)| *id).collect();
         for id in clients {
             self.lost(id, "the store is being deleted");
         }
-        self.deleting.push((index, responder));
+        self.deletions.push(Deletion { remains, stage: Stage::Closing(index, responder) });
     }
 
     /// Destroys stores that were to be deleted and have nothing under way any more.
-    fn finish_deletions(&mut self) {
-        for (index, responder) in std::mem::take(&mut self.deleting) {
+    fn advance_deletions(&mut self) {
+        for at in 0..self.deletions.len() {
+            let Stage::Closing(index, _) = self.deletions[at].stage else { continue };
             let Some(Some(member)) = self.members.get(index) else { continue };
             if member.replica.is_busy()
                 || member.makes_room
                 || !member.metadata_idle()
                 || self.engine.remove_disk(member.disk).is_err()
             {
-                self.deleting.push((index, responder));
                 self.next_tick = self.next_tick.min(self.now + Duration::from_millis(10));
                 continue;
             }
-            let Some(member) = self.members[index].take() else { continue };
             // The pool stays in the list until nothing of it is left: a store created meanwhile would be destroyed too.
-            let pool = member.pool();
-            let path = member.store.path().to_owned();
-            let name = member.replica.spec().name.clone();
-            let own = self.shared.config.store_dir.as_ref().is_some_and(|dir| path.parent() == Some(dir));
-            drop(member);
-            let result = Store::destroy(&path, Some(pool)).map_err(|e| e.to_string()).and_then(|_| {
-                if own {
-                    std::fs::remove_file(&path).map_err(|e| format!("{}: {e}", path.display()))
-                } else {
-                    Ok(())
-                }
-            });
-            self.shared.pools().remove(&pool);
-            tracing::info!(pool = %name, path = %path.display(), ok = result.is_ok(), "store deleted");
-            responder.send(result.map_err(|text| ControlError::new(ErrorCode::Internal, text)));
+            self.members[index] = None;
+            if let Stage::Closing(_, responder) =
+                std::mem::replace(&mut self.deletions[at].stage, Stage::Failed)
+            {
+                self.destroy(at, responder);
+            }
+        }
+    }
+
+    /// Has a closed store destroyed.
+    fn destroy(&mut self, at: usize, responder: Responder<()>) {
+        let deletion = &mut self.deletions[at];
+        deletion.stage = Stage::Destroying(responder);
+        let (remains, handle) = (deletion.remains.clone(), self.shards[self.index].clone());
+        let work = move || handle.send(Command::Destroyed(remains.store, remains.destroy()));
+        if let Err(error) = std::thread::Builder::new().name("delete-store".into()).spawn(work) {
+            deletion.ended(Err(format!("no thread for it: {error}")));
         }
     }
 
@@ -1262,7 +1406,8 @@ impl Shard {
             }
             Phase::Draining { deadline, closed } => {
                 let busy = !self.peers.is_empty()
-                    || self.members.iter().flatten().any(|m| m.replica.is_busy() || !m.metadata_idle());
+                    || self.members.iter().flatten().any(|m| m.replica.is_busy() || !m.metadata_idle())
+                    || self.deletions.iter().any(|d| d.is_under_way().is_some());
                 if busy && self.now < deadline {
                     self.next_tick = self.next_tick.min(self.now + Duration::from_millis(20));
                     return;

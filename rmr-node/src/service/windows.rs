@@ -2,11 +2,37 @@
 //! becomes of it.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use rmr_common::buffer::Segment;
+use rmr_common::time::Time;
 use rmr_common::transport::rdma::{MAX_WINDOW, MIN_WINDOW};
 
 use crate::disk::{Buffer, BufferPool, Part, Payload, Returned};
+
+/// Windows do not grow into the last quarter of the buffers.
+pub(super) const RESERVE_PART: usize = 4;
+/// A want of memory that lasts so long is told.
+const LONG_SHORTAGE: Duration = Duration::from_secs(1);
+
+/// For how long those who wait for memory have waited, and whether operators were told.
+#[derive(Default)]
+pub(super) struct Shortage {
+    since: Option<Time>,
+    told: bool,
+}
+
+impl Shortage {
+    /// Whether it is time to tell: once for each want that lasts.
+    pub(super) fn is_due(&mut self, is_short: bool, now: Time) -> bool {
+        if !is_short {
+            *self = Self::default();
+            return false;
+        }
+        let since = *self.since.get_or_insert(now);
+        now - since > LONG_SHORTAGE && !std::mem::replace(&mut self.told, true)
+    }
+}
 
 /// What one client was lent.
 #[derive(Default)]
@@ -31,13 +57,26 @@ pub(super) enum Lending {
 impl Windows {
     /// Lends memory to a client that waits for `wanted` bytes in a row: as much as it has, so that it doubles; less when
     /// that is not to be had, and beyond `share` bytes only what it cannot do without.
+    ///
+    /// A reserve is left for all else that needs buffers, reads first: lent memory does not come back for as long as its
+    /// client writes. Only a window without which a client could not go on may take some of the reserve, and only a
+    /// client's first one all of it.
     pub(super) fn lend(&mut self, wanted: u32, share: usize, buffers: &BufferPool) -> Lending {
         let (least, most) = (MIN_WINDOW as usize, MAX_WINDOW as usize);
         let needed = (wanted as usize).clamp(least, most).next_power_of_two();
         let largest = self.lent.iter().map(|(_, buffer)| buffer.length()).max().unwrap_or(0);
         let generous = self.bytes.next_power_of_two().clamp(needed, most);
         let sizes = [generous, needed];
-        let allowed = |size: &usize| self.bytes + *size <= share || (*size == needed && largest < needed);
+        let (free, reserve) = (buffers.free_bytes(), buffers.total_bytes() / RESERVE_PART);
+        let allowed = |size: &usize| {
+            let is_vital = *size == needed && largest < needed;
+            let left = match (is_vital, self.lent.is_empty()) {
+                (true, true) => 0,
+                (true, false) => reserve / 2,
+                (false, _) => reserve,
+            };
+            (self.bytes + *size <= share || is_vital) && (left == 0 || free >= *size + left)
+        };
         let mut found_share = false;
         for size in sizes.into_iter().filter(allowed) {
             found_share = true;
@@ -57,6 +96,11 @@ impl Windows {
         self.lent.push((window, Rc::new(buffer)));
         self.next = self.next.wrapping_add(1);
         Lending::Lent(window, segment)
+    }
+
+    /// How much the client was lent.
+    pub(super) const fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Data that a client has written to a window, for a disk.
@@ -107,6 +151,36 @@ mod tests {
         assert!(matches!(windows.lend(4192, 512 << 10, &buffers), Lending::HasShare));
         assert_eq!(lent(&windows.lend((256 << 10) + 96, 512 << 10, &buffers)), 512 << 10);
         assert!(matches!(windows.lend((256 << 10) + 96, 512 << 10, &buffers), Lending::HasShare));
+    }
+
+    #[test]
+    fn a_reserve_is_left_for_reads_however_many_clients_write() {
+        let buffers = BufferPool::new(8 << 20).unwrap();
+        let mut clients: Vec<Windows> = (0..6).map(|_| Windows::default()).collect();
+        for _ in 0..20 {
+            for windows in &mut clients {
+                windows.lend(4192, 4 << 20, &buffers);
+            }
+        }
+        assert!(buffers.free_bytes() >= 2 << 20, "{} bytes are free", buffers.free_bytes());
+        assert!(matches!(clients[0].lend(4192, 4 << 20, &buffers), Lending::HasShare));
+        // What cannot go on otherwise may have some of it, and a client that has nothing yet all.
+        let small = &mut Windows::default();
+        assert_eq!(lent(&small.lend(4192, 4 << 20, &buffers)), 64 << 10);
+        assert_eq!(lent(&small.lend(700 << 10, 4 << 20, &buffers)), 0, "half of the reserve stays");
+        assert_eq!(lent(&small.lend(200 << 10, 4 << 20, &buffers)), 256 << 10);
+        assert_eq!(lent(&Windows::default().lend(700 << 10, 4 << 20, &buffers)), 1 << 20);
+    }
+
+    #[test]
+    fn a_want_of_memory_is_told_once_and_only_when_it_lasts() {
+        let (mut shortage, start) = (Shortage::default(), Time(5));
+        let at = |ms| start + Duration::from_millis(ms);
+        assert!(!shortage.is_due(true, at(0)) && !shortage.is_due(true, at(900)));
+        assert!(!shortage.is_due(false, at(950)));
+        assert!(!shortage.is_due(true, at(1000)) && !shortage.is_due(true, at(2000)));
+        assert!(shortage.is_due(true, at(2001)));
+        assert!(!shortage.is_due(true, at(3000)));
     }
 
     #[test]

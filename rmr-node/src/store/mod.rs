@@ -36,4 +36,4 @@ pub use superblock::{
 pub use writer::{MetadataIo, MetadataWriter, Ticket, WriterFailed};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

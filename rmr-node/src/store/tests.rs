@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use clap::Parser;
-use rmr_common::pool::{MemberId, PoolId};
+use rmr_common::pool::{MemberId, PoolId, PoolSpec};
 
 use super::cli::StoreCommand;
 use super::layout::{MapKind, SUPERBLOCK_OFFSETS};
@@ -27,6 +27,13 @@ fn options() -> CreateOptions {
         zero: ZeroPolicy::Zero,
         max_size: None,
     }
+}
+
+/// Makes a store, for tests of others.
+pub(crate) fn make(path: &Path) -> PoolSpec {
+    let options = options();
+    create(path, &options).unwrap();
+    options.spec
 }
 
 fn create(path: &Path, options: &CreateOptions) -> Result<Superblock, StoreError> {

@@ -1,8 +1,8 @@
 //! What a well-behaved guest and its hypervisor may expect.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -914,6 +914,57 @@ fn a_stop_is_bounded_and_a_second_signal_ends_it_at_once() {
         thread.join().unwrap().unwrap();
         assert!(start.elapsed() < Duration::from_secs(5));
     }
+}
+
+#[test]
+fn a_stop_that_runs_out_of_time_leaves_what_is_in_flight_to_the_next_daemon() {
+    let setup = Setup { drain_timeout: Duration::from_millis(100), ..Setup::default() };
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (disk, stop, thread) = with_signals(&setup, theirs);
+    let mut guest = Guest::connect(ours, &setup);
+    let (region, file) = inflight_region(&mut guest);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    guest.start_ring(0, 0);
+    disk.hold(true);
+    guest.submit(0, 0, VIRTIO_BLK_T_OUT, 0, &pattern(512, 1), 0);
+    guest.submit(0, 1, VIRTIO_BLK_T_OUT, 1, &pattern(512, 2), 0);
+    guest.kick(0);
+    eventually("the requests reach the disk", || disk.waiting() == 2);
+    stop();
+    thread.join().unwrap().unwrap();
+    assert!(disk.log().contains(&Event::Cancelled));
+    assert_eq!(guest.used_index(0), 0, "the guest was told of an end that there was not");
+    let second = setup.device();
+    guest.reconnect(second.1, &setup);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    guest.start_ring(0, 2);
+    assert_eq!(guest.used(0, 2), [(0, 1), (4, 1)]);
+    assert_eq!((guest.status(0, 0), guest.status(0, 1)), (OK, OK));
+    assert!(second.0.disk.data()[..1024] == [pattern(512, 1), pattern(512, 2)].concat());
+}
+
+#[test]
+fn a_front_end_whose_socket_cannot_be_watched_does_not_end_the_daemon_with_an_error() {
+    let (disk, _handle) = MemoryDisk::new(Setup::default().geometry).unwrap();
+    let (options, behaviour) = Setup::default().options();
+    // epoll takes no ordinary file.
+    let socket = UnixStream::from(OwnedFd::from(tempfile::tempfile().unwrap()));
+    EventLoop::new(disk, options, behaviour, FrontEnds::Connected(socket), None).unwrap().run().unwrap();
+}
+
+#[test]
+fn a_listener_that_cannot_accept_is_left_alone_for_a_while() {
+    // Readable, and it refuses every accept, as one does in a process without free descriptors.
+    let (socket, other) = UnixDatagram::pair().unwrap();
+    other.send(b"x").unwrap();
+    let daemon = Setup::default().serve(FrontEnds::Listener(UnixListener::from(OwnedFd::from(socket))));
+    std::thread::sleep(Duration::from_millis(100));
+    let before = cpu_time(daemon.thread.as_ref().unwrap());
+    std::thread::sleep(Duration::from_millis(400));
+    let spent = cpu_time(daemon.thread.as_ref().unwrap()) - before;
+    assert!(spent < Duration::from_millis(40), "{spent:?} of processor time in 400 ms");
 }
 
 /// CPU time that a thread has used.

@@ -2,6 +2,7 @@
 //! memory is used, and ended when its owner lets go of it.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -30,6 +31,21 @@ struct State {
     memory: Vec<Memory>,
     next: u64,
 }
+
+impl State {
+    fn domain_of(&self, context: *mut rdma_sys::ibv_context) -> Option<Arc<Domain>> {
+        self.domains.iter().find(|domain| domain.is_of(context)).map(Arc::clone)
+    }
+
+    /// Memory that has no entry in `pinned`, by its identity.
+    fn missing<T>(&self, pinned: &HashMap<u64, T>) -> Vec<Unpinned> {
+        let missing = self.memory.iter().filter(|memory| !pinned.contains_key(&memory.id));
+        missing.map(|m| (m.id, m.segment, m.exposure, Arc::clone(&m.owner))).collect()
+    }
+}
+
+/// Memory that a new device has to pin: its identity, where it is, who may write to it, and what keeps it mapped.
+type Unpinned = (u64, Segment, Exposure, Arc<dyn Any + Send + Sync>);
 
 /// Registered memory with what keeps it mapped.
 struct Memory {
@@ -105,22 +121,36 @@ impl Fabric {
 
     /// The domain of a device, with all memory registered.
     pub(super) fn domain_of(&self, context: *mut rdma_sys::ibv_context) -> Result<Arc<Domain>, RdmaError> {
-        let mut state = self.state();
-        if let Some(domain) = state.domains.iter().find(|domain| domain.is_of(context)) {
-            return Ok(Arc::clone(domain));
+        if let Some(domain) = self.state().domain_of(context) {
+            return Ok(domain);
         }
         let domain = Arc::new(Domain::new(context)?);
-        let mut regions = Vec::with_capacity(state.memory.len());
-        for memory in &state.memory {
-            regions.push(domain.register(memory.segment, Arc::clone(&memory.owner), memory.exposure)?);
+        let mut pinned: HashMap<u64, MemoryRegion> = HashMap::new();
+        loop {
+            let missing = self.state().missing(&pinned);
+            // Pinning a guest takes seconds, in which the thread that serves it may want to register memory too.
+            for (id, segment, exposure, owner) in missing {
+                pinned.insert(id, domain.register(segment, owner, exposure)?);
+            }
+            let mut state = self.state();
+            if let Some(other) = state.domain_of(context) {
+                // Another thread was faster. What this one pinned goes after the lock.
+                drop(state);
+                return Ok(other);
+            }
+            if !state.missing(&pinned).is_empty() {
+                continue;
+            }
+            for memory in &mut state.memory {
+                memory.regions.extend(pinned.remove(&memory.id));
+            }
+            tracing::info!(device = %domain.device, limits = ?domain.limits, "RDMA device in use");
+            state.domains.push(Arc::clone(&domain));
+            self.publish(&state);
+            // Before what was pinned, and deregistered by its owner meanwhile.
+            drop(state);
+            return Ok(domain);
         }
-        for (memory, region) in state.memory.iter_mut().zip(regions) {
-            memory.regions.push(region);
-        }
-        tracing::info!(device = %domain.device, limits = ?domain.limits, "RDMA device in use");
-        state.domains.push(Arc::clone(&domain));
-        self.publish(&state);
-        Ok(domain)
     }
 
     /// The keys of a domain, for a connection.
@@ -253,6 +283,25 @@ mod tests {
         assert_eq!(keyring.find(&segment(0xf_fff, 2)), None);
         assert_eq!(keyring.find(&segment(0x21_000, 1)), None);
         assert_eq!(keyring.find(&segment(0x1000, usize::MAX - 0x1000)), None);
+    }
+
+    #[test]
+    fn memory_that_was_registered_while_others_were_pinned_is_still_missing() {
+        let fabric = Fabric::new(ReadMode::Direct);
+        let owner: Arc<dyn Any + Send + Sync> = Arc::new(());
+        let register =
+            |base| fabric.register(segment(base, 0x1000), Arc::clone(&owner), Exposure::Peers).unwrap();
+        let first = register(0x1000);
+        let mut pinned = HashMap::new();
+        pinned.extend(fabric.state().missing(&pinned).into_iter().map(|(id, ..)| (id, ())));
+        assert!(fabric.state().missing(&pinned).is_empty());
+        let _second = register(0x2000);
+        drop(first);
+        let missing = fabric.state().missing(&pinned);
+        assert_eq!(
+            missing.iter().map(|(_, segment, ..)| segment.base() as usize).collect::<Vec<_>>(),
+            [0x2000]
+        );
     }
 
     #[test]

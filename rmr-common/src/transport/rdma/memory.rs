@@ -45,8 +45,9 @@ impl Pages {
         unsafe { Segment::new(self.base.as_ptr(), self.length) }.part(offset, length)
     }
 
-    /// `length` bytes from `offset`, shorter at the end of the memory. The card must not write to them now: the caller
-    /// has taken the completion of what filled them, and has not posted them again.
+    /// `length` bytes from `offset`, shorter at the end of the memory. The card must not write to them now: they are a
+    /// receive buffer, to which no peer has a key; the caller has taken the completion of what filled it, and has not posted
+    /// it again.
     pub(super) fn bytes(&self, offset: usize, length: usize) -> &[u8] {
         let segment = self.segment(offset, length);
         // SAFETY: within the mapping, initialised (anonymous memory), and not written meanwhile as the caller promises.

@@ -126,6 +126,9 @@ pub enum RdmaError {
     /// The peer is something else.
     #[error("the peer at this address: {0}")]
     Stranger(String),
+    /// There are as many connections as there may be.
+    #[error("a peer was refused: there is no room for another connection")]
+    Full,
     /// The connection was closed before.
     #[error("the connection is closed")]
     Over,
@@ -180,8 +183,13 @@ impl RdmaConnection {
         self.link.peer_wants()
     }
 
-    /// Lends registered memory to the peer, to write data to; false when it is not registered on this device.
-    pub fn grant(&mut self, window: u16, memory: &Segment) -> bool {
+    /// Lends registered memory to the peer, to write data to: by a key that reaches this memory alone, and on a device with
+    /// memory windows only from this connection. The memory must stay until the window was returned, or the connection was
+    /// shut down; then the key is invalid.
+    ///
+    /// # Errors
+    /// When it is not registered on this device, the number is in use, or the device has no key left.
+    pub fn grant(&mut self, window: u16, memory: &Segment) -> Result<(), RdmaError> {
         self.link.grant(window, memory)
     }
 
@@ -190,7 +198,7 @@ impl RdmaConnection {
         self.link.release(mark);
     }
 
-    /// Moves the windows that the peer has given back to `windows`.
+    /// Moves the windows that the peer has given back, and cannot write to any more, to `windows`.
     pub fn take_returned(&mut self, windows: &mut Vec<u16>) {
         self.link.take_returned(windows);
     }
@@ -314,6 +322,17 @@ impl RdmaListener {
     /// # Errors
     /// When the peer could not be accepted; the listener goes on, unless its device is gone.
     pub fn accept(&mut self) -> Result<Option<(RdmaConnection, SocketAddr)>, RdmaError> {
+        self.accept_if(&mut |_| true)
+    }
+
+    /// As [`RdmaListener::accept`], but only peers that `admit` says yes to; others cost no more than the question.
+    ///
+    /// # Errors
+    /// As with [`RdmaListener::accept`], and [`RdmaError::Full`] for a peer that was not admitted.
+    pub fn accept_if(
+        &mut self,
+        admit: &mut dyn FnMut(SocketAddr) -> bool,
+    ) -> Result<Option<(RdmaConnection, SocketAddr)>, RdmaError> {
         let Some(request) = self.listener.next()? else { return Ok(None) };
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
         let peer_address = request.peer.unwrap_or(unknown);
@@ -324,6 +343,10 @@ impl RdmaListener {
                 return Err(RdmaError::Stranger(words));
             }
         };
+        if !admit(peer_address) {
+            request.reject();
+            return Err(RdmaError::Full);
+        }
         let domain = self.fabric.domain_of(request.context())?;
         let keyring: Keyring = self.fabric.keyring(&domain)?;
         let sizes = QueueSizes {

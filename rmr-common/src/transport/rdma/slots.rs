@@ -156,18 +156,15 @@ impl Windows {
         Ok(())
     }
 
-    /// Takes out the windows that were not used since the last call, but for one.
+    /// Takes out the windows that were not used since the last call. When that is all of them the smallest one stays.
     pub(super) fn take_idle(&mut self, idle: &mut Vec<u16>) {
-        let mut kept = 0;
-        let total = self.windows.len();
-        let mut gone = 0;
+        let is_idle = |window: &Window| !window.is_used && window.map.is_free();
+        let smallest = self.windows.iter().min_by_key(|window| window.grant.length);
+        let kept = smallest.filter(|_| self.windows.iter().all(is_idle)).map(|window| window.grant.window);
         self.windows.retain_mut(|window| {
-            let stays = window.is_used || !window.map.is_free() || (kept == 0 && gone + 1 == total);
+            let stays = !is_idle(window) || kept == Some(window.grant.window);
             window.is_used = false;
-            if stays {
-                kept += 1;
-            } else {
-                gone += 1;
+            if !stays {
                 idle.push(window.grant.window);
             }
             stays
@@ -235,5 +232,17 @@ mod tests {
         windows.release(slot.mark).unwrap();
         windows.take_idle(&mut idle);
         assert_eq!(idle, [1, 2], "the last one stays");
+    }
+
+    #[test]
+    fn of_windows_that_are_all_idle_the_smallest_one_stays() {
+        let mut windows = Windows::default();
+        for (window, length) in [(0, 128 << 10), (1, 64 << 10), (2, 1 << 20)] {
+            windows.add(grant(window, length)).unwrap();
+        }
+        let mut idle = Vec::new();
+        windows.take_idle(&mut idle);
+        windows.take_idle(&mut idle);
+        assert_eq!(idle, [0, 2]);
     }
 }
