@@ -226,6 +226,7 @@ impl Raw {
             client: ClientId::random(),
             pool_name: String::new(),
             description: "raw".into(),
+            nonce: None,
         };
         let body = hello.encode();
         let header = MessageHeader {
@@ -798,6 +799,7 @@ fn clients_reach_pools_on_other_shards_and_leave_them_at_any_moment() {
                         client: ClientId::random(),
                         pool_name: String::new(),
                         description: "raw".into(),
+                        nonce: None,
                     };
                     let body = hello.encode();
                     let payload = u32::try_from(body.len()).unwrap();

@@ -172,6 +172,12 @@ impl KeyRing {
         self.0.is_empty()
     }
 
+    /// How many keys there are.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.0.len()
+    }
+
     pub(super) fn iter(&self) -> std::slice::Iter<'_, SecretKey> {
         self.0.iter()
     }

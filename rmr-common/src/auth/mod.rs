@@ -107,17 +107,6 @@ impl Denial {
             Self::NoKey | Self::Unusable => Status::NoKey,
         }
     }
-
-    /// A word for it, for metrics.
-    #[must_use]
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::KeyRequired => "missing",
-            Self::WrongKey => "wrong",
-            Self::NoKey => "no_key_here",
-            Self::Unusable => "unusable_here",
-        }
-    }
 }
 
 /// What the side that opened a connection does next.

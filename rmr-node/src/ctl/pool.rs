@@ -116,7 +116,9 @@ pub(super) fn data_address(
 async fn check_names(context: &Context, args: &CreateArgs, spec: &PoolSpec) -> Result<Vec<String>, CtlError> {
     let member_nodes: Vec<_> = args.members.iter().map(|m| m.node.clone()).collect();
     let all = once_each(&[member_nodes.clone(), context.given.clone()].concat());
-    let survey = Context { given: all, tls: context.tls.clone(), ..*context }.survey().await;
+    let survey = Context { given: all, keys: context.keys.clone(), tls: context.tls.clone(), ..*context }
+        .survey()
+        .await;
     for (node, answer) in &survey.answers {
         if let (Err(e), true) = (answer, member_nodes.contains(node)) {
             return Err(CtlError::failed(format!("nothing was created: {e}")));

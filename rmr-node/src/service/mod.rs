@@ -11,6 +11,7 @@ mod command;
 mod connection;
 mod control;
 mod forward;
+mod keys;
 mod member;
 mod room;
 mod shard;
@@ -35,6 +36,7 @@ use crate::config::{Config, TlsConfig};
 use crate::lifecycle::{Shutdown, ready};
 use crate::store::Store;
 use control::Control;
+use keys::Keys;
 use shard::{Command, Shard, ShardHandle};
 
 /// What all shards and the admin API know of one another.
@@ -52,6 +54,7 @@ pub(crate) struct Shared {
     fabric: Fabric,
     /// How other nodes at `tls://` addresses are reached.
     client_tls: Option<ClientTls>,
+    keys: Keys,
 }
 
 /// Where a pool's store is served.
@@ -115,6 +118,7 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         counters: Mutex::new(vec![Counters::default(); config.shards]),
         fabric,
         client_tls,
+        keys: Keys::new(config.keys.clone()),
         config,
     });
     let stores = open_stores(&shared)?;
