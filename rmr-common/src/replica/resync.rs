@@ -584,7 +584,9 @@ impl Replica {
             resync.finished_since = self.now + RETRY;
             return true;
         }
-        let left = stale + resync.finished.len() as u64;
+        // What is under way may have been written after the flush began, or not at all.
+        let under_way = resync.pulls.len() + self.pulled_writes.len();
+        let left = stale + (resync.finished.len() + under_way) as u64;
         resync.reported_done = left == 0;
         if let Some(connection) = self.holder_connection() {
             let body = ChunkList { member, blocks_left: left, chunks }.encode();

@@ -249,9 +249,14 @@ impl Bench {
 
     /// Answers every page that was asked for; the source has on record that this member misses chunk 0.
     fn hand_over(&mut self) {
+        self.hand_over_chunks(1);
+    }
+
+    /// The same with the first eight chunks of which this member misses those whose bits are set.
+    fn hand_over_chunks(&mut self, chunks: u8) {
         for ask in self.take_sent(Kind::PullMap) {
             let mut bits = [0; crate::map::MAP_PAGE_BYTES];
-            bits[0] = u8::from(ask.slot == Slot(0));
+            bits[0] = if ask.slot == Slot(0) { chunks } else { 0 };
             self.apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::Ok), &bits));
         }
         self.durable();
@@ -312,6 +317,43 @@ fn a_block_that_an_urgent_pull_and_the_sweep_bring_is_written_once() {
     }
     let writes = bench.outputs.iter().filter(|o| matches!(o, Output::DiskWrite { .. })).count();
     assert_eq!(writes, 1);
+}
+
+#[test]
+fn what_was_written_after_the_flush_before_a_report_began_keeps_the_member_from_being_current() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over_chunks(0b11);
+    // Long after the last guest write, so that it does not yield.
+    bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(1));
+    bench.collect();
+    let missing = MemberSet::only(member(1));
+    let write = MessageHeader { length: 512, payload: 512, missing, ..bench.header(Kind::Write, 1) };
+    bench.message(1, MessageHeader { sequence: Sequence(1), ..write }, &[]);
+    bench.durable();
+    let pulls = bench.take_sent(Kind::Pull);
+    let [first, second, urgent] = pulls[..] else { panic!("{pulls:?}") };
+    assert_eq!((first.offset, second.offset, urgent.length), (0, CHUNK, 4096));
+    // Chunk 1 is finished; block 0 of chunk 0 is on its way to disk, and the urgent pull is still out.
+    let nothing = crate::wire::PullReply::encode(std::iter::empty::<(u32, &[u8])>());
+    bench.apply(Event::PeerMessage(&second.reply(Kind::PullReply, Status::Ok), &nothing));
+    let block = crate::wire::PullReply::encode([(0, &[7; 4096][..])].into_iter());
+    bench.apply(Event::PeerMessage(&first.reply(Kind::PullReply, Status::Ok), &block));
+    let write = |o: &Output| if let Output::DiskWrite { io, .. } = o { Some(*io) } else { None };
+    let write = bench.outputs.iter().find_map(write).expect("the pulled block is written");
+    bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(2));
+    bench.collect();
+    let flush = bench.take_flush().expect("the flush before the report of chunk 1");
+    bench.apply(Event::Disk(write, DiskResult::Done));
+    bench.apply(Event::Disk(flush, DiskResult::Done));
+    let reported = bench.outputs.iter().find_map(|o| match o {
+        Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::ChunksDone => {
+            Some(crate::wire::ChunkList::decode(Kind::ChunksDone, body).unwrap())
+        }
+        _ => None,
+    });
+    assert!(reported.is_some_and(|list| list.blocks_left > 0));
 }
 
 #[test]

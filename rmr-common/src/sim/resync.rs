@@ -147,10 +147,10 @@ impl World<'_> {
             let index = self.node_index(stale.id);
             let keepers: Vec<_> =
                 view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
-            let missing: Vec<usize> = (0..self.sectors())
-                .filter(|&s| !self.is_well_known(&keepers, index, stale.id, s) && self.is_missing(index, s))
-                .collect();
-            for sector in missing {
+            let blocks = (0..self.sectors()).step_by(SECTORS_PER_BLOCK);
+            let unknown = blocks.filter(|&first| !self.is_well_known(&keepers, index, stale.id, first));
+            let sectors = unknown.flat_map(|first| first..(first + SECTORS_PER_BLOCK).min(self.sectors()));
+            for sector in sectors.filter(|&sector| self.is_missing(index, sector)) {
                 let has = |k: &usize| self.has_record(*k, stale.id, sector) || self.has_dropped(*k, stale);
                 let is_kept = keepers.iter().all(has);
                 let own = self.nodes[index].replica.as_ref();
@@ -172,7 +172,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// Whether everybody has a sector on record as missed, so that it does not matter what is in it.
+    /// Whether everybody has the block of a sector on record as missed, so that it does not matter what is in it.
     fn is_well_known(&self, keepers: &[usize], index: usize, member: MemberId, sector: usize) -> bool {
         keepers.iter().all(|&k| self.has_record(k, member, sector)) && self.is_stale(index, sector)
     }
