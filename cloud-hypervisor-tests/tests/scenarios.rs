@@ -17,3 +17,9 @@ fn requests_of_all_shapes_are_carried_whole_and_counted_once_for_each_leg() -> R
 fn a_member_that_was_away_is_brought_up_to_date_by_exactly_what_it_missed() -> Result<()> {
     run("resync")
 }
+
+#[test]
+fn who_has_the_key_of_a_pool_is_let_in_nobody_else_is_and_the_key_is_changed_under_a_running_disk()
+-> Result<()> {
+    run("pool-key")
+}

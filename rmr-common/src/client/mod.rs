@@ -709,6 +709,8 @@ impl Client {
 }
 
 #[cfg(test)]
+mod auth_tests;
+#[cfg(test)]
 mod change_tests;
 #[cfg(test)]
 mod tests;
