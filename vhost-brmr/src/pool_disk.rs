@@ -1,11 +1,11 @@
 //! The disk behind the device is a pool: joins [`Disk`] to the pool driver of `rmr_common`.
 
 use std::os::fd::RawFd;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use rmr_common::auth::KeyRing;
-use rmr_common::client::{self, Config, IoError, Notice, OverReason, PoolSelector};
+use rmr_common::client::{self, Config, Force, IoError, Notice, OverReason, PoolSelector};
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
@@ -55,7 +55,7 @@ impl PoolDisk {
         let description = format!("vhost-brmr, process {} on {}", std::process::id(), host.trim());
         let mut config = Config::new(ClientId::random(), description);
         config.takeover = pool.takeover;
-        config.force_from = pool.force_from;
+        config.force_from = pool.force_from.map(|member| Force { member, decided: SystemTime::now() });
         config.leg_timeout = pool.leg_timeout;
         config.suspend_timeout = pool.suspend_timeout;
         if let Some(path) = &pool.key_file {

@@ -62,8 +62,8 @@ impl Client {
         if recovery::is_displaced(&self.own_epochs, view.epoch) {
             return self.end(OverReason::Fenced(view.epoch));
         }
-        if let Some(member) = self.forced() {
-            return self.attach_forced(member);
+        if let Some(force) = self.forced() {
+            return self.attach_forced(force);
         }
         let ready = self.ready_in(&view);
         if !recovery::may_attach(&view, ready) {
@@ -108,23 +108,7 @@ impl Client {
         view.members.iter().filter(|m| is_there(m.store)).map(|m| m.id).collect()
     }
 
-    /// The member that the operator wants to go on with, if that is still to be done.
-    fn forced(&self) -> Option<MemberId> {
-        self.config.force_from.filter(|_| self.own_epochs.is_empty())
-    }
-
-    fn attach_forced(&mut self, member: MemberId) {
-        let found = self.hellos().filter(|r| r.member == member).max_by_key(|r| r.view.order());
-        let Some((view, spec, epoch)) = found.map(|r| (r.view.clone(), r.spec.clone(), r.epoch)) else {
-            let text = format!("--force-from names member {member}, which is not connected");
-            self.notice(Notice::Waiting(text));
-            return;
-        };
-        self.epoch = Epoch(epoch.max(self.epoch).0 + crate::pool::FORCED_JUMP);
-        self.attach_to(view, spec, MemberSet::only(member));
-    }
-
-    fn attach_to(&mut self, view: View, spec: PoolSpec, asked: MemberSet) {
+    pub(super) fn attach_to(&mut self, view: View, spec: PoolSpec, asked: MemberSet) {
         self.adopt_spec(spec, Some(view.order()));
         self.view = Some(view);
         self.assign_legs();
@@ -208,23 +192,6 @@ impl Client {
         }
     }
 
-    /// Makes the forced view: every other member misses everything.
-    fn force(&mut self, base: &View, mut spec: PoolSpec, member: MemberId) {
-        let length = spec.size;
-        for line in spec.members.iter_mut().filter(|m| m.id == member) {
-            line.maintenance = false;
-        }
-        match base.step(ViewStep::Force(member), self.epoch) {
-            Ok(next) => {
-                let missed = DirtyAddition { members: next.out(), offset: 0, length };
-                let additions = if next.out().is_empty() { Vec::new() } else { vec![missed] };
-                self.view = Some(base.clone());
-                self.change_view(next, spec, additions, true);
-            }
-            Err(error) => self.notice(Notice::Waiting(format!("--force-from {member}: {error}"))),
-        }
-    }
-
     /// All members that were asked have accepted the epoch: commit a view of this attachment on them.
     fn attach_complete(&mut self, replies: Vec<(MemberId, AttachReply)>) {
         let attached: MemberSet = replies.iter().map(|(m, _)| *m).collect();
@@ -237,8 +204,8 @@ impl Client {
         if recovery::is_displaced(&self.own_epochs, best.epoch) {
             return self.end(OverReason::Fenced(best.epoch));
         }
-        if let Some(member) = self.forced() {
-            return self.force(&best, spec, member);
+        if let Some(force) = self.forced() {
+            return self.force(&best, spec, force.member);
         }
         let is_same = self.view.as_ref().is_some_and(|v| v.has_stores_of(&best));
         if !recovery::may_attach(&best, attached) || !is_same {

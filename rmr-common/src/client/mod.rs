@@ -20,6 +20,7 @@ mod attach;
 mod change;
 mod data;
 mod faults;
+mod force;
 mod links;
 mod parts;
 mod reconcile;
@@ -35,6 +36,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 pub use change::CommandToken;
+pub use force::Force;
 pub use status::{LegStatus, LinkSummary, PoolStatus};
 
 use crate::auth::{KeyRing, Nonce, Opener};
@@ -70,9 +72,9 @@ pub struct Config {
     /// Let any client displace this one that does not yield itself: for tools that attach for a moment, and must not keep a
     /// guest from its disk.
     pub yields: bool,
-    /// The operator's override of the recovery rule: go on with this member alone, whatever it has, and take all others as
+    /// The operator's override of the recovery rule: go on with one member alone, whatever it has, and take all others as
     /// wholly stale. Writes that only others have are lost. It is done once; later attaches of the client keep the rule.
-    pub force_from: Option<MemberId>,
+    pub force_from: Option<Force>,
     /// Only look: learn the pool's specification and its members' views, and never attach.
     pub observe: bool,
     /// A leg that leaves a request unanswered for so long is lost.

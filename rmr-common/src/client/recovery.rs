@@ -3,6 +3,11 @@
 
 use crate::pool::{Epoch, MemberId, MemberSet, MemberState, View};
 
+/// How far a forced attachment is above what was seen: a second, as the time of the decision counts.
+const FORCED_EPOCHS: u64 = 1 << 20;
+/// A clock that shows more is wrong, and is not to use the epochs up.
+const LAST_DECISION_US: u64 = 1 << 53;
+
 /// The latest of several views: by attachment first, because one that an older client left behind without committing it may
 /// have any number.
 pub fn latest<T>(found: impl Iterator<Item = T>, view: impl Fn(&T) -> &View) -> Option<T> {
@@ -34,6 +39,14 @@ pub fn base_of_attach<'a>(latest: &View, views: impl Iterator<Item = (MemberId, 
 #[must_use]
 pub fn proposed_epoch(highest_seen: Epoch, own: Epoch) -> Epoch {
     highest_seen.max(own).next()
+}
+
+/// The epoch of an attachment that the operator has decided on, so many microseconds after 1970. It is above all that was
+/// seen, and so far above that a client which was cut off with others does not get there; and it is above what was forced
+/// before and is not seen now, with all attachments that followed, because none takes less than a microsecond.
+#[must_use]
+pub fn forced_epoch(highest_seen: Epoch, own: Epoch, decided_us: u64) -> Epoch {
+    Epoch(highest_seen.max(own).0.saturating_add(FORCED_EPOCHS).max(decided_us.min(LAST_DECISION_US)))
 }
 
 /// Whether another client made the view, after this one was attached: what this one has in flight may be older than what
@@ -145,6 +158,23 @@ mod tests {
         };
         assert_eq!(base(&[(0, &latest), (1, &latest), (2, &before)]), latest);
         assert_eq!(base(&[(0, &before), (1, &latest)]).clean(), members(&[0]));
+    }
+
+    #[test]
+    fn a_forced_epoch_is_above_all_that_were_seen_and_above_those_of_earlier_decisions() {
+        let now = 1_800_000_000_000_000;
+        assert_eq!(forced_epoch(Epoch(7), Epoch(3), now), Epoch(now));
+        assert_eq!(
+            forced_epoch(Epoch(7), Epoch(9), 0),
+            Epoch(9 + FORCED_EPOCHS),
+            "a clock that stands at 1970"
+        );
+        let first = forced_epoch(Epoch(7), Epoch(0), now);
+        assert!(forced_epoch(first, Epoch(0), now) > first, "seen, and decided at once");
+        assert!(
+            forced_epoch(Epoch(7), Epoch(0), now + 2_000_000) > forced_epoch(first, Epoch(0), now - 100_000)
+        );
+        assert!(forced_epoch(Epoch(7), Epoch(0), u64::MAX).0 < 1 << 60, "a clock of the far future");
     }
 
     #[test]

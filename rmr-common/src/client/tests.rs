@@ -82,6 +82,18 @@ impl Bench {
         bench
     }
 
+    /// Another client, with the nodes as they are.
+    pub(super) fn start_client(&mut self, configure: impl FnOnce(&mut Config)) {
+        let mut config = Config::new(ClientId::from_bytes([2; 16]), "another test");
+        config.attach_grace = Duration::ZERO;
+        configure(&mut config);
+        let seeds: Vec<_> = self.spec.members.iter().map(|m| m.address.clone()).collect();
+        self.client = Client::new(config, PoolSelector::Id(self.spec.id), &seeds, self.now);
+        self.sent.clear();
+        self.nodes.clear();
+        self.run();
+    }
+
     /// Carries out what the client wants until it waits for something that the test has to do.
     pub(super) fn run(&mut self) {
         while let Some(output) = self.client.take_output() {

@@ -1,18 +1,33 @@
-//! A sparse set of blocks: a directory of leaves, each a bitmap of 128 MiB of the pool.
+//! A sparse set of blocks: a directory of leaves, each for 128 MiB of the pool. A leaf without a block, and one with all of
+//! them, takes no memory; ranges go in and out by whole leaves and words.
+
+use std::ops::Range;
 
 use crate::pool::{BLOCK_SIZE, Block};
 
 const LEAF_WORDS: usize = 512;
 const LEAF_BITS: u64 = LEAF_WORDS as u64 * 64;
 
-struct Leaf {
-    set: u32,
-    words: [u64; LEAF_WORDS],
+type Words = [u64; LEAF_WORDS];
+
+static ALL: Words = [u64::MAX; LEAF_WORDS];
+
+struct Bits {
+    set: u64,
+    words: Words,
 }
 
-/// A set of blocks. Memory: 8 bytes per 128 MiB of the pool, and 4 KiB for each 128 MiB that has a block in the set.
+/// `Some` has at least one bit and lacks at least one.
+enum Leaf {
+    None,
+    Some(Box<Bits>),
+    All,
+}
+
+/// A set of blocks. Memory: 16 bytes per 128 MiB of the pool, and 4 KiB for each 128 MiB of which some blocks are in the set and
+/// some are not.
 pub struct BlockMap {
-    leaves: Vec<Option<Box<Leaf>>>,
+    leaves: Vec<Leaf>,
     count: u64,
 }
 
@@ -20,17 +35,16 @@ impl BlockMap {
     /// The empty set for a pool of `blocks` blocks.
     #[must_use]
     pub fn new(blocks: u64) -> Self {
-        let leaves = usize::try_from(blocks.div_ceil(LEAF_BITS)).unwrap_or(usize::MAX);
-        Self { leaves: std::iter::repeat_with(|| None).take(leaves).collect(), count: 0 }
+        let mut map = Self { leaves: Vec::new(), count: 0 };
+        map.resize(blocks);
+        map
     }
 
     /// The set for a pool that has another size from now on. Blocks beyond its end are to be taken out before.
     pub fn resize(&mut self, blocks: u64) {
         let leaves = usize::try_from(blocks.div_ceil(LEAF_BITS)).unwrap_or(usize::MAX);
-        for leaf in self.leaves.iter().skip(leaves).flatten() {
-            self.count -= u64::from(leaf.set);
-        }
-        self.leaves.resize_with(leaves, || None);
+        self.count -= self.leaves.iter().skip(leaves).map(Leaf::count).sum::<u64>();
+        self.leaves.resize_with(leaves, || Leaf::None);
     }
 
     /// How many blocks are in the set.
@@ -45,70 +59,65 @@ impl BlockMap {
         self.count == 0
     }
 
-    fn place(block: Block) -> (usize, usize, u64) {
-        let leaf = usize::try_from(block.0 / LEAF_BITS).unwrap_or(usize::MAX);
-        let bit = block.0 % LEAF_BITS;
-        (leaf, usize::try_from(bit / 64).unwrap_or(0), 1 << (bit % 64))
-    }
-
     /// Whether `block` is in the set.
     #[must_use]
     pub fn contains(&self, block: Block) -> bool {
-        let (leaf, word, mask) = Self::place(block);
-        self.leaves.get(leaf).and_then(Option::as_ref).is_some_and(|l| l.words[word] & mask != 0)
+        let bit = block.0 % LEAF_BITS;
+        self.words_at(block).is_some_and(|words| words[index(bit / 64)] & 1 << (bit % 64) != 0)
     }
 
     /// Adds `block`; true if it was not there. Blocks beyond the pool are not added.
     pub fn insert(&mut self, block: Block) -> bool {
-        let (leaf, word, mask) = Self::place(block);
-        let Some(place) = self.leaves.get_mut(leaf) else { return false };
-        let leaf = place.get_or_insert_with(|| Box::new(Leaf { set: 0, words: [0; LEAF_WORDS] }));
-        let new = leaf.words[word] & mask == 0;
-        if new {
-            leaf.words[word] |= mask;
-            leaf.set += 1;
-            self.count += 1;
+        self.insert_range(block, 1) > 0
+    }
+
+    /// Adds `count` blocks from `first` on, and tells how many were not there. Blocks beyond the pool are not added.
+    pub fn insert_range(&mut self, first: Block, count: u64) -> u64 {
+        let mut added = 0;
+        for (leaf, bits) in self.leaves_of(first, count) {
+            added += self.leaves[leaf].insert(bits);
         }
-        new
+        self.count += added;
+        added
     }
 
     /// Adds every block that the `length` bytes from `offset` touch.
     pub fn insert_bytes(&mut self, offset: u64, length: u64) {
-        for block in blocks_touched(offset, length) {
-            self.insert(Block(block));
+        if length > 0 {
+            let first = offset / BLOCK_SIZE;
+            self.insert_range(Block(first), offset.saturating_add(length).div_ceil(BLOCK_SIZE) - first);
         }
     }
 
     /// Takes `block` out; true if it was there.
     pub fn remove(&mut self, block: Block) -> bool {
-        let (index, word, mask) = Self::place(block);
-        let Some(Some(leaf)) = self.leaves.get_mut(index) else { return false };
-        let was = leaf.words[word] & mask != 0;
-        if was {
-            leaf.words[word] &= !mask;
-            leaf.set -= 1;
-            self.count -= 1;
-            if leaf.set == 0 {
-                self.leaves[index] = None;
-            }
+        self.remove_range(block, 1) > 0
+    }
+
+    /// Takes `count` blocks from `first` on out, and tells how many were there.
+    pub fn remove_range(&mut self, first: Block, count: u64) -> u64 {
+        let mut removed = 0;
+        for (leaf, bits) in self.leaves_of(first, count) {
+            removed += self.leaves[leaf].remove(bits);
         }
-        was
+        self.count -= removed;
+        removed
     }
 
     /// Whether any of the `count` blocks from `first` is in the set; both are multiples of 16.
     #[must_use]
     pub fn any_in(&self, first: Block, count: u64) -> bool {
         (first.0..first.0 + count).step_by(16).any(|block| {
-            let (leaf, word, _) = Self::place(Block(block));
             let sixteen = 0xffff << (block % 64);
-            self.leaves.get(leaf).and_then(Option::as_ref).is_some_and(|l| l.words[word] & sixteen != 0)
+            self.words_at(Block(block))
+                .is_some_and(|words| words[index(block % LEAF_BITS / 64)] & sixteen != 0)
         })
     }
 
     /// Takes every block out.
     pub fn clear(&mut self) {
         if self.count > 0 {
-            self.leaves.iter_mut().for_each(|leaf| *leaf = None);
+            self.leaves.fill_with(|| Leaf::None);
             self.count = 0;
         }
     }
@@ -118,8 +127,8 @@ impl BlockMap {
         if self.is_empty() {
             std::mem::swap(self, other);
         } else {
-            for block in other.iter() {
-                self.insert(block);
+            for (leaf, more) in self.leaves.iter_mut().zip(&other.leaves) {
+                self.count += leaf.insert_all_of(more);
             }
         }
         other.clear();
@@ -127,9 +136,9 @@ impl BlockMap {
 
     /// The blocks in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = Block> + '_ {
-        let leaves = self.leaves.iter().zip(0u64..).filter_map(|(leaf, i)| Some((leaf.as_ref()?, i)));
-        leaves.flat_map(|(leaf, i)| {
-            leaf.words.iter().zip(0u64..).filter(|(word, _)| **word != 0).flat_map(move |(&word, w)| {
+        let leaves = self.leaves.iter().zip(0u64..).filter_map(|(leaf, i)| Some((leaf.words()?, i)));
+        leaves.flat_map(|(words, i)| {
+            words.iter().zip(0u64..).filter(|(word, _)| **word != 0).flat_map(move |(&word, w)| {
                 let base = i * LEAF_BITS + w * 64;
                 (0..64).filter(move |bit| word & (1 << bit) != 0).map(move |bit| Block(base + bit))
             })
@@ -148,14 +157,126 @@ impl BlockMap {
             Some((first.0 * BLOCK_SIZE, (end - first.0) * BLOCK_SIZE))
         })
     }
+
+    fn words_at(&self, block: Block) -> Option<&Words> {
+        self.leaves.get(index(block.0 / LEAF_BITS))?.words()
+    }
+
+    /// The leaves that a range of blocks touches, each with the bits of it that are in the range.
+    fn leaves_of(&self, first: Block, count: u64) -> impl Iterator<Item = (usize, Range<u64>)> + use<> {
+        let blocks = self.leaves.len() as u64 * LEAF_BITS;
+        let (start, end) = (first.0.min(blocks), first.0.saturating_add(count).min(blocks));
+        let leaves = if start < end { start / LEAF_BITS..end.div_ceil(LEAF_BITS) } else { 0..0 };
+        leaves.map(move |leaf| {
+            let base = leaf * LEAF_BITS;
+            (index(leaf), start.max(base) - base..end.min(base + LEAF_BITS) - base)
+        })
+    }
 }
 
-/// Indices of the blocks that the `length` bytes from `offset` touch.
-fn blocks_touched(offset: u64, length: u64) -> std::ops::Range<u64> {
-    if length == 0 {
-        return 0..0;
+impl Leaf {
+    fn count(&self) -> u64 {
+        match self {
+            Self::None => 0,
+            Self::Some(bits) => bits.set,
+            Self::All => LEAF_BITS,
+        }
     }
-    offset / BLOCK_SIZE..(offset + length).div_ceil(BLOCK_SIZE)
+
+    fn words(&self) -> Option<&Words> {
+        match self {
+            Self::None => None,
+            Self::Some(bits) => Some(&bits.words),
+            Self::All => Some(&ALL),
+        }
+    }
+
+    /// Sets these bits, and tells how many were not set.
+    fn insert(&mut self, range: Range<u64>) -> u64 {
+        if matches!(self, Self::None) && range.end - range.start == LEAF_BITS {
+            *self = Self::All;
+            return LEAF_BITS;
+        }
+        let mut bits = match std::mem::replace(self, Self::None) {
+            Self::None => Box::new(Bits { set: 0, words: [0; LEAF_WORDS] }),
+            Self::Some(bits) => bits,
+            Self::All => {
+                *self = Self::All;
+                return 0;
+            }
+        };
+        let before = bits.set;
+        for (word, mask) in words_of(range) {
+            bits.set += u64::from((mask & !bits.words[word]).count_ones());
+            bits.words[word] |= mask;
+        }
+        let added = bits.set - before;
+        *self = Self::of(bits);
+        added
+    }
+
+    /// Sets the bits that another leaf has, and tells how many were not set.
+    fn insert_all_of(&mut self, other: &Self) -> u64 {
+        let Some(more) = other.words() else { return 0 };
+        let before = self.count();
+        let mut bits = match std::mem::replace(self, Self::None) {
+            Self::None => Box::new(Bits { set: 0, words: [0; LEAF_WORDS] }),
+            Self::Some(bits) => bits,
+            Self::All => {
+                *self = Self::All;
+                return 0;
+            }
+        };
+        for (word, more) in bits.words.iter_mut().zip(more) {
+            *word |= more;
+        }
+        bits.set = bits.words.iter().map(|word| u64::from(word.count_ones())).sum();
+        *self = Self::of(bits);
+        self.count() - before
+    }
+
+    /// Clears these bits, and tells how many were set.
+    fn remove(&mut self, range: Range<u64>) -> u64 {
+        if range.end - range.start == LEAF_BITS {
+            return std::mem::replace(self, Self::None).count();
+        }
+        let mut bits = match std::mem::replace(self, Self::None) {
+            Self::None => return 0,
+            Self::Some(bits) => bits,
+            Self::All => Box::new(Bits { set: LEAF_BITS, words: ALL }),
+        };
+        let before = bits.set;
+        for (word, mask) in words_of(range) {
+            bits.set -= u64::from((mask & bits.words[word]).count_ones());
+            bits.words[word] &= !mask;
+        }
+        let removed = before - bits.set;
+        *self = Self::of(bits);
+        removed
+    }
+
+    /// The leaf with these bits; without memory if it has none of them, or all.
+    fn of(bits: Box<Bits>) -> Self {
+        match bits.set {
+            0 => Self::None,
+            LEAF_BITS => Self::All,
+            _ => Self::Some(bits),
+        }
+    }
+}
+
+/// The words of a leaf that a range of its bits touches, each with a mask of those bits.
+fn words_of(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+    (range.start / 64..range.end.div_ceil(64)).map(move |word| {
+        let base = word * 64;
+        let (from, to) = (range.start.max(base) - base, range.end.min(base + 64) - base);
+        (index(word), (u64::MAX >> (64 - (to - from))) << from)
+    })
+}
+
+/// An index that is beyond every vector where it does not fit the machine's word.
+fn index(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
@@ -181,6 +302,48 @@ mod tests {
             }
             prop_assert!(map.iter().map(|b| b.0).eq(oracle.iter().copied()));
             prop_assert!((0..100_000).all(|b| map.contains(Block(b)) == oracle.contains(&b)));
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn ranges_do_what_their_blocks_one_by_one_would(
+            steps in proptest::collection::vec((0u8..3, 0u64..3 * LEAF_BITS + 99, 0u64..12, any::<u16>()), 0..24),
+        ) {
+            let blocks = 3 * LEAF_BITS - 77;
+            let (mut map, mut single) = (BlockMap::new(blocks), BlockMap::new(blocks));
+            let mut other = BlockMap::new(blocks);
+            for (what, start, size, some) in steps {
+                // Borders of words and leaves, and ranges from one block to several leaves, beyond the end as well.
+                let start = if some % 3 == 0 { start } else { start / LEAF_BITS * LEAF_BITS + u64::from(some) % 3 * 64 };
+                let count = match size {
+                    0 => u64::from(some),
+                    1..5 => size * LEAF_BITS,
+                    _ => u64::from(some) % 200,
+                };
+                let range = (start..start + count).map(Block);
+                match what {
+                    0 => prop_assert_eq!(map.remove_range(Block(start), count), range.map(|b| u64::from(single.remove(b))).sum::<u64>()),
+                    1 => prop_assert_eq!(map.insert_range(Block(start), count), range.map(|b| u64::from(single.insert(b))).sum::<u64>()),
+                    _ => {
+                        other.insert_range(Block(start), count);
+                        other.iter().for_each(|b| { single.insert(b); });
+                        map.append(&mut other);
+                        prop_assert!(other.is_empty());
+                    }
+                }
+                prop_assert_eq!(map.count(), single.count());
+                prop_assert_eq!(map.count(), map.iter().count() as u64);
+                let kinds = |m: &BlockMap| m.leaves.iter().map(std::mem::discriminant).collect::<Vec<_>>();
+                prop_assert_eq!(kinds(&map), kinds(&single), "an empty or full leaf takes no memory");
+            }
+            prop_assert!(map.iter().eq(single.iter()));
+            for (first, count) in [(0, 3 * LEAF_BITS), (LEAF_BITS - 16, 32), (LEAF_BITS, LEAF_BITS), (2 * LEAF_BITS, 16)] {
+                let is_any = (first..first + count).any(|b| single.contains(Block(b)));
+                prop_assert_eq!(map.any_in(Block(first), count), is_any);
+            }
         }
     }
 

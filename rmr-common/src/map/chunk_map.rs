@@ -92,6 +92,33 @@ impl ChunkMap {
         true
     }
 
+    /// Adds `count` chunks from `first` on; each page in which one of them was not there goes to `changed`. Chunks beyond the
+    /// pool are not added.
+    pub(super) fn insert_range(&mut self, first: Chunk, count: u64, mut changed: impl FnMut(u32)) {
+        let end = first.0.saturating_add(count).min(self.chunks);
+        let mut chunk = first.0;
+        while chunk < end {
+            let page_end = (chunk / MAP_PAGE_BITS + 1) * MAP_PAGE_BITS;
+            let (page, first_byte, _) = Self::place(Chunk(chunk));
+            let stop = end.min(page_end);
+            let mut added = 0;
+            for byte in &mut self.pages[page][first_byte..] {
+                if chunk >= stop {
+                    break;
+                }
+                let next = stop.min((chunk / 8 + 1) * 8);
+                let mask = (0xff_u8 >> (8 - (next - chunk))) << (chunk % 8);
+                added += u64::from((mask & !*byte).count_ones());
+                *byte |= mask;
+                chunk = next;
+            }
+            if added > 0 {
+                self.count += added;
+                changed(u32::try_from(page).unwrap_or(u32::MAX));
+            }
+        }
+    }
+
     /// Takes `chunk` out; true if it was there. Only [`super::MemberMaps`] clears.
     pub(super) fn remove(&mut self, chunk: Chunk) -> bool {
         let was = self.contains(chunk);
@@ -101,6 +128,30 @@ impl ChunkMap {
             self.count -= 1;
         }
         was
+    }
+
+    /// Takes every chunk out; each page that had one goes to `changed`. Only [`super::MemberMaps`] clears.
+    pub(super) fn clear(&mut self, mut changed: impl FnMut(u32)) {
+        for (bits, page) in self.pages.iter_mut().zip(0..) {
+            if bits.iter().any(|byte| *byte != 0) {
+                *bits = [0; MAP_PAGE_BYTES];
+                changed(page);
+            }
+        }
+        self.count = 0;
+    }
+
+    /// The chunks as runs `(first, count)`, neighbours joined, in ascending order.
+    pub fn runs(&self) -> impl Iterator<Item = (Chunk, u64)> + '_ {
+        let mut chunks = self.iter().peekable();
+        std::iter::from_fn(move || {
+            let first = chunks.next()?;
+            let mut count = 1;
+            while chunks.next_if(|c| c.0 == first.0 + count).is_some() {
+                count += 1;
+            }
+            Some((first, count))
+        })
     }
 
     /// The chunks in ascending order.
@@ -129,6 +180,7 @@ impl ChunkMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn bits_stand_where_the_format_says() {
@@ -143,6 +195,39 @@ mod tests {
         assert_eq!(map.iter_from(Chunk(1 << 40)).count(), 0);
         assert!(map.remove(Chunk(9)) && !map.remove(Chunk(9)));
         assert_eq!(map.count(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn a_range_goes_in_as_its_chunks_one_by_one_would(
+            ranges in proptest::collection::vec((0u64..2 * MAP_PAGE_BITS + 40, 0u64..7, 0u64..40), 0..12),
+        ) {
+            let chunks = 2 * MAP_PAGE_BITS + 11;
+            let (mut map, mut single) = (ChunkMap::new(chunks), ChunkMap::new(chunks));
+            for (start, pages, few) in ranges {
+                let start = if few % 2 == 0 { start } else { start / MAP_PAGE_BITS * MAP_PAGE_BITS + few };
+                let count = few + if pages < 2 { pages * MAP_PAGE_BITS } else { 0 };
+                let (mut changed, mut expected) = (Vec::new(), Vec::new());
+                map.insert_range(Chunk(start), count, |page| changed.push(page));
+                for chunk in (start..start + count).map(Chunk) {
+                    if single.insert(chunk) {
+                        expected.push(ChunkMap::page_of(chunk));
+                    }
+                }
+                expected.dedup();
+                prop_assert_eq!((changed, map.count()), (expected, single.count()));
+            }
+            prop_assert_eq!(map.pages, single.pages);
+        }
+    }
+
+    #[test]
+    fn neighbours_are_one_run() {
+        let mut map = ChunkMap::new(100);
+        for chunk in [3, 7, 8, 9, 99] {
+            map.insert(Chunk(chunk));
+        }
+        assert_eq!(map.runs().collect::<Vec<_>>(), vec![(Chunk(3), 1), (Chunk(7), 3), (Chunk(99), 1)]);
     }
 
     #[test]

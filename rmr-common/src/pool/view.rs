@@ -17,8 +17,8 @@ use thiserror::Error;
 
 use super::{Epoch, MAX_MEMBERS, MemberId, MemberSet, StoreId, ViewNumber};
 
-/// How far view number and epoch jump when the operator forces a pool into use.
-pub(crate) const FORCED_JUMP: u64 = 1 << 32;
+/// How far the view number jumps when the operator forces a pool into use.
+const FORCED_JUMP: u64 = 1 << 32;
 
 /// State of a member's data.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
@@ -83,8 +83,8 @@ pub struct View {
 pub enum ViewStep {
     /// A client attached: the members stay as they are, but for those that did not answer it, which become Out.
     Attach(MemberSet),
-    /// The operator's override: this member is Clean, whatever it was, and all others are Out. The number jumps, so that no
-    /// view which was made without the operator's knowledge can be as high.
+    /// The operator's override: this member is Clean, whatever it was, and all others are Out. The number jumps, so that
+    /// nobody takes it for that of a view which was made without the operator's knowledge. Which one is later says the epoch.
     Force(MemberId),
     /// Members leave: each Clean or Syncing becomes Out. At least one Clean member must stay.
     Lose(MemberSet),

@@ -2,9 +2,9 @@
 //! `rmrctl` attaches itself for as long as the command takes. It never displaces anybody.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use rmr_common::client::{Config, OverReason, PoolSelector};
+use rmr_common::client::{Config, Force, OverReason, PoolSelector};
 use rmr_common::driver::{Pool, PoolError};
 use rmr_common::pool::{Address, ClientId, Command, CommandReply, MemberId, PoolSpec, Refusal};
 use thiserror::Error;
@@ -188,7 +188,7 @@ impl Hold {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let who = format!("rmrctl on {}, process {}", host.trim(), std::process::id());
         let mut config = Config::new(ClientId::random(), who);
-        config.force_from = force_from;
+        config.force_from = force_from.map(|member| Force { member, decided: SystemTime::now() });
         // A guest that starts now gets its disk.
         config.yields = true;
         config.keys.clone_from(&context.keys);
