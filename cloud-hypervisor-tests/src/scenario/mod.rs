@@ -84,6 +84,11 @@ pub const ALL: [Scenario; 10] = [
         run: keys::wrong_keys,
     },
     Scenario {
+        name: "windows",
+        sentence: "in the read mode window each read has a key of its own, which is refused when the read is over",
+        run: keys::windows,
+    },
+    Scenario {
         name: "resync",
         sentence: "a member that was away is brought up to date by exactly what it missed, from node to node",
         run: data::resync,
