@@ -57,7 +57,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, the quick ones first.
-pub const ALL: [Scenario; 10] = [
+pub const ALL: [Scenario; 11] = [
     Scenario {
         name: "io",
         sentence: "every block that is read holds what was written, and all copies are the same",
