@@ -55,6 +55,8 @@ pub(super) fn pool_key(lab: &Lab, effort: Effort) -> Result<Counts> {
     daemon.stop()?;
     let daemon = keyed(lab, &system, "rotated", &second)?;
     let mut disk = System::attach(&daemon, &load)?;
+    // It is attached when this is done; before that it would wait for a node that is killed.
+    system.load_on(&mut disk, &LoadSpec { seed: 5, ..load.clone() })?;
     for directory in &directories {
         fs::remove_file(directory.join("disk.key.old"))?;
     }
