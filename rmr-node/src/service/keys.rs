@@ -17,14 +17,14 @@ use super::shard::Shard;
 use crate::admin::api::{Authentication, AuthenticationFailures};
 use crate::config::KeysConfig;
 
-/// Failed attempts are logged one by one, but not more often.
+/// Failed attempts are logged one by one, but those of one kind not more often.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The keys of the node's pools, and what failed.
 pub(crate) struct Keys {
     config: KeysConfig,
     denied: [AtomicU64; Denial::ALL.len()],
-    logged: Mutex<Logged>,
+    logged: Mutex<[Logged; Denial::ALL.len()]>,
 }
 
 #[derive(Default)]
@@ -83,6 +83,7 @@ impl Keys {
     fn note(&self, denial: Denial) -> Option<u64> {
         self.denied[denial as usize].fetch_add(1, Ordering::Relaxed);
         let mut logged = self.logged.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let logged = &mut logged[denial as usize];
         if logged.at.is_some_and(|at| at.elapsed() < LOG_INTERVAL) {
             logged.withheld += 1;
             return None;
@@ -217,9 +218,11 @@ mod tests {
         assert_eq!(keys.note(Denial::WrongKey), Some(0));
         assert!((0..9).all(|_| keys.note(Denial::WrongKey).is_none()));
         assert_eq!((keys.failures().wrong, keys.failures().missing), (10, 0));
-        keys.logged.lock().unwrap().at = Instant::now().checked_sub(LOG_INTERVAL);
-        assert_eq!(keys.note(Denial::KeyRequired), Some(9));
-        assert_eq!(keys.failures().missing, 1);
+        // One of another kind is not hidden by them.
+        assert_eq!(keys.note(Denial::KeyRequired), Some(0));
+        keys.logged.lock().unwrap()[Denial::WrongKey as usize].at = Instant::now().checked_sub(LOG_INTERVAL);
+        assert_eq!(keys.note(Denial::WrongKey), Some(9));
+        assert_eq!((keys.failures().wrong, keys.failures().missing), (11, 1));
     }
 
     #[test]
