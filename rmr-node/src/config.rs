@@ -924,7 +924,7 @@ mod tests {
             }
         }
         keys.push("store_dir".into());
-        assert_eq!(keys.len(), 21, "{keys:?}");
+        assert_eq!(keys.len(), 22, "{keys:?}");
         for key in keys {
             assert!(documented.contains(&format!("| `{key}` |")), "{key} is not in docs/configuration.md");
         }
