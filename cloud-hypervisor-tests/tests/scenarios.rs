@@ -32,3 +32,9 @@ fn a_daemon_killed_under_load_again_and_again_leaves_copies_that_agree() -> Resu
 fn everything_killed_at_once_comes_back_with_all_that_was_promised() -> Result<()> {
     run("killed-everything")
 }
+
+#[test]
+fn who_has_the_key_of_a_pool_is_let_in_nobody_else_is_and_the_key_is_changed_under_a_running_disk()
+-> Result<()> {
+    run("pool-key")
+}

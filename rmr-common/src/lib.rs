@@ -4,6 +4,7 @@
 //! one member. A write goes once, in one hop, to every leg. The crate knows offsets, lengths and scatter/gather
 //! lists, and nothing of virtio: a disk daemon, an object store or a log may all stand on it.
 //!
+//! * [`auth`] — how both sides of a connection prove that they know the key of a pool.
 //! * [`wire`] — message layouts, byte by byte (`docs/protocol.md`).
 //! * [`pool`] — identities, the pool specification, views and their legal steps.
 //! * [`map`] — dirty and intent maps.
@@ -26,6 +27,7 @@ macro_rules! mutant {
     };
 }
 
+pub mod auth;
 pub mod buffer;
 pub mod client;
 pub mod clock;

@@ -208,6 +208,9 @@ pub struct Settings {
     /// Limits of the admin API.
     #[command(flatten)]
     pub admin_limits: AdminSettings,
+    /// Keys of pools.
+    #[command(flatten)]
+    pub keys: KeySettings,
     /// Certificates.
     #[command(flatten)]
     pub tls: TlsSettings,
@@ -241,6 +244,18 @@ pub struct AdminSettings {
     /// Longest time of an admin request in s, 1 to 3600 [default: 60]
     #[arg(id = "admin-request-timeout-s", long = "admin-request-timeout-s", value_name = "SECONDS")]
     pub request_timeout_s: Option<Bounded<1, 3_600>>,
+}
+
+/// Table `[keys]`: authentication by the key of a pool.
+#[derive(Clone, Default, PartialEq, Eq, Debug, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct KeySettings {
+    /// Directory of keys: a pool with a file POOL.key in it, by its uuid or name, is served to who has that key, and to nobody else
+    #[arg(id = "key-dir", long = "key-dir", value_name = "DIRECTORY")]
+    pub directory: Option<PathBuf>,
+    /// Let nobody in to a pool without a key, true or false [default: false]
+    #[arg(id = "keys-required", long = "keys-required", value_name = "BOOL")]
+    pub required: Option<bool>,
 }
 
 /// Table `[tls]`: files in PEM form, for `tls://` addresses.
@@ -360,6 +375,10 @@ impl Settings {
                     .request_timeout_s
                     .or(base.admin_limits.request_timeout_s),
             },
+            keys: KeySettings {
+                directory: self.keys.directory.or(base.keys.directory),
+                required: self.keys.required.or(base.keys.required),
+            },
             tls: TlsSettings {
                 certificate: self.tls.certificate.or(base.tls.certificate),
                 key: self.tls.key.or(base.tls.key),
@@ -404,6 +423,8 @@ impl Settings {
                 max_body: Some(Bounded(256 << 10)),
                 request_timeout_s: Some(Bounded(60)),
             },
+            // No directory: pools have no keys.
+            keys: KeySettings { directory: None, required: Some(false) },
             // No defaults: without certificates there are no tls:// addresses.
             tls: TlsSettings::default(),
             log: LogSettings { format: Some(LogFormat::default()), level: Some(LogLevel("info".to_owned())) },
@@ -454,12 +475,23 @@ pub struct Config {
     pub resync: ResyncConfig,
     /// Limits of the admin API.
     pub admin_limits: AdminLimits,
+    /// Keys of pools.
+    pub keys: KeysConfig,
     /// Certificates.
     pub tls: TlsConfig,
     /// Form of the log.
     pub log_format: LogFormat,
     /// What to log.
     pub log_level: LogLevel,
+}
+
+/// Keys of pools.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct KeysConfig {
+    /// Where they are; read for each connection.
+    pub directory: Option<PathBuf>,
+    /// A pool without one is not served.
+    pub required: bool,
 }
 
 /// Certificates, as files that are read at the start.
@@ -515,6 +547,10 @@ impl Config {
                 request_timeout: given("admin_limits.request_timeout_s", s.admin_limits.request_timeout_s)?
                     .seconds(),
             },
+            keys: KeysConfig {
+                directory: s.keys.directory,
+                required: given("keys.required", s.keys.required)?,
+            },
             tls: tls(s.tls)?,
             log_format: given("log.format", s.log.format)?,
             log_level: given("log.level", s.log.level)?,
@@ -539,6 +575,14 @@ impl Config {
                 "{memory}: expected {MIN_BUFFER_MEMORY} to {MAX_BUFFER_MEMORY}, a multiple of 4096 bytes"
             );
             return Err(ConfigError::value("buffer_memory", problem));
+        }
+        if let Some(dir) = self.keys.directory.as_ref().filter(|dir| !dir.is_dir()) {
+            let problem = format!("{} is no directory; create it first, with mode 0700", dir.display());
+            return Err(ConfigError::value("keys.directory", problem));
+        }
+        if self.keys.required && self.keys.directory.is_none() {
+            let problem = "true needs keys.directory, and there is none";
+            return Err(ConfigError::value("keys.required", problem));
         }
         match &self.store_dir {
             Some(dir) if !dir.is_dir() => {
@@ -880,7 +924,7 @@ mod tests {
             }
         }
         keys.push("store_dir".into());
-        assert_eq!(keys.len(), 21, "{keys:?}");
+        assert_eq!(keys.len(), 22, "{keys:?}");
         for key in keys {
             assert!(documented.contains(&format!("| `{key}` |")), "{key} is not in docs/configuration.md");
         }

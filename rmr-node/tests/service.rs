@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use rmr_common::auth::{KeyRing, SecretKey};
 use rmr_common::client::{Config, IoError, OverReason, PoolSelector};
 use rmr_common::driver::{Pool, PoolError};
 use rmr_common::pool::{
@@ -16,8 +17,8 @@ use rmr_common::pool::{
 };
 use rmr_common::transport::tls::{ClientTls, IdentityFiles};
 use rmr_common::wire::{
-    Attach, FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Hello, HelloReply, Kind, MessageHeader, Role,
-    Status, frame_crc,
+    Attach, FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Hello, HelloReply, Kind, MessageHeader, NONCE_SIZE,
+    PROOF_SIZE, Proof, Role, Status, frame_crc,
 };
 use rmr_node::store::{CreateOptions, Store, ZeroPolicy};
 
@@ -219,13 +220,23 @@ impl Raw {
     }
 
     fn hello(&mut self, pool: PoolId) -> (MessageHeader, Vec<u8>) {
+        self.hello_as(pool, Role::Client, None)
+    }
+
+    fn hello_as(
+        &mut self,
+        pool: PoolId,
+        role: Role,
+        nonce: Option<[u8; NONCE_SIZE]>,
+    ) -> (MessageHeader, Vec<u8>) {
         let hello = Hello {
             versions: (1, 1),
             capabilities: 0,
-            role: Role::Client,
+            role,
             client: ClientId::random(),
             pool_name: String::new(),
             description: "raw".into(),
+            nonce,
         };
         let body = hello.encode();
         let header = MessageHeader {
@@ -614,6 +625,82 @@ fn a_client_that_asks_and_never_listens_cannot_fill_the_memory() {
 }
 
 #[test]
+fn a_connection_between_nodes_can_ask_and_cannot_attach() {
+    let node = Node::start(1, &[]);
+    for kind in [Kind::Attach, Kind::Write, Kind::SetView, Kind::Flush, Kind::Detach] {
+        let mut raw = Raw::connect(&node, 0);
+        assert_eq!(raw.hello_as(raw.pool, Role::Peer, None).0.status, Status::Ok);
+        let ping = raw.header(Kind::Ping, 0, 0);
+        raw.send(&[(ping, &[])]);
+        assert_eq!(raw.receive().0.kind, Kind::Pong);
+        let header = raw.header(kind, 0, 0);
+        raw.send(&[(header, &[])]);
+        assert!(raw.is_closed_within(PATIENCE), "{kind:?}");
+    }
+}
+
+#[test]
+fn nobody_without_the_key_gets_further_than_the_challenge() {
+    use std::os::unix::fs::PermissionsExt;
+    let keys = tempfile::tempdir().unwrap();
+    let file = keys.path().join("pool-0.key");
+    std::fs::write(&file, [1; 32]).unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let mut node = Node::start(2, &["--key-dir", keys.path().to_str().unwrap()]);
+    let nonce = Some([7; NONCE_SIZE]);
+    let hello = |pool: usize, nonce| {
+        let mut raw = Raw::connect(&node, pool);
+        let (header, body) = raw.hello_as(raw.pool, Role::Client, nonce);
+        (raw, (header.kind, header.status), String::from_utf8_lossy(&body).into_owned())
+    };
+    let (mut raw, answer, words) = hello(0, None);
+    assert_eq!(answer, (Kind::HelloReply, Status::KeyRequired));
+    assert!(words.contains("requires a key") && words.contains("--key-file"), "{words}");
+    assert!(raw.is_closed_within(PATIENCE));
+    let (mut raw, answer, words) = hello(1, nonce);
+    assert_eq!(answer, (Kind::HelloReply, Status::NoKey));
+    assert!(words.contains("--key-dir"), "{words}");
+    assert!(raw.is_closed_within(PATIENCE));
+    // What is no key any more lets nobody in, as long as it lies there.
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+    assert_eq!(hello(0, nonce).1, (Kind::HelloReply, Status::NoKey));
+    assert_eq!(hello(0, None).1, (Kind::HelloReply, Status::NoKey));
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    // After the challenge comes one proof, and nothing else.
+    let body = Proof { proofs: vec![[0; PROOF_SIZE]] }.encode();
+    let length = u32::try_from(body.len()).unwrap();
+    for kind in [Kind::Ping, Kind::Attach, Kind::Read, Kind::Hello] {
+        let (mut raw, answer, _) = hello(0, nonce);
+        assert_eq!(answer, (Kind::Challenge, Status::Ok));
+        let header = raw.header(kind, 0, 0);
+        raw.send(&[(header, &[])]);
+        assert!(raw.is_closed_within(PATIENCE), "{kind:?}");
+    }
+    let (mut raw, ..) = hello(0, nonce);
+    let proof = raw.header(Kind::Proof, 0, length);
+    raw.send(&[(proof, &body)]);
+    assert_eq!(raw.receive().0.status, Status::KeyRefused);
+    assert!(raw.is_closed_within(PATIENCE));
+    let (mut raw, ..) = hello(0, nonce);
+    let proof = raw.header(Kind::Proof, 0, length - 1);
+    raw.send(&[(proof, &body[1..])]);
+    assert_eq!(raw.receive().0.status, Status::KeyRefused);
+    // Who has the key is let in, and the pool without one is open to all.
+    let with = |key: u8, pool: usize| {
+        let mut config = Node::config("a client");
+        config.keys = KeyRing::new(vec![SecretKey::from_bytes([key; 32])]);
+        let address = Address::tcp("127.0.0.1", node.address.port());
+        Pool::connect(config, PoolSelector::Id(node.pools[pool].id), &[address], PATIENCE)
+    };
+    assert!(with(2, 0).err().unwrap().to_string().contains("not this pool's"));
+    let pool = with(1, 0).unwrap();
+    pool.blocking().write_at(&[3; 4096], 0).unwrap();
+    drop(pool);
+    drop(node.attach(1).unwrap());
+    node.stop();
+}
+
+#[test]
 fn bodies_before_the_hello_take_no_memory() {
     let node = Node::start(1, &[]);
     let before = node.resident_kib();
@@ -798,6 +885,7 @@ fn clients_reach_pools_on_other_shards_and_leave_them_at_any_moment() {
                         client: ClientId::random(),
                         pool_name: String::new(),
                         description: "raw".into(),
+                        nonce: None,
                     };
                     let body = hello.encode();
                     let payload = u32::try_from(body.len()).unwrap();

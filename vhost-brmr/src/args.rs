@@ -142,6 +142,10 @@ pub struct Options {
     #[arg(long, value_name = "SECONDS", help_heading = "Operation")]
     pub drain_timeout_s: Option<u32>,
 
+    /// File with the key of the pool, for pools that have one; only its owner may have access to it.
+    #[arg(long, value_name = "FILE", help_heading = "Pool")]
+    pub key_file: Option<PathBuf>,
+
     /// Authorities, in PEM form, whose certificates are trusted on tls:// addresses. Without it those are refused.
     #[arg(long, value_name = "FILE", help_heading = "Pool")]
     pub tls_authorities: Option<PathBuf>,
@@ -248,6 +252,7 @@ impl Options {
             read_only: self.read_only.or(file.read_only),
             poll_us: self.poll_us.or(file.poll_us),
             drain_timeout_s: self.drain_timeout_s.or(file.drain_timeout_s),
+            key_file: self.key_file.or(file.key_file),
             tls_authorities: self.tls_authorities.or(file.tls_authorities),
             tls_certificate: self.tls_certificate.or(file.tls_certificate),
             tls_key: self.tls_key.or(file.tls_key),

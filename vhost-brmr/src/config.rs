@@ -97,6 +97,8 @@ pub struct PoolSettings {
     pub read_only: bool,
     /// How data of reads comes into guest memory over RDMA.
     pub rdma_read_mode: ReadMode,
+    /// File with the key of the pool.
+    pub key_file: Option<PathBuf>,
     /// How `tls://` addresses are reached.
     pub tls: Option<TlsFiles>,
 }
@@ -249,6 +251,7 @@ impl Settings {
                 bounce_memory: bounce_memory_mib << 20,
                 read_only,
                 rdma_read_mode: options.rdma_read_mode.unwrap_or_default().into(),
+                key_file: options.key_file,
                 tls,
             },
             device: DeviceOptions { queues, queue_size, serial, read_only },

@@ -4,6 +4,7 @@ use std::os::fd::RawFd;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use rmr_common::auth::KeyRing;
 use rmr_common::client::{self, Config, Force, IoError, Notice, OverReason, PoolSelector};
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
@@ -58,6 +59,9 @@ impl PoolDisk {
         config.force_from = pool.force_from.map(|member| Force { member, decided: SystemTime::now() });
         config.leg_timeout = pool.leg_timeout;
         config.suspend_timeout = pool.suspend_timeout;
+        if let Some(path) = &pool.key_file {
+            config.keys = KeyRing::from_file(path)?;
+        }
         if let Some(files) = &pool.tls {
             config.tls = Some(ClientTls::load(&files.authorities, files.identity.as_ref())?);
         }

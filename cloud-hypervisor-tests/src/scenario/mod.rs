@@ -5,6 +5,7 @@
 mod counters;
 pub mod data;
 mod keys;
+mod pool_key;
 pub mod recovery;
 mod system;
 mod writer;
@@ -58,7 +59,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, the quick ones first.
-pub const ALL: [Scenario; 10] = [
+pub const ALL: [Scenario; 11] = [
     Scenario {
         name: "io",
         sentence: "every block that is read holds what was written, and all copies are the same",
@@ -93,6 +94,11 @@ pub const ALL: [Scenario; 10] = [
         name: "resync",
         sentence: "a member that was away is brought up to date by exactly what it missed, from node to node",
         run: data::resync,
+    },
+    Scenario {
+        name: "pool-key",
+        sentence: "who has the key of a pool is let in, nobody else is, and it is changed under a running disk",
+        run: pool_key::pool_key,
     },
     Scenario {
         name: "killed-nodes",

@@ -42,7 +42,16 @@ impl System {
         Self::of(lab, effort, count, &|name| NodeBuilder::new(name).on_disk())
     }
 
-    fn of(lab: &Lab, effort: Effort, count: usize, builder: &dyn Fn(&str) -> NodeBuilder) -> Result<Self> {
+    /// As [`System::new`], with each node as `builder` makes it.
+    ///
+    /// # Errors
+    /// As [`System::new`].
+    pub fn of(
+        lab: &Lab,
+        effort: Effort,
+        count: usize,
+        builder: &dyn Fn(&str) -> NodeBuilder,
+    ) -> Result<Self> {
         let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
         let start = |name: &&str| builder(name).start(lab).map_err(|error| explain(lab, error));
         let nodes = names.iter().take(count).map(start).collect::<Result<Vec<_>>>()?;

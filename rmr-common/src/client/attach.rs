@@ -11,7 +11,9 @@ impl Client {
     pub(super) fn message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
         let Some(link) = self.link(id) else { return };
         match (&link.state, header.kind) {
-            (LinkState::Greeting { .. }, Kind::HelloReply) => self.hello_reply(id, header, body),
+            (LinkState::Greeting { .. }, Kind::Challenge | Kind::HelloReply) => {
+                self.greeting_message(id, header, body);
+            }
             (LinkState::Ready(_), kind) => {
                 let Some(member) = link.member.filter(|m| self.legs[m.index()] == Some(id)) else {
                     if kind == Kind::Goodbye {

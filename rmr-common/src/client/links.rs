@@ -4,6 +4,7 @@
 //! removed, may still be shown by its node, and is nobody's leg.
 
 use super::{Client, LinkId, LinkState, MAX_LINKS, Notice, Output, OverReason, Payload, PoolSelector, State};
+use crate::auth::{Nonce, Opener, Step};
 use crate::pool::{Address, Epoch, MemberId, MemberSet, PoolId, PoolSpec, StoreId, View};
 use crate::time::Time;
 use crate::wire::{Hello, HelloReply, Kind, MessageHeader, PROTOCOL_VERSION, Role, Status};
@@ -98,7 +99,7 @@ impl Client {
         self.send(member, header, Payload::Body(body));
     }
 
-    pub(super) fn link_up(&mut self, id: LinkId) {
+    pub(super) fn link_up(&mut self, id: LinkId, nonce: Nonce) {
         let (now, config) = (self.now, &self.config);
         let (pool, pool_name) = match (&self.spec, &self.selector) {
             (Some(spec), _) => (spec.id, String::new()),
@@ -112,10 +113,12 @@ impl Client {
             client: config.client,
             pool_name,
             description: config.description.clone(),
+            nonce: None,
         };
-        let body = hello.encode();
+        let opener = Box::new(Opener::new(&config.keys, nonce, pool, &hello));
+        let body = opener.hello().to_vec();
         let Some(link) = self.link_mut(id) else { return };
-        link.state = LinkState::Greeting { since: now };
+        link.state = LinkState::Greeting { since: now, opener };
         link.last_sent = now;
         link.ping_since = None;
         let mut header = MessageHeader::new(Kind::Hello, pool);
@@ -159,13 +162,27 @@ impl Client {
         }
     }
 
-    pub(super) fn hello_reply(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
-        let Some(link) = self.link(id) else { return };
+    /// What a node says before it is greeted: that it asks for a proof of the key, or the end of the greeting.
+    pub(super) fn greeting_message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
+        let Some(link) = self.link_mut(id) else { return };
         let address = link.address.clone();
         if header.status != Status::Ok {
             self.hello_refused(id, address, header.status, &String::from_utf8_lossy(body));
             return;
         }
+        let LinkState::Greeting { opener, .. } = &mut link.state else { return };
+        match opener.take(header, body) {
+            Ok(Step::Welcome(reply)) => self.hello_reply(id, address, reply),
+            Ok(Step::Prove(proof)) => {
+                let payload = u32::try_from(proof.len()).unwrap_or(u32::MAX);
+                let proves = MessageHeader { payload, ..MessageHeader::new(Kind::Proof, header.pool) };
+                self.outputs.push_back(Output::Send(id, proves, Payload::Body(proof)));
+            }
+            Err(error) => self.denied(id, address, &error.to_string()),
+        }
+    }
+
+    fn hello_reply(&mut self, id: LinkId, address: Address, body: &[u8]) {
         let reply = match HelloReply::decode(body) {
             Ok(reply) => reply,
             Err(error) => return self.drop_link(id, &format!("protocol error: {error}")),
@@ -210,21 +227,38 @@ impl Client {
 
     fn hello_refused(&mut self, id: LinkId, address: Address, status: Status, text: &str) {
         if status == Status::NoSuchPool {
-            if let Some(link) = self.link_mut(id) {
-                link.denied = true;
-            }
             // Other nodes may know it; it is over only when every one has said no.
-            if self.spec.is_none() && self.links.iter().all(|l| l.denied) {
+            if self.is_denied_by_all(id) {
                 let text = if text.is_empty() { String::new() } else { format!(": {text}") };
                 self.end(OverReason::NoSuchPool { address, pool: self.selector.to_string(), text });
             } else {
                 self.drop_link(id, "the node has no such pool");
             }
+        } else if matches!(status, Status::KeyRequired | Status::KeyRefused | Status::NoKey) {
+            self.denied(id, address, text);
         } else if status == Status::Version {
             self.end(OverReason::Refused { address, text: text.to_owned() });
         } else {
             self.drop_link(id, &format!("refused: {text}"));
         }
+    }
+
+    /// The node and this client do not agree about the key. That of a running pool may be about to be changed on the nodes, one
+    /// after the other; before anything is known of the pool, it is over when no node agrees.
+    fn denied(&mut self, id: LinkId, address: Address, text: &str) {
+        if self.is_denied_by_all(id) {
+            self.end(OverReason::Refused { address, text: text.to_owned() });
+        } else {
+            self.drop_link(id, text);
+        }
+    }
+
+    /// One more node has said no; whether all have, and the pool is not known.
+    fn is_denied_by_all(&mut self, id: LinkId) -> bool {
+        if let Some(link) = self.link_mut(id) {
+            link.denied = true;
+        }
+        self.spec.is_none() && self.links.iter().all(|l| l.denied)
     }
 
     /// Takes over the specification that goes with the highest view seen so far. Before an attach it says where members are
@@ -345,7 +379,7 @@ impl Client {
                     let address = link.address.clone();
                     self.outputs.push_back(Output::Connect(id, address));
                 }
-                LinkState::Greeting { since } if self.now - *since > self.config.leg_timeout => {
+                LinkState::Greeting { since, .. } if self.now - *since > self.config.leg_timeout => {
                     self.drop_link(id, "the hello was not answered in time");
                 }
                 LinkState::Ready(_) => {

@@ -39,6 +39,7 @@ pub use change::CommandToken;
 pub use force::Force;
 pub use status::{LegStatus, LinkSummary, PoolStatus};
 
+use crate::auth::{KeyRing, Nonce, Opener};
 use crate::map::BlockMap;
 use crate::pool::{
     Address, BootId, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Refusal, Sequence,
@@ -88,6 +89,8 @@ pub struct Config {
     pub ping_interval: Duration,
     /// A verify that looks at a range again holds writes to it for so long at most.
     pub verify_hold: Duration,
+    /// The keys of the pool: the node has to prove that it has one of them, and this client does. Empty: no authentication.
+    pub keys: KeyRing,
     /// How drivers connect to `tls://` addresses; without it they refuse them. The state machine itself has no use for it.
     pub tls: Option<ClientTls>,
     /// What connections over RDMA have in common, with the memory that is registered for them; for drivers as well.
@@ -134,6 +137,7 @@ impl Config {
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
             verify_hold: Duration::from_millis(20),
+            keys: KeyRing::default(),
             tls: None,
             fabric: Fabric::new(ReadMode::Direct),
             read_error_limit: DEFAULT_READ_ERROR_LIMIT,
@@ -281,8 +285,8 @@ pub struct LinkId(pub u8);
 /// What happened.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// A connection that [`Output::Connect`] asked for stands.
-    LinkUp(LinkId),
+    /// A connection that [`Output::Connect`] asked for stands; with a random number for it that nobody can foretell.
+    LinkUp(LinkId, Nonce),
     /// A connection could not be made, or is gone. The driver has closed it already.
     LinkDown(LinkId, &'a str),
     /// A message arrived. Data of a read went to where [`Client::payload_target`] said; other payloads are the body. An answer
@@ -389,6 +393,7 @@ enum LinkState {
     /// Connected; the hello is not answered yet.
     Greeting {
         since: Time,
+        opener: Box<Opener>,
     },
     Ready(Box<HelloReply>),
 }
@@ -404,7 +409,7 @@ struct Link {
     last_sent: Time,
     ping_since: Option<Time>,
     last_error: String,
-    /// The node said that it has no such pool.
+    /// The node said that it has no such pool, or one does not believe the other that it may have to do with it.
     denied: bool,
     /// It leads to nobody who is of interest, and may be made to lead elsewhere.
     retired: bool,
@@ -608,7 +613,7 @@ impl Client {
             return;
         }
         match event {
-            Event::LinkUp(link) => self.link_up(link),
+            Event::LinkUp(link, nonce) => self.link_up(link, nonce),
             Event::LinkDown(link, reason) => self.link_down(link, reason),
             Event::Message(link, header, body) => self.message(link, header, body),
             Event::Tick => self.tick(),
@@ -705,6 +710,8 @@ impl Client {
     }
 }
 
+#[cfg(test)]
+mod auth_tests;
 #[cfg(test)]
 mod change_tests;
 #[cfg(test)]

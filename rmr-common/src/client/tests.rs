@@ -114,7 +114,11 @@ impl Bench {
                         self.nodes.resize(usize::from(link.0) + 1, 0);
                     }
                     self.nodes[usize::from(link.0)] = node;
-                    let event = if is_up { Event::LinkUp(link) } else { Event::LinkDown(link, "down") };
+                    let event = if is_up {
+                        Event::LinkUp(link, Nonce([1; 32]))
+                    } else {
+                        Event::LinkDown(link, "down")
+                    };
                     self.client.apply(event, self.now);
                 }
                 Output::Send(link, header, payload) => self.deliver(link, &header, payload),

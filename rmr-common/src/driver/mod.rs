@@ -17,6 +17,7 @@ use vmm_sys_util::epoll::EventSet;
 pub use pool::{BlockingPool, Buffers, Pool, PoolError, discover};
 pub use traffic::Traffic;
 
+use crate::auth::Nonce;
 use crate::buffer::{self, Segment, gather};
 use crate::client::Protection;
 use crate::client::{
@@ -440,14 +441,18 @@ impl PoolDriver {
             return; // The link was given up meanwhile; the connection closes itself.
         }
         let id = LinkId(u8::try_from(index).unwrap_or(u8::MAX));
+        let result = result.and_then(|connection| {
+            let nonce = Nonce::random().map_err(|e| e.to_string())?;
+            Ok((connection, nonce))
+        });
         match result {
-            Ok(connection) => {
+            Ok((connection, nonce)) => {
                 let Some(descriptor) = connection.descriptor() else { return };
                 let watched = EventSet::IN | EventSet::READ_HANG_UP;
                 self.changes.push(WatchChange::Add(descriptor, watched));
                 self.wires[index] = Some(Wire { connection, descriptor, watched });
                 self.owed[index] = Owed::default();
-                self.client.apply(Event::LinkUp(id), self.now);
+                self.client.apply(Event::LinkUp(id, nonce), self.now);
             }
             Err(error) => self.client.apply(Event::LinkDown(id, &error), self.now),
         }

@@ -10,6 +10,7 @@ use super::node::{Content, Node, Target};
 use super::oracle::{Oracle, SECTOR, Step, WriteId};
 use super::peers::{FIRST_PEER, Peer};
 use super::rng::Rng;
+use crate::auth::Nonce;
 use crate::client::{self, Client, LinkId, Operation, Payload, PoolSelector, Protection, Token};
 use crate::pool::{
     Address, ChunkSize, ClientId, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, View,
@@ -964,7 +965,7 @@ impl<'a> World<'a> {
             last_to_client: 0,
         });
         self.hosts[host].links[usize::from(link.0)] = Some(self.connections.len() - 1);
-        self.client(host, client::Event::LinkUp(link))
+        self.client(host, client::Event::LinkUp(link, Nonce([0; 32])))
     }
 
     /// A connection breaks: what is on its way is lost, and each side learns of it in its own time.

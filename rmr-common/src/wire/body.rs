@@ -1,6 +1,6 @@
 //! Bodies of control messages: explicit encoders and bounds-checked decoders, one pair for each.
 
-use super::{Kind, MAX_BODY, MAX_IO, MAX_SLOTS, MAX_TEXT, WireError};
+use super::{Kind, MAX_BODY, MAX_IO, MAX_SLOTS, MAX_TEXT, NONCE_SIZE, WireError};
 use crate::pool::{
     Address, BootId, Chunk, ChunkSize, ClientId, Epoch, MAX_MEMBERS, MAX_NUMBER, MemberId, MemberSet,
     MemberSpec, MemberState, MemberView, PoolId, PoolSpec, Sequence, Slot, StoreId, View, ViewNumber,
@@ -44,6 +44,12 @@ impl Encoder {
     /// Appends 16 bytes as they are.
     pub fn uuid(&mut self, value: &[u8; 16]) -> &mut Self {
         self.0.extend_from_slice(value);
+        self
+    }
+
+    /// Appends bytes as they are.
+    pub(super) fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
+        self.0.extend_from_slice(bytes);
         self
     }
 
@@ -98,7 +104,7 @@ impl<'a> Decoder<'a> {
         Self { kind, whole: body.len(), rest: body }
     }
 
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+    pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
         let (head, rest) = self.rest.split_first_chunk::<N>().ok_or_else(|| self.length_error())?;
         self.rest = rest;
         Ok(*head)
@@ -108,7 +114,7 @@ impl<'a> Decoder<'a> {
         WireError::BodyLength { kind: self.kind, found: self.whole }
     }
 
-    fn value_error(&self, reason: impl ToString) -> WireError {
+    pub(super) fn value_error(&self, reason: impl ToString) -> WireError {
         WireError::BodyValue { kind: self.kind, reason: reason.to_string() }
     }
 
@@ -117,7 +123,7 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// [`WireError::BodyLength`] at the end of the body; so for all methods.
     pub fn u8(&mut self) -> Result<u8, WireError> {
-        Ok(self.take::<1>()?[0])
+        Ok(self.array::<1>()?[0])
     }
 
     /// Takes two bytes.
@@ -125,7 +131,7 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// At the end of the body.
     pub fn u16(&mut self) -> Result<u16, WireError> {
-        Ok(u16::from_le_bytes(self.take()?))
+        Ok(u16::from_le_bytes(self.array()?))
     }
 
     /// Takes four bytes.
@@ -133,7 +139,7 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// At the end of the body.
     pub fn u32(&mut self) -> Result<u32, WireError> {
-        Ok(u32::from_le_bytes(self.take()?))
+        Ok(u32::from_le_bytes(self.array()?))
     }
 
     /// Takes eight bytes.
@@ -141,7 +147,7 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// At the end of the body.
     pub fn u64(&mut self) -> Result<u64, WireError> {
-        Ok(u64::from_le_bytes(self.take()?))
+        Ok(u64::from_le_bytes(self.array()?))
     }
 
     /// Takes 16 bytes.
@@ -149,7 +155,7 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// At the end of the body.
     pub fn uuid(&mut self) -> Result<[u8; 16], WireError> {
-        self.take()
+        self.array()
     }
 
     /// Takes a text.
@@ -282,6 +288,8 @@ pub struct Hello {
     pub pool_name: String,
     /// Who the sender is, in words for operators: host, process, purpose.
     pub description: String,
+    /// The sender's random number, if it has a key of the pool.
+    pub nonce: Option<[u8; NONCE_SIZE]>,
 }
 
 impl Hello {
@@ -291,6 +299,10 @@ impl Hello {
         let mut e = Encoder::default();
         e.u16(self.versions.0).u16(self.versions.1).u64(self.capabilities).u8(self.role as u8);
         e.uuid(self.client.as_bytes()).text(&self.pool_name).text(&self.description);
+        e.u8(self.nonce.is_some().into());
+        if let Some(nonce) = &self.nonce {
+            e.bytes(nonce);
+        }
         e.finish()
     }
 
@@ -308,10 +320,16 @@ impl Hello {
             found => return Err(WireError::UnknownCode { what: "role", found: found.into() }),
         };
         let client = ClientId::from_bytes(d.uuid()?);
-        let hello =
-            Self { versions, capabilities, role, client, pool_name: d.text()?, description: d.text()? };
+        let (pool_name, description) = (d.text()?, d.text()?);
+        let nonce = match d.u8()? {
+            0 => None,
+            1 => Some(d.array()?),
+            found => {
+                return Err(d.value_error(format!("{found} for whether there is a nonce, expected 0 or 1")));
+            }
+        };
         d.finish()?;
-        Ok(hello)
+        Ok(Self { versions, capabilities, role, client, pool_name, description, nonce })
     }
 }
 
@@ -804,8 +822,11 @@ mod tests {
             client: ClientId::random(),
             pool_name: "vm-1".into(),
             description: "vhost-brmr on hv-1".into(),
+            nonce: None,
         };
         check(&hello, hello.encode(), Hello::decode);
+        let keyed = Hello { nonce: Some([3; NONCE_SIZE]), ..hello };
+        check(&keyed, keyed.encode(), Hello::decode);
         let reply = HelloReply {
             version: 1,
             capabilities: 0,

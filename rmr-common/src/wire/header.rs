@@ -55,6 +55,10 @@ pub enum Kind {
     WriteZeroes = 20,
     /// A Syncing member tells the coordinator that it cannot get what it misses from its source.
     SourceFailed = 21,
+    /// A node whose pool has a key asks whoever opened the connection to prove that it has it.
+    Challenge = 22,
+    /// Answer to [`Kind::Challenge`].
+    Proof = 23,
     /// A stale member asks its source for a page of a dirty map.
     PullMap = 24,
     /// Answer to [`Kind::PullMap`].
@@ -112,6 +116,8 @@ impl Kind {
             19 => Self::Discard,
             20 => Self::WriteZeroes,
             21 => Self::SourceFailed,
+            22 => Self::Challenge,
+            23 => Self::Proof,
             24 => Self::PullMap,
             25 => Self::PullMapReply,
             26 => Self::Pull,
@@ -181,6 +187,12 @@ pub enum Status {
     Limit = 12,
     /// The data does not fit the digest in the header: it was changed on its way, or while it was sent.
     DigestDiffers = 13,
+    /// The pool has a key, and the sender shows none.
+    KeyRequired = 14,
+    /// The sender shows a key, and it is not the pool's.
+    KeyRefused = 15,
+    /// The sender shows a key, and the node has none for the pool that it could use.
+    NoKey = 16,
 }
 
 impl Status {
@@ -202,6 +214,9 @@ impl Status {
             11 => Self::Stopping,
             12 => Self::Limit,
             13 => Self::DigestDiffers,
+            14 => Self::KeyRequired,
+            15 => Self::KeyRefused,
+            16 => Self::NoKey,
             _ => return None,
         })
     }

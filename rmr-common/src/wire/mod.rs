@@ -3,11 +3,13 @@
 //! `docs/protocol.md` describes every byte; this module is its implementation and does no I/O. Whatever comes from a
 //! peer is checked here once, and is a Rust type with valid values afterwards.
 
+mod auth;
 mod body;
 mod frame;
 mod header;
 mod verify;
 
+pub use auth::{Challenge, MAX_PROOFS, NONCE_SIZE, PROOF_SIZE, Proof};
 pub use body::{
     Attach, AttachReply, ChunkList, Decoder, DirtyAddition, Encoder, Hello, HelloReply, Limits, Prepare,
     PullReply, Role, SetView, SlotEntry,

@@ -66,6 +66,40 @@ pub struct NodeInfo {
     /// What all data connections have done since the node was started: work for the network, and bytes that were copied.
     #[serde(default)]
     pub transport: Counters,
+    /// Attempts to connect that failed because of a pool's key, since the node was started.
+    #[serde(default)]
+    pub authentication_failures: AuthenticationFailures,
+}
+
+/// How often somebody was not let in because of a pool's key.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AuthenticationFailures {
+    /// No key was shown, where one is required.
+    pub missing: u64,
+    /// The key was another one.
+    pub wrong: u64,
+    /// A key was shown, and this node has none for the pool.
+    pub no_key_here: u64,
+    /// This node's own key cannot be used, or is required and not there.
+    pub unusable_here: u64,
+}
+
+/// What whoever connects for a pool has to prove.
+#[derive(Clone, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Authentication {
+    /// Nothing: whoever reaches the data address may attach.
+    #[default]
+    None,
+    /// That he has the key.
+    Key,
+    /// That he has the new key or the old one.
+    Rotating,
+    /// Nobody is let in, because this node's key cannot be used.
+    Unusable {
+        /// What is the matter with it.
+        reason: String,
+    },
 }
 
 /// Answer of `GET /v1/health`.
@@ -113,6 +147,9 @@ pub struct PoolStatus {
     pub latency: Option<LatencySummary>,
     /// The resync that brings this member up to date, where one is needed.
     pub resync: Option<ResyncStatus>,
+    /// What whoever connects to this member has to prove.
+    #[serde(default)]
+    pub authentication: Authentication,
     /// The size up to which the pool can grow in this store.
     #[serde(default)]
     pub max_size_bytes: Option<u64>,

@@ -45,6 +45,7 @@ pub(crate) fn node_info(name: &str) -> NodeInfo {
         buffer_used_bytes: 0,
         buffer_lent_bytes: 0,
         transport: rmr_common::transport::Counters::default(),
+        authentication_failures: crate::admin::api::AuthenticationFailures::default(),
     }
 }
 
@@ -118,6 +119,7 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
         io: IoCounters::default(),
         latency: None,
         resync: None,
+        authentication: crate::admin::api::Authentication::None,
         max_size_bytes: Some(8 * request.spec.size),
     }
 }

@@ -70,6 +70,17 @@ impl Page {
         ] {
             self.single(name, "counter", help, value);
         }
+        let failures = &node.authentication_failures;
+        let name = "rmr_authentication_failures_total";
+        self.family(name, "counter", "Connections not let in because of a pool's key.");
+        for (reason, count) in [
+            ("missing", failures.missing),
+            ("wrong", failures.wrong),
+            ("no_key_here", failures.no_key_here),
+            ("unusable_here", failures.unusable_here),
+        ] {
+            self.sample(name, &[("reason", reason)], count);
+        }
     }
 
     fn stores(&mut self, pools: &[PoolStatus]) {

@@ -418,6 +418,6 @@ impl Context {
     /// The same, asking one more node: one that a command names besides.
     fn with_node(&self, node: &NodeAddress) -> Self {
         let given = once_each(&[self.nodes(), vec![node.clone()]].concat());
-        Self { given, tls: self.tls.clone(), ..*self }
+        Self { given, keys: self.keys.clone(), tls: self.tls.clone(), ..*self }
     }
 }

@@ -191,6 +191,7 @@ impl Hold {
         config.force_from = force_from.map(|member| Force { member, decided: SystemTime::now() });
         // A guest that starts now gets its disk.
         config.yields = true;
+        config.keys.clone_from(&context.keys);
         config.tls.clone_from(&context.tls);
         let selector = PoolSelector::Id(spec.id);
         let seeds: Vec<Address> = spec.members.iter().map(|m| m.address.clone()).collect();

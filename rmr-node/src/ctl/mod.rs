@@ -19,6 +19,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use rmr_common::auth::KeyRing;
 use rmr_common::pool::TransportKind;
 use rmr_common::transport::tls::{ClientTls, IdentityFiles};
 use serde_json::{Value, json};
@@ -106,6 +107,9 @@ pub struct Cli {
     /// and the client is fenced should it come back
     #[arg(long, global = true, help_heading = GLOBAL)]
     pub client_is_gone: bool,
+    /// File with the key of the pool, where a command attaches to a pool with a key itself; only its owner may have access to it
+    #[arg(long, value_name = "FILE", global = true, env = "RMR_KEY_FILE", help_heading = GLOBAL)]
+    pub key_file: Option<PathBuf>,
     /// Authorities, in PEM form, to trust on tls:// addresses, where a command attaches to a pool itself
     #[arg(long, value_name = "FILE", global = true, env = "RMR_TLS_AUTHORITIES", help_heading = GLOBAL)]
     pub tls_authorities: Option<PathBuf>,
@@ -121,6 +125,11 @@ pub struct Cli {
 }
 
 impl Cli {
+    fn keys(&self) -> Result<KeyRing, CtlError> {
+        let keys = self.key_file.as_deref().map(KeyRing::from_file).transpose();
+        keys.map(Option::unwrap_or_default).map_err(|e| CtlError::failed(e.to_string()))
+    }
+
     fn tls(&self) -> Result<Option<ClientTls>, CtlError> {
         let identity = match (&self.tls_certificate, &self.tls_key) {
             (Some(certificate), Some(key)) => {
@@ -474,6 +483,7 @@ pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
         client,
         given: cli.nodes.clone(),
         json: cli.json,
+        keys: cli.keys()?,
         tls: cli.tls()?,
         client_is_gone: cli.client_is_gone,
     };
@@ -506,6 +516,8 @@ struct Context {
     given: Vec<NodeAddress>,
     /// Print JSON for programs.
     json: bool,
+    /// The key of the pool.
+    keys: KeyRing,
     /// How `tls://` addresses are reached.
     tls: Option<ClientTls>,
     /// A client that left without a goodbye will not come back.

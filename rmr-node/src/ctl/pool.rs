@@ -13,7 +13,8 @@ use super::{
     once_each,
 };
 use crate::admin::api::{
-    ClientState, CreateStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, StoreDeleted, UnixMs,
+    Authentication, ClientState, CreateStore, ErrorCode, NodeInfo, PoolKey, PoolList, PoolStatus,
+    StoreCreated, StoreDeleted, UnixMs,
 };
 
 pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outcome, CtlError> {
@@ -52,7 +53,35 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outco
         let doubtful = doubtful.then(|| (arg.node.clone(), member.store));
         return Err(roll_back(context, &spec, &error, made, doubtful).await);
     }
+    if !context.keys.is_empty() {
+        warnings.extend(without_key(context, &spec, &created).await);
+    }
     Ok(created_outcome(&spec, &view, &created, &infos, warnings))
+}
+
+/// Nodes that serve the new pool without a key, although one is named on the command line.
+async fn without_key(
+    context: &Context,
+    spec: &PoolSpec,
+    created: &[(NodeAddress, StoreCreated)],
+) -> Vec<String> {
+    let nodes = created.iter().map(|(node, _)| node.clone()).collect();
+    let lists: Vec<(_, Result<PoolList, _>)> = context.get_all(nodes, "/v1/pools").await;
+    let words = |(node, list): (NodeAddress, Result<PoolList, _>)| match list {
+        Err(error) => Some(format!("whether the pool has its key is not known: {error}")),
+        Ok(list) => {
+            let own = list.pools.into_iter().find(|pool| pool.spec.id == spec.id)?;
+            match own.authentication {
+                Authentication::Key | Authentication::Rotating => None,
+                Authentication::None => Some(format!(
+                    "node {node} has no key for pool '{}', whoever reaches it may attach: put the key's file into its --key-dir",
+                    spec.name
+                )),
+                Authentication::Unusable { reason } => Some(format!("node {node} lets nobody in: {reason}")),
+            }
+        }
+    };
+    lists.into_iter().filter_map(words).collect()
 }
 
 fn check_members(members: &[MemberArg]) -> Result<(), CtlError> {
@@ -116,7 +145,9 @@ pub(super) fn data_address(
 async fn check_names(context: &Context, args: &CreateArgs, spec: &PoolSpec) -> Result<Vec<String>, CtlError> {
     let member_nodes: Vec<_> = args.members.iter().map(|m| m.node.clone()).collect();
     let all = once_each(&[member_nodes.clone(), context.given.clone()].concat());
-    let survey = Context { given: all, tls: context.tls.clone(), ..*context }.survey().await;
+    let survey = Context { given: all, keys: context.keys.clone(), tls: context.tls.clone(), ..*context }
+        .survey()
+        .await;
     for (node, answer) in &survey.answers {
         if let (Err(e), true) = (answer, member_nodes.contains(node)) {
             return Err(CtlError::failed(format!("nothing was created: {e}")));

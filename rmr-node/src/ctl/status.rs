@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::assess::{self, Assessment, Leg, Level, MemberLine, Picture};
 use super::{Context, CtlError, Outcome, Survey, format};
-use crate::admin::api::{ClientState, ClientStatus, PoolKey, StoreState, UnixMs};
+use crate::admin::api::{Authentication, ClientState, ClientStatus, PoolKey, StoreState, UnixMs};
 use rmr_common::pool::MemberState;
 
 pub(super) async fn status(context: &Context, key: Option<&PoolKey>) -> Result<Outcome, CtlError> {
@@ -66,6 +66,7 @@ fn pool_text(picture: &Picture, assessment: &Assessment, now: UnixMs) -> String 
         assessment.headline
     );
     text += &format!("  client: {}\n", client_words(assessment.client.as_ref(), now));
+    text += &format!("  authentication: {}\n", authentication_words(picture));
     text += &members_table(&assessment.members);
     for note in &assessment.notes {
         text += &format!("  note: {note}\n");
@@ -90,6 +91,23 @@ pub(super) fn client_words(client: Option<&ClientStatus>, now: UnixMs) -> String
             format!("{text} ({}, from {address}) {state} {since}", c.id)
         },
     )
+}
+
+/// What whoever connects has to prove, in words; of each node, where they differ.
+fn authentication_words(picture: &Picture) -> String {
+    let words = |state: &Authentication| match state {
+        Authentication::None => "no authentication, whoever reaches a data address may attach".to_owned(),
+        Authentication::Key => "pool key".to_owned(),
+        Authentication::Rotating => "pool key, new and old".to_owned(),
+        Authentication::Unusable { reason } => format!("NOBODY IS LET IN: {}", format::plain(reason)),
+    };
+    let Some(first) = picture.reports.first() else { return "not seen".to_owned() };
+    if picture.reports.iter().all(|r| r.authentication == first.authentication) {
+        return words(&first.authentication);
+    }
+    let each =
+        picture.reports.iter().map(|r| format!("{}: {}", format::plain(&r.node), words(&r.authentication)));
+    each.collect::<Vec<_>>().join("; ")
 }
 
 /// The members with data, link and sync apart.

@@ -7,14 +7,48 @@
 
 pub mod machine;
 pub mod probe;
+/// What is wrong with the keys in a directory, one line each.
+fn bad_keys(directory: &Path) -> Vec<String> {
+    let failed = |error: std::io::Error| vec![format!("{}: {error}", directory.display())];
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) => return failed(error),
+    };
+    let mut bad = Vec::new();
+    match std::fs::metadata(directory) {
+        Ok(metadata) if metadata.mode() & 0o022 != 0 => bad.push(format!(
+            "{}: others than its owner may put keys there, expected mode 0700",
+            directory.display()
+        )),
+        Ok(_) => {}
+        Err(error) => return failed(error),
+    }
+    for entry in entries {
+        match entry {
+            Ok(entry) => {
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                if name.ends_with(".key") || name.ends_with(".key.old") {
+                    bad.extend(SecretKey::read(&entry.path()).err().map(|error| error.to_string()));
+                }
+            }
+            Err(error) => bad.push(format!("{}: {error}", directory.display())),
+        }
+    }
+    bad.sort();
+    bad
+}
+
 #[cfg(test)]
 mod testing;
 pub mod verdict;
 
 use std::fmt;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rmr_common::auth::SecretKey;
 use rmr_common::pool::{Address, TransportKind};
 use serde::Serialize;
 
@@ -87,6 +121,7 @@ impl Report {
             verdict::tcp(&machine, &unbound),
             verdict::tls(&plan, certificates.as_ref(), &unbound),
             verdict::rdma(&machine, &plan),
+            verdict::keys(config.keys.directory.as_deref().map(bad_keys)),
             verdict::memory(&machine, &plan),
             verdict::engine(&machine, &plan, &engine, config.engine == EngineChoice::Uring),
         ];

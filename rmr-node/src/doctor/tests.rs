@@ -116,6 +116,27 @@ fn tls_is_absent_without_certificates_and_fails_with_bad_ones() {
 }
 
 #[test]
+fn pool_keys_are_absent_without_a_directory_and_fail_with_a_file_that_others_may_read() {
+    use std::os::unix::fs::PermissionsExt;
+    let absent = verdict::keys(None);
+    assert!(absent.level == Level::Absent && absent.findings[0].contains("No authentication"), "{absent}");
+    let directory = tempfile::tempdir().unwrap();
+    let put = |name: &str, mode| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, [1; 32]).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    put("good.key", 0o600);
+    put("no-key.txt", 0o644);
+    assert_eq!(verdict::keys(Some(bad_keys(directory.path()))).level, Level::Works);
+    put("open.key.old", 0o644);
+    let verdict = verdict::keys(Some(bad_keys(directory.path())));
+    assert!(verdict.level == Level::Fails && verdict.findings[0].contains("open.key.old"), "{verdict}");
+    assert_eq!(verdict.findings.len(), 1, "{verdict}");
+    assert_eq!(verdict::keys(Some(bad_keys(&directory.path().join("gone")))).level, Level::Fails);
+}
+
+#[test]
 fn memory_is_compared_with_the_buffers() {
     let machine = Machine::of(soft_roce().root());
     for (mib, level) in [(64, Level::Works), (600, Level::Limited), (1000, Level::Fails)] {

@@ -158,6 +158,21 @@ pub fn tls(plan: &Plan, certificates: Option<&Result<(), String>>, unbound: &[(A
     opinion.verdict()
 }
 
+/// Keys of pools. `bad` is what is wrong with those in the directory; none if no directory is configured.
+#[must_use]
+pub fn keys(bad: Option<Vec<String>>) -> Verdict {
+    let mut opinion = Opinion::new("pool keys");
+    match bad {
+        None => opinion.say(
+            Level::Absent,
+            "No authentication: no directory of keys is configured ([keys] directory), and whoever reaches a data address may \
+             attach.",
+        ),
+        Some(bad) => bad.into_iter().for_each(|problem| opinion.say(Level::Fails, format!("{problem}."))),
+    }
+    opinion.verdict()
+}
+
 fn say_unbound(opinion: &mut Opinion, kind: TransportKind, unbound: &[(Address, String)]) {
     for (address, problem) in unbound.iter().filter(|(address, _)| address.transport() == kind) {
         opinion.say(Level::Fails, format!("Cannot listen on {address}: {problem}."));

@@ -102,6 +102,10 @@ pub(super) fn ask_others(shared: &Arc<Shared>, asked: Answered, command: &PoolCo
         return reply;
     }
     let mut said = vec![format!("member {member} (this node): no client is attached")];
+    let keys = match shared.keys.of(spec.id, &spec.name) {
+        Ok(keys) => keys,
+        Err(reason) => return CommandReply::refused(Refusal::NoCoordinator, reason),
+    };
     for other in spec.members.iter().filter(|m| m.id != member) {
         let forward = Forward {
             address: &other.address,
@@ -111,6 +115,7 @@ pub(super) fn ask_others(shared: &Arc<Shared>, asked: Answered, command: &PoolCo
             connect_timeout: CONNECT_TIMEOUT.min(shared.config.leg_timeout),
             answer_timeout: ANSWER_TIMEOUT,
             fabric: &shared.fabric,
+            keys: keys.clone(),
             tls: shared.client_tls.clone(),
         };
         match forward.run(command) {

@@ -13,6 +13,7 @@ use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader, Status};
 use vmm_sys_util::epoll::EventSet;
 
 use super::ConnectionPlace;
+use super::keys::Challenged;
 use super::member::Member;
 use super::windows::Windows;
 use crate::disk::{BufferPool, Payload};
@@ -34,6 +35,10 @@ pub(super) struct Peer {
     pub(super) place: ConnectionPlace,
     /// Index of the member it talks to; `None` until it was greeted.
     pub(super) member: Option<usize>,
+    /// It has to prove that it has the pool's key before it is greeted.
+    pub(super) challenged: Option<Box<Challenged>>,
+    /// Another node opened it.
+    pub(super) is_node: bool,
     pub(super) since: Time,
     pub(super) last_heard: Time,
     /// What the event loop watches its descriptor for.
@@ -70,6 +75,8 @@ impl Peer {
             address,
             place,
             member: None,
+            challenged: None,
+            is_node: false,
             since: now,
             last_heard: now,
             watched: EventSet::IN,
@@ -139,6 +146,11 @@ pub(super) struct Greeting {
     pub(super) body: Vec<u8>,
 }
 
+/// What a node may send to another one: it is let in for a resync, a comparison or an operator, and not to hold the pool.
+const fn is_for_nodes(kind: Kind) -> bool {
+    matches!(kind, Kind::PullMap | Kind::Pull | Kind::Digest | Kind::Command | Kind::Ping)
+}
+
 /// Takes what arrives on one connection.
 pub(super) struct Sink<'a> {
     pub(super) id: ConnectionId,
@@ -160,6 +172,10 @@ pub(super) struct Sink<'a> {
     /// A message arrived.
     pub(super) delivered: &'a mut bool,
     pub(super) greeting: &'a mut Option<Greeting>,
+    /// A proof is expected, and no hello any more.
+    pub(super) is_challenged: bool,
+    pub(super) proof: &'a mut Option<Vec<u8>>,
+    pub(super) is_node: bool,
     /// Operators' commands that another node passes on.
     pub(super) commands: &'a mut Vec<(MessageHeader, Vec<u8>)>,
     pub(super) error: &'a mut Option<&'static str>,
@@ -232,6 +248,13 @@ impl Receiver for Sink<'_> {
                     }
                     return;
                 }
+                if self.is_node && !is_for_nodes(header.kind) {
+                    *self.error = Some("a message that nodes do not send one another");
+                    if let Some(buffer) = buffer {
+                        self.writes.release(buffer);
+                    }
+                    return;
+                }
                 if header.kind == Kind::Command {
                     return self.commands.push((*header, body.to_vec()));
                 }
@@ -250,7 +273,15 @@ impl Receiver for Sink<'_> {
                 let event = Event::Message { connection: self.id, header: &checked, body, buffer };
                 member.replica.apply(event, self.now);
             }
-            None if header.kind == Kind::Hello && self.greeting.is_none() && header.payload <= MAX_HELLO => {
+            None if header.payload > MAX_HELLO => *self.error = Some("a greeting of more than 4096 bytes"),
+            None if self.is_challenged => {
+                if header.kind == Kind::Proof && self.proof.is_none() {
+                    *self.proof = Some(body.to_vec());
+                } else {
+                    *self.error = Some("it did not answer the challenge with one proof");
+                }
+            }
+            None if header.kind == Kind::Hello && self.greeting.is_none() => {
                 *self.greeting = Some(Greeting { pool: header.pool, header: *header, body: body.to_vec() });
             }
             None => *self.error = Some("it did not begin with one hello"),

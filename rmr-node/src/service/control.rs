@@ -42,6 +42,7 @@ impl Control {
             max_connections: sum(config.max_connections),
             buffer_bytes: config.buffer_memory * config.shards as u64,
             transport: self.shared.counters(),
+            authentication_failures: self.shared.keys.failures(),
             buffer_used_bytes: self.shared.buffer_used.iter().map(|u| u.load(Ordering::Relaxed)).sum(),
             buffer_lent_bytes: self.shared.buffer_lent.iter().map(|u| u.load(Ordering::Relaxed)).sum(),
         }
@@ -70,10 +71,15 @@ impl NodeControl for Control {
                 reply
             })
             .collect();
-        Box::pin(async {
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move {
             let mut pools = Vec::new();
             for reply in replies {
                 pools.append(&mut reply.await?);
+            }
+            // Here and not on the shards: it reads files.
+            for pool in &mut pools {
+                pool.authentication = shared.keys.authentication(pool.spec.id, &pool.spec.name);
             }
             Ok(pools)
         })

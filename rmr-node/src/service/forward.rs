@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
+use rmr_common::auth::{KeyRing, Nonce, Opener, Step};
 use rmr_common::buffer::Segment;
 use rmr_common::pool::{Address, ClientId, Command, CommandReply, PoolId, Sequence};
 use rmr_common::transport::connect::Connector;
@@ -28,6 +29,8 @@ pub(super) struct Forward<'a> {
     pub(super) connect_timeout: Duration,
     pub(super) answer_timeout: Duration,
     pub(super) fabric: &'a Fabric,
+    /// The pool's keys.
+    pub(super) keys: KeyRing,
     /// How a `tls://` address is reached.
     pub(super) tls: Option<ClientTls>,
 }
@@ -89,7 +92,6 @@ impl Forward<'_> {
             waits.wait(EventSet::IN, left).map_err(text)?;
         };
         let waits = Waits::on(wire.descriptor().ok_or("no descriptor")?).map_err(text)?;
-        let mut talk = Talk { wire, waits, pool: self.pool, state: State::default() };
         let hello = Hello {
             versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),
             capabilities: 0,
@@ -97,8 +99,12 @@ impl Forward<'_> {
             client: ClientId::random(),
             pool_name: String::new(),
             description: self.description.clone(),
+            nonce: None,
         };
-        let body = hello.encode();
+        let nonce = Nonce::random().map_err(|e| e.to_string())?;
+        let opener = Opener::new(&self.keys, nonce, self.pool, &hello);
+        let body = opener.hello().to_vec();
+        let mut talk = Talk { wire, waits, pool: self.pool, state: State::new(opener) };
         let header = talk.header(Kind::Hello, &body);
         talk.wire.queue(&header, Some(body));
         Ok(talk)
@@ -113,11 +119,19 @@ struct Talk {
     state: State,
 }
 
-#[derive(Default)]
 struct State {
+    opener: Opener,
+    /// What the node asked for before it answers the hello.
+    proof: Option<Vec<u8>>,
     is_greeted: bool,
     error: Option<String>,
     reply: Option<Result<CommandReply, String>>,
+}
+
+impl State {
+    const fn new(opener: Opener) -> Self {
+        Self { opener, proof: None, is_greeted: false, error: None, reply: None }
+    }
 }
 
 impl Talk {
@@ -132,6 +146,11 @@ impl Talk {
         loop {
             self.wire.flush().map_err(|e| e.to_string())?;
             self.wire.receive(&mut self.state).map_err(|e| e.to_string())?;
+            if let Some(proof) = self.state.proof.take() {
+                let header = self.header(Kind::Proof, &proof);
+                self.wire.queue(&header, Some(proof));
+                continue;
+            }
             if done(&self.state) {
                 return Ok(true);
             }
@@ -162,7 +181,13 @@ impl Receiver for State {
 
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
         match header.kind {
-            Kind::HelloReply if header.status == Status::Ok => self.is_greeted = true,
+            Kind::Challenge | Kind::HelloReply if header.status == Status::Ok && !self.is_greeted => {
+                match self.opener.take(header, body) {
+                    Ok(Step::Prove(proof)) => self.proof = Some(proof),
+                    Ok(Step::Welcome(_)) => self.is_greeted = true,
+                    Err(error) => self.error = Some(error.to_string()),
+                }
+            }
             Kind::HelloReply => {
                 let text = String::from_utf8_lossy(body);
                 self.error = Some(format!("it refuses: {:?} {text}", header.status));

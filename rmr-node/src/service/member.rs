@@ -17,8 +17,8 @@ use super::Shared;
 use super::command::Asker;
 use super::source_link::SourceLink;
 use crate::admin::api::{
-    ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus, ResyncState,
-    ResyncStatus, StoreState, UnixMs,
+    Authentication, ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus,
+    ResyncState, ResyncStatus, StoreState, UnixMs,
 };
 use crate::disk::{Buffer, DiskId};
 use crate::store::{ClientRecord, MapKind, MetadataIo, MetadataWriter, Store, fit_client_name};
@@ -402,6 +402,7 @@ impl Member {
                 resync_written_blocks: counters.pulled_in_blocks,
                 metadata_pages: self.metadata_pages,
             },
+            authentication: Authentication::None,
             latency: None,
             resync,
             max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),

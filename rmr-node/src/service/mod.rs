@@ -12,6 +12,7 @@ mod connection;
 mod control;
 mod deletion;
 mod forward;
+mod keys;
 mod member;
 mod room;
 mod shard;
@@ -36,6 +37,7 @@ use crate::config::{Config, TlsConfig};
 use crate::lifecycle::{Shutdown, ready};
 use crate::store::Store;
 use control::Control;
+use keys::Keys;
 use shard::{Command, Shard, ShardHandle};
 
 /// What all shards and the admin API know of one another.
@@ -57,6 +59,7 @@ pub(crate) struct Shared {
     fabric: Fabric,
     /// How other nodes at `tls://` addresses are reached.
     client_tls: Option<ClientTls>,
+    keys: Keys,
 }
 
 /// Where a pool's store is served.
@@ -122,6 +125,7 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         counters: Mutex::new(vec![Counters::default(); config.shards]),
         fabric,
         client_tls,
+        keys: Keys::new(config.keys.clone()),
         config,
     });
     let stores = open_stores(&shared)?;

@@ -562,7 +562,9 @@ impl Shard {
             };
             member.source_attempt = 0;
             let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
-            let link = result.and_then(|wire| SourceLink::new(wire, member.pool(), who));
+            let (pool, keys) = (member.pool(), &self.shared.keys);
+            let keys = keys.of(pool, &member.replica.spec().name);
+            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who));
             match link {
                 Ok(link) => {
                     self.changes.push(WatchChange::Add(link.descriptor, link.watched));
@@ -975,7 +977,7 @@ impl Shard {
     /// Takes in what has arrived; returns how many buffers it was given.
     fn take_in(&mut self, id: ConnectionId) -> usize {
         let Some(peer) = self.peers.get_mut(&id) else { return 0 };
-        let (mut greeting, mut error, mut found, mut delivered) = (None, None, 0, false);
+        let (mut greeting, mut proof, mut error, mut found, mut delivered) = (None, None, None, 0, false);
         let mut commands = Vec::new();
         let (index, was_starved) = (peer.member, peer.wire.is_starved());
         let member = index.and_then(|index| self.members[index].as_mut());
@@ -995,6 +997,9 @@ impl Shard {
             heard: &mut peer.last_heard,
             delivered: &mut delivered,
             greeting: &mut greeting,
+            is_challenged: peer.challenged.is_some(),
+            proof: &mut proof,
+            is_node: peer.is_node,
             commands: &mut commands,
             error: &mut error,
             now: self.now,
@@ -1014,6 +1019,9 @@ impl Shard {
                 self.watch(id);
                 if let Some(greeting) = greeting {
                     self.greet(id, greeting);
+                }
+                if let Some(proof) = proof {
+                    self.prove(id, &proof);
                 }
                 for (header, body) in commands {
                     self.node_command(id, &header, &body);
@@ -1048,43 +1056,28 @@ impl Shard {
                     self.handovers.push((shard, Box::new(Handover { peer, greeting })));
                 }
             }
-            Some((pool, _)) => self.greet_here(id, &greeting.header, &hello, pool),
+            Some((pool, _)) => self.greet_here(id, &greeting, hello, pool),
         }
     }
 
-    fn greet_here(&mut self, id: ConnectionId, header: &MessageHeader, hello: &Hello, pool: PoolId) {
-        let index = self.member_of_pool(pool);
-        let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_ref()?))) else {
-            return self.refuse(id, header, Status::NoSuchPool, "the pool is being deleted".to_owned());
-        };
-        match member.replica.greet(hello) {
-            Ok(mut reply) => {
-                if let Some(peer) = self.peers.get(&id) {
-                    reply.limits.max_io = reply.limits.max_io.min(peer.wire.max_io());
-                    if peer.wire.is_rdma() {
-                        let share = u32::try_from(self.share / 2).unwrap_or(u32::MAX);
-                        reply.limits.max_bytes = reply.limits.max_bytes.min(share);
-                    }
-                }
-                let body = reply.encode();
-                let mut answer = header.reply(Kind::HelloReply, Status::Ok);
-                answer.pool = pool;
-                answer.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
-                if let Some(peer) = self.peers.get_mut(&id) {
-                    peer.member = Some(index);
-                    peer.wire.queue(&answer, Some(body));
-                }
-                self.queue(id);
-            }
-            Err(text) => self.refuse(id, header, Status::Version, text),
+    pub(super) fn refuse(&mut self, id: ConnectionId, header: &MessageHeader, status: Status, text: String) {
+        if let Some(peer) = self.peers.get(&id) {
+            tracing::info!(client = %peer.address, "{text}");
         }
+        self.turn_away(id, header, status, text);
     }
 
-    fn refuse(&mut self, id: ConnectionId, header: &MessageHeader, status: Status, text: String) {
+    /// Answers a hello with these words, and nothing after them.
+    pub(super) fn turn_away(
+        &mut self,
+        id: ConnectionId,
+        header: &MessageHeader,
+        status: Status,
+        text: String,
+    ) {
         if let Some(peer) = self.peers.get_mut(&id) {
             let mut answer = header.reply(Kind::HelloReply, status);
             answer.payload = u32::try_from(text.len()).unwrap_or(0);
-            tracing::info!(client = %peer.address, "{text}");
             peer.wire.queue(&answer, Some(text.into_bytes()));
             // Sent now; whatever does not go out at once is lost with the connection.
             let _ = peer.wire.flush();
@@ -1461,6 +1454,25 @@ impl Shard {
     /// How other threads reach this shard.
     pub(super) fn handle(&self) -> ShardHandle {
         self.shards[self.index].clone()
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// Bytes of buffers that one client may have.
+    pub(super) const fn share(&self) -> usize {
+        self.share
+    }
+
+    pub(super) fn peer_mut(&mut self, id: ConnectionId) -> Option<&mut Peer> {
+        self.peers.get_mut(&id)
+    }
+
+    /// The member of a pool that is served here, and where it stands.
+    pub(super) fn member_at(&self, pool: PoolId) -> Option<(usize, &Member)> {
+        let index = self.member_of_pool(pool)?;
+        Some((index, self.members[index].as_ref()?))
     }
 
     pub(super) fn member_mut(&mut self, index: usize) -> Option<&mut Member> {

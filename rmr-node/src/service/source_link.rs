@@ -2,6 +2,7 @@
 
 use std::os::fd::RawFd;
 
+use rmr_common::auth::{KeyRing, Nonce, Opener, Step};
 use rmr_common::buffer::Segment;
 use rmr_common::pool::{ClientId, PoolId};
 use rmr_common::replica::Event;
@@ -17,12 +18,18 @@ pub(super) struct SourceLink {
     pub(super) wire: Wire,
     pub(super) descriptor: RawFd,
     pub(super) watched: EventSet,
+    opener: Opener,
     is_greeted: bool,
 }
 
 impl SourceLink {
     /// Takes over a connection and says hello.
-    pub(super) fn new(mut wire: Wire, pool: PoolId, description: String) -> Result<Self, String> {
+    pub(super) fn new(
+        mut wire: Wire,
+        pool: PoolId,
+        keys: &KeyRing,
+        description: String,
+    ) -> Result<Self, String> {
         let descriptor = wire.descriptor().ok_or("no descriptor")?;
         let hello = Hello {
             versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),
@@ -31,12 +38,15 @@ impl SourceLink {
             client: ClientId::random(),
             pool_name: String::new(),
             description,
+            nonce: None,
         };
-        let body = hello.encode();
+        let nonce = Nonce::random().map_err(|e| e.to_string())?;
+        let opener = Opener::new(keys, nonce, pool, &hello);
+        let body = opener.hello().to_vec();
         let mut header = MessageHeader::new(Kind::Hello, pool);
         header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
         wire.queue(&header, Some(body));
-        Ok(Self { wire, descriptor, watched: EventSet::IN, is_greeted: false })
+        Ok(Self { wire, descriptor, watched: EventSet::IN, opener, is_greeted: false })
     }
 
     /// What its descriptor is to be watched for.
@@ -46,16 +56,23 @@ impl SourceLink {
 
     /// Hands what arrived to the member.
     pub(super) fn receive(&mut self, member: &mut Member, now: Time) -> Result<(), String> {
-        let mut sink = Sink { member, is_greeted: &mut self.is_greeted, error: None, now };
+        let (opener, is_greeted) = (&mut self.opener, &mut self.is_greeted);
+        let mut sink = Sink { member, opener, is_greeted, proof: None, error: None, now };
         let received = self.wire.receive(&mut sink);
-        let error = sink.error.take();
+        let (error, proof) = (sink.error.take(), sink.proof.take());
+        if let Some((header, body)) = proof {
+            self.wire.queue(&header, Some(body));
+        }
         received.map_err(|e| e.to_string()).and(error.map_or(Ok(()), Err))
     }
 }
 
 struct Sink<'a> {
     member: &'a mut Member,
+    opener: &'a mut Opener,
     is_greeted: &'a mut bool,
+    /// What the node asked for before it answers the hello.
+    proof: Option<(MessageHeader, Vec<u8>)>,
     error: Option<String>,
     now: Time,
 }
@@ -74,9 +91,19 @@ impl Receiver for Sink<'_> {
         if *self.is_greeted {
             self.member.resync_received += (HEADER_SIZE + body.len()) as u64;
             self.member.replica.apply(Event::PeerMessage(header, body), self.now);
-        } else if header.kind == Kind::HelloReply && header.status == Status::Ok {
-            *self.is_greeted = true;
-            self.member.replica.apply(Event::PeerUp, self.now);
+        } else if matches!(header.kind, Kind::Challenge | Kind::HelloReply) && header.status == Status::Ok {
+            match self.opener.take(header, body) {
+                Ok(Step::Prove(proof)) => {
+                    let payload = u32::try_from(proof.len()).unwrap_or(u32::MAX);
+                    let header = MessageHeader { payload, ..MessageHeader::new(Kind::Proof, header.pool) };
+                    self.proof = Some((header, proof));
+                }
+                Ok(Step::Welcome(_)) => {
+                    *self.is_greeted = true;
+                    self.member.replica.apply(Event::PeerUp, self.now);
+                }
+                Err(error) => self.error = Some(format!("the source: {error}")),
+            }
         } else {
             let text = String::from_utf8_lossy(body);
             self.error = Some(format!("the source refuses: {:?} {text}", header.status));

@@ -1,6 +1,7 @@
 //! A client with three members that are played here, message by message; the simulator plays whole pools.
 
 use super::*;
+use crate::auth::Nonce;
 use crate::client::{Config, Event, LinkId, Operation, Output, Payload, PoolSelector, Token};
 use crate::pool::{
     Address, Block, BootId, ChunkSize, ClientId, Epoch, MemberSpec, MemberState, PoolId, StoreId,
@@ -54,7 +55,7 @@ impl Bench {
         let mut bench = Self { client, spec, view, epoch: Epoch(0), now: Time(0), sent, done };
         bench.settle();
         for link in 0..members {
-            bench.apply(Event::LinkUp(LinkId(link)));
+            bench.apply(Event::LinkUp(LinkId(link), Nonce([1; 32])));
         }
         assert!(bench.client.is_active());
         bench
