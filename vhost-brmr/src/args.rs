@@ -97,8 +97,9 @@ pub struct Options {
     #[arg(long, value_name = "MILLISECONDS", help_heading = "Pool")]
     pub leg_timeout_ms: Option<u32>,
 
-    /// How the data of reads comes into guest memory over RDMA: written there by the node, which is given the key, or by a
-    /// copy, so that no key of guest memory leaves the host. [default: direct]
+    /// How the data of reads comes into guest memory over RDMA: written there by the node, which is given the key (direct),
+    /// or a key for that read and its memory alone (window), or by a copy, so that no key of guest memory leaves the host
+    /// (bounce). [default: direct]
     #[arg(long, value_name = "MODE", value_enum, help_heading = "Pool")]
     pub rdma_read_mode: Option<RdmaReadMode>,
 
@@ -165,6 +166,8 @@ pub enum RdmaReadMode {
     /// The node writes it there.
     #[default]
     Direct,
+    /// The node writes it there, by a key that reaches that memory alone and is invalid before the read completes.
+    Window,
     /// It is copied there from memory of the daemon.
     Bounce,
 }
@@ -173,6 +176,7 @@ impl From<RdmaReadMode> for ReadMode {
     fn from(mode: RdmaReadMode) -> Self {
         match mode {
             RdmaReadMode::Direct => Self::Direct,
+            RdmaReadMode::Window => Self::Window,
             RdmaReadMode::Bounce => Self::Bounce,
         }
     }

@@ -8,7 +8,7 @@ use rmr_common::client::{self, Config, Force, IoError, Notice, OverReason, PoolS
 use rmr_common::driver::{PoolDriver, discover};
 use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
-use rmr_common::transport::rdma::Fabric;
+use rmr_common::transport::rdma::{self, Fabric};
 use rmr_common::transport::tls::ClientTls;
 use vmm_sys_util::epoll::EventSet;
 
@@ -50,6 +50,7 @@ impl PoolDisk {
     /// When no node knows the pool, the nodes disagree, or none answers within the suspend timeout.
     pub fn open(settings: &Settings) -> anyhow::Result<Self> {
         let pool = &settings.pool;
+        rdma::supports(pool.rdma_read_mode)?;
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let description = format!("vhost-brmr, process {} on {}", std::process::id(), host.trim());
         let mut config = Config::new(ClientId::random(), description);

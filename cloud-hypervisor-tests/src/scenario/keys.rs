@@ -1,5 +1,5 @@
 //! Keys of memory that are wrong: two ends of a verbs connection in one process, of which one answers a read with a key that
-//! its owner took back.
+//! its owner took back, or that was good for an earlier read alone.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,8 +14,9 @@ use rmr_common::transport::{Connection, Place, Receiver};
 use rmr_common::wire::{Kind, MessageHeader};
 use rmr_node::disk::{Buffer, BufferPool};
 
-use super::{Counts, Effort, not_run};
-use crate::lab::{Lab, Transport, free_port};
+use super::{Counters, Counts, Effort, System, not_run};
+use crate::bench::load::{LoadSpec, Pattern};
+use crate::lab::{DaemonBuilder, Lab, Transport, free_port};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Bytes of the reads.
@@ -63,6 +64,111 @@ pub(super) fn wrong_keys(lab: &Lab, _effort: Effort) -> Result<Counts> {
     ensure!(changed == 0, "{changed} bytes were written with a key that was taken back");
     eprintln!("  refused: {refusal:#}");
     Ok(Counts::from([("changed_bytes".to_owned(), 0)]))
+}
+
+/// In the read mode window each read has a key of its own, which is refused when the read is over.
+///
+/// First the whole system: as many keys as reads, all of them invalid in the end, and no byte copied. Then two ends, of
+/// which one writes by the key of a read that the other has given up, while its memory is registered as before.
+pub(super) fn windows(lab: &Lab, effort: Effort) -> Result<Counts> {
+    if lab.fabric().transport() == Transport::Tcp {
+        return Err(not_run("only verbs have memory windows"));
+    }
+    let mut counts = counted_windows(lab, effort)?;
+    counts.insert("changed_bytes".to_owned(), old_key(lab)?);
+    Ok(counts)
+}
+
+fn counted_windows(lab: &Lab, effort: Effort) -> Result<Counts> {
+    let mut system = System::on_disk(lab, effort, 2)?;
+    let daemon = DaemonBuilder::new(&system.pool)
+        .name("windows")
+        .arguments(["--rdma-read-mode", "window"])
+        .start(lab)
+        .context("the daemon in the read mode window")?;
+    let before = system.counters()?;
+    let load = LoadSpec {
+        size: Some(effort.span),
+        verify_at_end: true,
+        ..System::spec(Pattern::RandRw, 16, Some(effort.requests))
+    };
+    let report = system.load(&daemon, &load)?;
+    let by_daemon = Counters::of_daemon(&daemon)?;
+    let at_nodes = system.counters()?.minus(&before)?;
+    daemon.stop()?;
+    let bound = by_daemon.get("windows_bound")?;
+    let invalidated = by_daemon.get("windows_invalidated")?;
+    let copied = by_daemon.get("data_copied_bytes")?;
+    let (reads, writes) = (at_nodes.get("rmr_store_reads_total")?, at_nodes.get("rmr_rdma_writes_total")?);
+    ensure!(bound > 0 && bound == reads, "{reads} reads of one place each, and {bound} windows were bound");
+    ensure!(bound == invalidated, "{bound} windows were bound, and {invalidated} made invalid");
+    ensure!(writes == reads, "{reads} reads, and the nodes wrote {writes} times into guest memory");
+    ensure!(copied == 0, "{copied} bytes were copied");
+    Ok(Counts::from([
+        ("requests".to_owned(), report.requests),
+        ("windows_bound".to_owned(), bound),
+        ("windows_invalidated".to_owned(), invalidated),
+        ("verified_blocks".to_owned(), report.verified_blocks),
+    ]))
+}
+
+/// Returns how many bytes a key changed that was good for a read before.
+fn old_key(lab: &Lab) -> Result<u64> {
+    let address = SocketAddr::new(lab.fabric().host(), free_port()?);
+    let (node_fabric, client_fabric) = (Fabric::new(ReadMode::Direct), Fabric::new(ReadMode::Window));
+    let pool = BufferPool::new(1 << 20).context("memory")?;
+    let (mut asked, sent) = (buffer(&pool, UNTOUCHED)?, buffer(&pool, SENT)?);
+    let register = |fabric: &Fabric, memory: &Buffer, exposure| {
+        fabric.register(memory.segment(), Arc::new(()), exposure).context("registering memory")
+    };
+    let _sent = register(&node_fabric, &sent, Exposure::Local)?;
+    let _asked = register(&client_fabric, &asked, client_fabric.exposure())?;
+    let (mut client, mut node) = connect(&client_fabric, &node_fabric, address)?;
+    for number in 1..=3 {
+        ask(&mut client, &asked, number)?;
+        exchange(&mut client, &mut node, &sent, number)
+            .with_context(|| format!("read {number} by a window"))?;
+        ensure!(asked.bytes().iter().all(|byte| *byte == SENT), "the data of read {number} did not arrive");
+        asked.bytes_mut().fill(UNTOUCHED);
+    }
+    let counters = client.counters();
+    ensure!(
+        (counters.windows_bound, counters.windows_invalidated, counters.data_copied_bytes) == (3, 3, 0),
+        "expected three windows, bound and made invalid, found {counters:?}"
+    );
+
+    // The node knows the key of a read that the client has then asked for anew, by another key.
+    ask(&mut client, &asked, 4)?;
+    let end = Instant::now() + LIMIT;
+    let mut at_node = Arrivals::default();
+    while !at_node.has(Kind::Read, 4) {
+        ensure!(Instant::now() < end, "no request within {LIMIT:?}");
+        client.flush().context("asking")?;
+        node.receive(&mut at_node).context("the request")?;
+        thread::sleep(Duration::from_millis(1));
+    }
+    ask(&mut client, &asked, 4)?;
+    let mut at_client = Arrivals::default();
+    for _ in 0..50 {
+        client.receive(&mut at_client).context("the end of the first key")?;
+        thread::sleep(Duration::from_millis(2));
+    }
+    let reply = MessageHeader { payload: LENGTH, ..header(Kind::IoReply, 4) };
+    node.queue_data(&reply, Some(1), &mut |segments: &mut Vec<Segment>| segments.push(sent.segment()));
+    let refusal = loop {
+        ensure!(Instant::now() < end, "a write by an old key was neither done nor refused within {LIMIT:?}");
+        if let Err(error) = node.flush().and_then(|()| node.receive(&mut Arrivals::default())) {
+            break error;
+        }
+        // It answers as well, if it was not refused.
+        let _ = client.receive(&mut at_client);
+        ensure!(!at_client.has(Kind::IoReply, 4), "a read by a key that was invalid was answered");
+        thread::sleep(Duration::from_millis(1));
+    };
+    let changed = asked.bytes().iter().filter(|byte| **byte != UNTOUCHED).count();
+    ensure!(changed == 0, "{changed} bytes were written by a key that was invalid");
+    eprintln!("  refused: {refusal}");
+    Ok(0)
 }
 
 /// The card or the peer's card ended the connection.

@@ -56,7 +56,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, the quick ones first.
-pub const ALL: [Scenario; 9] = [
+pub const ALL: [Scenario; 10] = [
     Scenario {
         name: "io",
         sentence: "every block that is read holds what was written, and all copies are the same",
@@ -81,6 +81,11 @@ pub const ALL: [Scenario; 9] = [
         name: "wrong-keys",
         sentence: "a peer with wrong keys is refused, and no byte of the guest's memory changes",
         run: keys::wrong_keys,
+    },
+    Scenario {
+        name: "windows",
+        sentence: "in the read mode window each read has a key of its own, which is refused when the read is over",
+        run: keys::windows,
     },
     Scenario {
         name: "resync",

@@ -65,6 +65,10 @@ pub struct Counters {
     pub writes: u64,
     /// RDMA writes posted that end a write: data with its header.
     pub writes_with_immediate: u64,
+    /// Memory windows bound: keys that reach one piece of memory, and were given to a peer.
+    pub windows_bound: u64,
+    /// Such keys that were made invalid again.
+    pub windows_invalidated: u64,
     /// Receive buffers that were used.
     pub receives: u64,
     /// Chains of work handed to the card.
@@ -80,6 +84,8 @@ impl std::ops::AddAssign for Counters {
         self.sends += other.sends;
         self.writes += other.writes;
         self.writes_with_immediate += other.writes_with_immediate;
+        self.windows_bound += other.windows_bound;
+        self.windows_invalidated += other.windows_invalidated;
         self.receives += other.receives;
         self.posts += other.posts;
     }

@@ -26,6 +26,8 @@ pub enum Exposure {
     Local,
     /// Peers that were given the key, too.
     Peers,
+    /// Peers, through windows.
+    Windows,
 }
 
 /// How the data of a read comes into the memory of whoever asked.
@@ -35,6 +37,8 @@ pub enum ReadMode {
     /// The node writes it there.
     #[default]
     Direct,
+    /// The same, through a window.
+    Window,
     /// It is copied there.
     Bounce,
 }
@@ -82,6 +86,14 @@ impl Fabric {
     ) -> Result<Registration, RdmaError> {
         Ok(Registration { _owner: owner })
     }
+}
+
+/// Whether what is here can do what a read mode needs: nobody asks it to.
+///
+/// # Errors
+/// Never.
+pub const fn supports(_: ReadMode) -> Result<(), RdmaError> {
+    Ok(())
 }
 
 /// Memory that connections may use.

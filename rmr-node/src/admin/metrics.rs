@@ -57,6 +57,8 @@ impl Page {
                 "RDMA writes posted that end a write.",
                 t.writes_with_immediate,
             ),
+            ("rmr_rdma_windows_bound_total", "Memory windows bound for peers.", t.windows_bound),
+            ("rmr_rdma_windows_invalidated_total", "Their keys made invalid.", t.windows_invalidated),
             ("rmr_rdma_receives_total", "RDMA receive buffers used.", t.receives),
             ("rmr_rdma_posts_total", "Chains of work posted.", t.posts),
         ] {

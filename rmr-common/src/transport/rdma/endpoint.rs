@@ -32,6 +32,11 @@ pub(super) enum Operation {
     Write { address: u64, key: u32 },
     /// The same, and the peer is told a number.
     WriteWithImmediate { address: u64, key: u32, immediate: u32 },
+    /// No data: from now on the peer may write to this piece of our memory, registered by the key `memory`, by the new
+    /// `key` of a window.
+    Bind { window: usize, key: u32, address: u64, length: u32, memory: u32 },
+    /// No data: the key of a window that was bound is good for nothing any more.
+    Invalidate { key: u32 },
 }
 
 /// Work to post. Its memory is `count` pieces from `first` of the list that goes with it.
@@ -124,6 +129,10 @@ pub(super) trait Verbs {
 
     /// Registered memory for the connection's own use.
     fn slab(&mut self, length: usize, exposure: Exposure) -> Result<Slab, RdmaError>;
+
+    /// Makes a memory window for this connection's peer alone, bound to nothing yet; returns its key. Their numbers count
+    /// from 0. The connection's end is theirs.
+    fn window(&mut self) -> Result<u32, RdmaError>;
 
     /// Posts work as one chain.
     fn post(&mut self, requests: &[WorkRequest], pieces: &[Piece]) -> Result<(), RdmaError>;

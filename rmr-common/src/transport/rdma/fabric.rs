@@ -74,6 +74,7 @@ impl Fabric {
     pub fn exposure(&self) -> Exposure {
         match self.0.read_mode {
             ReadMode::Direct => Exposure::Peers,
+            ReadMode::Window => Exposure::Windows,
             ReadMode::Bounce => Exposure::Local,
         }
     }

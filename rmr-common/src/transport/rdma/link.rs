@@ -10,10 +10,12 @@
 
 mod receive;
 mod send;
+mod windows;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd, RawFd};
 
+use self::windows::{Bound, Pool};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::endpoint::{Completion, Operation, Piece, Slab, Verbs, WorkRequest};
@@ -74,6 +76,26 @@ enum Held {
     Tag(u32),
     Packet(usize),
     Staging(Staged),
+    Ended(Box<Ended>),
+}
+
+/// A read whose data goes to windows, or is copied when it is there.
+struct ReadUnderWay {
+    staged: Option<Staged>,
+    windows: Vec<Bound>,
+}
+
+/// What is known of a read by its name.
+enum ReadState {
+    UnderWay(ReadUnderWay),
+    /// It was answered, and its keys are not yet known to be invalid.
+    Ending,
+}
+
+/// A read that is over, but for its keys; with its answer, unless nobody waits for that.
+struct Ended {
+    header: Option<MessageHeader>,
+    read: ReadUnderWay,
 }
 
 /// A part of a staging slab.
@@ -147,8 +169,10 @@ pub(super) struct Link<V: Verbs> {
     wanted: u32,
     told_wanted: u32,
     returns: Vec<u16>,
-    /// Reads whose data is copied, by slot and sequence.
-    reads: HashMap<(u16, u64), Staged>,
+    /// Reads whose data is copied or goes to windows, by slot and sequence.
+    reads: HashMap<(u16, u64), ReadState>,
+    pool: Pool,
+    ending: VecDeque<Ended>,
 
     /// As acceptor.
     lent: HashMap<u16, Lent>,
@@ -224,6 +248,8 @@ impl<V: Verbs> Link<V> {
             told_wanted: 0,
             returns: Vec::new(),
             reads: HashMap::new(),
+            pool: Pool::default(),
+            ending: VecDeque::new(),
             lent: HashMap::new(),
             grants: VecDeque::new(),
             in_use: HashMap::new(),
@@ -329,6 +355,7 @@ impl<V: Verbs> Link<V> {
         self.queue.clear();
         self.held.clear();
         self.reads.clear();
+        self.ending.clear();
         self.lent.clear();
         self.targets.clear();
         self.incoming = None;
@@ -364,6 +391,7 @@ impl<V: Verbs> Link<V> {
         if self.is_over {
             return Err(ConnectionError::Closed);
         }
+        self.invalidate();
         self.wanted = 0;
         while let Some(outgoing) = self.queue.pop_front() {
             if let Some(waits) = self.send(outgoing)? {
@@ -371,6 +399,7 @@ impl<V: Verbs> Link<V> {
                 break;
             }
         }
+        self.invalidate();
         while self.must_tell() && self.credits > 0 && self.room() > 0 {
             let affairs = self.affairs();
             self.scratch.clear();

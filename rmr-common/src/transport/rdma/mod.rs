@@ -60,6 +60,8 @@ pub enum Exposure {
     Local,
     /// Peers that were given the key, too.
     Peers,
+    /// Peers, but only in pieces of it for which a memory window was bound, each by a key of its own.
+    Windows,
 }
 
 /// How the data of a read comes into the memory of whoever asked.
@@ -69,6 +71,8 @@ pub enum ReadMode {
     /// The node writes it there: the node is given the key of that memory.
     #[default]
     Direct,
+    /// The node writes it there, by a key that reaches that memory alone and is invalid before the read completes.
+    Window,
     /// The node writes it to memory of this process, which copies it: no key of other memory leaves the host.
     Bounce,
 }
@@ -95,6 +99,15 @@ pub enum RdmaError {
         limit: String,
         /// What the kernel says.
         source: io::Error,
+    },
+    /// The device cannot do what the read mode needs.
+    #[error(
+        "{device} has no memory windows of type 2B, which the RDMA read mode window needs: choose the mode direct or \
+         bounce, see docs/rdma.md"
+    )]
+    NoWindows {
+        /// The device, or all of them.
+        device: String,
     },
     /// A call failed.
     #[error("{what}: {source}")]
@@ -147,7 +160,14 @@ impl RdmaConnection {
         };
         let own = introduction(sizes).encode();
         let offer = verbs::Offer { private: &own, sizes, dead_after };
-        let (endpoint, private) = verbs::connect(address, &offer, &mut |context| fabric.domain_of(context))?;
+        let needs_windows = fabric.read_mode() == ReadMode::Window;
+        let (endpoint, private) = verbs::connect(address, &offer, &mut |context| {
+            let domain = fabric.domain_of(context)?;
+            if needs_windows && !domain.limits.has_windows {
+                return Err(RdmaError::NoWindows { device: domain.device.clone() });
+            }
+            Ok(domain)
+        })?;
         let peer = Introduction::decode(&private).map_err(RdmaError::Stranger)?;
         let keyring = fabric.keyring(&endpoint.domain)?;
         let link = Link::new(endpoint, keyring, Role::Opener(fabric.read_mode()), peer)?;
@@ -334,6 +354,23 @@ pub fn available() -> Result<(), RdmaError> {
     verbs::device_present()
 }
 
+/// Whether some device of this machine can do what a read mode needs, in words if not. A machine without any device may
+/// have one later, and says so when it is to be used.
+///
+/// # Errors
+/// When there are devices, and none can.
+pub fn supports(mode: ReadMode) -> Result<(), RdmaError> {
+    if mode != ReadMode::Window {
+        return Ok(());
+    }
+    let devices = verbs::devices_with_windows();
+    if devices.is_empty() || devices.iter().any(|(_, has_windows)| *has_windows) {
+        return Ok(());
+    }
+    let names: Vec<_> = devices.into_iter().map(|(name, _)| name).collect();
+    Err(RdmaError::NoWindows { device: names.join(", ") })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -351,6 +388,14 @@ mod tests {
             let text = error.map(|e| e.to_string()).unwrap_or_default();
             assert!(text.contains("no RDMA device") && text.contains("use tcp://"), "{text}");
         }
+    }
+
+    #[test]
+    fn a_device_without_memory_windows_says_so_and_names_the_other_modes() {
+        let text = RdmaError::NoWindows { device: "qedr0".to_owned() }.to_string();
+        assert!(text.starts_with("qedr0 has no memory windows"), "{text}");
+        assert!(text.contains("direct or bounce") && text.contains("docs/rdma.md"), "{text}");
+        assert!(supports(ReadMode::Direct).is_ok() && supports(ReadMode::Bounce).is_ok());
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod device;
 mod manager;
 mod queues;
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_int};
 use std::io;
 use std::os::fd::RawFd;
 
@@ -43,6 +43,34 @@ pub(super) fn device_present() -> Result<(), RdmaError> {
         unsafe { rdma_sys::ibv_free_device_list(list) };
     }
     if list.is_null() || count == 0 { Err(RdmaError::NoDevice) } else { Ok(()) }
+}
+
+/// All devices of this machine that can be opened, by name, and whether they have memory windows of type 2B.
+pub(super) fn devices_with_windows() -> Vec<(String, bool)> {
+    let mut count = 0;
+    // SAFETY: the pointer is to a number on this stack; the list is freed below.
+    let list = unsafe { rdma_sys::ibv_get_device_list(&mut count) };
+    let mut devices = Vec::new();
+    if list.is_null() {
+        return devices;
+    }
+    for index in 0..usize::try_from(count).unwrap_or(0) {
+        // SAFETY: the list has so many devices, and each is valid until the list is freed; name and limits are copied, and
+        // a context that was opened is closed again.
+        unsafe {
+            let device = *list.add(index);
+            let context = rdma_sys::ibv_open_device(device);
+            if context.is_null() {
+                continue;
+            }
+            let name = CStr::from_ptr(rdma_sys::ibv_get_device_name(device)).to_string_lossy().into_owned();
+            devices.push((name, device::has_windows(context).unwrap_or(false)));
+            rdma_sys::ibv_close_device(context);
+        }
+    }
+    // SAFETY: the list came from the call above; no device of it is used any more.
+    unsafe { rdma_sys::ibv_free_device_list(list) };
+    devices
 }
 
 fn set_nonblocking(descriptor: RawFd) -> io::Result<()> {

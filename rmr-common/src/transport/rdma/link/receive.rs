@@ -1,6 +1,9 @@
 //! What has arrived and what has completed: packets, data in slots, memory that is free again.
 
-use super::{Affairs, Held, Incoming, Link, MAX_READS, RECEIVE_BUDGET, Role, Staged, broken, packet};
+use super::{
+    Affairs, Ended, Held, Incoming, Link, MAX_READS, RECEIVE_BUDGET, ReadState, ReadUnderWay, Role, Staged,
+    broken, packet,
+};
 use crate::buffer::{copy_from_segments, copy_to_segments};
 use crate::transport::rdma::endpoint::{Completion, Done, LinkEvent, Verbs};
 use crate::transport::rdma::packet::{Packet, PacketKind, TAIL, Target, UNIT};
@@ -16,7 +19,7 @@ impl<V: Verbs> Link<V> {
         if self.is_over {
             return Err(ConnectionError::Closed);
         }
-        let result = self.take_in(receiver);
+        let result = self.take_in(receiver).and_then(|()| self.invalidate_now());
         if result.is_err() {
             // What is not dealt with goes back to those who share it.
             for completion in std::mem::take(&mut self.completions).iter().filter(|c| c.is_receive) {
@@ -24,6 +27,15 @@ impl<V: Verbs> Link<V> {
             }
         }
         result
+    }
+
+    /// Answers wait until the keys of their reads are invalid: that is not left to the owner's next turn.
+    fn invalidate_now(&mut self) -> Result<(), ConnectionError> {
+        if self.ending.is_empty() {
+            return Ok(());
+        }
+        self.invalidate();
+        self.post()
     }
 
     pub(super) fn take_in(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
@@ -82,7 +94,7 @@ impl<V: Verbs> Link<V> {
         match done {
             Done::Sent => {
                 self.completed = self.completed.max(number);
-                self.let_go();
+                self.let_go(receiver);
                 return Ok(());
             }
             Done::Failed { status, flushed } => {
@@ -115,7 +127,7 @@ impl<V: Verbs> Link<V> {
     }
 
     /// Frees what waited for work that has completed.
-    pub(super) fn let_go(&mut self) {
+    pub(super) fn let_go(&mut self, receiver: &mut dyn Receiver) {
         while let Some((number, _)) = self.held.front()
             && *number <= self.completed
         {
@@ -123,6 +135,7 @@ impl<V: Verbs> Link<V> {
                 Some((_, Held::Tag(tag))) => self.sent_tags.push(tag),
                 Some((_, Held::Packet(index))) => self.free_packets.push(index),
                 Some((_, Held::Staging(staged))) => self.unstage(staged),
+                Some((_, Held::Ended(ended))) => self.finish(*ended, receiver),
                 None => {}
             }
         }
@@ -244,15 +257,40 @@ impl<V: Verbs> Link<V> {
                 self.targets.insert(name, targets);
             }
             _ if !targets.is_empty() => return Err(broken("places for data of what is no read")),
-            (Role::Opener(_), Kind::IoReply) => {
-                if let Some(staged) = self.reads.remove(&name) {
+            (Role::Opener(_), Kind::IoReply) => match self.reads.remove(&name) {
+                Some(ReadState::UnderWay(read)) if !read.windows.is_empty() => {
+                    self.reads.insert(name, ReadState::Ending);
+                    self.end_read(Some(*header), read);
+                    return Ok(());
+                }
+                Some(ReadState::UnderWay(ReadUnderWay { staged: Some(staged), .. })) => {
                     self.unpack(header, staged, receiver);
                 }
-            }
+                // Whoever asked would take it for the answer, while the peer may still write there.
+                Some(ReadState::Ending) => return Err(broken("a read was answered twice")),
+                _ => {}
+            },
             _ => {}
         }
         receiver.deliver(header, body);
         Ok(())
+    }
+
+    /// The peer can write nothing more for a read that was answered: whoever asked hears of it.
+    fn finish(&mut self, ended: Ended, receiver: &mut dyn Receiver) {
+        let (header, read) = self.ended(ended);
+        let name = header.map(|header| (header.slot.0, header.sequence.0));
+        // Another one of its name may have been sent since; nobody waits for this one then.
+        let waits = name.is_some_and(|name| matches!(self.reads.get(&name), Some(ReadState::Ending)));
+        if let (Some(header), Some(name), true) = (header, name, waits) {
+            self.reads.remove(&name);
+            if let Some(staged) = read.staged {
+                self.unpack(&header, staged, receiver);
+            }
+            receiver.deliver(&header, &[]);
+        } else if let Some(staged) = read.staged {
+            self.unstage(staged);
+        }
     }
 
     /// Copies the data of a read to whoever asked for it.

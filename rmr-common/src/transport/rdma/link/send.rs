@@ -1,12 +1,12 @@
 //! How messages become work: packets for receive buffers, data for slots of a node, data for the memory of a read.
 
 use super::{
-    Affairs, Content, Held, Link, MAX_STAGING, Operation, Outgoing, PACKETS, Piece, RING_ENTRY, Role, Staged,
-    Step, broken, packet,
+    Affairs, Content, Held, Link, MAX_STAGING, Operation, Outgoing, PACKETS, Piece, RING_ENTRY, ReadState,
+    ReadUnderWay, Role, Staged, Step, broken, packet,
 };
 use crate::buffer::{Segment, copy_from_segments, copy_to_segments};
 use crate::transport::ConnectionError;
-use crate::transport::rdma::endpoint::{Verbs, WorkRequest};
+use crate::transport::rdma::endpoint::{Keys, Verbs, WorkRequest};
 use crate::transport::rdma::packet::{MAX_TARGETS, PacketKind, TAIL, Target, UNIT};
 use crate::transport::rdma::slots::PageMap;
 use crate::transport::rdma::{Exposure, MAX_WINDOW, RdmaError, ReadMode};
@@ -177,23 +177,50 @@ impl<V: Verbs> Link<V> {
         if length != header.length as usize || length == 0 || length > MAX_WINDOW as usize {
             return Err(broken("a read whose memory has another length"));
         }
-        let direct = self.role == Role::Opener(ReadMode::Direct) && segments.len() <= MAX_TARGETS;
-        let found = if direct { self.targets_of(&segments) } else { None };
-        let (targets, staged) = match found {
-            Some(targets) => (targets, None),
+        let mode = if let Role::Opener(mode) = self.role { mode } else { ReadMode::Bounce };
+        let name = (header.slot.0, header.sequence.0);
+        if let Some(ReadState::UnderWay(before)) = self.reads.remove(&name) {
+            self.end_read(None, before);
+        }
+        let found = if mode == ReadMode::Bounce { None } else { self.ranges_of(&segments) };
+        let most = match mode {
+            ReadMode::Direct => MAX_TARGETS,
+            ReadMode::Window => {
+                let wanted = found.as_ref().map_or(1, Vec::len).clamp(1, MAX_TARGETS);
+                self.pool.provide(&mut self.verbs, wanted)?;
+                // What is bound and made invalid for one read has to fit the send queue beside other work.
+                self.pool.most().min(self.verbs.sizes().sends as usize / 4).min(MAX_TARGETS)
+            }
+            ReadMode::Bounce => 0,
+        };
+        let (ranges, staged) = match found.filter(|ranges| ranges.len() <= most) {
+            Some(ranges) => (ranges, None),
             None => {
                 let Some(staged) = self.stage(length)? else { return Ok(Some(segments)) };
                 let (slab, _) = &self.staging[staged.slab];
                 let piece = slab.piece(staged.offset, length);
-                let target = Target { address: piece.address, length: piece.length, key: slab.keys.remote };
-                (vec![target], Some(staged))
+                (vec![Range { address: piece.address, length: piece.length, keys: slab.keys }], Some(staged))
             }
         };
-        if !self.has_packet(HEADER_SIZE + targets.len() * 16) {
+        let windows = if mode == ReadMode::Window { ranges.len() } else { 0 };
+        let fits = self.pool.free() >= windows && self.room() >= windows + 2;
+        if !fits || !self.has_packet(HEADER_SIZE + ranges.len() * 16) {
             if let Some(staged) = staged {
                 self.unstage(staged);
             }
             return Ok(Some(segments));
+        }
+        let mut bound = Vec::with_capacity(windows);
+        let mut targets = Vec::with_capacity(ranges.len());
+        for Range { address, length, keys } in ranges {
+            let mut key = keys.remote;
+            if mode == ReadMode::Window {
+                let window = self.bind(address, length, keys);
+                let window = window.ok_or_else(|| broken("no memory window, though there was one"))?;
+                key = window.key();
+                bound.push(window);
+            }
+            targets.push(Target { address, length, key });
         }
         let affairs = self.affairs();
         self.scratch.clear();
@@ -213,25 +240,27 @@ impl<V: Verbs> Link<V> {
         if self.post_packet()? == Step::Blocked {
             return Err(broken("no buffer for a packet, though there was one"));
         }
-        if let Some(staged) = staged {
-            let before = self.reads.insert((header.slot.0, header.sequence.0), staged);
-            if let Some(before) = before {
-                self.unstage(before);
-            }
+        if staged.is_some() || !bound.is_empty() {
+            self.reads.insert(name, ReadState::UnderWay(ReadUnderWay { staged, windows: bound }));
         }
         self.spare(segments);
         Ok(None)
     }
 
-    pub(super) fn targets_of(&mut self, segments: &[Segment]) -> Option<Vec<Target>> {
-        segments
-            .iter()
-            .map(|segment| {
-                let keys = self.keyring.find(segment)?;
-                let length = u32::try_from(segment.length()).ok()?;
-                Some(Target { address: segment.base() as u64, length, key: keys.remote })
-            })
-            .collect()
+    /// The ranges that segments make up, if all of them are registered; those that follow one another are one.
+    fn ranges_of(&mut self, segments: &[Segment]) -> Option<Vec<Range>> {
+        let mut ranges: Vec<Range> = Vec::with_capacity(segments.len());
+        for segment in segments {
+            let keys = self.keyring.find(segment)?;
+            let (address, length) = (segment.base() as u64, u32::try_from(segment.length()).ok()?);
+            match ranges.last_mut() {
+                Some(last) if last.keys == keys && last.address + u64::from(last.length) == address => {
+                    last.length = last.length.checked_add(length)?;
+                }
+                _ => ranges.push(Range { address, length, keys }),
+            }
+        }
+        Some(ranges)
     }
 
     /// Data into the memory that the read named, and behind it the answer.
@@ -377,7 +406,9 @@ impl<V: Verbs> Link<V> {
         if self.staging.len() == MAX_STAGING {
             return Ok(None);
         }
-        let slab = self.verbs.slab(MAX_WINDOW as usize, Exposure::Peers)?;
+        let windows = self.role == Role::Opener(ReadMode::Window);
+        let exposure = if windows { Exposure::Windows } else { Exposure::Peers };
+        let slab = self.verbs.slab(MAX_WINDOW as usize, exposure)?;
         let mut map = PageMap::new(MAX_WINDOW as usize);
         let offset = map.take(length);
         self.staging.push((slab, map));
@@ -389,6 +420,13 @@ impl<V: Verbs> Link<V> {
             map.give_back(staged.offset, staged.length);
         }
     }
+}
+
+/// Memory in a row, within one registration.
+struct Range {
+    address: u64,
+    length: u32,
+    keys: Keys,
 }
 
 /// Copies all of `from` to `to`.

@@ -25,6 +25,12 @@ struct Side {
     events: VecDeque<LinkEvent>,
     /// Memory that the other side may write to, by key.
     exposed: Vec<(u32, Segment)>,
+    /// Memory that windows can be bound to, by its key.
+    bindable: Vec<(u32, Segment)>,
+    /// How many windows the card has, and the keys of those that were made.
+    most_windows: usize,
+    windows: Vec<u32>,
+    refuses_invalidation: bool,
     is_closed: bool,
     is_broken: bool,
     /// The work after so many more fails, with these words.
@@ -49,6 +55,10 @@ impl Side {
             memory: Arc::new(Pages::new(sizes.receives as usize * sizes.receive_size as usize).unwrap()),
             events: VecDeque::new(),
             exposed: Vec::new(),
+            bindable: Vec::new(),
+            most_windows: 1000,
+            windows: Vec::new(),
+            refuses_invalidation: false,
             is_closed: false,
             is_broken: false,
             fails_after: None,
@@ -72,6 +82,46 @@ impl Side {
         let (_, memory) = self.exposed.iter().find(|(k, _)| *k == key)?;
         let offset = usize::try_from(address).unwrap().checked_sub(memory.base() as usize)?;
         (offset + length <= memory.length()).then(|| memory.part(offset, length))
+    }
+
+    /// What a card demands of a bind, and of the end of one.
+    fn of_windows(&mut self, request: &WorkRequest) {
+        assert_eq!(request.count, 0, "it has no data");
+        let words = match request.operation {
+            Operation::Bind { window, key, address, length, memory } => {
+                let last = self.windows[window];
+                assert_eq!(
+                    (key >> 8, key & 0xff),
+                    (last >> 8, (last + 1) & 0xff),
+                    "not the window's next key"
+                );
+                let is_bound = self.exposed.iter().any(|(k, _)| *k == last);
+                let found = self.bindable.iter().find(|(k, _)| *k == memory).and_then(|(_, segment)| {
+                    let offset = usize::try_from(address).unwrap().checked_sub(segment.base() as usize)?;
+                    let fits = offset + length as usize <= segment.length();
+                    fits.then(|| segment.part(offset, length as usize))
+                });
+                match found {
+                    Some(segment) if !is_bound => {
+                        self.windows[window] = key;
+                        return self.exposed.push((key, segment));
+                    }
+                    _ => "memory bind operation error",
+                }
+            }
+            Operation::Invalidate { key } => {
+                let before = self.exposed.len();
+                if !self.refuses_invalidation {
+                    self.exposed.retain(|(k, _)| *k != key);
+                }
+                if self.exposed.len() < before {
+                    return;
+                }
+                "local QP operation error"
+            }
+            _ => "not of windows",
+        };
+        self.fail(request.number, words, false);
     }
 
     /// Fills a receive buffer.
@@ -122,10 +172,25 @@ impl Verbs for Card {
         let pages = Arc::new(Pages::new(length).unwrap());
         self.with(|side| {
             side.next_key += 1;
-            if exposure == Exposure::Peers {
-                side.exposed.push((side.next_key, pages.segment(0, usize::MAX)));
+            match exposure {
+                Exposure::Local => {}
+                Exposure::Peers => side.exposed.push((side.next_key, pages.segment(0, usize::MAX))),
+                Exposure::Windows => side.bindable.push((side.next_key, pages.segment(0, usize::MAX))),
             }
             Ok(Slab::new(pages, Keys { local: side.next_key, remote: side.next_key }, None))
+        })
+    }
+
+    fn window(&mut self) -> Result<u32, RdmaError> {
+        self.with(|side| {
+            let number = u32::try_from(side.windows.len()).unwrap();
+            if side.windows.len() >= side.most_windows {
+                let source = std::io::Error::from_raw_os_error(libc::ENOMEM);
+                return Err(RdmaError::Call { what: "making a memory window", source });
+            }
+            // The last byte is at its end, so that its turning over is seen.
+            side.windows.push(0x10_00ff + (number << 8));
+            Ok(side.windows[side.windows.len() - 1])
         })
     }
 
@@ -162,6 +227,7 @@ impl Verbs for Card {
             }
             match request.operation {
                 Operation::Send => peer.arrive(&bytes, None),
+                Operation::Bind { .. } | Operation::Invalidate { .. } => own.of_windows(request),
                 Operation::Write { address, key } => match peer.target(address, bytes.len(), key) {
                     Some(memory) => assert_eq!(copy_to_segments(&bytes, &[memory]), bytes.len()),
                     None => own.fail(request.number, "remote access error", false),
@@ -275,6 +341,8 @@ struct Pair {
     buffers: Arc<Pages>,
 }
 
+mod windows;
+
 const GUEST: usize = 4 << 20;
 const GUEST_KEY: u32 = 7;
 const BUFFER_KEY: u32 = 8;
@@ -289,8 +357,10 @@ impl Pair {
         let wire: Wire = Rc::new(RefCell::new([Side::new(sizes, max_pieces), Side::new(sizes, max_pieces)]));
         let (guest, buffers) = (Arc::new(Pages::new(GUEST).unwrap()), Arc::new(Pages::new(GUEST).unwrap()));
         let all = |pages: &Arc<Pages>| pages.segment(0, usize::MAX);
-        if mode == ReadMode::Direct {
-            wire.borrow_mut()[0].exposed.push((GUEST_KEY, all(&guest)));
+        match mode {
+            ReadMode::Direct => wire.borrow_mut()[0].exposed.push((GUEST_KEY, all(&guest))),
+            ReadMode::Window => wire.borrow_mut()[0].bindable.push((GUEST_KEY, all(&guest))),
+            ReadMode::Bounce => {}
         }
         wire.borrow_mut()[1].exposed.push((BUFFER_KEY, all(&buffers)));
         let key = |n| Keys { local: n, remote: n };
@@ -338,6 +408,13 @@ impl Pair {
         answer.payload = request.length;
         let data = self.buffers.segment(0, request.length as usize);
         self.node.queue_data(&answer, Some(tag), &mut |list| list.push(data));
+    }
+
+    /// Lets signaled work that was held back complete.
+    fn let_late_work_complete(&self, side: usize) {
+        let side = &mut self.wire.borrow_mut()[side];
+        let late: Vec<_> = side.late.drain(..).collect();
+        side.completions.extend(late);
     }
 
     fn posted(&self, side: usize) -> Vec<WorkRequest> {
@@ -434,11 +511,7 @@ fn a_read_is_one_send_one_write_into_guest_memory_and_one_answer() {
     let mut tags = Vec::new();
     pair.node.take_sent(&mut tags);
     assert!(tags.is_empty(), "the card may still read the buffer");
-    {
-        let side = &mut pair.wire.borrow_mut()[1];
-        let late: Vec<_> = side.late.drain(..).collect();
-        side.completions.extend(late);
-    }
+    pair.let_late_work_complete(1);
     pair.run();
     pair.node.take_sent(&mut tags);
     assert_eq!(tags, [77]);

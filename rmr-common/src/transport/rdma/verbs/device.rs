@@ -2,13 +2,14 @@
 #![allow(unsafe_code)]
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::ffi::{CStr, c_int};
 use std::io;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use rdma_sys::ibv_access_flags as access;
+use rdma_sys::{ibv_access_flags as access, ibv_device_cap_flags as capability, ibv_mw_type};
 
 use super::{call, check};
 use crate::buffer::Segment;
@@ -26,6 +27,25 @@ pub(in crate::transport::rdma) struct DeviceLimits {
     pub(in crate::transport::rdma) max_pieces: u32,
     pub(in crate::transport::rdma) max_completions: u32,
     pub(in crate::transport::rdma) max_shared_receives: u32,
+    /// It has memory windows of type 2B, which belong to one queue pair.
+    pub(in crate::transport::rdma) has_windows: bool,
+}
+
+fn query(context: *mut rdma_sys::ibv_context) -> Result<rdma_sys::ibv_device_attr, RdmaError> {
+    // SAFETY: the structure is plain numbers, and all-zero is one of its values.
+    let mut found: rdma_sys::ibv_device_attr = unsafe { std::mem::zeroed() };
+    // SAFETY: context and structure are valid, as the callers promise for the first.
+    check("asking the device for its limits", unsafe { rdma_sys::ibv_query_device(context, &mut found) })?;
+    Ok(found)
+}
+
+const fn windows_of(found: &rdma_sys::ibv_device_attr) -> bool {
+    found.device_cap_flags & capability::IBV_DEVICE_MEM_WINDOW_TYPE_2B.0 != 0 && found.max_mw > 0
+}
+
+/// Whether the device of a valid context has memory windows of type 2B.
+pub(super) fn has_windows(context: *mut rdma_sys::ibv_context) -> Result<bool, RdmaError> {
+    query(context).map(|found| windows_of(&found))
 }
 
 /// A protection domain on a device: what memory is registered with.
@@ -37,6 +57,8 @@ pub(in crate::transport::rdma) struct Domain {
     pub(in crate::transport::rdma) device: String,
     /// Receives that all accepted connections share, made when the first is accepted.
     shared: Mutex<Option<Arc<SharedReceives>>>,
+    /// Memory that windows can be bound to, by its key.
+    regions: Mutex<HashMap<u32, Weak<Region>>>,
 }
 
 // SAFETY: libibverbs may be called from any thread at the same time.
@@ -49,12 +71,7 @@ impl Domain {
         if context.is_null() {
             return Err(RdmaError::NoDevice);
         }
-        // SAFETY: the structure is plain numbers, and all-zero is one of its values.
-        let mut found: rdma_sys::ibv_device_attr = unsafe { std::mem::zeroed() };
-        // SAFETY: context and structure are valid.
-        check("asking the device for its limits", unsafe {
-            rdma_sys::ibv_query_device(context, &mut found)
-        })?;
+        let found = query(context)?;
         // SAFETY: the context and its device are valid; the name is a text inside the device.
         let device = unsafe { CStr::from_ptr(rdma_sys::ibv_get_device_name((*context).device)) };
         let device = device.to_string_lossy().into_owned();
@@ -67,8 +84,9 @@ impl Domain {
             max_pieces: positive(found.max_sge),
             max_completions: positive(found.max_cqe),
             max_shared_receives: if found.max_srq > 0 { positive(found.max_srq_wr) } else { 0 },
+            has_windows: windows_of(&found),
         };
-        Ok(Self { pd, context, limits, device, shared: Mutex::new(None) })
+        Ok(Self { pd, context, limits, device, shared: Mutex::new(None), regions: Mutex::default() })
     }
 
     pub(in crate::transport::rdma) fn is_of(&self, context: *mut rdma_sys::ibv_context) -> bool {
@@ -85,6 +103,11 @@ impl Domain {
         let flags = match exposure {
             Exposure::Local => access::IBV_ACCESS_LOCAL_WRITE.0,
             Exposure::Peers => access::IBV_ACCESS_LOCAL_WRITE.0 | access::IBV_ACCESS_REMOTE_WRITE.0,
+            // No peer can do anything with the region's own key.
+            Exposure::Windows if self.limits.has_windows => {
+                access::IBV_ACCESS_LOCAL_WRITE.0 | access::IBV_ACCESS_MW_BIND.0
+            }
+            Exposure::Windows => access::IBV_ACCESS_LOCAL_WRITE.0,
         };
         let flags = c_int::try_from(flags).unwrap_or(0);
         // SAFETY: the range is mapped by the promise made when the segment was created, and `owner` keeps it so.
@@ -94,7 +117,32 @@ impl Domain {
             let source = io::Error::last_os_error();
             return Err(RdmaError::pinning(segment.length(), &self.device, source));
         };
-        Ok(MemoryRegion { mr, _domain: Arc::clone(self), _owner: owner })
+        let region = Arc::new(Region { mr, domain: Arc::clone(self), _owner: owner });
+        if exposure == Exposure::Windows {
+            self.regions().insert(region.keys().local, Arc::downgrade(&region));
+        }
+        Ok(MemoryRegion(region))
+    }
+
+    fn regions(&self) -> MutexGuard<'_, HashMap<u32, Weak<Region>>> {
+        // Each change is one insertion or removal, so a panic elsewhere left nothing half done.
+        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The memory that windows can be bound to by this key.
+    pub(super) fn region(&self, key: u32) -> Option<Arc<Region>> {
+        self.regions().get(&key).and_then(Weak::upgrade)
+    }
+
+    /// A memory window, bound to nothing.
+    pub(super) fn window(self: &Arc<Self>) -> Result<MemoryWindow, RdmaError> {
+        if !self.limits.has_windows {
+            return Err(RdmaError::NoWindows { device: self.device.clone() });
+        }
+        // SAFETY: the domain is valid.
+        let mw = unsafe { rdma_sys::ibv_alloc_mw(self.pd.as_ptr(), ibv_mw_type::IBV_MW_TYPE_2) };
+        let mw = mw.and_then(NonNull::new).ok_or_else(|| call("making a memory window"))?;
+        Ok(MemoryWindow { mw, _domain: Arc::clone(self) })
     }
 
     /// Pages of a connection's own, registered.
@@ -122,27 +170,38 @@ impl Drop for Domain {
 }
 
 /// Memory that a domain's connections may use. It ends the registration, and then lets go of the memory.
-pub(in crate::transport::rdma) struct MemoryRegion {
-    mr: NonNull<rdma_sys::ibv_mr>,
-    _domain: Arc<Domain>,
-    _owner: Arc<dyn Any + Send + Sync>,
-}
-
-// SAFETY: libibverbs may be called from any thread; the value has one owner.
-unsafe impl Send for MemoryRegion {}
-// SAFETY: `&MemoryRegion` only reads two numbers that never change.
-unsafe impl Sync for MemoryRegion {}
+pub(in crate::transport::rdma) struct MemoryRegion(Arc<Region>);
 
 impl MemoryRegion {
     pub(in crate::transport::rdma) fn keys(&self) -> Keys {
+        self.0.keys()
+    }
+}
+
+/// The registration itself, which whoever binds a window to it holds for that moment.
+pub(super) struct Region {
+    pub(super) mr: NonNull<rdma_sys::ibv_mr>,
+    domain: Arc<Domain>,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: libibverbs may be called from any thread; the registration ends once, with the last who holds it.
+unsafe impl Send for Region {}
+// SAFETY: `&Region` only reads two numbers that never change, and names the region in work.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn keys(&self) -> Keys {
         // SAFETY: the region lives as long as `self`.
         let mr = unsafe { self.mr.as_ref() };
         Keys { local: mr.lkey, remote: mr.rkey }
     }
 }
 
-impl Drop for MemoryRegion {
+impl Drop for Region {
     fn drop(&mut self) {
+        // Before the card may give the key to other memory.
+        self.domain.regions().remove(&self.keys().local);
         // SAFETY: registered by `Domain::register`, once.
         let returned = unsafe { rdma_sys::ibv_dereg_mr(self.mr.as_ptr()) };
         if returned != 0 {
@@ -150,6 +209,38 @@ impl Drop for MemoryRegion {
                 "a memory registration cannot be ended: {}",
                 io::Error::from_raw_os_error(returned)
             );
+        }
+    }
+}
+
+/// A memory window. Dropping it invalidates its key.
+pub(super) struct MemoryWindow {
+    pub(super) mw: NonNull<rdma_sys::ibv_mw>,
+    _domain: Arc<Domain>,
+}
+
+// SAFETY: libibverbs may be called from any thread; the value has one owner.
+unsafe impl Send for MemoryWindow {}
+
+impl MemoryWindow {
+    pub(super) fn key(&self) -> u32 {
+        // SAFETY: the window lives as long as `self`.
+        unsafe { self.mw.as_ref() }.rkey
+    }
+
+    /// Notes the key that it is bound by, from which the next one is made.
+    pub(super) fn bound_by(&mut self, key: u32) {
+        // SAFETY: the window lives as long as `self`, and nothing else refers to it.
+        unsafe { self.mw.as_mut() }.rkey = key;
+    }
+}
+
+impl Drop for MemoryWindow {
+    fn drop(&mut self) {
+        // SAFETY: made by `Domain::window`, once.
+        let returned = unsafe { rdma_sys::ibv_dealloc_mw(self.mw.as_ptr()) };
+        if returned != 0 {
+            tracing::error!("a memory window cannot be ended: {}", io::Error::from_raw_os_error(returned));
         }
     }
 }

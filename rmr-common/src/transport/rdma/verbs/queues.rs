@@ -6,9 +6,12 @@ use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use rdma_sys::{ibv_qp_type, ibv_send_flags as send_flags, ibv_wc_opcode, ibv_wc_status, ibv_wr_opcode};
+use rdma_sys::{
+    ibv_access_flags as access, ibv_qp_type, ibv_send_flags as send_flags, ibv_wc_opcode, ibv_wc_status,
+    ibv_wr_opcode,
+};
 
-use super::device::{Domain, RECEIVE, Share, receive_work};
+use super::device::{Domain, MemoryWindow, RECEIVE, Region, Share, receive_work};
 use super::manager::Id;
 use super::{call, check, set_nonblocking};
 use crate::transport::rdma::endpoint::{
@@ -26,11 +29,14 @@ pub(in crate::transport::rdma) struct Endpoint {
     pub(super) id: Id,
     completions: CompletionQueue,
     receives: Receives,
+    windows: Vec<MemoryWindow>,
     pub(in crate::transport::rdma) domain: Arc<Domain>,
     sizes: QueueSizes,
     max_pieces: usize,
     work: Vec<rdma_sys::ibv_send_wr>,
     pieces: Vec<rdma_sys::ibv_sge>,
+    /// Memory that windows are being bound to, and by which keys.
+    binding: Vec<(Arc<Region>, usize, u32)>,
 }
 
 // SAFETY: the raw pointers in `work` are scratch that is filled and used within one call.
@@ -87,11 +93,13 @@ impl Endpoint {
             id,
             completions,
             receives,
+            windows: Vec::new(),
             domain,
             sizes,
             max_pieces: most_pieces as usize,
             work: Vec::new(),
             pieces: Vec::new(),
+            binding: Vec::new(),
         };
         if let Receives::Own(_) = endpoint.receives {
             for number in 0..sizes.receives {
@@ -142,6 +150,7 @@ impl Verbs for Endpoint {
             lkey: p.key,
         }));
         self.work.clear();
+        self.binding.clear();
         for request in requests {
             // SAFETY: numbers, null pointers and unions of numbers; all-zero is a value.
             let mut work: rdma_sys::ibv_send_wr = unsafe { std::mem::zeroed() };
@@ -165,6 +174,26 @@ impl Verbs for Endpoint {
                     work.wr.rdma = rdma_sys::rdma_t { remote_addr: address, rkey: key };
                     work.imm_data_invalidated_rkey_union.imm_data = immediate.to_be();
                 }
+                Operation::Bind { window, key, address, length, memory } => {
+                    let gone =
+                        || RdmaError::Event("memory is not registered for windows any more".to_owned());
+                    let region = self.domain.region(memory).ok_or_else(gone)?;
+                    let bound = self.windows.get(window).ok_or(RdmaError::Over)?;
+                    work.opcode = ibv_wr_opcode::IBV_WR_BIND_MW;
+                    let bind_info = rdma_sys::ibv_mw_bind_info {
+                        mr: region.mr.as_ptr(),
+                        addr: address,
+                        length: length.into(),
+                        mw_access_flags: access::IBV_ACCESS_REMOTE_WRITE.0,
+                    };
+                    work.bind_mw_tso_union.bind_mw =
+                        rdma_sys::bind_mw_t { mw: bound.mw.as_ptr(), rkey: key, bind_info };
+                    self.binding.push((region, window, key));
+                }
+                Operation::Invalidate { key } => {
+                    work.opcode = ibv_wr_opcode::IBV_WR_LOCAL_INV;
+                    work.imm_data_invalidated_rkey_union.invalidated_rkey = key;
+                }
             }
             self.work.push(work);
         }
@@ -175,9 +204,23 @@ impl Verbs for Endpoint {
         }
         let mut bad = ptr::null_mut();
         // SAFETY: the queue pair is there; the chain and its pieces live until the call returns, and the memory that pieces
-        // name stays until the work completed or the queue pair is gone, as the connection sees to.
+        // name stays until the work completed or the queue pair is gone, as the connection sees to. Windows are `self`'s, and
+        // `binding` holds the regions that they are bound to.
         let returned = unsafe { rdma_sys::ibv_post_send(self.id.raw.as_ref().qp, base, &mut bad) };
+        for (_, window, key) in self.binding.drain(..) {
+            self.windows[window].bound_by(key);
+        }
         check("posting work", returned)
+    }
+
+    fn window(&mut self) -> Result<u32, RdmaError> {
+        if !self.id.has_queue_pair {
+            return Err(RdmaError::Over);
+        }
+        let window = self.domain.window()?;
+        let key = window.key();
+        self.windows.push(window);
+        Ok(key)
     }
 
     fn post_receive(&mut self, number: u32) -> Result<(), RdmaError> {
@@ -240,6 +283,8 @@ impl Verbs for Endpoint {
         // connected refuses, which is as good.
         unsafe { rdma_sys::rdma_disconnect(self.id.raw.as_ptr()) };
         self.give_back_receives();
+        // A window that is bound belongs to the queue pair, which some cards do not let go of before.
+        self.windows.clear();
         self.id.has_queue_pair = false;
         // SAFETY: the queue pair is there, and is destroyed once.
         unsafe { rdma_sys::rdma_destroy_qp(self.id.raw.as_ptr()) };
