@@ -163,7 +163,7 @@ pub struct Settings {
     /// Name of this node in status output and logs [default: the host name]
     #[arg(long, value_name = "NAME")]
     pub node_name: Option<String>,
-    /// Data addresses, comma-separated: tcp://HOST:PORT or rdma://HOST:PORT [default: tcp://0.0.0.0:7700]
+    /// Data addresses, comma-separated: tcp://, tls:// or rdma://HOST:PORT [default: tcp://0.0.0.0:7700]
     #[arg(long, value_name = "ADDRESS,…", value_delimiter = ',')]
     pub listen: Option<Vec<Address>>,
     /// Data addresses that other machines use, the first one for new pools [default: derived from --listen]

@@ -348,7 +348,8 @@ impl Replica {
         loop {
             let Some(resync) = self.resync.as_mut() else { return };
             let yielding = now - resync.last_guest_write < GUEST_ACTIVE;
-            let most = if yielding { 1 } else { limits.max_inflight };
+            // On a busy machine a pull waits for a processor more often than for anything else: one at a time would crawl.
+            let most = if yielding { limits.max_inflight.div_ceil(2) } else { limits.max_inflight };
             let waiting = resync.pulls.values().filter(|p| !p.urgent).count();
             // Data on its way to disk counts as well: the disk is what may be slow.
             if resync.link != Link::Up
