@@ -205,6 +205,7 @@ impl Client {
         if recovery::is_displaced(&self.own_epochs, best.epoch) {
             return self.end(OverReason::Fenced(best.epoch));
         }
+        replies.iter().for_each(|(_, reply)| self.go_on_above(reply));
         if let Some(force) = self.forced() {
             return self.force(&best, spec, force.member);
         }
@@ -214,10 +215,6 @@ impl Client {
             return self.gather();
         }
         self.adopt_spec(spec.clone(), Some(best.order()));
-        // Sequences go on above everything that a slot table remembers, so that the highest one stays the newest.
-        let highest =
-            replies.iter().flat_map(|(_, r)| &r.slots).map(|s| s.sequence).max().unwrap_or_default();
-        self.sequence = self.sequence.max(highest);
         let best = recovery::base_of_attach(&best, replies.iter().map(|(m, r)| (*m, &r.view)));
         // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew. So
         // is one whose promotion is taken back.
@@ -313,6 +310,10 @@ impl Client {
             return;
         };
         self.counters.views += 1;
+        if attach {
+            // Writes are given up before an attachment is complete only, so its comparison has seen all of them.
+            self.parts.settled();
+        }
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
         self.was_cut_short = false;
@@ -533,6 +534,12 @@ impl Client {
             | State::Active
             | State::Over(_) => {}
         }
+    }
+
+    /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest.
+    pub(super) fn go_on_above(&mut self, reply: &AttachReply) {
+        let highest = reply.slots.iter().map(|s| s.sequence).max().unwrap_or_default();
+        self.sequence = self.sequence.max(highest);
     }
 
     /// The sequence number for the next message that needs one.

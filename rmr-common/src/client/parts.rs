@@ -179,6 +179,11 @@ impl Parts {
         self.release(slot, |_| {});
     }
 
+    /// Members were made to agree, also in what was given up before.
+    pub(super) const fn settled(&mut self) {
+        self.unsettled = None;
+    }
+
     /// Takes a free slot for a new part, which is then `Unsent`, or `Blocked` by an overlapping earlier write.
     pub(super) fn admit(
         &mut self,

@@ -1,7 +1,8 @@
 //! After a client died with writes in flight: which members agree, and which are to be brought in line.
 //!
-//! One Clean member is the reference. What it has counts, and every other member misses whatever may differ: the ranges
-//! of writes above the watermark that are not in both slot tables alike; and, where a process was started anew and its
+//! One Clean member is the reference, if possible one whose disk failed none of the writes in question. What it has counts,
+//! and every other member misses whatever may differ: the ranges of writes above the watermark that are not in both slot
+//! tables alike, or that a disk failed, which may have carried out any part of them; and, where a process was started anew and its
 //! table is lost, the chunks of its intent map. If all tables are lost, that is the union of all intent maps. A member
 //! that misses anything leaves the view with it on record, and comes back by the usual rejoin. So all members agree on
 //! one value for every block before any request is served, an acknowledged write is never lost, and an unacknowledged
@@ -9,8 +10,8 @@
 
 use super::Client;
 use super::parts::PartState;
-use crate::pool::{MemberId, MemberSet, MemberState, Slot, View};
-use crate::wire::{AttachReply, DirtyAddition, MAX_SLOTS, SlotEntry};
+use crate::pool::{MemberId, MemberSet, MemberState, View};
+use crate::wire::{AttachReply, DirtyAddition, SlotEntry};
 
 impl Client {
     /// The members that are stale after an unclean end, and what they and the `absent` ones miss. Those that are `powerless`
@@ -29,10 +30,14 @@ impl Client {
         let open = |r: &AttachReply| -> Vec<SlotEntry> {
             r.slots.iter().filter(|s| s.sequence > watermark && !self.sends_again(s)).copied().collect()
         };
-        let newest = |r: &AttachReply| open(r).iter().map(|s| u128::from(s.sequence.0)).sum::<u128>();
-        // One that still has what was not flushed comes first.
+        let newest = |r: &AttachReply| {
+            open(r).iter().filter(|s| !s.failed).map(|s| u128::from(s.sequence.0)).sum::<u128>()
+        };
+        let is_whole = |r: &AttachReply| !open(r).iter().any(|s| s.failed);
+        // One that still has what was not flushed comes first. Then one whose disk failed no write: every Clean member has all
+        // that completed, and nothing brings a write into order again that was carried out in part.
         let has_power = |m: MemberId| !powerless.contains(m) || mutant!(PowerLossIgnored);
-        let rank = |m: MemberId, r: &AttachReply| (has_power(m), !r.tables_lost, newest(r));
+        let rank = |m: MemberId, r: &AttachReply| (has_power(m), is_whole(r), !r.tables_lost, newest(r));
         let reference = clean().max_by_key(|(m, r)| (rank(*m, r), std::cmp::Reverse(*m)));
         let in_order = in_order || mutant!(NotReconciled);
         let Some((reference, source)) = reference.filter(|_| !in_order) else {
@@ -43,7 +48,7 @@ impl Client {
         for (member, reply) in replies.iter().filter(|(m, _)| m != reference) {
             let mut missed: Vec<(u64, u64)> = Vec::new();
             let (ours, theirs) = (open(source), open(reply));
-            let differs = |a: &SlotEntry, others: &[SlotEntry]| !others.contains(a);
+            let differs = |a: &SlotEntry, others: &[SlotEntry]| a.failed || !others.contains(a);
             missed.extend(ours.iter().filter(|s| differs(s, &theirs)).map(range));
             if !mutant!(OnlyReferenceCounts) {
                 missed.extend(theirs.iter().filter(|s| differs(s, &ours)).map(range));
@@ -91,12 +96,11 @@ impl Client {
 
     /// Whether a write is one of this client's own that it will send to every member again.
     fn sends_again(&self, entry: &SlotEntry) -> bool {
-        // It has had its slot all the time since it got its place; a write that failed stands under the mirrored one.
-        let is_its = |slot: Slot| slot == entry.slot || slot.0 + entry.slot.0 == MAX_SLOTS - 1;
+        // It has had its slot all the time since it got its place.
         self.parts.slots().any(|(slot, p)| {
             p.operation.is_write()
                 && p.state == PartState::Unsent
-                && is_its(slot)
+                && slot == entry.slot
                 && (p.order..=p.sequence).contains(&entry.sequence)
         })
     }

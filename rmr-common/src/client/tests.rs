@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::pool::{BootId, ChunkSize, CommandReply, MemberSpec, MemberState, StoreId};
-use crate::wire::{DirtyAddition, Kind, Limits, SetView, Status};
+use crate::wire::{DirtyAddition, Kind, Limits, SetView, SlotEntry, Status};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -30,6 +30,12 @@ pub(super) struct Bench {
     connecting: Vec<LinkId>,
     /// Whether nodes answer an attach.
     admits: bool,
+    /// Whether they answer a prepare.
+    prepares: bool,
+    /// What they tell of their slot tables.
+    slots: Vec<Vec<SlotEntry>>,
+    /// The watermark of the last message that each was sent.
+    watermarks: Vec<Sequence>,
     /// Requests that were sent and not answered, by member.
     pub(super) sent: Vec<(MemberId, MessageHeader)>,
     /// The node that each link leads to.
@@ -77,6 +83,9 @@ impl Bench {
             slow: Vec::new(),
             connecting: Vec::new(),
             admits: true,
+            prepares: true,
+            slots: vec![Vec::new(); count],
+            watermarks: vec![Sequence(0); count],
             sent: Vec::new(),
             nodes: Vec::new(),
             additions: Vec::new(),
@@ -139,6 +148,7 @@ impl Bench {
     fn deliver(&mut self, link: LinkId, header: &MessageHeader, payload: Payload) {
         let node = self.nodes[usize::from(link.0)];
         let of_node = self.of_node(node);
+        self.watermarks[node] = header.watermark;
         let body = if let Payload::Body(body) = payload { body } else { Vec::new() };
         let (kind, body) = match header.kind {
             Kind::Hello => {
@@ -164,8 +174,8 @@ impl Bench {
                     spec: self.specs[node].clone(),
                     last_client: None,
                     clean_detach: false,
-                    slots: Vec::new(),
-                    watermark: crate::pool::Sequence(0),
+                    slots: self.slots[node].clone(),
+                    watermark: Sequence(0),
                     tables_lost: false,
                     intents: Vec::new(),
                 };
@@ -180,6 +190,7 @@ impl Bench {
                 self.specs[node] = set.spec;
                 (Kind::SetViewReply, Vec::new())
             }
+            Kind::Prepare if !self.prepares => return,
             Kind::Prepare => (Kind::PrepareReply, Vec::new()),
             Kind::Ping => (Kind::Pong, Vec::new()),
             Kind::Grow => {
@@ -215,6 +226,8 @@ impl Bench {
         self.epochs.push(Epoch(0));
         self.host_boots.push(1);
         self.up.push(true);
+        self.slots.push(Vec::new());
+        self.watermarks.push(Sequence(0));
         (store, address)
     }
 
@@ -287,6 +300,131 @@ impl Bench {
         self.run();
         self.sent.retain(|(_, h)| h.kind != Kind::ClearDirty);
     }
+}
+
+/// A write to the block with this index, as a slot table has it.
+fn written(sequence: u64, block: u64) -> SlotEntry {
+    let slot = Slot(5);
+    SlotEntry { slot, sequence: Sequence(sequence), offset: block * 4096, length: 4096, failed: false }
+}
+
+impl Bench {
+    /// The node is gone, or there again.
+    fn set_up(&mut self, node: u8, is_up: bool) {
+        self.up[usize::from(node)] = is_up;
+        if !is_up {
+            self.client.apply(Event::LinkDown(LinkId(node), "gone"), self.now);
+        }
+        self.run();
+    }
+
+    fn attach_anew(&mut self) {
+        self.client.apply(Event::Cancel, self.now);
+        self.pass(Duration::from_millis(500));
+        assert!(self.client.is_active());
+    }
+}
+
+#[test]
+fn what_a_member_has_of_an_earlier_attachment_is_looked_at_again_after_a_rejoin_that_broke_off() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.set_up(1, false);
+    // Another attachment, of which the member has heard nothing. Nobody else knows of a write that it has.
+    bench.attach_anew();
+    bench.slots[1] = vec![written(7, 3)];
+    bench.additions.clear();
+    bench.prepares = false;
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.epochs[1], bench.client.epoch, "it has the epoch");
+    assert!(bench.views[1].epoch < bench.client.epoch, "and no view of it");
+    bench.set_up(1, false);
+    bench.prepares = true;
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(5));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    let missed = DirtyAddition { members: MemberSet::only(member(1)), offset: 3 * 4096, length: 4096 };
+    assert_eq!(bench.additions, [missed]);
+}
+
+#[test]
+fn sequences_go_on_above_those_that_a_member_brings_back() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.set_up(1, false);
+    bench.attach_anew();
+    bench.slots[1] = vec![written(700, 3)];
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    bench.submit(1, Operation::Write, 0, 4096);
+    assert!(bench.sent[0].1.sequence > Sequence(700), "{:?}", bench.sent[0].1.sequence);
+}
+
+#[test]
+fn sequences_of_a_forced_attachment_go_on_above_those_that_the_member_remembers() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.slots[0] = vec![written(500, 0)];
+    let force = Force { member: member(0), decided: std::time::UNIX_EPOCH };
+    bench.start_client(|c| c.force_from = Some(force));
+    bench.submit(1, Operation::Write, 0, 4096);
+    assert!(bench.sent[0].1.sequence > Sequence(500), "{:?}", bench.sent[0].1.sequence);
+}
+
+#[test]
+fn a_write_that_was_given_up_holds_the_watermark_until_members_were_made_to_agree() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.submit(1, Operation::Write, 0, 4096);
+    bench.admits = false;
+    bench.client.apply(Event::Cancel, bench.now);
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(bench.done, [(Token(1), Err(IoError::Cancelled))]);
+    assert_eq!((bench.client.status().state, &bench.watermarks), ("attaching", &vec![Sequence(0); 2]));
+    bench.admits = true;
+    bench.sent.clear();
+    bench.attach_anew();
+    bench.submit(2, Operation::Write, 0, 4096);
+    bench.answer_all();
+    bench.pass(Duration::from_secs(3));
+    assert_eq!(bench.watermarks, vec![bench.client.sequence; 2]);
+}
+
+/// Both members were attached to by a client that died; these are their slot tables.
+fn after_a_death(slots: [Vec<SlotEntry>; 2]) -> Bench {
+    let mut bench = Bench::new(2, |_| {});
+    bench.slots = slots.to_vec();
+    bench.additions.clear();
+    bench.attach_anew();
+    bench
+}
+
+#[test]
+fn a_member_whose_disk_failed_a_write_is_not_the_reference_when_another_one_carried_it_out() {
+    let failed = SlotEntry { failed: true, ..written(7, 3) };
+    let later = written(8, 4);
+    for (torn, tables) in [
+        (0, [vec![failed], vec![written(7, 3)]]),
+        (1, [vec![written(7, 3)], vec![failed]]),
+        // The newer write counts for nothing.
+        (0, [vec![failed, later], vec![written(7, 3)]]),
+        // Nor does it help that the other one has nothing.
+        (0, [vec![failed], vec![]]),
+    ] {
+        let bench = after_a_death(tables);
+        let missed = DirtyAddition { members: MemberSet::only(member(torn)), offset: 3 * 4096, length: 4096 };
+        assert!(bench.additions.contains(&missed), "{torn}: {:?}", bench.additions);
+        assert!(bench.additions.iter().all(|a| a.members == missed.members), "{:?}", bench.additions);
+        assert_eq!(bench.state(member(1 - torn)), Some(MemberState::Clean));
+    }
+}
+
+#[test]
+fn a_write_that_the_disks_of_two_members_failed_is_not_taken_for_the_same() {
+    let failed = SlotEntry { failed: true, ..written(7, 3) };
+    let mut bench = after_a_death([vec![failed], vec![failed]]);
+    let missed = DirtyAddition { members: MemberSet::only(member(1)), offset: 3 * 4096, length: 4096 };
+    // It comes with the first view, and once more with the rejoin.
+    bench.additions.dedup();
+    assert_eq!(bench.additions, [missed]);
 }
 
 #[test]

@@ -119,6 +119,10 @@ number_type! {
     Chunk(u64)
 }
 
+/// Most that an epoch, a view number or a sequence may be which another party names. It leaves room for whatever is added
+/// to one, so nobody can make it overflow.
+pub const MAX_NUMBER: u64 = u64::MAX - (1 << 40);
+
 /// Index of a member in its pool, `0..MAX_MEMBERS`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "u8", into = "u8")]

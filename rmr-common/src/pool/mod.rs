@@ -10,7 +10,8 @@ mod view;
 
 pub use command::{Command, CommandReply, Refusal};
 pub use id::{
-    Block, BootId, Chunk, ClientId, Epoch, MemberId, MemberSet, PoolId, Sequence, Slot, StoreId, ViewNumber,
+    Block, BootId, Chunk, ClientId, Epoch, MAX_NUMBER, MemberId, MemberSet, PoolId, Sequence, Slot, StoreId,
+    ViewNumber,
 };
 pub use spec::{
     Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,

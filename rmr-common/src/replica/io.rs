@@ -5,7 +5,7 @@ use super::{
     Waiter,
 };
 use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
-use crate::pool::{Chunk, MemberState, Sequence, Slot};
+use crate::pool::{Chunk, MemberState, Sequence};
 use crate::wire::{Kind, MAX_SLOTS, MessageHeader, SlotEntry, Status};
 
 /// A disk request, and the message that asked for it.
@@ -109,8 +109,12 @@ impl Replica {
         }
     }
 
+    /// Before the first view of an attachment the client's watermark says nothing about what this member has: it may be one
+    /// that is brought back in, with writes of an earlier client that nobody else knows of.
     pub(super) fn note_watermark(&mut self, watermark: Sequence) {
-        self.watermark = self.watermark.max(watermark);
+        if self.view.epoch == self.epoch {
+            self.watermark = self.watermark.max(watermark);
+        }
     }
 
     /// The disk may have carried a write out in part: whatever the other members have, this one is not known to have the
@@ -123,11 +127,11 @@ impl Replica {
             return;
         }
         self.failed_writes.push(SlotEntry {
-            // Not the slot of the request, so that the entry is like none of another member that did carry it out.
-            slot: Slot(MAX_SLOTS - 1 - header.slot.0),
+            slot: header.slot,
             sequence: header.sequence,
             offset: header.offset,
             length: header.length,
+            failed: true,
         });
     }
 
@@ -306,6 +310,7 @@ impl Replica {
                 sequence: header.sequence,
                 offset: header.offset,
                 length: header.length,
+                failed: false,
             };
         }
         let mut reply = header.reply(reply_kind(header.kind), status);

@@ -343,8 +343,13 @@ impl Replica {
         let spec = state.spec;
         let is_detached = state.last_client.as_ref().is_none_or(|c| !c.attached);
         let clean_detach = is_detached && maps.intent().count() == 0;
-        let none =
-            |slot| SlotEntry { slot: crate::pool::Slot(slot), sequence: Sequence(0), offset: 0, length: 0 };
+        let none = |slot| SlotEntry {
+            slot: crate::pool::Slot(slot),
+            sequence: Sequence(0),
+            offset: 0,
+            length: 0,
+            failed: false,
+        };
         Self {
             config,
             member,

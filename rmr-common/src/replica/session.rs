@@ -246,7 +246,6 @@ impl Replica {
         }
         self.activity.clear();
         self.clearing = None;
-        self.watermark = Sequence(0);
         self.clean_detach = false;
         let who = self.holder.as_ref().map(|h| h.description.clone()).unwrap_or_default();
         self.notice(Notice::Attached(self.epoch, who));
@@ -350,12 +349,19 @@ impl Replica {
     }
 
     /// Whether this member has to take over maps before it may be Syncing: always but when it was so in the view before.
+    ///
+    /// Within a session it was so in every view since its own, whatever their numbers: views may replace each other before
+    /// they are durable here, and a member that was Out in one comes back by an attach. To take over maps without need would
+    /// be wrong: no barrier goes with such a view, and the source may not have carried out a write that is current here.
     /// The first view of an attachment goes to members that had the last one; but one that was told a source before is
     /// brought back in, and views of its own epoch tell it nothing about those of the present one.
     fn needs_handover(&self, next: &View) -> bool {
         let was_syncing = self.view.state(self.member) == Some(MemberState::Syncing);
-        let is_in_step = next.number == self.view.number.next()
-            && (next.epoch == self.view.epoch || self.resync.is_none());
+        let is_in_step = if next.epoch == self.view.epoch {
+            self.view_session == self.session
+        } else {
+            next.number == self.view.number.next() && self.resync.is_none()
+        };
         next.state(self.member) == Some(MemberState::Syncing) && !(was_syncing && is_in_step)
     }
 
@@ -437,6 +443,10 @@ impl Replica {
     fn adopt_view(&mut self) {
         let Some(pending) = &mut self.set_view else { return };
         pending.adopted = true;
+        if pending.view.epoch > self.view.epoch {
+            // What earlier clients left behind is dealt with by now, and not before: an attach may be given up half-way.
+            self.watermark = Sequence(0);
+        }
         self.view = pending.view.clone();
         let old = std::mem::replace(&mut self.spec, pending.spec.clone());
         self.room.fit(old.size, self.spec.size);

@@ -200,6 +200,8 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
     let mut bench = Bench::new(true);
     bench.attach(1, 1);
     bench.durable();
+    bench.set_view(1, 1, 1, &[]);
+    bench.durable();
     for (slot, sequence) in [(0, 1), (1, 2)] {
         let write = MessageHeader {
             slot: Slot(slot),
@@ -207,6 +209,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
             offset: u64::from(slot) * CHUNK,
             length: 4096,
             payload: 4096,
+            missing: MemberSet::only(member(1)),
             ..bench.header(Kind::Write, 1)
         };
         bench.message(1, write, &[]);
@@ -223,6 +226,48 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
 }
 
 impl Bench {
+    /// The last one.
+    fn attach_reply(&self) -> crate::wire::AttachReply {
+        let body = self.outputs.iter().rev().find_map(|o| match o {
+            Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => {
+                Some(body)
+            }
+            _ => None,
+        });
+        crate::wire::AttachReply::decode(body.expect("an answer")).unwrap()
+    }
+}
+
+#[test]
+fn the_watermark_of_a_client_counts_from_its_first_view_on() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    bench.set_view(1, 1, 1, &[0]);
+    bench.durable();
+    bench.durable();
+    let ping = |bench: &mut Bench, connection, epoch, watermark| {
+        let header = MessageHeader { watermark: Sequence(watermark), ..bench.header(Kind::Ping, epoch) };
+        bench.message(connection, header, &[]);
+    };
+    ping(&mut bench, 1, 1, 40);
+    // A client that brings this member back in, and does not come far. Its writes have higher sequences.
+    for connection in [2, 3] {
+        bench.attach_as(connection, 2, true);
+        bench.durable();
+        assert_eq!(bench.attach_reply().watermark, Sequence(40));
+        ping(&mut bench, connection, 2, 1000);
+    }
+    bench.set_view(3, 2, 2, &[0]);
+    bench.durable();
+    bench.durable();
+    ping(&mut bench, 3, 2, 30);
+    bench.attach(4, 3);
+    bench.durable();
+    assert_eq!(bench.attach_reply().watermark, Sequence(30));
+}
+
+impl Bench {
     /// Attached and linked to member 2 as its source.
     pub(super) fn prepare(&mut self) {
         self.attach_as(1, 1, true);
@@ -235,16 +280,21 @@ impl Bench {
 
     /// A view that has this member Syncing and member 1 Out, which adds to what that one misses.
     fn syncing(&mut self) {
+        self.syncing_in(1, 7);
+    }
+
+    /// The view with this number, on this connection.
+    fn syncing_in(&mut self, connection: u32, number: u64) {
         let states = [MemberState::Syncing, MemberState::Out, MemberState::Clean];
         let mut view = self.replica.view().clone();
-        (view.number, view.epoch) = (ViewNumber(7), Epoch(1));
+        (view.number, view.epoch) = (ViewNumber(number), Epoch(1));
         view.members.iter_mut().zip(states).for_each(|(line, state)| line.state = state);
         let addition = DirtyAddition { members: MemberSet::only(member(1)), offset: 0, length: 4096 };
         let header = MessageHeader { view: view.number, ..self.header(Kind::SetView, 1) };
         let body =
             SetView { view, spec: self.replica.spec().clone(), additions: vec![addition], more: false }
                 .encode();
-        self.message(1, header, &body);
+        self.message(connection, header, &body);
     }
 
     /// Answers every page that was asked for; the source has on record that this member misses chunk 0.
@@ -286,6 +336,46 @@ fn a_view_of_an_earlier_session_is_no_reason_to_report_that_nothing_is_stale() {
     again.replica.apply(Event::Tick, Time(5_000_000_000));
     again.apply(Event::Tick);
     assert_eq!((again.take_flush(), again.answer(Kind::ChunksDone)), (None, None));
+}
+
+#[test]
+fn a_syncing_member_takes_over_no_maps_for_a_view_that_follows_one_which_it_did_not_get_to_see() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    // It covers all that is stale. The source may not have carried it out yet, and knows nothing better than before.
+    let missing = MemberSet::only(member(1));
+    let write = MessageHeader { length: 65536, payload: 65536, missing, ..bench.header(Kind::Write, 1) };
+    bench.message(1, MessageHeader { sequence: Sequence(1), ..write }, &[]);
+    bench.durable();
+    let written = |o: &Output| match o {
+        Output::Disk { io, operation: DiskOperation::Write(_), .. } => Some(*io),
+        _ => None,
+    };
+    let io = bench.outputs.iter().find_map(written).expect("a write");
+    bench.apply(Event::Disk(io, DiskResult::Done));
+    assert_eq!(bench.replica.maps().missed(member(0)), (0, 0));
+    // Another leg was lost, and one more before the view without the first was durable everywhere.
+    bench.syncing_in(1, 8);
+    bench.syncing_in(1, 9);
+    bench.hand_over();
+    assert_eq!(
+        (bench.replica.view().number, bench.replica.maps().missed(member(0))),
+        (ViewNumber(9), (0, 0))
+    );
+    assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+}
+
+#[test]
+fn a_member_that_is_brought_back_in_takes_over_maps_whatever_the_number_of_the_view() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    bench.prepare();
+    bench.syncing_in(1, 8);
+    assert!(!bench.take_sent(Kind::PullMap).is_empty());
 }
 
 #[test]
@@ -389,7 +479,7 @@ fn a_detach_ends_the_resync() {
 }
 
 #[test]
-fn a_write_that_the_disk_failed_is_told_to_the_next_client_and_is_like_no_other() {
+fn a_write_that_the_disk_failed_is_told_to_the_next_client_as_such() {
     let mut bench = Bench::new(true);
     bench.attach(1, 1);
     bench.durable();
@@ -411,14 +501,10 @@ fn a_write_that_the_disk_failed_is_told_to_the_next_client_and_is_like_no_other(
     assert_eq!(bench.answer(Kind::IoReply), Some(Status::IoError));
     bench.attach(2, 2);
     bench.durable();
-    let body = bench.outputs.iter().rev().find_map(|o| match o {
-        Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => Some(body),
-        _ => None,
-    });
-    let reply = crate::wire::AttachReply::decode(body.unwrap()).unwrap();
+    let reply = bench.attach_reply();
     let [entry] = reply.slots[..] else { panic!("{:?}", reply.slots) };
     assert_eq!((entry.sequence, entry.offset, entry.length), (Sequence(7), 4096, 4096));
-    assert_ne!(entry.slot, Slot(3), "a member that carried it out has the same entry");
+    assert!(entry.slot == Slot(3) && entry.failed);
 }
 
 #[test]

@@ -126,7 +126,10 @@ impl RdmaConnection {
     }
 
     /// See there.
-    pub const fn grant(&mut self, _window: u16, _memory: &Segment) -> bool {
+    ///
+    /// # Errors
+    /// Never.
+    pub const fn grant(&mut self, _window: u16, _memory: &Segment) -> Result<(), RdmaError> {
         match *self {}
     }
 

@@ -2,8 +2,8 @@
 
 use super::{Kind, MAX_BODY, MAX_IO, MAX_SLOTS, MAX_TEXT, WireError};
 use crate::pool::{
-    Address, BootId, Chunk, ChunkSize, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, MemberSpec,
-    MemberState, MemberView, PoolId, PoolSpec, Sequence, Slot, StoreId, View, ViewNumber,
+    Address, BootId, Chunk, ChunkSize, ClientId, Epoch, MAX_MEMBERS, MAX_NUMBER, MemberId, MemberSet,
+    MemberSpec, MemberState, MemberView, PoolId, PoolSpec, Sequence, Slot, StoreId, View, ViewNumber,
 };
 
 /// Appends little-endian fields to a body.
@@ -175,6 +175,19 @@ impl<'a> Decoder<'a> {
         MemberId::try_from(index).map_err(|reason| self.value_error(reason))
     }
 
+    /// Takes an epoch, a view number or a sequence.
+    ///
+    /// # Errors
+    /// At the end of the body, or when it is above [`MAX_NUMBER`].
+    pub fn number(&mut self) -> Result<u64, WireError> {
+        let number = self.u64()?;
+        if number > MAX_NUMBER {
+            let text = format!("an epoch, view or sequence of {number}, expected at most {MAX_NUMBER}");
+            return Err(self.value_error(text));
+        }
+        Ok(number)
+    }
+
     /// Takes a pool specification and validates it.
     ///
     /// # Errors
@@ -206,8 +219,8 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// At the end of the body, or when the view breaks a rule.
     pub fn view(&mut self) -> Result<View, WireError> {
-        let number = ViewNumber(self.u64()?);
-        let epoch = Epoch(self.u64()?);
+        let number = ViewNumber(self.number()?);
+        let epoch = Epoch(self.number()?);
         let count = self.u8()?;
         let mut members = Vec::with_capacity(usize::from(count).min(MAX_MEMBERS));
         for _ in 0..count {
@@ -380,7 +393,7 @@ impl HelloReply {
         if spec.member(member).is_none() {
             return Err(d.value_error(format!("member {member} is not in its own specification")));
         }
-        let epoch = Epoch(d.u64()?);
+        let epoch = Epoch(d.number()?);
         d.finish()?;
         Ok(Self {
             version,
@@ -440,7 +453,7 @@ impl Attach {
     }
 }
 
-/// The last write that a member finished in one slot.
+/// The last write that a member carried out in one slot, or one that its disk failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SlotEntry {
     /// The slot.
@@ -451,6 +464,8 @@ pub struct SlotEntry {
     pub offset: u64,
     /// Bytes written.
     pub length: u32,
+    /// The disk failed it: any part of it may have been carried out.
+    pub failed: bool,
 }
 
 /// Body of a good [`Kind::AttachReply`].
@@ -464,7 +479,7 @@ pub struct AttachReply {
     pub last_client: Option<ClientId>,
     /// Whether the last client detached with everything complete and flushed.
     pub clean_detach: bool,
-    /// The used entries of the slot table.
+    /// The used entries of the slot table, and the writes that the disk failed.
     pub slots: Vec<SlotEntry>,
     /// Every write of the last client up to this one was complete on every active member.
     pub watermark: Sequence,
@@ -487,6 +502,7 @@ impl AttachReply {
         e.u8(self.clean_detach.into()).u16(u16::try_from(self.slots.len()).unwrap_or(0));
         for entry in &self.slots {
             e.u16(entry.slot.0).u64(entry.sequence.0).u64(entry.offset).u32(entry.length);
+            e.u8(entry.failed.into());
         }
         e.u64(self.watermark.0).u8(self.tables_lost.into());
         e.u32(u32::try_from(self.intents.len()).unwrap_or(0));
@@ -512,10 +528,15 @@ impl AttachReply {
         }
         let mut slots = Vec::with_capacity(count.into());
         for _ in 0..count {
-            let slot = Slot(d.u16()?);
-            slots.push(SlotEntry { slot, sequence: Sequence(d.u64()?), offset: d.u64()?, length: d.u32()? });
+            let (slot, sequence) = (Slot(d.u16()?), Sequence(d.number()?));
+            let (offset, length, failed) = (d.u64()?, d.u32()?, d.u8()? != 0);
+            if slot.0 >= MAX_SLOTS || length == 0 || offset.checked_add(length.into()).is_none() {
+                let text = format!("a write of {length} bytes at {offset} in slot {slot}");
+                return Err(d.value_error(text));
+            }
+            slots.push(SlotEntry { slot, sequence, offset, length, failed });
         }
-        let watermark = Sequence(d.u64()?);
+        let watermark = Sequence(d.number()?);
         let tables_lost = d.u8()? != 0;
         let count = d.u32()? as usize;
         if count > Self::MAX_INTENTS {
@@ -806,13 +827,14 @@ mod tests {
             description: "x".into(),
         };
         check(&attach, attach.encode(), Attach::decode);
-        let entry = SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512 };
+        let entry =
+            SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512, failed: false };
         let attached = AttachReply {
             view: view.clone(),
             spec: pool.clone(),
             last_client: Some(ClientId::random()),
             clean_detach: false,
-            slots: vec![entry, entry],
+            slots: vec![entry, SlotEntry { failed: true, ..entry }],
             watermark: Sequence(4),
             tables_lost: true,
             intents: vec![(Chunk(3), 2)],
@@ -833,6 +855,39 @@ mod tests {
         assert_eq!(PullReply::decode(&bytes), Ok(reply));
         assert!((0..bytes.len()).all(|end| PullReply::decode(&bytes[..end]).is_err()));
         assert!(PullReply::decode(&[bytes, vec![0]].concat()).is_err());
+    }
+
+    #[test]
+    fn what_a_peer_names_in_an_attach_reply_has_limits() {
+        let spec = spec();
+        let entry =
+            SlotEntry { slot: Slot(3), sequence: Sequence(9), offset: 4096, length: 512, failed: false };
+        let reply = AttachReply {
+            view: View::initial(stores(&spec)),
+            spec,
+            last_client: None,
+            clean_detach: false,
+            slots: Vec::new(),
+            watermark: Sequence(0),
+            tables_lost: false,
+            intents: Vec::new(),
+        };
+        let is_read = |reply: &AttachReply| AttachReply::decode(&reply.encode()).is_ok();
+        let with = |entry| AttachReply { slots: vec![entry], ..reply.clone() };
+        let last = SlotEntry { slot: Slot(MAX_SLOTS - 1), sequence: Sequence(MAX_NUMBER), ..entry };
+        assert!(is_read(&with(last)));
+        assert!(!is_read(&with(SlotEntry { slot: Slot(MAX_SLOTS), ..entry })));
+        assert!(!is_read(&with(SlotEntry { sequence: Sequence(MAX_NUMBER + 1), ..entry })));
+        assert!(!is_read(&with(SlotEntry { length: 0, ..entry })));
+        assert!(!is_read(&with(SlotEntry { offset: u64::MAX - 511, ..entry })));
+        assert!(!is_read(&AttachReply { watermark: Sequence(u64::MAX), ..reply.clone() }));
+        let mut far = reply.clone();
+        far.view.epoch = Epoch(u64::MAX);
+        assert!(!is_read(&far));
+        far.view.epoch = Epoch(MAX_NUMBER);
+        assert!(is_read(&far));
+        far.view.number = ViewNumber(MAX_NUMBER + 1);
+        assert!(!is_read(&far));
     }
 
     #[test]

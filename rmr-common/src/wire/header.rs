@@ -4,7 +4,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{MAX_BODY, MAX_IO, MAX_SLOTS, WireError};
-use crate::pool::{Epoch, MemberSet, PoolId, Sequence, Slot, ViewNumber};
+use crate::pool::{Epoch, MAX_NUMBER, MemberSet, PoolId, Sequence, Slot, ViewNumber};
 
 /// Size of a [`MessageHeader`] in bytes.
 pub const HEADER_SIZE: usize = 80;
@@ -341,6 +341,14 @@ impl MessageHeader {
         limit("slot", raw.slot.get().into(), u64::from(MAX_SLOTS) - 1, "below 1024")?;
         let most = if kind.carries_data() { MAX_IO } else { MAX_BODY };
         limit("payload", raw.payload.get().into(), most.into(), "at most 1 MiB")?;
+        for (what, number) in [
+            ("epoch", raw.epoch),
+            ("view", raw.view),
+            ("sequence", raw.sequence),
+            ("watermark", raw.watermark),
+        ] {
+            limit(what, number.get(), MAX_NUMBER, "at most 2^64 - 2^40 - 1")?;
+        }
         let header = Self {
             kind,
             status,
@@ -435,6 +443,17 @@ mod tests {
     fn a_write_whose_payload_is_not_its_length_is_refused() {
         let header = MessageHeader { length: 8192, ..sample() };
         assert!(MessageHeader::decode(&header.encode()).is_err());
+    }
+
+    #[test]
+    fn a_number_that_leaves_no_room_above_it_is_refused() {
+        for at in [32, 40, 48, 56] {
+            let mut bytes = sample().encode();
+            bytes[at..at + 8].copy_from_slice(&MAX_NUMBER.to_le_bytes());
+            assert!(MessageHeader::decode(&bytes).is_ok(), "at {at}");
+            bytes[at..at + 8].copy_from_slice(&(MAX_NUMBER + 1).to_le_bytes());
+            assert!(MessageHeader::decode(&bytes).is_err(), "at {at}");
+        }
     }
 
     #[test]

@@ -212,7 +212,7 @@ impl Shard {
         let buffers = BufferPool::new(usize::try_from(shared.config.buffer_memory)?)?;
         engine.register_buffers(&buffers);
         // The pool's mapping stays for the life of the process, so there is nothing to keep.
-        let register = |region| shared.fabric.register(region, Arc::new(()), Exposure::Peers);
+        let register = |region| shared.fabric.register(region, Arc::new(()), Exposure::Windows);
         let registrations = buffers.regions().into_iter().map(register).collect::<Result<_, _>>()?;
         let (tls, fabric) = (shared.client_tls.clone(), shared.fabric.clone());
         let connector = Connector::new(shared.config.leg_timeout, tls, fabric)?;
@@ -843,8 +843,8 @@ impl Shard {
         }
         match self.windows.entry(id).or_default().lend(wanted, self.share / 2, &self.buffers) {
             Lending::Lent(window, memory) => {
-                if !rdma.grant(window, &memory) {
-                    self.lost(id, "the buffers are not registered with its RDMA device");
+                if let Err(error) = rdma.grant(window, &memory) {
+                    self.lost(id, &error.to_string());
                     return Turn::Gone;
                 }
                 self.queue(id);

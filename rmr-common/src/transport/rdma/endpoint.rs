@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::memory::Pages;
 use super::{Exposure, RdmaError};
+use crate::buffer::Segment;
 
 /// By which memory is named to the card: in work of our own, and in work of a peer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -129,6 +130,13 @@ pub(super) trait Verbs {
 
     /// Registered memory for the connection's own use.
     fn slab(&mut self, length: usize, exposure: Exposure) -> Result<Slab, RdmaError>;
+
+    /// Whether the device has windows that belong to one connection. They are what lets a peer in, then.
+    fn has_windows(&self) -> bool;
+
+    /// Lets peers write to memory where there are no windows: registers it once more, for as long as what is returned
+    /// beside the key is kept. It stays mapped meanwhile, as whoever lends it has promised.
+    fn expose(&mut self, memory: &Segment) -> Result<(u32, Box<dyn Any + Send + Sync>), RdmaError>;
 
     /// Makes a memory window for this connection's peer alone, bound to nothing yet; returns its key. Their numbers count
     /// from 0. The connection's end is theirs.

@@ -12,13 +12,14 @@ mod receive;
 mod send;
 mod windows;
 
+use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd, RawFd};
 
 use self::windows::{Bound, Pool};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::endpoint::{Completion, Operation, Piece, Slab, Verbs, WorkRequest};
+use super::endpoint::{Completion, Keys, Operation, Piece, Slab, Verbs, WorkRequest};
 use super::fabric::Keyring;
 use super::packet::{self, Affairs, Grant, Introduction, MAX_LIST, PacketKind, Target};
 use super::slots::{PageMap, Windows};
@@ -79,6 +80,15 @@ enum Held {
     Ended(Box<Ended>),
 }
 
+/// What lets the peer write to memory that it was lent.
+enum Access {
+    /// A window is to be bound to it, and the peer to be told, when the send queue has room.
+    ToCome,
+    Window(Bound),
+    /// A registration of that memory alone, on a device without windows.
+    Registration(Box<dyn Any + Send + Sync>),
+}
+
 /// A read whose data goes to windows, or is copied when it is there.
 struct ReadUnderWay {
     staged: Option<Staged>,
@@ -92,10 +102,12 @@ enum ReadState {
     Ending,
 }
 
-/// A read that is over, but for its keys; with its answer, unless nobody waits for that.
-struct Ended {
-    header: Option<MessageHeader>,
-    read: ReadUnderWay,
+/// What is over, but for its keys.
+enum Ended {
+    /// A read with its answer, unless nobody waits for that.
+    Read { header: Option<MessageHeader>, read: ReadUnderWay },
+    /// A window that the peer has given back.
+    Lent { number: u16, bound: Bound },
 }
 
 /// A part of a staging slab.
@@ -116,7 +128,9 @@ struct Incoming {
 /// A window that was lent to the peer.
 struct Lent {
     memory: Segment,
+    keys: Keys,
     map: PageMap,
+    access: Access,
 }
 
 /// Work that is posted together.
@@ -176,6 +190,8 @@ pub(super) struct Link<V: Verbs> {
 
     /// As acceptor.
     lent: HashMap<u16, Lent>,
+    /// Windows that the peer is to be told of.
+    to_lend: VecDeque<u16>,
     grants: VecDeque<Grant>,
     /// Slots whose data is in the owner's hands, by mark: where it begins, and how long it is with its tail.
     in_use: HashMap<u32, (u16, usize, usize)>,
@@ -251,6 +267,7 @@ impl<V: Verbs> Link<V> {
             pool: Pool::default(),
             ending: VecDeque::new(),
             lent: HashMap::new(),
+            to_lend: VecDeque::new(),
             grants: VecDeque::new(),
             in_use: HashMap::new(),
             released: VecDeque::new(),
@@ -317,17 +334,31 @@ impl<V: Verbs> Link<V> {
         self.peer_wants
     }
 
-    pub(super) fn grant(&mut self, window: u16, memory: &Segment) -> bool {
-        let Some(keys) = self.keyring.find(memory) else { return false };
-        let Ok(length) = u32::try_from(memory.length()) else { return false };
+    pub(super) fn grant(&mut self, window: u16, memory: &Segment) -> Result<(), RdmaError> {
+        let refused = |words: &str| Err(RdmaError::Event(words.to_owned()));
+        let Some(keys) = self.keyring.find(memory) else {
+            return refused("the buffers are not registered with this RDMA device");
+        };
+        let length = u32::try_from(memory.length()).unwrap_or(u32::MAX);
         if length > MAX_WINDOW || self.lent.contains_key(&window) {
-            return false;
+            return refused("a window that is lent already, or longer than 1 MiB");
         }
+        let access = if self.verbs.has_windows() {
+            self.pool.provide(&mut self.verbs, self.to_lend.len() + 1)?;
+            if self.pool.free() <= self.to_lend.len() {
+                return refused("no memory window is left for a buffer that is to be lent");
+            }
+            self.to_lend.push_back(window);
+            Access::ToCome
+        } else {
+            let (key, registration) = self.verbs.expose(memory)?;
+            self.grants.push_back(Grant { window, length, key, address: memory.base() as u64 });
+            Access::Registration(registration)
+        };
         let map = PageMap::new(memory.length());
-        self.lent.insert(window, Lent { memory: *memory, map });
-        self.grants.push_back(Grant { window, length, key: keys.remote, address: memory.base() as u64 });
+        self.lent.insert(window, Lent { memory: *memory, keys, map, access });
         self.peer_wants = 0;
-        true
+        Ok(())
     }
 
     pub(super) fn release(&mut self, mark: u32) {
@@ -357,6 +388,7 @@ impl<V: Verbs> Link<V> {
         self.reads.clear();
         self.ending.clear();
         self.lent.clear();
+        self.to_lend.clear();
         self.targets.clear();
         self.incoming = None;
     }
@@ -392,6 +424,7 @@ impl<V: Verbs> Link<V> {
             return Err(ConnectionError::Closed);
         }
         self.invalidate();
+        self.bind_lent();
         self.wanted = 0;
         while let Some(outgoing) = self.queue.pop_front() {
             if let Some(waits) = self.send(outgoing)? {

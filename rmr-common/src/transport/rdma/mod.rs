@@ -180,8 +180,13 @@ impl RdmaConnection {
         self.link.peer_wants()
     }
 
-    /// Lends registered memory to the peer, to write data to; false when it is not registered on this device.
-    pub fn grant(&mut self, window: u16, memory: &Segment) -> bool {
+    /// Lends registered memory to the peer, to write data to: by a key that reaches this memory alone, and on a device with
+    /// memory windows only from this connection. The memory must stay until the window was returned, or the connection was
+    /// shut down; then the key is invalid.
+    ///
+    /// # Errors
+    /// When it is not registered on this device, the number is in use, or the device has no key left.
+    pub fn grant(&mut self, window: u16, memory: &Segment) -> Result<(), RdmaError> {
         self.link.grant(window, memory)
     }
 
@@ -190,7 +195,7 @@ impl RdmaConnection {
         self.link.release(mark);
     }
 
-    /// Moves the windows that the peer has given back to `windows`.
+    /// Moves the windows that the peer has given back, and cannot write to any more, to `windows`.
     pub fn take_returned(&mut self, windows: &mut Vec<u16>) {
         self.link.take_returned(windows);
     }

@@ -1,8 +1,8 @@
 //! What has arrived and what has completed: packets, data in slots, memory that is free again.
 
 use super::{
-    Affairs, Ended, Held, Incoming, Link, MAX_READS, RECEIVE_BUDGET, ReadState, ReadUnderWay, Role, Staged,
-    broken, packet,
+    Access, Affairs, Ended, Held, Incoming, Lent, Link, MAX_READS, RECEIVE_BUDGET, ReadState, ReadUnderWay,
+    Role, Staged, broken, packet,
 };
 use crate::buffer::{copy_from_segments, copy_to_segments};
 use crate::transport::rdma::endpoint::{Completion, Done, LinkEvent, Verbs};
@@ -167,7 +167,16 @@ impl<V: Verbs> Link<V> {
                 self.peer_wants = affairs.wanted;
                 for window in &affairs.returns {
                     match self.lent.remove(window) {
-                        Some(lent) if lent.map.is_free() => self.returned.push(*window),
+                        Some(Lent { map, access: Access::Window(bound), .. }) if map.is_free() => {
+                            // It may be used otherwise when the peer's key is good for nothing any more.
+                            self.ending.push_back(Ended::Lent { number: *window, bound });
+                        }
+                        Some(Lent { map, access: Access::Registration(registration), .. })
+                            if map.is_free() =>
+                        {
+                            drop(registration);
+                            self.returned.push(*window);
+                        }
                         _ => return Err(broken("a window was given back that is in use, or was not lent")),
                     }
                 }
@@ -276,9 +285,13 @@ impl<V: Verbs> Link<V> {
         Ok(())
     }
 
-    /// The peer can write nothing more for a read that was answered: whoever asked hears of it.
+    /// The peer can write nothing more to what it gave back, or for a read that was answered: whoever asked hears of it.
     fn finish(&mut self, ended: Ended, receiver: &mut dyn Receiver) {
-        let (header, read) = self.ended(ended);
+        self.free_windows(&ended);
+        let (header, read) = match ended {
+            Ended::Read { header, read } => (header, read),
+            Ended::Lent { number, .. } => return self.returned.push(number),
+        };
         let name = header.map(|header| (header.slot.0, header.sequence.0));
         // Another one of its name may have been sent since; nobody waits for this one then.
         let waits = name.is_some_and(|name| matches!(self.reads.get(&name), Some(ReadState::Ending)));

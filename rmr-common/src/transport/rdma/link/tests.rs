@@ -29,7 +29,10 @@ struct Side {
     bindable: Vec<(u32, Segment)>,
     /// How many windows the card has, and the keys of those that were made.
     most_windows: usize,
+    has_windows: bool,
     windows: Vec<u32>,
+    /// What was exposed without windows, as long as the other end of this lives.
+    registrations: Vec<(u32, std::sync::Weak<()>)>,
     refuses_invalidation: bool,
     is_closed: bool,
     is_broken: bool,
@@ -57,7 +60,9 @@ impl Side {
             exposed: Vec::new(),
             bindable: Vec::new(),
             most_windows: 1000,
+            has_windows: true,
             windows: Vec::new(),
+            registrations: Vec::new(),
             refuses_invalidation: false,
             is_closed: false,
             is_broken: false,
@@ -80,6 +85,9 @@ impl Side {
 
     fn target(&self, address: u64, length: usize, key: u32) -> Option<Segment> {
         let (_, memory) = self.exposed.iter().find(|(k, _)| *k == key)?;
+        if self.registrations.iter().any(|(k, kept)| *k == key && kept.strong_count() == 0) {
+            return None;
+        }
         let offset = usize::try_from(address).unwrap().checked_sub(memory.base() as usize)?;
         (offset + length <= memory.length()).then(|| memory.part(offset, length))
     }
@@ -178,6 +186,20 @@ impl Verbs for Card {
                 Exposure::Windows => side.bindable.push((side.next_key, pages.segment(0, usize::MAX))),
             }
             Ok(Slab::new(pages, Keys { local: side.next_key, remote: side.next_key }, None))
+        })
+    }
+
+    fn has_windows(&self) -> bool {
+        self.with(|side| side.has_windows)
+    }
+
+    fn expose(&mut self, memory: &Segment) -> Result<(u32, Box<dyn Any + Send + Sync>), RdmaError> {
+        let kept = Arc::new(());
+        self.with(|side| {
+            side.next_key += 1;
+            side.exposed.push((side.next_key, *memory));
+            side.registrations.push((side.next_key, Arc::downgrade(&kept)));
+            Ok((side.next_key, Box::new(kept) as Box<dyn Any + Send + Sync>))
         })
     }
 
@@ -341,6 +363,7 @@ struct Pair {
     buffers: Arc<Pages>,
 }
 
+mod lent;
 mod windows;
 
 const GUEST: usize = 4 << 20;
@@ -362,7 +385,7 @@ impl Pair {
             ReadMode::Window => wire.borrow_mut()[0].bindable.push((GUEST_KEY, all(&guest))),
             ReadMode::Bounce => {}
         }
-        wire.borrow_mut()[1].exposed.push((BUFFER_KEY, all(&buffers)));
+        wire.borrow_mut()[1].bindable.push((BUFFER_KEY, all(&buffers)));
         let key = |n| Keys { local: n, remote: n };
         let peer = Introduction { receives: u16::try_from(receives).unwrap(), receive_size: 4096 };
         let end = |side, pages: &Arc<Pages>, n, role| {
@@ -386,7 +409,7 @@ impl Pair {
     }
 
     fn lend(&mut self, window: u16, offset: usize, length: usize) {
-        assert!(self.node.grant(window, &self.buffers.segment(offset, length)));
+        self.node.grant(window, &self.buffers.segment(offset, length)).unwrap();
     }
 
     fn write(&mut self, slot: u16, segments: &[Segment]) {

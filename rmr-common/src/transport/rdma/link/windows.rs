@@ -2,7 +2,7 @@
 //! bound in the order of the work, so the key is good when the peer hears of it; it is bound again only when the card has
 //! said that its last key is invalid.
 
-use super::{Ended, Held, Link, Operation, ReadUnderWay};
+use super::{Access, Ended, Grant, Held, Lent, Link, Operation, ReadUnderWay};
 use crate::transport::rdma::RdmaError;
 use crate::transport::rdma::endpoint::{Keys, Verbs};
 use crate::wire::MessageHeader;
@@ -98,30 +98,57 @@ impl<V: Verbs> Link<V> {
             }
             return;
         }
-        self.ending.push_back(Ended { header, read });
+        self.ending.push_back(Ended::Read { header, read });
     }
 
-    /// Has the card make the keys of reads that are over invalid, as far as the send queue has room.
+    /// Binds a window to each piece of memory that is to be lent, as far as the send queue has room; what tells the peer of
+    /// its key goes behind that.
+    pub(super) fn bind_lent(&mut self) {
+        while self.room() > 2
+            && let Some(window) = self.to_lend.pop_front()
+        {
+            let Some(Lent { memory, keys, .. }) = self.lent.get(&window) else { continue };
+            let (address, keys) = (memory.base() as u64, *keys);
+            let length = u32::try_from(memory.length()).unwrap_or(u32::MAX);
+            let Some(bound) = self.bind(address, length, keys) else {
+                return self.to_lend.push_front(window);
+            };
+            if let Some(lent) = self.lent.get_mut(&window) {
+                lent.access = Access::Window(bound);
+            }
+            self.grants.push_back(Grant { window, length, key: bound.key, address });
+        }
+    }
+
+    /// Has the card make the keys of what is over invalid, as far as the send queue has room.
     pub(super) fn invalidate(&mut self) {
         while let Some(ended) = self.ending.front()
-            && self.room() >= ended.read.windows.len()
+            && self.room() >= ended.keys().len()
         {
             let Some(ended) = self.ending.pop_front() else { return };
             let mut number = self.next_number;
-            for bound in &ended.read.windows {
+            for bound in ended.keys() {
                 number = self.push(Operation::Invalidate { key: bound.key }, &[], None, false);
             }
-            self.counters.windows_invalidated += ended.read.windows.len() as u64;
+            self.counters.windows_invalidated += ended.keys().len() as u64;
             self.hold(number, Held::Ended(Box::new(ended)));
         }
     }
 
-    /// The keys of a read are invalid: its windows are free. Returns its answer, for whoever waits for it.
-    pub(super) fn ended(&mut self, ended: Ended) -> (Option<MessageHeader>, ReadUnderWay) {
-        for bound in &ended.read.windows {
+    /// The card says that the keys are invalid: the windows are free.
+    pub(super) fn free_windows(&mut self, ended: &Ended) {
+        for bound in ended.keys() {
             self.pool.give_back(*bound);
         }
-        (ended.header, ended.read)
+    }
+}
+
+impl Ended {
+    fn keys(&self) -> &[Bound] {
+        match self {
+            Self::Read { read, .. } => &read.windows,
+            Self::Lent { bound, .. } => std::slice::from_ref(bound),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! A queue pair with its completion queue and receive buffers, as a connection sees it.
 #![allow(unsafe_code)]
 
+use std::any::Any;
 use std::ffi::{CStr, c_int};
 use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
@@ -14,6 +15,7 @@ use rdma_sys::{
 use super::device::{Domain, MemoryWindow, RECEIVE, Region, Share, receive_work};
 use super::manager::Id;
 use super::{call, check, set_nonblocking};
+use crate::buffer::Segment;
 use crate::transport::rdma::endpoint::{
     Completion, Done, LinkEvent, Operation, Piece, QueueSizes, Slab, Verbs, WorkRequest,
 };
@@ -211,6 +213,15 @@ impl Verbs for Endpoint {
             self.windows[window].bound_by(key);
         }
         check("posting work", returned)
+    }
+
+    fn has_windows(&self) -> bool {
+        self.domain.limits.has_windows
+    }
+
+    fn expose(&mut self, memory: &Segment) -> Result<(u32, Box<dyn Any + Send + Sync>), RdmaError> {
+        let region = self.domain.register(*memory, Arc::new(()), Exposure::Peers)?;
+        Ok((region.keys().remote, Box::new(region)))
     }
 
     fn window(&mut self) -> Result<u32, RdmaError> {
