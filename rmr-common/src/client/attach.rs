@@ -70,9 +70,12 @@ impl Client {
             return self.tell_waiting(&view, &spec, ready);
         }
         let since = possible_since.unwrap_or(self.now);
-        // One that is Out may have been forced into use meanwhile, and know of a later view.
-        let may_learn_more = !view.active().is_subset(ready) || !self.has_asked_all();
-        if may_learn_more && self.now - since < self.config.attach_grace {
+        let is_early = self.now - since < self.config.attach_grace;
+        // A member that is not needed may have been forced into use meanwhile, and know of a later view. So each one is tried
+        // once, for as long as a connection and a hello may take.
+        let is_absent = view.members.iter().any(|m| !ready.contains(m.id));
+        let is_asking = !self.has_asked_all() && (is_absent || is_early);
+        if is_asking || is_early && !view.active().is_subset(ready) {
             if let State::Gathering { possible_since, .. } = &mut self.state {
                 *possible_since = Some(since);
             }
@@ -443,6 +446,7 @@ impl Client {
         self.parts.unsend_all();
         let retry_at = self.now + self.config.reconnect_interval / 4;
         for (link, id) in self.links.iter_mut().zip(0u8..) {
+            link.asked = false;
             if matches!(link.state, LinkState::Ready(_) | LinkState::Greeting { .. }) {
                 link.state = LinkState::Down { retry_at };
                 self.outputs.push_back(Output::Disconnect(LinkId(id)));

@@ -67,6 +67,7 @@ mod tests {
     use std::time::Duration;
 
     use super::super::tests::{Bench, member};
+    use super::super::{Event, LinkId, OverReason};
     use super::*;
     use crate::pool::{Epoch, MemberState};
 
@@ -110,5 +111,59 @@ mod tests {
             bench.views[1],
             bench.epochs[0]
         );
+    }
+
+    /// Member 0 went on without member 1, and member 1 was forced into use while member 0 was away.
+    fn branched() -> Bench {
+        let mut bench = Bench::new(2, |_| {});
+        bench.up[1] = false;
+        bench.client.apply(Event::LinkDown(LinkId(1), "gone"), bench.now);
+        bench.run();
+        assert_eq!(bench.views[0].out(), MemberSet::only(member(1)));
+        bench.up = vec![false, true];
+        bench.start_client(|c| c.force_from = force(1, 0));
+        assert!(bench.client.is_active());
+        bench.up = vec![true, true];
+        bench
+    }
+
+    #[test]
+    fn a_member_that_is_out_is_waited_for_as_long_as_its_connection_may_take() {
+        let mut bench = branched();
+        bench.slow = vec![1];
+        bench.start_client(|_| {});
+        bench.pass(Duration::from_secs(4));
+        assert!(!bench.client.is_active(), "member 1 may know more");
+        bench.connect();
+        bench.pass(Duration::from_secs(1));
+        assert_eq!(bench.state(member(1)), Some(MemberState::Clean));
+        assert_ne!(bench.state(member(0)), Some(MemberState::Clean));
+    }
+
+    #[test]
+    fn a_member_that_is_out_and_cannot_be_reached_is_waited_for_once() {
+        let mut bench = branched();
+        bench.slow = vec![1];
+        bench.up[1] = false;
+        bench.start_client(|_| {});
+        assert!(!bench.client.is_active());
+        bench.connect();
+        assert!(bench.client.is_active());
+        assert_eq!(bench.state(member(0)), Some(MemberState::Clean));
+    }
+
+    #[test]
+    fn a_client_that_starts_over_asks_those_again_that_were_lost_before() {
+        let mut bench = Bench::new(2, |_| {});
+        bench.up[1] = false;
+        bench.client.apply(Event::LinkDown(LinkId(1), "gone"), bench.now);
+        bench.run();
+        // Somebody forces member 1 into use, and this client's leg to member 0 breaks.
+        bench.up[1] = true;
+        let forced = bench.views[1].step(ViewStep::Force(member(1)), Epoch(1 << 50)).unwrap();
+        (bench.epochs[1], bench.views[1]) = (forced.epoch, forced);
+        bench.client.apply(Event::LinkDown(LinkId(0), "gone"), bench.now);
+        bench.pass(Duration::from_secs(2));
+        assert_eq!(bench.client.over(), Some(&OverReason::Fenced(Epoch(1 << 50))));
     }
 }

@@ -12,6 +12,13 @@ use crate::wire::{Hello, HelloReply, Kind, MessageHeader, PROTOCOL_VERSION, Role
 /// Never by itself.
 const NEVER: Time = Time(u64::MAX);
 
+impl super::Link {
+    /// Whether it is not tried any more, at least until something changes.
+    pub(super) fn is_idle(&self) -> bool {
+        self.retired || matches!(self.state, LinkState::Down { retry_at } if retry_at == NEVER)
+    }
+}
+
 impl Client {
     /// Opens a link. When all are in use, one is taken that leads to nobody who is known as a member.
     pub(super) fn add_link(&mut self, address: Address) -> Option<LinkId> {
@@ -23,6 +30,7 @@ impl Client {
             last_sent: self.now,
             ping_since: None,
             last_error: "not connected yet".into(),
+            asked: false,
             denied: false,
             retired: false,
         };
@@ -133,6 +141,7 @@ impl Client {
         let was_ready = matches!(link.state, LinkState::Ready(_));
         let repeated = !was_ready && link.last_error == reason;
         link.state = LinkState::Down { retry_at };
+        link.asked = true;
         reason.clone_into(&mut link.last_error);
         let (member, store, address) = (link.member, link.store, link.address.clone());
         if !repeated {
@@ -148,6 +157,8 @@ impl Client {
             self.lose(MemberSet::only(member), reason);
         }
         self.connect_members();
+        // It may have been the last one whose answer was waited for.
+        self.try_attach();
     }
 
     /// Closes a link for a reason found here, and treats it as lost.
@@ -203,11 +214,12 @@ impl Client {
                 link.store = Some(store);
                 link.state = LinkState::Down { retry_at: NEVER };
             }
-            return;
+            return self.try_attach();
         }
         if let Some(link) = self.link_mut(id) {
             link.store = Some(store);
             link.last_error.clear();
+            link.asked = true;
             link.state = LinkState::Ready(Box::new(reply));
         }
         if matches!(self.state, State::Gathering { .. }) {

@@ -409,6 +409,8 @@ struct Link {
     last_sent: Time,
     ping_since: Option<Time>,
     last_error: String,
+    /// Since the client began to gather, the node has answered the hello, or could not be reached.
+    asked: bool,
     /// The node said that it has no such pool, or one does not believe the other that it may have to do with it.
     denied: bool,
     /// It leads to nobody who is of interest, and may be made to lead elsewhere.
@@ -662,11 +664,11 @@ impl Client {
         if let State::Over(reason) = &self.state { Some(reason) } else { None }
     }
 
-    /// Whether every link was tried, so that no node is known that could tell of a later specification.
+    /// Whether every link was tried since the client began to look, so that no node is known that could tell of a later view or
+    /// specification.
     #[must_use]
     pub fn has_asked_all(&self) -> bool {
-        let is_open = |l: &Link| matches!(l.state, LinkState::Connecting | LinkState::Greeting { .. });
-        !self.links.iter().any(is_open)
+        self.links.iter().all(|l| l.asked || l.is_idle())
     }
 
     /// How many requests are not finished.

@@ -25,6 +25,9 @@ pub(super) struct Bench {
     pub(super) host_boots: Vec<u8>,
     pub(super) write_through: bool,
     pub(super) up: Vec<bool>,
+    /// Nodes to which connections take until [`Bench::connect`].
+    pub(super) slow: Vec<usize>,
+    connecting: Vec<LinkId>,
     /// Whether nodes answer an attach.
     admits: bool,
     /// Whether they answer a prepare.
@@ -77,6 +80,8 @@ impl Bench {
             host_boots: vec![1; count],
             write_through: true,
             up: vec![true; count],
+            slow: Vec::new(),
+            connecting: Vec::new(),
             admits: true,
             prepares: true,
             slots: vec![Vec::new(); count],
@@ -91,6 +96,17 @@ impl Bench {
         bench
     }
 
+    /// Connections that take long come to an end.
+    pub(super) fn connect(&mut self) {
+        for link in std::mem::take(&mut self.connecting) {
+            let is_up = self.up[self.nodes[usize::from(link.0)]];
+            let event =
+                if is_up { Event::LinkUp(link, Nonce([1; 32])) } else { Event::LinkDown(link, "timed out") };
+            self.client.apply(event, self.now);
+            self.run();
+        }
+    }
+
     /// Another client, with the nodes as they are.
     pub(super) fn start_client(&mut self, configure: impl FnOnce(&mut Config)) {
         let mut config = Config::new(ClientId::from_bytes([2; 16]), "another test");
@@ -100,6 +116,7 @@ impl Bench {
         self.client = Client::new(config, PoolSelector::Id(self.spec.id), &seeds, self.now);
         self.sent.clear();
         self.nodes.clear();
+        self.connecting.clear();
         self.run();
     }
 
@@ -114,6 +131,10 @@ impl Bench {
                         self.nodes.resize(usize::from(link.0) + 1, 0);
                     }
                     self.nodes[usize::from(link.0)] = node;
+                    if self.slow.contains(&node) {
+                        self.connecting.push(link);
+                        continue;
+                    }
                     let event = if is_up {
                         Event::LinkUp(link, Nonce([1; 32]))
                     } else {

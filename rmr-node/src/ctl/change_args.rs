@@ -173,6 +173,10 @@ pub struct ForceFromArgs {
     /// Say that you mean it: what only other members have is lost for ever
     #[arg(long)]
     pub yes_lose_what_others_have: bool,
+    /// Say that members which cannot be reached now will never come back with what they have: nobody can tell them of this, and
+    /// a client that reaches only them would go on from there
+    #[arg(long)]
+    pub unreachable_are_gone: bool,
 }
 
 /// Arguments of `pool resync`.

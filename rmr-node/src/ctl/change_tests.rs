@@ -236,6 +236,21 @@ fn forcing_says_what_is_lost_and_never_displaces_a_client() {
 }
 
 #[test]
+fn forcing_past_a_member_that_cannot_hear_of_it_takes_a_word_more() {
+    let (a, b) = two_nodes();
+    let [on_a, on_b] = in_maintenance();
+    a.hold(on_a);
+    b.hold(on_b);
+    let mut args = vec!["pool", "force-from", "vm-1", "1", "--yes-lose-what-others-have"];
+    let said = run(&[&b], &args).unwrap_err();
+    assert!(said.contains("nothing was done. member 0 (") && said.contains("was not seen"), "{said}");
+    assert!(said.contains("--unreachable-are-gone"), "{said}");
+    args.push("--unreachable-are-gone");
+    let said = run(&[&b], &args).unwrap_err();
+    assert!(said.contains("not done: "), "it goes on, and finds no pool at the address: {said}");
+}
+
+#[test]
 fn a_node_that_cannot_make_the_store_changes_nothing() {
     let (a, b) = in_use([]);
     let c = FakeNode::start("n2");

@@ -4,9 +4,11 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use rmr_common::client::{Config, Force, OverReason, PoolSelector};
+use rmr_common::client::{Config, Force, LegStatus, OverReason, PoolSelector};
 use rmr_common::driver::{Pool, PoolError};
-use rmr_common::pool::{Address, ClientId, Command, CommandReply, MemberId, PoolSpec, Refusal};
+use rmr_common::pool::{
+    Address, ClientId, Command, CommandReply, MemberId, MemberSet, MemberState, PoolSpec, Refusal,
+};
 use thiserror::Error;
 
 use super::assess::Picture;
@@ -209,6 +211,14 @@ impl Hold {
         let pool = Arc::clone(&self.0);
         let done = blocking(move || pool.blocking().command(command)).await;
         done.map_err(NotDone::NotAttached)
+    }
+
+    /// The members that have the committed view.
+    pub(super) fn active(&self) -> MemberSet {
+        let legs = self.0.status().map(|status| status.legs).unwrap_or_default();
+        let is_active =
+            |leg: &&LegStatus| matches!(leg.data, Some(MemberState::Clean | MemberState::Syncing));
+        legs.iter().filter(is_active).map(|leg| leg.member).collect()
     }
 
     /// Whether it still holds the pool.

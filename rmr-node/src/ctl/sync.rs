@@ -4,7 +4,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use rmr_common::pool::{MemberId, MemberState, PoolSpec};
+use rmr_common::pool::{MemberId, MemberSet, MemberState, PoolSpec};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
@@ -18,6 +18,8 @@ use crate::admin::api::{ClientState, ClientStatus, PoolKey, UnixMs};
 
 /// How often progress is looked at.
 const LOOK: Duration = Duration::from_millis(500);
+/// So long members have to hear that the pool goes on with another one.
+const TELL_LIMIT: Duration = Duration::from_secs(20);
 /// Where nobody watches, a line is enough this often.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
@@ -223,6 +225,15 @@ pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Resul
             what_is_lost(line, &a, lost_client(&picture))
         )));
     }
+    let unreachable = unreachable(&a, member);
+    if !unreachable.is_empty() && !args.unreachable_are_gone {
+        return Err(CtlError::failed(format!(
+            "nothing was done. {} was not seen, and would not hear of this: a client that finds it there and member {member} \
+             away may go on with what it has, and what was written to member {member} since is lost. Bring its node up \
+             first, or name it with --node; or see to it that it never comes back as it is, and add --unreachable-are-gone",
+            unreachable.join(", ")
+        )));
+    }
     let hold = match Hold::attach(context, &picture, Some(member)).await {
         Ok(hold) => hold,
         Err(NotHeld::HeldBy(who)) => {
@@ -230,6 +241,8 @@ pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Resul
         }
         Err(NotHeld::Failed(reason)) => return Err(CtlError::failed(format!("not done: {reason}"))),
     };
+    let seen = a.members.iter().filter(|l| l.node.is_some() && l.member != member).map(|l| l.member);
+    let untold = tell(&hold, seen.collect()).await;
     hold.release().await;
     let survey = context.survey().await;
     let picture = survey.picture(&args.pool)?;
@@ -237,7 +250,38 @@ pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Resul
         "pool {name} goes on with member {member}; the others are copied over in full when a client is attached, or with\n  \
          rmrctl pool resync {name}"
     );
-    Ok(outcome(&survey, &picture, &headline, json!({"forced_from": member})))
+    let mut outcome = outcome(
+        &survey,
+        &picture,
+        &headline,
+        json!({"forced_from": member, "untold": untold.iter().collect::<Vec<_>>()}),
+    );
+    if !untold.is_empty() {
+        outcome.warnings.push(format!(
+            "{untold} could not be told of this; before a guest is started, run rmrctl pool resync {name} with all nodes up"
+        ));
+    }
+    Ok(outcome)
+}
+
+/// The members, in words, whose nodes were not seen.
+fn unreachable(assessment: &Assessment, forced: MemberId) -> Vec<String> {
+    let others = assessment.members.iter().filter(|l| l.member != forced && l.node.is_none());
+    others.map(|l| format!("member {} ({})", l.member, l.address)).collect()
+}
+
+/// Waits until these members have a view in which the pool goes on with another one: by themselves they could go on without it.
+/// Gives those that have not after a while.
+async fn tell(hold: &Hold, members: MemberSet) -> MemberSet {
+    let start = Instant::now();
+    loop {
+        let active = hold.active();
+        let untold: MemberSet = members.iter().filter(|m| !active.contains(*m)).collect();
+        if untold.is_empty() || start.elapsed() > TELL_LIMIT || !hold.is_held() {
+            return untold;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// In words, what an override costs.
