@@ -574,6 +574,15 @@ impl Replica {
         }
     }
 
+    /// A view was adopted. When this member was to be promoted, and a view with another loss came first, nobody remembers what
+    /// it reported.
+    pub(super) fn report_again(&mut self) {
+        if let Some(resync) = self.resync.as_mut() {
+            resync.reported_done = false;
+        }
+        self.pump_resync();
+    }
+
     /// True if the flush was that before a report.
     pub(super) fn report_flushed(&mut self, io: IoId, status: Status) -> bool {
         let (member, stale) = (self.member, self.maps.missed(self.member).0);

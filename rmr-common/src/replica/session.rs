@@ -483,6 +483,7 @@ impl Replica {
         }
         self.notice(Notice::View(pending.view));
         self.answer(pending.connection, &pending.header, Kind::SetViewReply, Status::Ok, Vec::new());
+        self.report_again();
     }
 
     fn detach(&mut self, connection: ConnectionId, header: &MessageHeader) {

@@ -368,6 +368,30 @@ fn a_syncing_member_takes_over_no_maps_for_a_view_that_follows_one_which_it_did_
 }
 
 #[test]
+fn a_member_whose_promotion_gave_way_to_another_view_reports_again_that_nothing_is_stale() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    bench.syncing();
+    bench.hand_over();
+    bench.apply(Event::Tick);
+    let nothing = crate::wire::PullReply::encode(std::iter::empty::<(u32, &[u8])>());
+    for pull in bench.take_sent(Kind::Pull) {
+        bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::Ok), &nothing));
+    }
+    // View 8 would have it Clean, and never comes.
+    for _ in 0..2 {
+        let flush = bench.take_flush().expect("the flush before a report");
+        bench.durable();
+        bench.outputs.clear();
+        bench.apply(Event::Disk(flush, DiskResult::Done));
+        assert_eq!(bench.answer(Kind::ChunksDone), Some(Status::Ok));
+        bench.syncing_in(1, 9);
+        bench.durable();
+        bench.durable();
+    }
+}
+
+#[test]
 fn a_member_that_is_brought_back_in_takes_over_maps_whatever_the_number_of_the_view() {
     let mut bench = Bench::new(true);
     bench.prepare();
