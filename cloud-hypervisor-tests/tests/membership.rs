@@ -215,7 +215,13 @@ fn without_a_guest_rmrctl_changes_the_pool_brings_copies_up_to_date_and_goes() -
         nodes[2].kill()?;
         let refused = pool.operate("force-from", &["0"]).unwrap_err().to_string();
         ensure!(refused.contains("nothing was done") && refused.contains("--yes-lose"), "{refused}");
-        let forced = pool.operate("force-from", &["0", "--yes-lose-what-others-have"])?;
+        let given_up = "--yes-lose-what-others-have";
+        let refused = pool.operate("force-from", &["0", given_up]).unwrap_err().to_string();
+        ensure!(
+            refused.contains("nothing was done") && refused.contains("--unreachable-are-gone"),
+            "{refused}"
+        );
+        let forced = pool.operate("force-from", &["0", given_up, "--unreachable-are-gone"])?;
         ensure!(forced["view"]["members"][0]["state"] == "clean", "{forced}");
         nodes[2].restart(lab)?;
         pool.operate("maintenance", &["0", "off"])?;

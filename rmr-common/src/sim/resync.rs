@@ -9,7 +9,7 @@ use super::world::{Check, Event, World};
 use crate::map::MapId;
 use crate::pool::{BLOCK_SIZE, Block, Chunk, MemberId, MemberSet, MemberState, View};
 use crate::replica::{self, DiskOperation, DiskResult, Replica};
-use crate::wire::{ChunkList, Kind, MessageHeader, Status};
+use crate::wire::{ChunkList, Kind, MessageHeader, SetView, Status};
 
 const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
 
@@ -93,12 +93,25 @@ impl World<'_> {
     /// What must be known before a message is delivered, to judge what it did.
     pub(super) fn before_message(&mut self, index: usize, header: &MessageHeader, body: &[u8]) -> Cleared {
         self.cover_guest_write(index, header);
+        if header.kind == Kind::SetView {
+            self.note_additions(index, body);
+        }
         if header.kind != Kind::ClearDirty {
             return None;
         }
         let list = ChunkList::decode(Kind::ClearDirty, body).ok()?;
         let map = self.nodes[index].replica.as_ref()?.maps().dirty_chunks(list.member)?;
         Some((list.member, list.chunks.into_iter().filter(|c| map.contains(*c)).collect()))
+    }
+
+    /// A view may name ranges that a member could not read before it left, when it syncs already: it pulls those once more.
+    fn note_additions(&mut self, index: usize, body: &[u8]) {
+        let member = self.nodes[index].member;
+        if let Ok(set) = SetView::decode(body)
+            && set.additions.iter().any(|addition| addition.members.contains(member))
+        {
+            self.resyncs.started.remove(&member);
+        }
     }
 
     /// A dirty bit is cleared only when the member has everything, and survives a power cut with it.
