@@ -27,17 +27,22 @@ impl Client {
         let clean = || replies.iter().filter(|(m, _)| best.clean().contains(*m));
         let watermark =
             clean().filter(|(_, r)| !r.tables_lost).map(|(_, r)| r.watermark).max().unwrap_or_default();
-        let open = |r: &AttachReply| -> Vec<SlotEntry> {
-            r.slots.iter().filter(|s| s.sequence > watermark && !self.sends_again(s)).copied().collect()
+        // One that is Syncing may be so in a view of which no Clean member has heard, and have alone on record what it has of
+        // earlier clients. Its own watermark passes that when the view is committed.
+        let open = |m: MemberId, r: &AttachReply| -> Vec<SlotEntry> {
+            let is_clean = best.clean().contains(m);
+            let known = if is_clean { watermark } else { watermark.min(r.watermark) };
+            r.slots.iter().filter(|s| s.sequence > known && !self.sends_again(s)).copied().collect()
         };
-        let newest = |r: &AttachReply| {
-            open(r).iter().filter(|s| !s.failed).map(|s| u128::from(s.sequence.0)).sum::<u128>()
+        let newest = |m: MemberId, r: &AttachReply| {
+            open(m, r).iter().filter(|s| !s.failed).map(|s| u128::from(s.sequence.0)).sum::<u128>()
         };
-        let is_whole = |r: &AttachReply| !open(r).iter().any(|s| s.failed);
+        let is_whole = |m: MemberId, r: &AttachReply| !open(m, r).iter().any(|s| s.failed);
         // One that still has what was not flushed comes first. Then one whose disk failed no write: every Clean member has all
         // that completed, and nothing brings a write into order again that was carried out in part.
         let has_power = |m: MemberId| !powerless.contains(m) || mutant!(PowerLossIgnored);
-        let rank = |m: MemberId, r: &AttachReply| (has_power(m), is_whole(r), !r.tables_lost, newest(r));
+        let rank =
+            |m: MemberId, r: &AttachReply| (has_power(m), is_whole(m, r), !r.tables_lost, newest(m, r));
         let reference = clean().max_by_key(|(m, r)| (rank(*m, r), std::cmp::Reverse(*m)));
         let in_order = in_order || mutant!(NotReconciled);
         let Some((reference, source)) = reference.filter(|_| !in_order) else {
@@ -47,11 +52,11 @@ impl Client {
         let all_lost = source.tables_lost;
         for (member, reply) in replies.iter().filter(|(m, _)| m != reference) {
             let mut missed: Vec<(u64, u64)> = Vec::new();
-            let (ours, theirs) = (open(source), open(reply));
+            let (ours, theirs) = (open(*reference, source), open(*member, reply));
             let differs = |a: &SlotEntry, others: &[SlotEntry]| a.failed || !others.contains(a);
             missed.extend(ours.iter().filter(|s| differs(s, &theirs)).map(range));
             if !mutant!(OnlyReferenceCounts) {
-                missed.extend(theirs.iter().filter(|s| differs(s, &ours)).map(range));
+                missed.extend(theirs.iter().filter(|s| differs(s, &source.slots)).map(range));
             }
             if reply.tables_lost {
                 missed.extend(self.intent_ranges(reply));
@@ -80,7 +85,7 @@ impl Client {
         let members = absent.union(best.out());
         if !members.is_empty() && !mutant!(AbsentNotTold) {
             let mut missed: Vec<(u64, u64)> =
-                replies.iter().flat_map(|(_, r)| open(r)).map(|s| range(&s)).collect();
+                replies.iter().flat_map(|(m, r)| open(*m, r)).map(|s| range(&s)).collect();
             let lost = replies.iter().filter(|(_, r)| r.tables_lost);
             missed.extend(lost.flat_map(|(_, r)| self.intent_ranges(r)));
             missed.sort_unstable();

@@ -34,6 +34,8 @@ pub(super) struct Bench {
     prepares: bool,
     /// What they tell of their slot tables.
     slots: Vec<Vec<SlotEntry>>,
+    /// And of the watermark that they know.
+    known: Vec<Sequence>,
     /// The watermark of the last message that each was sent.
     watermarks: Vec<Sequence>,
     /// Requests that were sent and not answered, by member.
@@ -85,6 +87,7 @@ impl Bench {
             admits: true,
             prepares: true,
             slots: vec![Vec::new(); count],
+            known: vec![Sequence(0); count],
             watermarks: vec![Sequence(0); count],
             sent: Vec::new(),
             nodes: Vec::new(),
@@ -180,7 +183,7 @@ impl Bench {
                     last_client: None,
                     clean_detach: false,
                     slots: self.slots[node].clone(),
-                    watermark: Sequence(0),
+                    watermark: self.known[node],
                     tables_lost: false,
                     intents: Vec::new(),
                 };
@@ -232,6 +235,7 @@ impl Bench {
         self.host_boots.push(1);
         self.up.push(true);
         self.slots.push(Vec::new());
+        self.known.push(Sequence(0));
         self.watermarks.push(Sequence(0));
         (store, address)
     }
@@ -400,6 +404,26 @@ fn after_a_death(slots: [Vec<SlotEntry>; 2]) -> Bench {
     bench.additions.clear();
     bench.attach_anew();
     bench
+}
+
+#[test]
+fn what_a_member_brought_back_counts_until_the_view_of_its_rejoin_is_committed() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.set_up(1, false);
+    bench.attach_anew();
+    bench.set_up(1, true);
+    let before = (bench.views[0].clone(), bench.specs[0].clone());
+    assert_eq!(before.0.state(member(1)), Some(MemberState::Out));
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    // As if the view had reached the Syncing member alone, which has a write of an earlier client, and has that on record.
+    (bench.views[0], bench.specs[0]) = before;
+    bench.slots = vec![vec![written(900, 6)], vec![written(7, 3), written(900, 6)]];
+    bench.known[0] = Sequence(1000);
+    bench.additions.clear();
+    bench.attach_anew();
+    let missed = DirtyAddition { members: MemberSet::only(member(1)), offset: 3 * 4096, length: 4096 };
+    assert!(bench.additions.contains(&missed), "{:?}", bench.additions);
 }
 
 #[test]

@@ -36,7 +36,7 @@ impl Replica {
         if status != Status::Ok {
             return self.refuse(connection, header, status, buffer);
         }
-        self.note_watermark(header.watermark);
+        self.note_committed(header);
         let operation = match (header.kind, buffer) {
             (Kind::Read, _) => DiskOperation::Read,
             (Kind::Write, Some(buffer)) => DiskOperation::Write(buffer),
@@ -109,11 +109,21 @@ impl Replica {
         }
     }
 
-    /// Before the first view of an attachment the client's watermark says nothing about what this member has: it may be one
-    /// that is brought back in, with writes of an earlier client that nobody else knows of.
-    pub(super) fn note_watermark(&mut self, watermark: Sequence) {
-        if self.view.epoch == self.epoch {
-            self.watermark = self.watermark.max(watermark);
+    /// A message of the client under the view that this member has: so it is committed, and what earlier clients left behind
+    /// is on record wherever it has to be. Before that it may be known here alone, and the watermark says nothing about it.
+    pub(super) fn note_committed(&mut self, header: &MessageHeader) {
+        if header.view != self.view.number || self.view_session != self.session {
+            return;
+        }
+        self.watermark = self.watermark.max(header.watermark);
+        if self.settled_session == self.session {
+            return;
+        }
+        self.settled_session = self.session;
+        self.tables_lost = false;
+        for chunk in std::mem::take(&mut self.frozen) {
+            let settled = Activity { sequence: Sequence(0), last_write: self.now };
+            self.activity.entry(chunk).or_insert(settled);
         }
     }
 

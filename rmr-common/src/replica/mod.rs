@@ -297,7 +297,7 @@ pub struct Replica {
     maps: MemberMaps,
     /// What came with the view that is being set.
     additions: Vec<crate::wire::DirtyAddition>,
-    /// Whether the slot table was lost with an earlier run of the process, and no attach has dealt with that.
+    /// Whether the slot table was lost with an earlier run of the process, and no attachment is known to have dealt with that.
     tables_lost: bool,
     slots: Vec<SlotEntry>,
     /// Writes that the disk failed, and may have carried out in part, above the watermark.
@@ -312,6 +312,8 @@ pub struct Replica {
     session: u64,
     /// The session in which the view was adopted. One of an earlier session says nothing about what was missed since.
     view_session: u64,
+    /// The session in which a view of its own was known to be committed.
+    settled_session: u64,
     resync: Option<Resync>,
     /// Pulled data on its way to disk.
     pulled_writes: HashMap<IoId, Writing>,
@@ -373,6 +375,7 @@ impl Replica {
             clearing: None,
             session: 0,
             view_session: u64::MAX,
+            settled_session: u64::MAX,
             resync: None,
             pulled_writes: HashMap::new(),
             held: VecDeque::new(),

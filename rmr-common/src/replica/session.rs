@@ -68,7 +68,7 @@ impl Replica {
             Kind::Grow => self.make_room(connection, header),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
-                    self.note_watermark(header.watermark);
+                    self.note_committed(header);
                 }
                 self.outputs.push_back(Output::Send(
                     connection,
@@ -444,7 +444,7 @@ impl Replica {
         let Some(pending) = &mut self.set_view else { return };
         pending.adopted = true;
         if pending.view.epoch > self.view.epoch {
-            // What earlier clients left behind is dealt with by now, and not before: an attach may be given up half-way.
+            // Not before: an attach may be given up half-way.
             self.watermark = Sequence(0);
         }
         self.view = pending.view.clone();
@@ -464,12 +464,6 @@ impl Replica {
             let kind = Kind::SetViewReply;
             return self.answer(pending.connection, &pending.header, kind, Status::IoError, Vec::new());
         }
-        // The coordinator has dealt with what earlier clients left behind.
-        for chunk in std::mem::take(&mut self.frozen) {
-            let settled = super::Activity { sequence: Sequence(0), last_write: self.now };
-            self.activity.entry(chunk).or_insert(settled);
-        }
-        self.tables_lost = false;
         let done = if mutant!(SyncingMapCleared) { pending.view.active() } else { pending.view.clean() };
         for member in done.iter() {
             self.maps.clear(ClearTarget::Member(member), ClearReason::CleanInView, &mut self.changed);
@@ -490,7 +484,7 @@ impl Replica {
         if self.holder_connection() != Some(connection) || header.epoch != self.epoch {
             return self.answer(connection, header, Kind::DetachReply, Status::NotAttached, Vec::new());
         }
-        self.note_watermark(header.watermark);
+        self.note_committed(header);
         let flush = Some(self.own_flush());
         self.detach = Some(PendingDetach { connection, header: *header, flush, pages: 0 });
         if mutant!(DetachWithoutFlush) {

@@ -339,6 +339,33 @@ fn a_view_of_an_earlier_session_is_no_reason_to_report_that_nothing_is_stale() {
 }
 
 #[test]
+fn a_lost_slot_table_is_told_until_a_message_shows_that_the_view_is_committed() {
+    let mut bench = Bench::new(true);
+    bench.prepare();
+    let maps = MemberMaps::new(bench.replica.spec());
+    let state = bench.replica.durable_state();
+    bench.replica = Replica::new(bench.replica.config.clone(), member(0), state, maps);
+    bench.prepare();
+    assert!(bench.attach_reply().tables_lost);
+    bench.syncing();
+    bench.hand_over();
+    assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+    // Under the view before, as long as not all have answered.
+    let ping = bench.header(Kind::Ping, 1);
+    bench.message(1, MessageHeader { view: ViewNumber(6), watermark: Sequence(90), ..ping }, &[]);
+    bench.prepare();
+    let reply = bench.attach_reply();
+    assert!(reply.tables_lost && reply.watermark == Sequence(0));
+    bench.syncing_in(1, 9);
+    bench.hand_over();
+    let ping = bench.header(Kind::Ping, 1);
+    bench.message(1, MessageHeader { watermark: Sequence(90), ..ping }, &[]);
+    bench.prepare();
+    let reply = bench.attach_reply();
+    assert!(!reply.tables_lost && reply.watermark == Sequence(90));
+}
+
+#[test]
 fn a_syncing_member_takes_over_no_maps_for_a_view_that_follows_one_which_it_did_not_get_to_see() {
     let mut bench = Bench::new(true);
     bench.prepare();
