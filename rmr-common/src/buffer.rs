@@ -130,7 +130,7 @@ pub fn copy_segment(from: &Segment, segments: &[Segment]) -> usize {
 }
 
 /// A segment at an address that is only compared, never touched.
-#[cfg(test)]
+#[cfg(all(test, feature = "rdma"))]
 pub(crate) fn for_tests(base: usize, length: usize) -> Segment {
     // SAFETY: the memory is never accessed.
     unsafe { Segment::new(base as *mut u8, length) }

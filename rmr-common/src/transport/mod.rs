@@ -12,6 +12,7 @@ pub mod rdma;
 #[cfg(not(feature = "rdma"))]
 #[path = "no_rdma.rs"]
 pub mod rdma;
+mod rdma_terms;
 mod socket;
 pub mod tcp;
 pub mod tls;

@@ -8,40 +8,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+pub use super::rdma_terms::{Exposure, MAX_IO, MAX_WINDOW, MIN_WINDOW, ReadMode};
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
 use crate::wire::MessageHeader;
-
-/// Largest piece of slot memory that is lent at once, in bytes.
-pub const MAX_WINDOW: u32 = 1 << 20;
-/// Least piece of slot memory that is lent, in bytes.
-pub const MIN_WINDOW: u32 = 64 << 10;
-/// Most bytes of data in one message over RDMA.
-pub const MAX_IO: u32 = 256 << 10;
-
-/// Who may write to registered memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Exposure {
-    /// Nobody but this process.
-    Local,
-    /// Peers that were given the key, too.
-    Peers,
-    /// Peers, through windows.
-    Windows,
-}
-
-/// How the data of a read comes into the memory of whoever asked.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ReadMode {
-    /// The node writes it there.
-    #[default]
-    Direct,
-    /// The same, through a window.
-    Window,
-    /// It is copied there.
-    Bounce,
-}
 
 /// Why RDMA does not work.
 #[derive(Debug, Error)]

@@ -28,16 +28,11 @@ use self::endpoint::QueueSizes;
 use self::fabric::Keyring;
 use self::link::{Link, Role};
 use self::packet::Introduction;
+pub use super::rdma_terms::{Exposure, MAX_IO, MAX_WINDOW, MIN_WINDOW, ReadMode};
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
 use crate::wire::MessageHeader;
 
-/// Largest piece of slot memory that is lent at once, in bytes: what the number in an RDMA write can name.
-pub const MAX_WINDOW: u32 = 1 << 20;
-/// Least piece of slot memory that is lent, in bytes.
-pub const MIN_WINDOW: u32 = 64 << 10;
-/// Most bytes of data in one message over RDMA: three fit a window of 1 MiB with what goes behind them.
-pub const MAX_IO: u32 = 256 << 10;
 /// Size of a receive buffer in bytes: a read with its targets fits.
 const RECEIVE_SIZE: u32 = 4096;
 /// Receive buffers of a connection that was opened here: 512 KiB.
@@ -52,30 +47,6 @@ const SENDS: u32 = 256;
 const INLINE: u32 = 256;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
-
-/// Who may write to registered memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Exposure {
-    /// Nobody but this process: data leaves it, and comes into it by copies.
-    Local,
-    /// Peers that were given the key, too.
-    Peers,
-    /// Peers, but only in pieces of it for which a memory window was bound, each by a key of its own.
-    Windows,
-}
-
-/// How the data of a read comes into the memory of whoever asked.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ReadMode {
-    /// The node writes it there: the node is given the key of that memory.
-    #[default]
-    Direct,
-    /// The node writes it there, by a key that reaches that memory alone and is invalid before the read completes.
-    Window,
-    /// The node writes it to memory of this process, which copies it: no key of other memory leaves the host.
-    Bounce,
-}
 
 /// Why RDMA does not work.
 #[derive(Debug, Error)]

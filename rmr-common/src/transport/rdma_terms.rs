@@ -1,0 +1,32 @@
+//! What builds with and without RDMA have words for: limits of the transport, and the choices of who configures it.
+
+/// Largest piece of slot memory that is lent at once, in bytes: what the number in an RDMA write can name.
+pub const MAX_WINDOW: u32 = 1 << 20;
+/// Least piece of slot memory that is lent, in bytes.
+pub const MIN_WINDOW: u32 = 64 << 10;
+/// Most bytes of data in one message over RDMA: three fit a window of 1 MiB with what goes behind them.
+pub const MAX_IO: u32 = 256 << 10;
+
+/// Who may write to registered memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Exposure {
+    /// Nobody but this process: data leaves it, and comes into it by copies.
+    Local,
+    /// Peers that were given the key, too.
+    Peers,
+    /// Peers, but only in pieces of it for which a memory window was bound, each by a key of its own.
+    Windows,
+}
+
+/// How the data of a read comes into the memory of whoever asked.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReadMode {
+    /// The node writes it there: the node is given the key of that memory.
+    #[default]
+    Direct,
+    /// The node writes it there, by a key that reaches that memory alone and is invalid before the read completes.
+    Window,
+    /// The node writes it to memory of this process, which copies it: no key of other memory leaves the host.
+    Bounce,
+}
