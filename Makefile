@@ -10,9 +10,11 @@ TARGET_DIR = $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 # Simulated runs of `make sim`, and where they begin.
 SEEDS := 20000
 START := 1
+# Runs of `make test-verbs`.
+TIMES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-resync lint fmt docs audit sim sim-mutants model deps clean
+.PHONY: help demo test test-verbs bench bench-resync lint fmt docs audit sim sim-mutants model deps clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do \
@@ -28,6 +30,10 @@ test: deps ## all tests: units, documentation, whole systems with guests in QEMU
 	$(CARGO) test $(LOCKED) --workspace --doc --quiet
 	@if $(CARGO) nextest --version >/dev/null 2>&1; \
 	then set -- nextest run; else set -- test; fi; set -x; $(CARGO) "$$@" $(LOCKED) --workspace --all-targets --no-fail-fast
+
+test-verbs: deps ## the whole system over Soft-RoCE in one guest, TIMES=1 times: a line for each scenario, and what failed
+	$(CARGO) build $(LOCKED) --workspace --bins
+	RMR_TIMES=$(TIMES) $(CARGO) test $(LOCKED) -p cloud-hypervisor-tests --test verbs -- --nocapture
 
 bench: deps ## side by side with what a user would pick instead (docs/benchmarks.md); about 6 minutes
 	$(CARGO) build $(LOCKED) --release --workspace --bins

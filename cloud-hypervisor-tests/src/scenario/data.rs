@@ -226,6 +226,8 @@ pub(super) fn exhaustion(lab: &Lab, effort: Effort) -> Result<Counts> {
 }
 
 /// A member that was away is brought up to date by exactly what it missed, from node to node.
+///
+/// Over verbs no processor copies any of it: what is copied are maps, views and lists of blocks.
 pub(super) fn resync(lab: &Lab, effort: Effort) -> Result<Counts> {
     let mut system = System::new(lab, effort, 2, "")?;
     let daemon = system.daemon(lab, "daemon")?;
@@ -237,10 +239,58 @@ pub(super) fn resync(lab: &Lab, effort: Effort) -> Result<Counts> {
     let areas = system.pool.areas()?;
     let missed = stores::different_blocks(&areas[0], &areas[1])? as u64;
     ensure!(missed > 0, "nothing was written while node b was away");
+    let source_before = Counters::of(&system.nodes[0])?;
     system.nodes[1].restart(lab)?;
     system.pool.wait_for_level("safe", LIMIT).context("node b is back")?;
+    let at_source = Counters::of(&system.nodes[0])?.minus(&source_before)?;
+    let at_puller = Counters::of(&system.nodes[1])?;
     drop(disk);
     system.check_everything(&daemon)?;
     daemon.stop()?;
-    Ok(Counts::from([("missed_blocks".to_owned(), missed)]))
+    check_resync(lab.fabric().transport(), missed * 4096, &at_source, &at_puller)
+}
+
+/// What a resync of so many bytes may cost, by the counters of both nodes.
+fn check_resync(
+    transport: Transport,
+    missed: u64,
+    at_source: &Counters,
+    at_puller: &Counters,
+) -> Result<Counts> {
+    let mut counts = Counts::from([("missed_blocks".to_owned(), missed / 4096)]);
+    for (side, counters) in [("source", at_source), ("puller", at_puller)] {
+        for name in [
+            "rmr_rdma_data_copied_bytes_total",
+            "rmr_rdma_body_copied_bytes_total",
+            "rmr_rdma_writes_total",
+            "rmr_tcp_sent_bytes_total",
+            "rmr_tcp_received_bytes_total",
+        ] {
+            counts.insert(format!("{side}.{name}"), counters.get(name)?);
+        }
+        counts.insert(
+            format!("{side}.resync_bytes"),
+            counters.get("rmr_store_resync_sent_bytes_total")?
+                + counters.get("rmr_store_resync_received_bytes_total")?,
+        );
+        let moved = counts[&format!("{side}.resync_bytes")];
+        // Maps and lists of blocks beside the data.
+        ensure!(
+            (missed..=missed + missed / 10).contains(&moved),
+            "{missed} bytes were missed and the {side} says {moved}: {counts:?}"
+        );
+        if transport == Transport::Rdma {
+            exactly(counters, "rmr_rdma_data_copied_bytes_total", 0)?;
+            exactly(counters, "rmr_tcp_received_bytes_total", 0)?;
+            let copied = counters.get("rmr_rdma_body_copied_bytes_total")?;
+            ensure!(
+                copied < missed / 8,
+                "for {missed} bytes of data the {side} copied {copied} of messages: {counts:?}"
+            );
+        }
+    }
+    if transport == Transport::Rdma {
+        ensure!(at_source.get("rmr_rdma_writes_total")? > 0, "no data came by RDMA writes: {counts:?}");
+    }
+    Ok(counts)
 }

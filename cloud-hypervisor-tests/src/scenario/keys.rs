@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rmr_common::buffer::Segment;
 use rmr_common::pool::PoolId;
-use rmr_common::transport::rdma::{Exposure, Fabric, RdmaConnection, RdmaListener, ReadMode};
+use rmr_common::transport::rdma::{
+    Exposure, Fabric, KeyUse, RdmaConnection, RdmaListener, ReadMode, try_key,
+};
 use rmr_common::transport::{Connection, Place, Receiver};
 use rmr_common::wire::{Kind, MessageHeader};
 use rmr_node::disk::{Buffer, BufferPool};
@@ -63,7 +65,27 @@ pub(super) fn wrong_keys(lab: &Lab, _effort: Effort) -> Result<Counts> {
     let changed = asked.bytes().iter().filter(|byte| **byte != UNTOUCHED).count();
     ensure!(changed == 0, "{changed} bytes were written with a key that was taken back");
     eprintln!("  refused: {refusal:#}");
-    Ok(Counts::from([("changed_bytes".to_owned(), 0)]))
+    let refused = window_keys(lab.fabric().host())?;
+    Ok(Counts::from([("changed_bytes".to_owned(), 0), ("window_keys_refused".to_owned(), refused)]))
+}
+
+/// The key of a window is refused wherever it is not the right one; returns how often.
+fn window_keys(host: std::net::IpAddr) -> Result<u64> {
+    let mut refused = 0;
+    for wrong in KeyUse::ALL {
+        let outcome = try_key(host, wrong).with_context(|| format!("{wrong:?}"))?;
+        if wrong == KeyUse::Within {
+            ensure!(
+                outcome.refused.is_none() && outcome.changed == LENGTH as usize,
+                "the right key: {outcome:?}"
+            );
+            continue;
+        }
+        let words = outcome.refused.as_deref().unwrap_or_default();
+        ensure!(words.contains("remote access") && outcome.changed == 0, "{wrong:?}: {outcome:?}");
+        refused += 1;
+    }
+    Ok(refused)
 }
 
 /// In the read mode window each read has a key of its own, which is refused when the read is over.

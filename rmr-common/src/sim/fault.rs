@@ -243,6 +243,7 @@ impl World<'_> {
         node.lost_power |= power;
         node.buffers.clear();
         node.reads.clear();
+        node.pulled.clear();
         let step = self.step;
         let metadata = std::mem::take(&mut node.metadata);
         node.disk.abandon(step, &mut self.rng);

@@ -54,6 +54,8 @@ pub(super) struct Node {
     pub(super) next_buffer: u32,
     /// What reads found, until it is sent.
     pub(super) reads: BTreeMap<u32, Vec<u64>>,
+    /// The data of answers to pulls, until it is with the disk.
+    pub(super) pulled: BTreeMap<u64, Vec<u64>>,
     /// The last epoch whose attach was answered well.
     pub(super) answered: Epoch,
     /// The connection of that attach, in this life of the node.
@@ -98,6 +100,7 @@ impl Node {
             buffers: BTreeMap::new(),
             next_buffer: 0,
             reads: BTreeMap::new(),
+            pulled: BTreeMap::new(),
             answered: Epoch(0),
             holder: None,
             peer: None,

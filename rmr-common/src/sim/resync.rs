@@ -63,7 +63,7 @@ impl World<'_> {
         let is_whole = offset.is_multiple_of(BLOCK_SIZE) && u64::from(length).is_multiple_of(BLOCK_SIZE);
         let is_stale = |b: u64| self.is_stale(index, usize::try_from(b).unwrap_or(0) * SECTORS_PER_BLOCK);
         match operation {
-            DiskOperation::WriteBytes => true,
+            DiskOperation::WritePulled => true,
             // A client's request for zeroes looks the same when it covers nothing but stale blocks.
             DiskOperation::WriteZeroes => is_whole && { blocks }.all(is_stale),
             _ => false,

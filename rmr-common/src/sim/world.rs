@@ -577,8 +577,12 @@ impl<'a> World<'a> {
                     }
                     self.start_metadata(node, target)?;
                 }
-                replica::Output::DiskWrite { io, offset, bytes } => {
-                    self.write_pulled(node, io, offset, &bytes)?;
+                replica::Output::WritePulled { io, pull, from, offset, length } => {
+                    self.write_pulled(node, io, (pull, from), (offset, length))?;
+                }
+                replica::Output::PullDone(pull) => {
+                    let known = self.nodes[node].pulled.remove(&pull);
+                    known.ok_or_else(|| format!("node {node} is done with pull {pull} twice"))?;
                 }
                 replica::Output::PeerConnect(address) => self.peer_connect(node, &address)?,
                 replica::Output::PeerSend(header) => self.peer_send(node, header)?,
@@ -622,7 +626,7 @@ impl<'a> World<'a> {
         match payload {
             ReplyPayload::None => {}
             ReplyPayload::Pulled(pulled) => {
-                message.body = self.pulled_body(node, &header, &pulled)?;
+                (message.body, message.data) = self.pulled_answer(node, &header, &pulled)?;
                 header.payload = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
                 message.header = header;
             }
@@ -635,7 +639,10 @@ impl<'a> World<'a> {
             }
             ReplyPayload::Body(body) => message.body = body,
         }
-        let length = message.body.len() as u64 + message.data.len() as u64 * SECTOR;
+        // Pulled data is a message of its own, or no message at all.
+        let has_data = header.kind != Kind::PullReply;
+        let data = if has_data { message.data.len() as u64 * SECTOR } else { 0 };
+        let length = message.body.len() as u64 + data;
         if length != u64::from(header.payload) {
             return Err(format!("node {node} sends {length} bytes with a header that says {header:?}"));
         }
