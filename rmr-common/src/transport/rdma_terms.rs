@@ -40,6 +40,8 @@ pub enum KeyUse {
     BeyondEnd,
     /// The last byte before the window, and all of it but its last.
     BeforeBegin,
+    /// So that the last byte lies beyond the memory that the window was bound to a part of.
+    BeyondRegion,
     /// Where the window is, over another connection between the same two.
     OtherConnection,
     /// Where the window is, when its key was made invalid.
@@ -50,10 +52,11 @@ pub enum KeyUse {
 
 impl KeyUse {
     /// All of them, the right one first.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Within,
         Self::BeyondEnd,
         Self::BeforeBegin,
+        Self::BeyondRegion,
         Self::OtherConnection,
         Self::AfterEnd,
         Self::KeyOfRegion,

@@ -44,6 +44,7 @@ pub fn try_key(host: IpAddr, wrong: KeyUse) -> Result<KeyOutcome, RdmaError> {
         KeyUse::Within | KeyUse::OtherConnection | KeyUse::AfterEnd => (at, key),
         KeyUse::BeyondEnd => (at + 1, key),
         KeyUse::BeforeBegin => (at - 1, key),
+        KeyUse::BeyondRegion => (at + PAGE as u64 + 1, key),
         KeyUse::KeyOfRegion => (at, memory.keys.remote),
     };
     let write = Operation::Write { address, key };
