@@ -464,12 +464,15 @@ impl<D: Disk> Worker<D> {
                         self.disconnect(&format!("the front end's socket failed: {error}"));
                         return false;
                     }
-                    Ok(Peeked::Message { code, need_reply, index, value }) => {
+                    Ok(Peeked::Message { code, need_reply, length, index, value }) => {
                         if code == FrontendReq::SET_BACKEND_REQ_FD as u32 {
                             match sys::peek_descriptor(&connection.handler) {
                                 Ok(socket) => self.session().set_channel(socket),
                                 Err(error) => warn!("no channel to the front end: {error}"),
                             }
+                        }
+                        if self.handles_log_message(code, length, need_reply) {
+                            continue;
                         }
                         let need_reply = need_reply && frontend::is_acknowledged(code);
                         let scope = Drain::needed(code, index, value);
@@ -518,6 +521,27 @@ impl<D: Disk> Worker<D> {
             connection.draining = None;
         }
         false
+    }
+
+    /// Handles what the `vhost` crate does not know, or refuses without words: messages about the dirty log.
+    fn handles_log_message(&mut self, code: u32, length: usize, need_reply: bool) -> bool {
+        if code == FrontendReq::SET_LOG_BASE as u32 && !self.session().takes_logs_by_descriptor() {
+            self.disconnect(
+                "refused a message of the front end: a dirty log (SET_LOG_BASE) without LOG_SHMFD, expected that protocol \
+                 feature to be negotiated, with which the log comes as a descriptor",
+            );
+            return true;
+        }
+        if code != FrontendReq::SET_LOG_FD as u32 {
+            return false;
+        }
+        // With this descriptor the back end may tell of changes of the log, and need not; nobody waits for that.
+        let acknowledge = need_reply && self.session().has_reply_ack();
+        let skipped = self.connection.as_ref().map(|c| sys::skip(&c.handler, code, length, acknowledge));
+        if let Some(Err(error)) = skipped {
+            self.disconnect(&format!("the front end's socket failed: {error}"));
+        }
+        true
     }
 
     fn handle_message(&mut self, need_reply: bool) {

@@ -4,6 +4,7 @@
 #![allow(clippy::cast_possible_truncation)] // patterns of bytes are made from counters
 
 mod cost;
+mod dirty_log;
 mod hostile;
 mod program;
 mod resize;
