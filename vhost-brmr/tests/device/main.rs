@@ -5,6 +5,7 @@
 
 mod cost;
 mod dirty_log;
+mod handover;
 mod hostile;
 mod program;
 mod resize;
