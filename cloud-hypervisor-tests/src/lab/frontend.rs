@@ -36,6 +36,8 @@ pub mod feature {
     pub const INDIRECT: u64 = 1 << 28;
     /// Notifications by index.
     pub const EVENT_IDX: u64 = 1 << 29;
+    /// vhost-user's own bit: everything that the device writes is logged.
+    pub const LOG_ALL: u64 = 1 << 26;
     /// vhost-user's own bit: there are protocol features.
     pub const PROTOCOL: u64 = 1 << 30;
     /// Virtio 1.0 or later.
@@ -163,10 +165,16 @@ pub struct FrontendBuilder {
 }
 
 impl FrontendBuilder {
-    /// A driver for the back end at `socket`, with one queue of 128 entries, without EVENT_IDX.
+    /// A driver for the back end at `socket`, with one queue of 128 entries, without EVENT_IDX, and without a dirty log, which
+    /// only a guest that is migrated has.
     #[must_use]
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned(), queues: 1, queue_size: 128, without: feature::EVENT_IDX }
+        Self {
+            socket: socket.to_owned(),
+            queues: 1,
+            queue_size: 128,
+            without: feature::EVENT_IDX | feature::LOG_ALL,
+        }
     }
 
     /// Number of queues to use.
