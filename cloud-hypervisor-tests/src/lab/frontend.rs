@@ -93,6 +93,8 @@ const MAX_OWN_DATA: u64 = MEMORY_START + MEMORY_SIZE - OWN_DATA;
 const NO_STATUS: u8 = 0xee;
 /// Longest wait for an answer of the back end on the control socket.
 const CONTROL_LIMIT: Duration = Duration::from_secs(20);
+/// Longest time between a back end's making of its socket and its listening there.
+const LISTEN_LIMIT: Duration = Duration::from_secs(2);
 /// Longest wait for a well-behaved request.
 const REQUEST_LIMIT: Duration = Duration::from_secs(30);
 
@@ -211,7 +213,7 @@ impl FrontendBuilder {
                 self.queue_size
             );
         }
-        let stream = UnixStream::connect(&self.socket).with_context(|| format!("connecting to {socket}"))?;
+        let stream = dial(&self.socket).with_context(|| format!("connecting to {socket}"))?;
         stream.set_read_timeout(Some(CONTROL_LIMIT))?;
         stream.set_write_timeout(Some(CONTROL_LIMIT))?;
         let hang_up = stream.try_clone()?;
@@ -259,6 +261,21 @@ impl FrontendBuilder {
             frontend.start_queue(index).with_context(|| format!("starting queue {index}"))?;
         }
         Ok(frontend)
+    }
+}
+
+/// Connects to a back end that may have just been started: its socket exists for a moment before anybody listens on it.
+fn dial(socket: &Path) -> io::Result<UnixStream> {
+    let started = Instant::now();
+    loop {
+        match UnixStream::connect(socket) {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused && started.elapsed() < LISTEN_LIMIT =>
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
     }
 }
 
