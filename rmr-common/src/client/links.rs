@@ -209,7 +209,11 @@ impl Client {
         }
         let (member, store) = (reply.member, reply.store());
         let epoch = reply.epoch.max(reply.view.epoch);
-        self.highest_epoch = self.highest_epoch.max(epoch);
+        // A store that an operator wants to add may be of a branch of its own, and is refused for that.
+        let is_member = self.spec.iter().flat_map(|s| &s.members).any(|m| m.store == store);
+        if is_member || matches!(self.state, State::Gathering { .. }) {
+            self.highest_epoch = self.highest_epoch.max(epoch);
+        }
         let is_there =
             |l: &super::Link| l.store == Some(store) && matches!(l.state, LinkState::Ready(_)) && !l.retired;
         if self.links.iter().any(is_there) {
