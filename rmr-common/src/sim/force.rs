@@ -123,8 +123,8 @@ impl World<'_> {
         let host = attempt.host;
         let is_done = self.hosts[host].committed.is_some();
         let is_live = self.hosts[host].is_live();
-        if is_live && !is_done && !self.rng.percent(15) {
-            return Ok(()); // Under way.
+        if is_live && !is_done && !self.rng.percent(15) || is_live && is_done && self.rng.percent(60) {
+            return Ok(()); // Under way, or in use, and others are brought back in.
         }
         if is_live && !is_done {
             trace!(self, "the operator loses patience with client {host}");
@@ -146,8 +146,10 @@ impl World<'_> {
 
     /// The pool is in use, from a member that was forced. It may go away again, and those come back who know nothing of it.
     fn aftermath(&mut self, attempt: Attempt) -> Check {
-        if self.rng.percent(40) && self.hosts[attempt.host].is_live() {
-            self.crash_host(attempt.host);
+        if self.rng.percent(60) && self.hosts[attempt.host].is_live() {
+            self.burst(attempt.host)?;
+            let delay = self.rng.range(1, self.profile.network_delay * 4 + self.profile.disk_delay);
+            self.after(delay, Event::HostCrash(attempt.host));
         }
         if self.rng.percent(50) {
             let power = self.rng.percent(30);

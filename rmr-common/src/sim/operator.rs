@@ -302,7 +302,9 @@ impl World<'_> {
         let members: Vec<_> = self.committed_spec.members.iter().map(|m| (m.id, m.store)).collect();
         let (member, store) = self.rng.pick(&members);
         let has_place = self.nodes.len() < MOST_NODES;
-        match self.rng.range(0, 9) {
+        // Two branches that both grow have different things in the same place.
+        let grows = self.forces.is_there && self.rng.percent(30);
+        match if grows { 9 } else { self.rng.range(0, 9) } {
             0..=2 if members.len() < MOST_MEMBERS && has_place => {
                 let free: Vec<_> =
                     MemberId::all().filter(|m| self.committed_spec.member(*m).is_none()).collect();

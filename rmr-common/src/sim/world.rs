@@ -226,7 +226,7 @@ pub(super) struct Profile {
     intent_idle: Duration,
     pub(super) resync: replica::ResyncLimits,
     pub(super) network_delay: u64,
-    disk_delay: u64,
+    pub(super) disk_delay: u64,
     pub(super) requests: u64,
     /// Per cent of the requests that read, of those that are neither flush, discard nor zeroes.
     pub(super) reads: u64,
