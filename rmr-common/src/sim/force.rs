@@ -123,7 +123,8 @@ impl World<'_> {
         let host = attempt.host;
         let is_done = self.hosts[host].committed.is_some();
         let is_live = self.hosts[host].is_live();
-        if is_live && !is_done && !self.rng.percent(15) || is_live && is_done && self.rng.percent(60) {
+        let patience = if is_done { 60 } else { 85 };
+        if is_live && self.rng.percent(patience) {
             return Ok(()); // Under way, or in use, and others are brought back in.
         }
         if is_live && !is_done {
