@@ -39,6 +39,9 @@ impl Client {
                             link.ping_since = None;
                         }
                     }
+                    Kind::Goodbye if header.status == Status::StaleEpoch => {
+                        self.told_fenced(id, header.epoch)
+                    }
                     Kind::Goodbye => self.drop_link(id, "the node is stopping"),
                     _ => self.drop_link(id, &format!("protocol error: {kind:?} is not expected by a client")),
                 }
@@ -46,6 +49,18 @@ impl Client {
             (_, kind) => {
                 self.drop_link(id, &format!("protocol error: {kind:?} before the hello was answered"))
             }
+        }
+    }
+
+    /// A member has let another client attach, and closes this connection. There is nothing left to do for this one: a view
+    /// without the member would only be in the way of the other, which comes to the rest of the members in a moment.
+    fn told_fenced(&mut self, id: LinkId, epoch: Epoch) {
+        match self.state {
+            State::Active | State::Changing { attach: false, .. } if epoch > self.epoch => {
+                self.end(OverReason::Fenced(epoch));
+            }
+            // Not attached yet, or on the way out: as if the leg were lost.
+            _ => self.drop_link(id, "another client attached"),
         }
     }
 
