@@ -48,8 +48,8 @@ struct Attack {
     numbers: Numbers,
     callers: Vec<Caller>,
     callees: Vec<Callee>,
-    /// All that was ever sent.
-    recorded: Vec<Vec<u8>>,
+    /// All that was ever sent, and as what.
+    recorded: Vec<(Kind, Vec<u8>)>,
     nonces: u8,
     counts: Counts,
 }
@@ -71,13 +71,12 @@ impl Attack {
         [&[1][..], &[2], &[1, 2], &[1, 2], &[9]][self.numbers.below(5)].to_vec()
     }
 
-    /// Something that was sent, mostly as it was; what was sent last more often than the rest.
-    fn message(&mut self) -> Vec<u8> {
+    /// Something that was sent: mostly the last of what is expected, as it was.
+    fn message(&mut self, expected: Kind) -> Vec<u8> {
         let count = self.recorded.len();
-        let newest = self.numbers.below(3) > 0;
-        let index =
-            if newest { count - 1 - self.numbers.below(count.min(3)) } else { self.numbers.below(count) };
-        let mut message = self.recorded[index].clone();
+        let last = self.recorded.iter().rposition(|(kind, _)| *kind == expected);
+        let index = last.filter(|_| self.numbers.below(4) > 0).unwrap_or_else(|| self.numbers.below(count));
+        let mut message = self.recorded[index].1.clone();
         match self.numbers.below(12) {
             0 => message.truncate(self.numbers.below(message.len() + 1)),
             1 if !message.is_empty() => {
@@ -86,7 +85,7 @@ impl Attack {
             }
             2 => {
                 let other = self.numbers.below(count);
-                message.extend_from_slice(&self.recorded[other]);
+                message.extend_from_slice(&self.recorded[other].1);
             }
             _ => {}
         }
@@ -100,7 +99,7 @@ impl Attack {
             3 | 4 => self.hand_to_caller(Kind::Challenge),
             5 => self.hand_proof_to_a_node(),
             6 => self.hand_to_caller(Kind::HelloReply),
-            _ => (0..3).for_each(|_| self.hand_proof_to_a_node()),
+            _ => self.hand_to_caller(Kind::HelloReply),
         }
     }
 
@@ -109,28 +108,28 @@ impl Attack {
         let role = [Role::Client, Role::Peer][self.numbers.below(2)];
         let opener = Opener::new(&ring(&keys), nonce, PoolId::from_bytes(POOL), &hello(role));
         let hello = opener.hello().to_vec();
-        self.recorded.push(hello.clone());
+        self.recorded.push((Kind::Hello, hello.clone()));
         self.callers.push(Caller { opener, keys, hello, answered: Vec::new(), is_welcome: false });
     }
 
     fn hand_hello_to_a_node(&mut self) {
-        let (hello, keys, nonce) = (self.message(), self.keys(), self.nonce());
+        let (hello, keys, nonce) = (self.message(Kind::Hello), self.keys(), self.nonce());
         let Ok(decoded) = Hello::decode(&hello) else { return };
         let member = MemberId::new(u8::try_from(self.numbers.below(2)).unwrap()).unwrap();
         let place = (member, StoreId::from_bytes([4; 16]));
         let pool = PoolId::from_bytes(POOL);
         let opened = Gate::open(ring(&keys), nonce, pool, place, &hello, decoded.nonce.is_some());
         let Ok(Some((gate, challenge))) = opened else { return };
-        self.recorded.push(challenge.clone());
+        self.recorded.push((Kind::Challenge, challenge.clone()));
         self.callees.push(Callee { gate: Some(gate), keys, hello, challenge, is_open: false });
     }
 
     fn hand_proof_to_a_node(&mut self) {
-        let message = self.message();
+        let message = self.message(Kind::Proof);
         if self.callees.is_empty() {
             return;
         }
-        let index = self.callees.len() - 1 - self.numbers.below(self.callees.len().min(3));
+        let index = self.callees.len() - 1 - self.numbers.below(self.callees.len().min(2));
         let callee = &mut self.callees[index];
         let Some(gate) = callee.gate.take() else { return };
         let Ok(admitted) = gate.check(&message) else {
@@ -141,13 +140,13 @@ impl Attack {
         let caller = self.callers.iter().find(is_its).expect("nobody answered this challenge to this hello");
         assert!(caller.keys.iter().any(|k| callee.keys.contains(k)), "they have no key in common");
         callee.is_open = true;
-        self.recorded.push(admitted.seal(REPLY.to_vec()));
+        self.recorded.push((Kind::HelloReply, admitted.seal(REPLY.to_vec())));
         self.counts.admitted += 1;
     }
 
     fn hand_to_caller(&mut self, kind: Kind) {
-        let message = self.message();
-        let index = self.callers.len() - 1 - self.numbers.below(self.callers.len().min(3));
+        let message = self.message(kind);
+        let index = self.callers.len() - 1 - self.numbers.below(self.callers.len().min(2));
         let is_other_pool = self.numbers.below(20) == 0;
         let pool = PoolId::from_bytes(if is_other_pool { [6; 16] } else { POOL });
         let caller = &mut self.callers[index];
@@ -156,7 +155,7 @@ impl Attack {
             Ok(Step::Prove(proof)) => {
                 assert!(!is_other_pool && caller.answered.is_empty(), "an answer that nobody may have");
                 caller.answered.push(message);
-                self.recorded.push(proof);
+                self.recorded.push((Kind::Proof, proof));
             }
             Ok(Step::Welcome(reply)) => {
                 assert_eq!(reply, REPLY, "a reply that nobody gave");
@@ -175,7 +174,7 @@ impl Attack {
 #[test]
 fn whatever_an_attacker_does_with_messages_nobody_is_let_in_but_by_a_peer_that_has_just_proved_the_key() {
     let mut total = Counts::default();
-    for seed in 0..6000 {
+    for seed in 0..4000 {
         let mut attack = Attack::new(seed);
         (0..60).for_each(|_| attack.step());
         total.admitted += attack.counts.admitted;
@@ -184,5 +183,5 @@ fn whatever_an_attacker_does_with_messages_nobody_is_let_in_but_by_a_peer_that_h
     }
     // Else nothing was tried.
     let Counts { admitted, welcome, refused } = total;
-    assert!(admitted > 1000 && welcome > 200 && refused > 10_000, "{admitted}, {welcome}, {refused}");
+    assert!(admitted > 500 && welcome > 100 && refused > 10_000, "{admitted}, {welcome}, {refused}");
 }
