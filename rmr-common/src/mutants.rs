@@ -164,10 +164,6 @@ mutants! {
     ForcedEpochAtAttach,
     /// The forced view does not say that the others miss everything
     ForcedOthersNotStale,
-    /// A forced attachment counts its writes from one again
-    ForcedSequenceReused,
-    /// What a pool grows by does not count as missed by members of an older branch, which may have grown too
-    ForcedGrowthForgotten,
     /// A client forces its member into use whenever it attaches
     ForcedAgain,
     /// A client goes on with an older branch though a node has met a client of a later one

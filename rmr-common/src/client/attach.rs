@@ -259,11 +259,8 @@ impl Client {
         if recovery::is_displaced(&self.own_epochs, best.epoch) {
             return self.end(OverReason::Fenced(best.epoch));
         }
-        let forced = self.forced();
-        if forced.is_none() || !mutant!(ForcedSequenceReused) {
-            replies.iter().for_each(|(_, reply)| self.go_on_above(reply));
-        }
-        if let Some(force) = forced {
+        replies.iter().for_each(|(_, reply)| self.go_on_above(reply));
+        if let Some(force) = self.forced() {
             return self.force(&best, spec, force);
         }
         let is_same = self.view.as_ref().is_some_and(|v| v.has_stores_of(&best));

@@ -50,7 +50,7 @@ impl Client {
     /// What members that are Out miss when the pool grows. Where everybody makes room that is nothing: it reads as zeroes. But
     /// since the pool was forced into use such a member may be of an older branch, which had grown as well, and was written.
     pub(super) fn missed_growth(&self, members: MemberSet, from: u64, to: u64) -> Option<DirtyAddition> {
-        let was_forced = Epoch(0).is_of_older_branch(self.epoch) && !mutant!(ForcedGrowthForgotten);
+        let was_forced = Epoch(0).is_of_older_branch(self.epoch);
         let length = to.saturating_sub(from);
         (was_forced && length > 0 && !members.is_empty()).then_some(DirtyAddition {
             members,
