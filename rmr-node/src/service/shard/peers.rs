@@ -1,0 +1,297 @@
+//! Connections of clients and nodes: accepted, greeted, read from, and closed.
+
+use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, RawFd};
+
+use rmr_common::reactor::WatchChange;
+use rmr_common::replica::{ConnectionId, Event};
+use rmr_common::transport::Connection as _;
+use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
+use vmm_sys_util::epoll::EventSet;
+
+use super::super::ConnectionPlace;
+use super::super::connection::{Greeting, MAX_BACKLOG, Peer, Sink};
+use super::{Handover, Phase, Shard, Turn, Waiter};
+
+/// Connections that are accepted in one wake-up, so that a flood of them does not stop I/O.
+const ACCEPT_BATCH: usize = 16;
+
+impl Shard {
+    /// What follows when something came over RDMA: memory that was given back, or is wanted, and completions.
+    pub(super) fn rdma_received(&mut self, id: ConnectionId) {
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        let stands = peer.in_line;
+        let Some(rdma) = peer.wire.rdma() else { return };
+        let mut returned = Vec::new();
+        rdma.take_returned(&mut returned);
+        if let Some(windows) = self.windows.get_mut(&id) {
+            returned.into_iter().for_each(|window| windows.take_back(window));
+        }
+        if peer.wire.backlog() > MAX_BACKLOG {
+            // Over TCP it would not be read any more; here it does not keep to what it may have outstanding.
+            return self.lost(id, "it asks, and does not take the answers");
+        }
+        let Some(rdma) = peer.wire.rdma() else { return };
+        if rdma.peer_wants() > 0 && !stands && (self.short || !matches!(self.lend(id), Turn::Served)) {
+            self.stand_in_line(Waiter::Connection(id));
+        }
+        self.queue(id);
+    }
+
+    pub(super) fn receive(&mut self, id: ConnectionId) {
+        self.take_in(id);
+        self.rdma_received(id);
+        if self.peers.get(&id).is_some_and(|p| p.wire.is_starved()) {
+            self.stand_in_line(Waiter::Connection(id));
+        }
+    }
+
+    /// Takes in what has arrived; returns how many buffers it was given.
+    pub(super) fn take_in(&mut self, id: ConnectionId) -> usize {
+        let Some(peer) = self.peers.get_mut(&id) else { return 0 };
+        let (mut greeting, mut proof, mut error, mut found, mut delivered) = (None, None, None, 0, false);
+        let mut commands = Vec::new();
+        let (index, was_starved) = (peer.member, peer.wire.is_starved());
+        let member = index.and_then(|index| self.members[index].as_mut());
+        let others = peer.sending_bytes + member.as_ref().map_or(0, |m| m.reading_bytes);
+        let mut sink = Sink {
+            id,
+            member,
+            arriving: &mut peer.arriving,
+            arriving_bytes: &mut peer.arriving_bytes,
+            share: self.share.saturating_sub(others),
+            buffers: &self.buffers,
+            windows: self.windows.get(&id),
+            short: &mut self.short,
+            found: &mut found,
+            writes: &mut self.writes,
+            requests: &mut peer.requests,
+            heard: &mut peer.last_heard,
+            delivered: &mut delivered,
+            greeting: &mut greeting,
+            is_challenged: peer.challenged.is_some(),
+            proof: &mut proof,
+            is_node: peer.is_node,
+            commands: &mut commands,
+            error: &mut error,
+            now: self.now,
+        };
+        let received = peer.wire.receive(&mut sink);
+        if was_starved {
+            // It was not read for as long as it waited.
+            peer.last_heard = self.now;
+        }
+        if let Some(index) = index.filter(|_| delivered) {
+            self.activate(index);
+        }
+        match (received, error) {
+            (Err(error), _) => self.lost(id, &error.to_string()),
+            (Ok(()), Some(reason)) => self.lost(id, reason),
+            (Ok(()), None) => {
+                self.watch(id);
+                if let Some(greeting) = greeting {
+                    self.greet(id, greeting);
+                }
+                if let Some(proof) = proof {
+                    self.prove(id, &proof);
+                }
+                for (header, body) in commands {
+                    self.node_command(id, &header, &body);
+                }
+            }
+        }
+        found
+    }
+
+    /// Finds the pool that a hello asks for, here or on another shard.
+    pub(super) fn greet(&mut self, id: ConnectionId, greeting: Greeting) {
+        if !matches!(self.phase, Phase::Serving) {
+            let text = format!("node {} is stopping", self.shared.config.node_name);
+            return self.refuse(id, &greeting.header, Status::Stopping, text);
+        }
+        let hello = match Hello::decode(&greeting.body) {
+            Ok(hello) => hello,
+            Err(error) => return self.lost(id, &error.to_string()),
+        };
+        let found = self.shared.resolve(greeting.pool, &hello.pool_name);
+        match found {
+            None => {
+                let pool =
+                    if hello.pool_name.is_empty() { greeting.pool.to_string() } else { hello.pool_name };
+                let text = format!("node {} has no pool '{pool}'", self.shared.config.node_name);
+                self.refuse(id, &greeting.header, Status::NoSuchPool, text);
+            }
+            Some((_, shard)) if shard != self.index => {
+                if let Some(peer) = self.peers.remove(&id) {
+                    self.by_descriptor.remove(&peer.descriptor);
+                    self.changes.push(WatchChange::Remove(peer.descriptor));
+                    self.handovers.push((shard, Box::new(Handover { peer, greeting })));
+                }
+            }
+            Some((pool, _)) => self.greet_here(id, &greeting, hello, pool),
+        }
+    }
+
+    pub(in crate::service) fn refuse(
+        &mut self,
+        id: ConnectionId,
+        header: &MessageHeader,
+        status: Status,
+        text: String,
+    ) {
+        if let Some(peer) = self.peers.get(&id) {
+            tracing::info!(client = %peer.address, "{text}");
+        }
+        self.turn_away(id, header, status, text);
+    }
+
+    /// Answers a hello with these words, and nothing after them.
+    pub(in crate::service) fn turn_away(
+        &mut self,
+        id: ConnectionId,
+        header: &MessageHeader,
+        status: Status,
+        text: String,
+    ) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            let mut answer = header.reply(Kind::HelloReply, status);
+            answer.payload = u32::try_from(text.len()).unwrap_or(0);
+            peer.wire.queue(&answer, Some(text.into_bytes()));
+            // Sent now; whatever does not go out at once is lost with the connection.
+            let _ = peer.wire.flush();
+            peer.parts = true;
+            self.lost(id, "it was refused");
+        }
+    }
+
+    pub(super) fn accept(&mut self, descriptor: RawFd) {
+        let Some(listener) = self.listeners.iter_mut().find(|l| l.as_raw_fd() == descriptor) else { return };
+        for _ in 0..ACCEPT_BATCH {
+            let mut place = None;
+            let mut admit = |address| {
+                place = ConnectionPlace::take(&self.shared);
+                if place.is_none() {
+                    let most = self.shared.config.max_connections;
+                    tracing::warn!(client = %address, "connection refused: there are {most}, as many as max_connections");
+                }
+                place.is_some()
+            };
+            let (wire, address) = match listener.accept(&mut admit) {
+                Ok(accepted) => accepted,
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock => return,
+                    ErrorKind::ConnectionRefused => continue,
+                    ErrorKind::AddrNotAvailable => {
+                        tracing::error!("no clients come over RDMA until the device is back: {error}");
+                        return;
+                    }
+                    // It went away before it was accepted, or is no peer.
+                    ErrorKind::ConnectionAborted | ErrorKind::Interrupted => {
+                        tracing::warn!("a connection was not accepted: {error}");
+                        continue;
+                    }
+                    _ => {
+                        // For want of descriptors or memory as a rule. The listener stays readable all the while.
+                        tracing::warn!("cannot accept connections, trying again in a second: {error}");
+                        return self.listen(false);
+                    }
+                },
+            };
+            let (Some(descriptor), Some(place)) = (wire.descriptor(), place) else { continue };
+            let peer = Peer::new(wire, descriptor, address, place, self.now);
+            Self::insert(&mut self.next_connection, &mut self.peers, &mut self.by_descriptor, peer);
+            self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
+        }
+    }
+
+    /// Watches the listeners, or leaves them alone for a while.
+    pub(super) fn listen(&mut self, listens: bool) {
+        self.listens = listens;
+        let set = if listens { EventSet::IN } else { EventSet::empty() };
+        self.changes.extend(self.listeners.iter().map(|l| WatchChange::Modify(l.as_raw_fd(), set)));
+    }
+
+    pub(super) fn insert(
+        next: &mut u32,
+        peers: &mut HashMap<ConnectionId, Peer>,
+        by_descriptor: &mut HashMap<RawFd, ConnectionId>,
+        peer: Peer,
+    ) -> ConnectionId {
+        // Numbers come round after four thousand million connections, and some may have lived that long.
+        while {
+            *next = next.wrapping_add(1);
+            peers.contains_key(&ConnectionId(*next))
+        } {}
+        let id = ConnectionId(*next);
+        by_descriptor.insert(peer.descriptor, id);
+        peers.insert(id, peer);
+        id
+    }
+
+    /// A connection ended, or has to.
+    pub(super) fn lost(&mut self, id: ConnectionId, reason: &str) {
+        let member = self.peers.get(&id).and_then(|p| p.member);
+        self.close(id, reason);
+        if let Some(index) = member {
+            if let Some(Some(member)) = self.members.get_mut(index) {
+                member.replica.apply(Event::Closed(id), self.now);
+            }
+            self.activate(index);
+        }
+    }
+
+    /// Closes a connection, without telling its replica.
+    pub(super) fn close(&mut self, id: ConnectionId, reason: &str) {
+        let Some(mut peer) = self.peers.remove(&id) else { return };
+        tracing::debug!(client = %peer.address, "connection closed: {reason}");
+        self.by_descriptor.remove(&peer.descriptor);
+        let windows = self.windows.remove(&id);
+        // Data that is on its way would go on from buffers that are somebody else's by then.
+        if peer.parts && windows.is_none() && peer.sending.is_empty() {
+            peer.wire.part();
+        } else {
+            peer.wire.shut_down();
+        }
+        // Not before: until then the client can write to it.
+        drop(windows);
+        self.counters += peer.wire.counters();
+        for tag in peer.sending.drain(..) {
+            self.sending[tag as usize] = None;
+            self.free_tags.push(tag);
+        }
+        for token in peer.arriving.drain(..).flatten() {
+            self.writes.release(token);
+        }
+        self.changes.push(WatchChange::Remove(peer.descriptor));
+        self.closing.push(peer);
+    }
+
+    /// Tells clients that the node stops. Those that hold a pool end what they are doing and leave; nobody waits for
+    /// others.
+    pub(super) fn say_goodbye(&mut self) {
+        let all: Vec<_> = self.peers.keys().copied().collect();
+        for id in all {
+            let Some(peer) = self.peers.get_mut(&id) else { continue };
+            let member = peer.member.and_then(|m| self.members[m].as_ref());
+            if let Some(member) = member {
+                peer.wire.queue(&MessageHeader::new(Kind::Goodbye, member.pool()), None);
+            }
+            if member.is_some_and(|m| m.replica.holder_connection() == Some(id)) {
+                self.queue(id);
+            } else {
+                // What does not go out at once is lost with the connection, which says the same.
+                let _ = peer.wire.flush();
+                peer.parts = true;
+                self.lost(id, "the node is stopping");
+            }
+        }
+    }
+
+    pub(super) fn close_all(&mut self, reason: &str) {
+        let all: Vec<_> = self.peers.keys().copied().collect();
+        for id in all {
+            self.lost(id, reason);
+        }
+    }
+}

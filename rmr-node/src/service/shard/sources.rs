@@ -1,0 +1,109 @@
+//! The connections of resyncing members to their sources: made, lost, and what goes over them.
+
+use std::os::fd::RawFd;
+
+use rmr_common::reactor::WatchChange;
+use rmr_common::replica::Event;
+use rmr_common::transport::Connection as _;
+
+use super::super::member::Member;
+use super::super::pulls::PULLS_PART;
+use super::super::source_link::SourceLink;
+use super::Shard;
+
+impl Shard {
+    /// Queues the pulls of a member that there is memory for.
+    pub(super) fn send_pulls(&mut self, index: usize) {
+        let held: usize = self.members.iter().flatten().map(|m| m.pulls.bytes()).sum();
+        let room = (self.buffers.total_bytes() / PULLS_PART).saturating_sub(held);
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        let Some(source) = member.source.as_mut().filter(|_| member.pulls.is_waiting()) else { return };
+        member.pulls.start(&self.buffers, room, |header, memory| {
+            source.wire.queue_read(header, &mut |segments| segments.push(memory));
+        });
+    }
+
+    pub(super) fn connect_source(&mut self, index: usize, address: &rmr_common::pool::Address) {
+        self.close_source(index);
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        self.next_attempt += 1;
+        member.source_attempt = self.next_attempt;
+        self.connector.connect(self.next_attempt, address);
+    }
+
+    pub(super) fn close_source(&mut self, index: usize) {
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        member.source_attempt = 0;
+        if let Some(mut source) = member.source.take() {
+            source.wire.shut_down();
+            self.counters += source.wire.counters();
+            self.changes.push(WatchChange::Remove(source.descriptor));
+            self.closing_sources.push(source);
+        }
+        // Not before: until then the source can write to what it was asked to.
+        member.pulls.abandon();
+    }
+
+    /// Attempts to connect to sources have ended.
+    pub(super) fn sources_connected(&mut self) {
+        while let Some((attempt, result)) = self.connector.next() {
+            let index =
+                self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.source_attempt == attempt));
+            let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_mut()?))) else {
+                continue;
+            };
+            member.source_attempt = 0;
+            let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
+            let (pool, keys) = (member.pool(), &self.shared.keys);
+            let keys = keys.of(pool, &member.replica.spec().name);
+            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who));
+            match link {
+                Ok(link) => {
+                    self.changes.push(WatchChange::Add(link.descriptor, link.watched));
+                    member.source = Some(link);
+                }
+                Err(error) => member.replica.apply(Event::PeerDown(&error), self.now),
+            }
+            self.activate(index);
+        }
+    }
+
+    /// Something arrived from a source, or it can take more. Other descriptors only wake the loop.
+    pub(super) fn source_ready(&mut self, descriptor: RawFd) {
+        let is_its = |m: &Member| m.source.as_ref().is_some_and(|s| s.descriptor == descriptor);
+        let Some(index) = self.members.iter().position(|m| m.as_ref().is_some_and(is_its)) else { return };
+        let Some(member) = self.members[index].as_mut() else { return };
+        let Some(mut link) = member.source.take() else { return };
+        let received = link.receive(member, self.now);
+        member.source = Some(link);
+        if let Err(error) = received {
+            self.source_lost(index, &error);
+        }
+        self.activate(index);
+    }
+
+    pub(super) fn source_lost(&mut self, index: usize, reason: &str) {
+        self.close_source(index);
+        if let Some(Some(member)) = self.members.get_mut(index) {
+            member.replica.apply(Event::PeerDown(reason), self.now);
+        }
+        self.activate(index);
+    }
+
+    /// Sends what is queued for sources.
+    pub(super) fn send_to_sources(&mut self) {
+        for index in 0..self.members.len() {
+            self.send_pulls(index);
+            let Some(source) = self.members[index].as_mut().and_then(|m| m.source.as_mut()) else { continue };
+            if let Err(error) = source.wire.flush() {
+                self.source_lost(index, &error.to_string());
+                continue;
+            }
+            let interest = source.interest();
+            if interest != source.watched {
+                source.watched = interest;
+                self.changes.push(WatchChange::Modify(source.descriptor, interest));
+            }
+        }
+    }
+}
