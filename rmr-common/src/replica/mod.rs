@@ -580,6 +580,8 @@ impl Replica {
 }
 
 #[cfg(test)]
+mod force_tests;
+#[cfg(test)]
 mod room_tests;
 #[cfg(test)]
 mod tests;

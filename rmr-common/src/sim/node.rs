@@ -37,6 +37,8 @@ pub(super) struct Node {
     pub(super) member: MemberId,
     pub(super) store: StoreId,
     pub(super) address: Address,
+    /// The history of the pool of which it has a view: see `sim/force.rs`.
+    pub(super) branch: usize,
     /// Its disk is lost: it never comes back.
     pub(super) is_gone: bool,
     /// Bytes of a pool that the store has room for: what lies beyond was never made to read as zeroes.
@@ -87,6 +89,7 @@ impl Node {
             member,
             store,
             address,
+            branch: 0,
             is_gone: false,
             room: durable.spec.size,
             life: 0,

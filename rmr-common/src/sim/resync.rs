@@ -35,6 +35,14 @@ pub(super) struct Resyncs {
     pub(super) is_unflushed_unknown: bool,
 }
 
+impl Resyncs {
+    /// The operator has decided what the pool is: nothing of what was under way counts.
+    pub(super) fn forget(&mut self) {
+        self.started.clear();
+        self.is_unflushed_unknown = true;
+    }
+}
+
 /// Chunks that a node had on record as missed by a member before it was told that some are current.
 pub(super) type Cleared = Option<(MemberId, Vec<Chunk>)>;
 
