@@ -251,8 +251,8 @@ pub(super) fn resync(lab: &Lab, effort: Effort) -> Result<Counts> {
     {
         let (moved, least) = (counters.get(name)?, missed * 4096);
         ensure!(
-            (least..=least + least / 100).contains(&moved),
-            "{missed} blocks were missed, and {name} is {moved}: expected {least} bytes and at most 1 % more"
+            (least..=least + least / 50).contains(&moved),
+            "{missed} blocks were missed, and {name} is {moved}: expected {least} bytes and at most 2 % more"
         );
     }
     drop(disk);
