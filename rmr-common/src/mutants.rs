@@ -98,6 +98,10 @@ mutants! {
     AdditionsIgnored,
     /// A view clears the maps of members that are Syncing in it
     SyncingMapCleared,
+    /// A Syncing member takes over maps with every view, without a barrier
+    HandoverWithEachView,
+    /// A member forgets what earlier clients left with it before its view is committed
+    SettledBeforeCommit,
     /// A detach clears intents without a flush
     DetachWithoutFlush,
 
@@ -124,6 +128,10 @@ mutants! {
     PartialWriteNotHeld,
     /// Chunks are reported as current before they are flushed
     ReportBeforeFlush,
+    /// A member that gave its promotion up for another view does not report again
+    ReportNotRepeated,
+    /// Nothing is left to report while pulled data is under way
+    UnderWayNotCounted,
     /// Chunks are reported as current though their flush failed
     ReportAfterFailedFlush,
     /// A Syncing member serves as a source
@@ -148,6 +156,22 @@ mutants! {
     // After a client's death.
     /// No member is brought in line after a client died
     NotReconciled,
+    /// Writes that a member's disk failed are not told to the next client
+    FailedWriteNotTold,
+    /// A member whose disk failed a write may be the reference
+    FailedIsReference,
+    /// A write that a member's disk failed counts as one that it has
+    FailedCountsAsWritten,
+    /// What a Syncing member has is compared by the watermark of others
+    SyncingBelowTheWatermark,
+    /// A Syncing member that has not heard of the last view stays Syncing
+    BehindStays,
+    /// What a view that was given up half-way told to some members is not told again
+    GivenUpViewForgotten,
+    /// That a new store has nothing is not told again after a view that was given up half-way
+    NewStoreNotTold,
+    /// The sequences of a client begin below those of the one before
+    SequencesBeginAnew,
     /// A member that lost power, and its cache with it, is the reference
     PowerLossIgnored,
     /// Writes that only the other member has are not brought in line
@@ -156,6 +180,8 @@ mutants! {
     AbsentNotTold,
     /// What a member has of an earlier attachment is not looked at when it rejoins
     LeftBehindIgnored,
+    /// What a member has of an earlier attachment is looked at once, whatever becomes of that rejoin
+    LeftBehindSeenOnce,
 
     // The data path.
     /// Overlapping writes are sent at once
@@ -170,7 +196,7 @@ mutants! {
     ReadPassesBarrier,
     /// The watermark passes writes in flight
     WatermarkTooHigh,
-    /// The watermark passes a write that was given up
+    /// The watermark passes a write that was given up, and members take it from a view that is not committed
     UnsettledForgotten,
     /// A flush completes with the first answer
     FlushByOneLeg,

@@ -5,7 +5,9 @@ use crate::pool::{
     Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Refusal, Sequence, View, ViewStep,
 };
 use crate::time::Time;
-use crate::wire::{Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError};
+use crate::wire::{
+    Attach, AttachReply, DirtyAddition, HelloReply, Kind, MessageHeader, SetView, Status, WireError,
+};
 
 impl Client {
     pub(super) fn message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
@@ -34,11 +36,7 @@ impl Client {
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
-                    Kind::Pong => {
-                        if let Some(link) = self.link_mut(id) {
-                            link.ping_since = None;
-                        }
-                    }
+                    Kind::Pong => self.pong(id, header),
                     Kind::Goodbye => self.drop_link(id, "the node is stopping"),
                     _ => self.drop_link(id, &format!("protocol error: {kind:?} is not expected by a client")),
                 }
@@ -46,6 +44,18 @@ impl Client {
             (_, kind) => {
                 self.drop_link(id, &format!("protocol error: {kind:?} before the hello was answered"))
             }
+        }
+    }
+
+    /// A node is there. One that has been attached to since its hello is greeted anew by a client that waits: the member which
+    /// that waits for may be needed no more.
+    fn pong(&mut self, id: LinkId, header: &MessageHeader) {
+        if let Some(link) = self.link_mut(id) {
+            link.ping_since = None;
+        }
+        let is_past = |r: &HelloReply| (r.epoch, r.view.number) != (header.epoch, header.view);
+        if matches!(self.state, State::Gathering { .. }) && self.hello_of(id).is_some_and(is_past) {
+            self.drop_link(id, "the pool was in use since it was asked");
         }
     }
 
@@ -232,13 +242,13 @@ impl Client {
         let lost = recovery::lost_in_attach(&best, attached, stale, behind);
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
-        if !self.own_epochs.is_empty() && !newly_out.is_empty() {
+        if !self.own_epochs.is_empty() && !newly_out.is_empty() && !mutant!(GivenUpViewForgotten) {
             additions.extend(self.missed_by(newly_out));
         }
         // So did one that was given up with a new store in it: the store has nothing, and some do not know that.
         let is_news = |m: &&MemberView| replies.iter().any(|(_, r)| !r.view.has_store(m.id, m.store));
         let new: MemberSet = best.members.iter().filter(is_news).map(|m| m.id).collect();
-        if !new.is_empty() {
+        if !new.is_empty() && !mutant!(NewStoreNotTold) {
             additions.push(DirtyAddition { members: new, offset: 0, length: spec.size });
         }
         match best.step(ViewStep::Attach(lost), self.epoch) {
@@ -540,6 +550,9 @@ impl Client {
 
     /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest.
     pub(super) fn go_on_above(&mut self, reply: &AttachReply) {
+        if mutant!(SequencesBeginAnew) {
+            return;
+        }
         let highest = reply.slots.iter().map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
     }

@@ -31,13 +31,15 @@ impl Client {
         // earlier clients. Its own watermark passes that when the view is committed.
         let open = |m: MemberId, r: &AttachReply| -> Vec<SlotEntry> {
             let is_clean = best.clean().contains(m);
-            let known = if is_clean { watermark } else { watermark.min(r.watermark) };
+            let is_known = is_clean || mutant!(SyncingBelowTheWatermark);
+            let known = if is_known { watermark } else { watermark.min(r.watermark) };
             r.slots.iter().filter(|s| s.sequence > known && !self.sends_again(s)).copied().collect()
         };
         let newest = |m: MemberId, r: &AttachReply| {
             open(m, r).iter().filter(|s| !s.failed).map(|s| u128::from(s.sequence.0)).sum::<u128>()
         };
-        let is_whole = |m: MemberId, r: &AttachReply| !open(m, r).iter().any(|s| s.failed);
+        let is_whole =
+            |m: MemberId, r: &AttachReply| !open(m, r).iter().any(|s| s.failed) || mutant!(FailedIsReference);
         // One that still has what was not flushed comes first. Then one whose disk failed no write: every Clean member has all
         // that completed, and nothing brings a write into order again that was carried out in part.
         let has_power = |m: MemberId| !powerless.contains(m) || mutant!(PowerLossIgnored);
@@ -53,7 +55,9 @@ impl Client {
         for (member, reply) in replies.iter().filter(|(m, _)| m != reference) {
             let mut missed: Vec<(u64, u64)> = Vec::new();
             let (ours, theirs) = (open(*reference, source), open(*member, reply));
-            let differs = |a: &SlotEntry, others: &[SlotEntry]| a.failed || !others.contains(a);
+            let differs = |a: &SlotEntry, others: &[SlotEntry]| {
+                a.failed && !mutant!(FailedCountsAsWritten) || !others.contains(a)
+            };
             missed.extend(ours.iter().filter(|s| differs(s, &theirs)).map(range));
             if !mutant!(OnlyReferenceCounts) {
                 missed.extend(theirs.iter().filter(|s| differs(s, &source.slots)).map(range));

@@ -70,11 +70,10 @@ impl Replica {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_committed(header);
                 }
-                self.outputs.push_back(Output::Send(
-                    connection,
-                    header.reply(Kind::Pong, Status::Ok),
-                    ReplyPayload::None,
-                ));
+                // One that waits for the pool learns by it that what the hello told is of the past.
+                let mut pong = header.reply(Kind::Pong, Status::Ok);
+                (pong.epoch, pong.view) = (self.epoch, self.view.number);
+                self.outputs.push_back(Output::Send(connection, pong, ReplyPayload::None));
             }
             _ => {
                 self.outputs.push_back(Output::Close(connection, "a message that only a node sends"));
@@ -220,7 +219,9 @@ impl Replica {
             return self.answer(connection, &header, Kind::AttachReply, Status::IoError, text);
         }
         let mut slots: Vec<_> = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
-        slots.extend(&self.failed_writes);
+        if !mutant!(FailedWriteNotTold) {
+            slots.extend(&self.failed_writes);
+        }
         if slots.len() > usize::from(MAX_SLOTS) {
             // More than can be told: as if nothing were known, but for how far the sequences have come.
             slots.sort_unstable_by_key(|s| std::cmp::Reverse(s.sequence));
@@ -362,7 +363,8 @@ impl Replica {
         } else {
             next.number == self.view.number.next() && self.resync.is_none()
         };
-        next.state(self.member) == Some(MemberState::Syncing) && !(was_syncing && is_in_step)
+        let is_known = was_syncing && is_in_step && !mutant!(HandoverWithEachView);
+        next.state(self.member) == Some(MemberState::Syncing) && !is_known
     }
 
     /// The maps are taken over.
@@ -446,6 +448,9 @@ impl Replica {
         if pending.view.epoch > self.view.epoch {
             // Not before: an attach may be given up half-way.
             self.watermark = Sequence(0);
+            if mutant!(UnsettledForgotten) {
+                self.watermark = pending.header.watermark;
+            }
         }
         self.view = pending.view.clone();
         let old = std::mem::replace(&mut self.spec, pending.spec.clone());
@@ -459,6 +464,9 @@ impl Replica {
 
     pub(super) fn view_durable(&mut self, view: ViewNumber) {
         let Some(pending) = self.set_view.take_if(|p| p.adopted && p.view.number == view) else { return };
+        if mutant!(SettledBeforeCommit) {
+            self.note_committed(&pending.header);
+        }
         if self.broken {
             // Not durable: nothing that rests on the view may be forgotten.
             let kind = Kind::SetViewReply;

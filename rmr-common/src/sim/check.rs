@@ -40,12 +40,21 @@ impl World<'_> {
 
     pub(super) fn cover_message(&mut self, index: usize, header: &MessageHeader) {
         let node = &mut self.nodes[index];
+        let Some(view) = node.replica.as_ref().map(replica::Replica::view) else { return };
+        let is_syncing = view.state(node.member) == Some(MemberState::Syncing);
+        let is_skipped = header.view > view.number.next();
         match header.kind {
+            Kind::Attach if view.epoch < header.epoch && node.answered == header.epoch => {
+                self.coverage.hit("rejoin anew after one that broke off");
+            }
             Kind::Attach if node.disk.running.values().any(super::disk::Running::is_write) => {
                 self.coverage.hit("attach waits for disk requests of the one before");
             }
             Kind::SetView if std::mem::replace(&mut node.has_pending_view, true) => {
                 self.coverage.hit("second view while the first is pending");
+                if is_syncing && is_skipped {
+                    self.coverage.hit("Syncing member never gets to see a view");
+                }
             }
             _ => {} // Not a situation that is counted.
         }
@@ -64,6 +73,7 @@ impl World<'_> {
                     return Err(format!("node {index} answers epoch {} before it is durable", header.epoch));
                 }
                 node.answered = node.answered.max(header.epoch);
+                node.has_pending_view = false;
             }
             (Kind::AttachReply, Status::StaleEpoch) => self.coverage.hit("attach refused: stale epoch"),
             (Kind::SetViewReply, Status::Ok) => {
@@ -337,6 +347,7 @@ impl World<'_> {
     }
 
     fn attached(&mut self, host: usize, view: View) -> Check {
+        self.cover_attached(&view);
         if self.hosts[host].is_fenced {
             return Err(format!("client {host} attached again after another one had attached"));
         }
@@ -362,11 +373,15 @@ impl World<'_> {
             // Nobody promised this client anything of what others had not flushed.
             self.give_up_unflushed(view.clean())?;
         }
+        if let Some(last) = self.committed.as_ref().filter(|last| last.epoch >= view.epoch) {
+            return Err(format!("client {host} attached with {view} after {last}: the epoch is not its own"));
+        }
         self.check_agreement(&view)?;
         self.view_committed(host, view)
     }
 
     fn view_committed(&mut self, host: usize, view: View) -> Check {
+        self.aim_committed();
         self.hosts[host].is_changing = false;
         self.hosts[host].committed = Some(view.clone());
         for connection in self.hosts[host].links.clone().into_iter().flatten() {
