@@ -1,6 +1,7 @@
 //! Pools that change while they are in use, by `rmrctl` as an operator would: copies come and go, disks are replaced, hosts are
 //! taken down by plan, the pool grows; with processes killed in the middle, and every command given twice.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -12,7 +13,7 @@ use cloud_hypervisor_tests::lab::{
     self, Daemon, DaemonBuilder, Disk, FrontendBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder, Status,
     VmBuilder, wait_until,
 };
-use cloud_hypervisor_tests::scenario::{Writer, check_everything};
+use cloud_hypervisor_tests::scenario::{Counters, Writer, check_everything};
 use serde_json::Value;
 
 const MIB: u64 = 64;
@@ -104,6 +105,8 @@ fn a_replaced_disk_is_filled_and_planned_maintenance_costs_what_was_missed() -> 
             "{missed:?} bytes are to be moved where {MISSED} blocks were missed"
         );
         pool.operate("maintenance", &["2", "off", "--wait"])?;
+        let written = Counters::of(&nodes[2])?.get("rmr_store_resync_written_blocks_total")?;
+        ensure!(written == MISSED, "{written} blocks were written where {MISSED} were missed");
         pool.operate("maintenance", &["2", "off"])?;
         ensure!(disk.flush(0)? == Status::Ok);
         drop(disk);
@@ -233,52 +236,129 @@ fn without_a_guest_rmrctl_changes_the_pool_brings_copies_up_to_date_and_goes() -
     })
 }
 
+/// Who is killed in the middle of a command.
+#[derive(Clone, Copy, Debug)]
+enum Victim {
+    /// Nobody: to learn how long the command takes.
+    None,
+    Rmrctl,
+    /// The coordinator.
+    Daemon,
+    /// The node of the new store, or of member 1.
+    Node,
+}
+
+/// A pool on nodes a and b, two nodes besides, and commands that are cut short.
+struct Interrupted<'a> {
+    lab: &'a Lab,
+    nodes: Vec<Node>,
+    pool: Pool,
+    /// The pool, as an operator asks for it who names every node.
+    asked: Pool,
+    daemon: Daemon,
+    disk: Option<lab::Frontend>,
+    /// How long each command takes when nobody is killed.
+    usual: BTreeMap<String, Duration>,
+    kills: u32,
+    /// Those that came while the command ran.
+    hits: u32,
+}
+
+impl Interrupted<'_> {
+    /// Gives a command, kills the victim after this share of the usual time, and repeats the command until it is done.
+    fn command(
+        &mut self,
+        (victim, percent): (Victim, u32),
+        node: usize,
+        command: &str,
+        arguments: &[&str],
+    ) -> Result<Value> {
+        let begin = Instant::now();
+        if !matches!(victim, Victim::None) {
+            let mut child = spawn(self.asked.operator(command, arguments)?)?;
+            let usual = self.usual.get(command).context("a command that was not measured")?;
+            thread::sleep(*usual * percent / 100);
+            self.kills += 1;
+            self.hits += u32::from(child.try_wait()?.is_none());
+            match victim {
+                Victim::None => {}
+                Victim::Rmrctl => child.kill()?,
+                Victim::Node => self.nodes[node].kill()?,
+                Victim::Daemon => {
+                    self.daemon.kill()?;
+                    self.disk = None;
+                }
+            }
+            match victim {
+                Victim::None | Victim::Rmrctl => {}
+                Victim::Node => self.nodes[node].restart(self.lab)?,
+                Victim::Daemon => {
+                    let name = format!("daemon-{}", self.kills);
+                    self.daemon = DaemonBuilder::new(&self.pool).name(&name).start(self.lab)?;
+                    self.disk = Some(attach(&self.daemon)?);
+                }
+            }
+            // It goes on with the coordinator or the node that is back, or says that it cannot.
+            wait_until("rmrctl to end", LIMIT, || Ok(child.try_wait()?.is_some()))?;
+        }
+        let done = until_done(command, || self.asked.operate(command, arguments))
+            .with_context(|| format!("{command} {arguments:?}, {victim:?} killed after {percent} %"))?;
+        self.usual.entry(command.to_owned()).or_insert_with(|| begin.elapsed());
+        Ok(done)
+    }
+
+    /// Every change once, each cut short in this way; at the end the pool is as it was, and larger.
+    fn all_changes(&mut self, cut: (Victim, u32), size_mib: u64) -> Result<()> {
+        let [at_b, at_c, at_d] = [1, 2, 3].map(|node| admin(&self.nodes[node]));
+        let added = self.command(cut, 2, "add-member", &["--member", &at_c])?["member"].to_string();
+        let to_d = [&added, "--to", &at_d, "--delete-store"];
+        let moved = self.command(cut, 3, "move", &to_d)?["member"].to_string();
+        self.command(cut, 3, "maintenance", &[&moved, "on"])?;
+        self.command(cut, 1, "grow", &["--size", &format!("{size_mib}M")])?;
+        self.command(cut, 3, "maintenance", &[&moved, "off"])?;
+        self.command(cut, 3, "remove-member", &[&moved, "--delete-store"])?;
+        for node in [2, 3] {
+            ensure!(store_files(&self.nodes[node])? == 0, "the store of a removed member is still there");
+        }
+        let disk = self.disk.as_mut().context("the guest is attached")?;
+        ensure!(disk.capacity()? * 512 == size_mib << 20, "the guest was not told that its disk has grown");
+
+        self.pool.wait_for_level("safe", LIMIT)?;
+        let b = &mut self.nodes[1];
+        b.kill()?;
+        for entry in fs::read_dir(b.store_dir())? {
+            fs::remove_file(entry?.path())?;
+        }
+        b.restart(self.lab)?;
+        self.pool.wait_for_level("degraded", LIMIT)?;
+        self.command(cut, 1, "replace", &["1", "--member", &at_b])?;
+        self.pool.wait_for_level("safe", LIMIT)
+    }
+}
+
 #[test]
-fn commands_that_are_killed_or_lose_their_coordinator_or_a_node_are_finished_by_repeating_them() -> Result<()>
-{
+fn every_change_is_finished_by_repeating_it_whoever_was_killed_in_its_middle() -> Result<()> {
     lab::run("killed commands", |lab| {
-        let mut nodes = start_nodes(lab, &["a", "b", "c"])?;
+        let nodes = start_nodes(lab, &["a", "b", "c", "d"])?;
         let pool = create(lab, &nodes[..2])?;
         let mut promises = new_promises(33);
-        let mut daemon = DaemonBuilder::new(&pool).name("daemon").start(lab)?;
+        let daemon = DaemonBuilder::new(&pool).name("daemon").start(lab)?;
         under_load(&pool, &daemon, &mut promises, || {
             thread::sleep(Duration::from_millis(200));
             Ok(())
         })?;
-        let at_c = admin(&nodes[2]);
-        let with_c = pool.clone().with(&nodes[2]);
-        for round in 0..4_u64 {
-            let disk = attach(&daemon)?;
-            let mut adding = spawn(pool.operator("add-member", &["--member", &at_c])?)?;
-            thread::sleep(Duration::from_millis(3 + 9 * round));
-            match round % 3 {
-                0 => adding.kill()?,
-                1 => daemon.kill()?,
-                _ => nodes[2].kill()?,
-            }
-            adding.wait()?;
-            drop(disk);
-            if round % 3 == 1 {
-                daemon = DaemonBuilder::new(&pool).name(&format!("daemon-{round}")).start(lab)?;
-            }
-            if round % 3 == 2 {
-                nodes[2].restart(lab)?;
-            }
-            let disk = attach(&daemon)?;
-            // The node that is killed in mid-resync comes back, and all goes on.
-            until_done("add-member", || with_c.operate("add-member", &["--member", &at_c]))?;
-            let victim = usize::try_from(round % 2)?;
-            nodes[victim].kill()?;
-            nodes[victim].restart(lab)?;
-            with_c.operate("resync", &["--wait-timeout", "60"])?;
-            let mut removing = spawn(with_c.operator("remove-member", &["2", "--delete-store"])?)?;
-            thread::sleep(Duration::from_millis(2 + 7 * round));
-            removing.kill()?;
-            removing.wait()?;
-            until_done("remove-member", || with_c.operate("remove-member", &["2", "--delete-store"]))?;
-            ensure!(store_files(&nodes[2])? == 0, "the store of the removed member is still there");
-            drop(disk);
+        let disk = Some(attach(&daemon)?);
+        let (asked, usual) = (pool.clone().with(&nodes[2]).with(&nodes[3]), BTreeMap::new());
+        let mut system = Interrupted { lab, nodes, pool, asked, daemon, disk, usual, kills: 0, hits: 0 };
+        system.all_changes((Victim::None, 0), MIB)?;
+        let cuts = [(Victim::Rmrctl, 30), (Victim::Daemon, 50), (Victim::Node, 60), (Victim::Rmrctl, 80)];
+        for (size_mib, cut) in (MIB + 4..).step_by(4).zip(cuts) {
+            system.all_changes(cut, size_mib).with_context(|| format!("with {cut:?}"))?;
         }
+        let Interrupted { pool, daemon, disk, kills, hits, .. } = system;
+        eprintln!("{hits} of {kills} kills came while the command ran");
+        ensure!(hits * 3 > kills, "only {hits} of {kills} kills came while the command ran");
+        drop(disk);
         check_everything(&pool, &daemon, &mut promises)?;
         daemon.stop()
     })

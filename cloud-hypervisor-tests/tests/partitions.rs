@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use cloud_hypervisor_tests::bench::verify::{Promises, Unwritten};
-use cloud_hypervisor_tests::lab::{self, DaemonBuilder, Network, NodeBuilder, Pool, PoolBuilder};
+use cloud_hypervisor_tests::lab::{self, DaemonBuilder, Network, NodeBuilder, Pool, PoolBuilder, wait_until};
 use cloud_hypervisor_tests::scenario::{Writer, check_everything};
+use serde_json::Value;
 
 const MIB: u64 = 64;
 const WRITER: Writer = Writer { depth: 16, rate: 1500, span: None };
@@ -15,7 +16,9 @@ const WRITER: Writer = Writer { depth: 16, rate: 1500, span: None };
 const LIMIT: Duration = Duration::from_secs(40);
 /// The daemon drops a leg that is silent for so long, a node gives a connection up.
 const LEG_TIMEOUT_MS: &str = "800";
-/// Well beyond that.
+/// So slow that what is missed in a cut takes about a second, and a resync can be met under way.
+const RESYNC_BYTES_PER_S: u64 = 6 << 20;
+/// Well beyond the timeout.
 const LOST: Duration = Duration::from_millis(1600);
 /// Well within.
 const UNNOTICED: Duration = Duration::from_millis(250);
@@ -33,7 +36,8 @@ fn every_connection_cut_in_every_direction_under_load_heals_and_no_promise_is_br
     };
     lab::run(test, |lab| {
         let node = |name| {
-            let settings = format!("leg_timeout_ms = {LEG_TIMEOUT_MS}");
+            let settings =
+                format!("leg_timeout_ms = {LEG_TIMEOUT_MS}\n[resync]\nbytes_per_s = {RESYNC_BYTES_PER_S}");
             NodeBuilder::new(name).host(network.host(name)?).settings(&settings).start(lab)
         };
         let (a, b) = (node(A)?, node(B)?);
@@ -62,7 +66,9 @@ impl Cuts<'_> {
     fn all(&self) -> Result<()> {
         self.pool.wait_for_level("safe", LIMIT)?;
         let both = |x: &'static str, y: &'static str| [(x, y), (y, x)];
+        let view = self.view()?;
         self.named("too short to be noticed", || self.during(&both(HYPERVISOR, B), || rest(UNNOTICED)))?;
+        ensure!(self.view()? == view, "a cut of {UNNOTICED:?} was noticed: {view} became {}", self.view()?);
         for node in [B, A] {
             self.named(&format!("daemon and node {node}"), || {
                 self.during(&both(HYPERVISOR, node), || self.becomes("degraded"))
@@ -91,24 +97,72 @@ impl Cuts<'_> {
                 self.heal(cut)
             })?;
         }
-        for after_ms in [900, 1300, 1700] {
-            self.named(&format!("between the nodes, {after_ms} ms into the return of one"), || {
-                self.during(&both(HYPERVISOR, B), || self.becomes("degraded"))?;
-                thread::sleep(Duration::from_millis(after_ms));
-                self.during(&both(A, B), || rest(LOST))
+        for under_way in ["begun", "half done"] {
+            self.named(&format!("between the nodes, with the resync of one {under_way}"), || {
+                self.during(&both(HYPERVISOR, B), || {
+                    self.becomes("degraded")?;
+                    rest(LOST)
+                })?;
+                let left = self.resyncs()?;
+                if under_way == "half done" {
+                    wait_until("half of the resync", LIMIT, || Ok(self.missed_by_b()? < left / 2))?;
+                }
+                ensure!(self.pool.level()? != "safe", "the resync had ended before the cut");
+                self.during(&both(A, B), || {
+                    rest(LOST)?;
+                    ensure!(self.pool.level()? != "safe", "member B was made Clean without its source");
+                    Ok(())
+                })
             })?;
         }
         // Nobody is asked meanwhile: the operator's questions to B would wait for answers.
+        let view = self.view()?;
         self.named("the cable of B", || self.unplugged(&[B], || rest(LOST)))?;
+        ensure!(self.view()? != view, "the daemon did not notice that B was gone");
         self.named("the cables of both nodes", || self.unplugged(&[A, B], || rest(LOST)))?;
-        self.named("the cable of the hypervisor", || self.unplugged(&[HYPERVISOR], || rest(LOST)))
+        self.named("the cable of the hypervisor", || {
+            self.unplugged(&[HYPERVISOR], || {
+                wait_until("the nodes to miss their client", LIMIT, || Ok(self.client()? != "attached"))
+            })
+        })
     }
 
-    /// One cut: afterwards the pool must become safe by itself.
+    /// Epoch and number of the view that the nodes tell.
+    fn view(&self) -> Result<String> {
+        let status = self.pool.status()?;
+        Ok(format!("view {} of epoch {}", status["view"], status["epoch"]))
+    }
+
+    /// What the nodes say of their client.
+    fn client(&self) -> Result<String> {
+        let status = self.pool.status()?;
+        let state = status.pointer("/assessment/client/state").and_then(Value::as_str);
+        Ok(state.unwrap_or("none").to_owned())
+    }
+
+    /// Bytes that member B misses, as the operator is told.
+    fn missed_by_b(&self) -> Result<u64> {
+        let status = self.pool.status()?;
+        let missed = status.pointer("/assessment/members/1/missed_bytes").and_then(Value::as_u64);
+        missed.with_context(|| format!("expected what member 1 misses, found {status}"))
+    }
+
+    /// Waits until member B is Syncing; what it misses then.
+    fn resyncs(&self) -> Result<u64> {
+        wait_until("member B to be Syncing", LIMIT, || {
+            Ok(self.pool.status()?.pointer("/assessment/members/1/state") == Some(&"syncing".into()))
+        })?;
+        self.missed_by_b()
+    }
+
+    /// One cut: afterwards the daemon must be attached again and the pool safe, by themselves.
     fn named(&self, what: &str, cut: impl FnOnce() -> Result<()>) -> Result<()> {
         let begin = Instant::now();
         cut().with_context(|| format!("cut: {what}"))?;
-        self.pool.wait_for_level("safe", LIMIT).with_context(|| format!("after the cut: {what}"))?;
+        wait_until("the daemon to be attached and the pool to be safe", LIMIT, || {
+            Ok(self.client()? == "attached" && self.pool.level()? == "safe")
+        })
+        .with_context(|| format!("after the cut: {what}"))?;
         eprintln!("  {what}: safe again after {:.1} s", begin.elapsed().as_secs_f64());
         Ok(())
     }

@@ -237,8 +237,22 @@ pub(super) fn resync(lab: &Lab, effort: Effort) -> Result<Counts> {
     let areas = system.pool.areas()?;
     let missed = stores::different_blocks(&areas[0], &areas[1])? as u64;
     ensure!(missed > 0, "nothing was written while node b was away");
+    let before = Counters::of(&system.nodes[0])?;
     system.nodes[1].restart(lab)?;
     system.pool.wait_for_level("safe", LIMIT).context("node b is back")?;
+    // The node that was started again counts from nothing.
+    let (source, stale) = (Counters::of(&system.nodes[0])?.minus(&before)?, Counters::of(&system.nodes[1])?);
+    exactly(&stale, "rmr_store_resync_written_blocks_total", missed)?;
+    exactly(&stale, "rmr_store_writes_total", 0)?;
+    for (counters, name) in
+        [(&source, "rmr_store_resync_sent_bytes_total"), (&stale, "rmr_store_resync_received_bytes_total")]
+    {
+        let (moved, least) = (counters.get(name)?, missed * 4096);
+        ensure!(
+            (least..=least + least / 100).contains(&moved),
+            "{missed} blocks were missed, and {name} is {moved}: expected {least} bytes and at most 1 % more"
+        );
+    }
     drop(disk);
     system.check_everything(&daemon)?;
     daemon.stop()?;

@@ -74,6 +74,7 @@ async fn conclude(
 pub(super) async fn remove(context: &Context, args: &RemoveMemberArgs) -> Result<Outcome, CtlError> {
     let (survey, picture) = look(context, &args.pool).await?;
     let (member, name) = (args.member.0, picture.spec.name.clone());
+    ensure_found(&survey, &picture, member, args.delete_store)?;
     let left = leave(context, &survey, &picture, member, args.delete_store).await?;
     let (survey, picture) = look(context, &args.pool).await?;
     let mut headline = match left.was_member {
@@ -87,8 +88,9 @@ pub(super) async fn remove(context: &Context, args: &RemoveMemberArgs) -> Result
 
 pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Outcome, CtlError> {
     let context = &context.with_node(&args.to.node);
-    let (_, picture) = look(context, &args.pool).await?;
+    let (survey, picture) = look(context, &args.pool).await?;
     let (from, name) = (args.member.0, picture.spec.name.clone());
+    ensure_found(&survey, &picture, from, args.delete_store)?;
     // Known before the new copy is added, and gone from the pool once it was moved away from.
     let leaves = picture.spec.member(from).cloned();
     let joined = join(context, &args.pool, None, &args.to, &args.store).await?;
@@ -362,6 +364,18 @@ impl Left {
             )
         });
         deleted.chain(kept).collect()
+    }
+}
+
+/// A store that is to be deleted has to be on a node that was asked, or it would stay for good without a word.
+fn ensure_found(survey: &Survey, picture: &Picture, member: MemberId, deletes: bool) -> Result<(), CtlError> {
+    match picture.spec.member(member) {
+        Some(current) if deletes && survey.holder(current.store).is_none() => Err(CtlError::failed(format!(
+            "nothing was done: the store of member {member}, at {}, is on none of the nodes that answered, and cannot be deleted; \
+             name the admin address of its node with --node, or leave --delete-store out if that node is gone",
+            current.address
+        ))),
+        _ => Ok(()),
     }
 }
 

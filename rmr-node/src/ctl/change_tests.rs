@@ -133,6 +133,18 @@ fn a_member_is_removed_and_its_store_deleted_only_when_said() {
 }
 
 #[test]
+fn a_store_that_cannot_be_deleted_since_nobody_has_it_is_said_before_anything_is_done() {
+    let (a, b) = in_use([]);
+    let c = FakeNode::start("n2");
+    for command in [&["remove-member", "vm-1", "1"][..], &["move", "vm-1", "1", "--to", &c.address()]] {
+        let error = run(&[&a], &[&["pool"], command, &["--delete-store"]].concat()).unwrap_err();
+        assert!(error.contains("nothing was done") && error.contains("tcp://n1:7700"), "{error}");
+        assert!(error.contains("--node"), "{error}");
+    }
+    assert_eq!((commands(&a), b.store_count(), c.store_count()), (vec![], 1, 0));
+}
+
+#[test]
 fn a_removal_that_is_run_again_deletes_what_is_left() {
     let (a, b) = in_use([]);
     let mut alone = pool_status("vm-1", 1, 0);
