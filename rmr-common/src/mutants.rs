@@ -170,8 +170,6 @@ mutants! {
     GivenUpViewForgotten,
     /// That a new store has nothing is not told again after a view that was given up half-way
     NewStoreNotTold,
-    /// The sequences of a client begin below those of the one before
-    SequencesBeginAnew,
     /// A member that lost power, and its cache with it, is the reference
     PowerLossIgnored,
     /// Writes that only the other member has are not brought in line

@@ -5,21 +5,30 @@
 //! the simulator or the protocol has changed, others are: first of the same kind of run, then any.
 //!
 //! `RMR_MUTANTS` names the mistakes to make (all), `RMR_MUTANT_SEEDS` the most seeds of each search (3000),
-//! `RMR_MUTANT_RECORD=1` writes the seeds that were found to the file.
+//! `RMR_MUTANT_SECONDS` after how long no search goes on (never). `RMR_MUTANT_RECORD=1` writes the seeds that were found to
+//! the file, and the table of `docs/simulator.md`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use rmr_common::mutants::{self, Mutant};
 use rmr_common::sim;
 
 const SEEDS: u64 = 3000;
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mutants.seeds");
+const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/simulator.md");
+/// Where the table begins on that page; it goes on to the end.
+const HEAD: &str = "| mistake | what is done wrong | seed | rule that it breaks |\n";
+/// Characters of a rule in the table.
+const RULE: usize = 90;
+
+/// No seed has broken a rule without a mistake.
+static IS_SOUND: AtomicBool = AtomicBool::new(true);
 
 fn main() -> ExitCode {
     match run() {
@@ -37,10 +46,9 @@ fn main() -> ExitCode {
 
 /// Returns the mistakes that were not found.
 fn run() -> Result<Vec<Mutant>, String> {
-    let seeds = match std::env::var("RMR_MUTANT_SEEDS") {
-        Err(_) => SEEDS,
-        Ok(text) => text.parse().map_err(|error| format!("RMR_MUTANT_SEEDS: expected a number: {error}"))?,
-    };
+    let seeds = number("RMR_MUTANT_SEEDS", SEEDS)?;
+    let deadline = Instant::now() + Duration::from_secs(number("RMR_MUTANT_SECONDS", 1_000_000)?);
+    let is_recording = std::env::var("RMR_MUTANT_RECORD").is_ok_and(|v| v == "1");
     let named = std::env::var("RMR_MUTANTS").unwrap_or_default();
     let named: Vec<_> = named.split([',', ' ']).filter(|n| !n.is_empty()).collect();
     let chosen: Vec<Mutant> = mutants::ALL
@@ -56,11 +64,11 @@ fn run() -> Result<Vec<Mutant>, String> {
     std::panic::set_hook(Box::new(|_| {}));
     println!("{:<28} {:>6} {:>6}  rule that it breaks", "mistake", "seed", "s");
     let begun = Instant::now();
-    let mut survivors = Vec::new();
+    let (mut survivors, mut lines) = (Vec::new(), BTreeMap::new());
     for mutant in &chosen {
         let since = Instant::now();
         let name = format!("{mutant:?}");
-        let found = find(*mutant, known.get(&name).copied(), seeds);
+        let found = find(*mutant, known.get(&name).copied(), seeds, deadline);
         let seconds = since.elapsed().as_secs_f64();
         let Some((seed, rule)) = found else {
             println!("{name:<28} {:>6} {seconds:>6.1}  NOT FOUND: {}", "-", mutant.description());
@@ -68,24 +76,47 @@ fn run() -> Result<Vec<Mutant>, String> {
             continue;
         };
         println!("{name:<28} {seed:>6} {seconds:>6.1}  {rule}");
-        // It must be the mistake that breaks the rule.
-        if let Some(rule) = violation(None, seed) {
-            return Err(format!("seed {seed} breaks a rule without a mistake: {rule}"));
-        }
+        lines.insert(name.clone(), rule);
         known.insert(name, seed);
     }
     let found = chosen.len() - survivors.len();
     println!("{found} of {} mistakes were found in {:.0} s", chosen.len(), begun.elapsed().as_secs_f64());
-    if std::env::var("RMR_MUTANT_RECORD").is_ok_and(|v| v == "1") {
-        let mut text = String::new();
-        for mutant in mutants::ALL {
-            if let Some(seed) = known.get(&format!("{mutant:?}")) {
-                writeln!(text, "{mutant:?} {seed}").map_err(|e| e.to_string())?;
-            }
-        }
-        std::fs::write(FILE, text).map_err(|e| format!("{FILE}: {e}"))?;
+    if is_recording {
+        record(&known, &lines)?;
     }
-    Ok(survivors)
+    if IS_SOUND.load(Ordering::Relaxed) { Ok(survivors) } else { Err("see above".into()) }
+}
+
+fn number(name: &str, default: u64) -> Result<u64, String> {
+    let Ok(text) = std::env::var(name) else { return Ok(default) };
+    text.parse().map_err(|error| format!("{name} is '{text}', expected a number: {error}"))
+}
+
+/// Writes down which seeds found what, and what rules were broken.
+fn record(known: &BTreeMap<String, u64>, rules: &BTreeMap<String, String>) -> Result<(), String> {
+    let page = std::fs::read_to_string(PAGE).map_err(|e| format!("{PAGE}: {e}"))?;
+    let (before, old) = page.split_once(HEAD).ok_or_else(|| format!("{PAGE} has no line '{HEAD}'"))?;
+    let (mut seeds, mut table) = (String::new(), format!("{HEAD}|---|---|---|---|\n"));
+    for mutant in mutants::ALL {
+        let name = format!("{mutant:?}");
+        let Some(seed) = known.get(&name) else { continue };
+        writeln!(seeds, "{name} {seed}").map_err(|e| e.to_string())?;
+        let line = match rules.get(&name) {
+            Some(rule) => {
+                let is_long = rule.chars().count() > RULE;
+                let rule: String = rule.chars().take(RULE).collect::<String>().replace('|', "/");
+                let (rule, rest) = (rule.trim_end(), if is_long { " …" } else { "" });
+                format!("| {name} | {} | {seed} | {rule}{rest} |", mutant.description())
+            }
+            // It was not tried now.
+            None => {
+                old.lines().find(|l| l.starts_with(&format!("| {name} |"))).unwrap_or_default().to_owned()
+            }
+        };
+        writeln!(table, "{line}").map_err(|e| e.to_string())?;
+    }
+    std::fs::write(FILE, seeds).map_err(|e| format!("{FILE}: {e}"))?;
+    std::fs::write(PAGE, before.to_owned() + &table).map_err(|e| format!("{PAGE}: {e}"))
 }
 
 fn read_known() -> Result<BTreeMap<String, u64>, String> {
@@ -99,33 +130,30 @@ fn read_known() -> Result<BTreeMap<String, u64>, String> {
 }
 
 /// The first seed that breaks a rule with this mistake made, and the rule.
-fn find(mutant: Mutant, known: Option<u64>, most: u64) -> Option<(u64, String)> {
-    let Some(known) = known else { return search(mutant, (1..=most).collect()) };
-    if let Some(rule) = violation(Some(mutant), known) {
+fn find(mutant: Mutant, known: Option<u64>, most: u64, deadline: Instant) -> Option<(u64, String)> {
+    let Some(known) = known else { return search(mutant, (1..=most).collect(), deadline) };
+    if let Some(rule) = broken(mutant, known) {
         return Some((known, rule));
     }
     // Seeds that break many rules are found at once among all.
     let few = (1..=50.min(most)).collect();
-    search(mutant, few).or_else(|| {
+    search(mutant, few, deadline).or_else(|| {
         let same_kind = (0..most / 2).map(|i| known % sim::KINDS + i * sim::KINDS);
         let any = (51..=most / 2).filter(|seed| seed % sim::KINDS != known % sim::KINDS);
-        search(mutant, same_kind.chain(any).collect())
+        search(mutant, same_kind.chain(any).collect(), deadline)
     })
 }
 
-fn search(mutant: Mutant, seeds: Vec<u64>) -> Option<(u64, String)> {
+fn search(mutant: Mutant, seeds: Vec<u64>, deadline: Instant) -> Option<(u64, String)> {
     let next = AtomicU64::new(0);
     let found: Mutex<Option<(u64, String)>> = Mutex::new(None);
     let work = || {
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            let seed = usize::try_from(index).ok().and_then(|i| seeds.get(i));
-            let Some(&seed) = seed.filter(|_| {
-                !found.lock().expect("no thread panics").as_ref().is_some_and(|(i, _)| *i < index)
-            }) else {
-                break;
-            };
-            if let Some(rule) = violation(Some(mutant), seed) {
+            let seed = usize::try_from(index).ok().and_then(|i| seeds.get(i)).copied();
+            let is_found = found.lock().expect("no thread panics").as_ref().is_some_and(|(i, _)| *i < index);
+            let Some(seed) = seed.filter(|_| !is_found && Instant::now() < deadline) else { break };
+            if let Some(rule) = broken(mutant, seed) {
                 let mut found = found.lock().expect("no thread panics");
                 if found.as_ref().is_none_or(|(i, _)| index < *i) {
                     *found = Some((index, rule));
@@ -140,6 +168,15 @@ fn search(mutant: Mutant, seeds: Vec<u64>) -> Option<(u64, String)> {
     });
     let found = found.into_inner().expect("no thread panics");
     found.and_then(|(index, rule)| Some((*seeds.get(usize::try_from(index).ok()?)?, rule)))
+}
+
+/// The rule that one run breaks because of the mistake.
+fn broken(mutant: Mutant, seed: u64) -> Option<String> {
+    let rule = violation(Some(mutant), seed)?;
+    let Some(own) = violation(None, seed) else { return Some(rule) };
+    IS_SOUND.store(false, Ordering::Relaxed);
+    eprintln!("seed {seed} breaks a rule without any mistake: {own}");
+    None
 }
 
 /// The rule that one run breaks.

@@ -550,9 +550,6 @@ impl Client {
 
     /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest.
     pub(super) fn go_on_above(&mut self, reply: &AttachReply) {
-        if mutant!(SequencesBeginAnew) {
-            return;
-        }
         let highest = reply.slots.iter().map(|s| s.sequence).max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
     }

@@ -45,6 +45,10 @@ pub(super) enum Shot {
     Orphan { host: usize, node: usize },
     /// What writes in flight change is read.
     Reread(usize),
+    /// The connection to a node breaks, or all do.
+    Cut { host: usize, node: Option<usize> },
+    /// The power of a node fails.
+    Power(usize),
     /// The connections to all other nodes break.
     CutOthers { host: usize, node: usize },
 }
@@ -74,7 +78,7 @@ pub(super) struct Aiming {
 
 impl Aiming {
     pub(super) fn new(seed: u64) -> Self {
-        let (left, last_commit) = (12, super::oracle::Step::MAX);
+        let (left, last_commit) = (16, super::oracle::Step::MAX);
         let told = std::collections::BTreeMap::new();
         Self { aim: Aim::of(seed), left, absent: None, slow: Vec::new(), last_commit, told }
     }
@@ -93,7 +97,12 @@ impl World<'_> {
         let network = self.profile.network_delay;
         let is_write = matches!(header.kind, Kind::Write | Kind::WriteZeroes | Kind::Discard);
         match (self.aiming.aim, header.kind) {
-            (Aim::HalfViews, Kind::SetView) => self.halve_view(host, node),
+            (Aim::HalfViews | Aim::Orphans, Kind::SetView) => self.halve_view(host, node, header),
+            (Aim::HalfViews, _) if is_write && self.rng.percent(2) => {
+                self.aiming.left -= 1;
+                let node = self.rng.index(self.nodes.len());
+                self.after(network * 2, Event::Aimed(Shot::Power(node)));
+            }
             (Aim::Rivals, Kind::Attach) if self.hosts[host].stalled_until[node] <= self.now => {
                 let is_attaching = self.hosts[host].client.status().state == "attaching";
                 if is_attaching && self.rng.percent(60) {
@@ -109,6 +118,15 @@ impl World<'_> {
                 self.after(1, Event::Burst(host));
                 let delay = self.rng.range(network / 2, network * 3);
                 self.after(delay, Event::HostCrash(host));
+                if self.rng.percent(40) {
+                    // What the disk fails it may carry out in part, and nobody else hears of it.
+                    self.had_errors = true;
+                    let end = delay + network * 2 + self.profile.disk_delay;
+                    for node in 0..self.nodes.len() {
+                        self.nodes[node].disk_errors = self.rng.pick(&[0, 60]);
+                        self.after(end, Event::ErrorsEnd(node));
+                    }
+                }
             }
             (Aim::Orphans, _) if self.is_syncing_for(host, node) => {
                 let is_busy = matches!(header.kind, Kind::ClearDirty | Kind::Flush | Kind::Ping) || is_write;
@@ -130,26 +148,28 @@ impl World<'_> {
         view.and_then(|v| v.state(self.nodes[node].member)) == Some(MemberState::Syncing)
     }
 
-    /// A view is sent to a node: that, or another one, may be the last that hears of it.
-    fn halve_view(&mut self, host: usize, node: usize) {
-        let network = self.profile.network_delay;
-        match self.rng.range(0, 99) {
-            0..=24 => {
-                self.aiming.left -= 1;
-                self.cut_some(host, Some(node));
+    /// A view is sent to a node, which may not get it, or be the last that does.
+    fn halve_view(&mut self, host: usize, node: usize, header: &MessageHeader) {
+        let (network, timeout) = (self.profile.network_delay, self.timeout());
+        let is_attach = self.hosts[host].committed.as_ref().is_none_or(|v| v.epoch < header.epoch);
+        let all = if is_attach { 70 } else { 100 };
+        match self.rng.range(0, all) {
+            0..=11 => self.cut_some(host, Some(node)),
+            12..=27 => {
+                // The others have the time to make it durable.
+                self.hosts[host].stalled_until[node] = self.now + timeout * 2;
+                let delay = self.rng.range(network * 4, (network * 8).max(timeout * 3 / 4));
+                let node = self.rng.percent(60).then_some(node);
+                self.after(delay, Event::Aimed(Shot::Cut { host, node }));
             }
-            25..=29 => {
-                self.aiming.left -= 1;
-                let late = self.timeout() * 2;
-                self.hosts[host].stalled_until[node] = self.now + late;
-            }
-            30..=36 => {
-                self.aiming.left -= 1;
-                let delay = self.rng.range(1, network * 2);
+            28..=35 => {
+                let most = self.rng.pick(&[network * 2, network * 20]) + self.profile.disk_delay;
+                let delay = self.rng.range(1, most);
                 self.after(delay, Event::HostCrash(host));
             }
-            _ => {} // It may arrive.
+            _ => return, // It may arrive.
         }
+        self.aiming.left -= 1;
     }
 
     /// Writes to a node's disk are slow for a while. What another leg has of them is read, and that leg is lost.
@@ -209,6 +229,8 @@ impl World<'_> {
                 self.after(delay, Event::HostCrash(host));
             }
             Shot::Reread(host) if self.hosts[host].is_live() => self.reread(host)?,
+            Shot::Cut { host, node } => self.cut_some(host, node),
+            Shot::Power(node) => self.crash_node(node, true)?,
             Shot::CutOthers { host, node } => {
                 let others: Vec<_> = (0..self.nodes.len()).filter(|&n| n != node).collect();
                 others.into_iter().for_each(|n| self.cut_some(host, Some(n)));
@@ -244,6 +266,9 @@ impl World<'_> {
         }
         let Ok(reply) = AttachReply::decode(body) else { return };
         let open: Vec<_> = reply.slots.iter().map(|s| s.sequence).filter(|s| *s > reply.watermark).collect();
+        if reply.slots.iter().any(|s| s.failed && s.sequence > reply.watermark) {
+            self.coverage.hit("attach tells of a write that the disk failed");
+        }
         let is_out = |v: &View| v.state(self.nodes[node].member) == Some(MemberState::Out);
         if self.committed.as_ref().is_some_and(is_out) && reply.view.epoch < header.epoch {
             if !open.is_empty() {

@@ -507,11 +507,16 @@ impl World<'_> {
         for sector in (request.first..request.first + request.count).filter(|&s| !self.oracle.is_open(s)) {
             let value = |index: usize| self.nodes[index].value(sector);
             // The content of memory that was changed in flight is not known, but it is the same everywhere.
-            if let Some(&other) = clean.iter().find(|&&i| value(i) != value(clean[0])) {
+            // One that answered and has lost its cache since then is on its way out: the view under way has on record what it
+            // had not flushed, which is looked at when that is committed.
+            let keeps = |&&index: &&usize| !self.nodes[index].disk.lost.contains(&sector);
+            let mut kept = clean.iter().filter(keeps);
+            let Some(&first) = kept.next() else { continue };
+            if let Some(&other) = kept.find(|&&i| value(i) != value(first)) {
                 return Err(format!(
                     "completed, and sector {sector} is {} on node {} and {} on node {other}",
-                    Oracle::name(value(clean[0])),
-                    clean[0],
+                    Oracle::name(value(first)),
+                    first,
                     Oracle::name(value(other))
                 ));
             }
@@ -525,7 +530,7 @@ impl World<'_> {
                 let is_stale =
                     view.state(member) == Some(MemberState::Syncing) && view.clean().iter().all(is_known);
                 // A read may have shown a later write elsewhere, which is not here yet.
-                let is_known = is_stale || self.oracle.is_open(sector);
+                let is_known = is_stale || self.oracle.is_open(sector) || node.disk.lost.contains(&sector);
                 if !is_known && !self.oracle.is_current(sector, value) {
                     return Err(format!(
                         "member {member} has {} in sector {sector}; possible: {}",

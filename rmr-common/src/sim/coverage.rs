@@ -51,6 +51,7 @@ pub const SITUATIONS: &[&str] = &[
     "a link lost while detaching",
     "attach refused: held",
     "attach refused: stale epoch",
+    "attach tells of a write that the disk failed",
     "attach waits for disk requests of the one before",
     "attached with a Syncing member",
     "attached where each member has writes that the other has not",

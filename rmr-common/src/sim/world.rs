@@ -219,7 +219,7 @@ pub(super) struct Profile {
     intent_idle: Duration,
     pub(super) resync: replica::ResyncLimits,
     pub(super) network_delay: u64,
-    disk_delay: u64,
+    pub(super) disk_delay: u64,
     metadata_delay: u64,
     /// Requests go anywhere, and not to few places.
     pub(super) spread: bool,
