@@ -10,10 +10,10 @@ use rmr_common::pool::{
 };
 use serde_json::json;
 
+use super::args::StoreArgs;
 use super::assess::Picture;
 use super::change_args::{
-    AddMemberArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs, StoreArgs, Switch,
-    WaitArgs,
+    AddMemberArgs, GrowArgs, MaintenanceArgs, MoveArgs, RemoveMemberArgs, ReplaceArgs, Switch, WaitArgs,
 };
 use super::coordinate::deliver;
 use super::http::{Client, NodeAddress};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use rmr_common::pool::{MAX_MEMBERS, MemberId};
 
-use super::{MemberArg, parse_create_timeout};
+use super::args::{MemberArg, StoreArgs, parse_create_timeout};
 use crate::admin::api::PoolKey;
 use crate::store::ByteSize;
 
@@ -26,20 +26,6 @@ impl FromStr for MemberNumber {
             )
         })
     }
-}
-
-/// How the store of a new copy is made.
-#[derive(Clone, Debug, Args)]
-pub struct StoreArgs {
-    /// Overwrite what the device or file holds
-    #[arg(long)]
-    pub overwrite: bool,
-    /// The device is known to read as zeroes: do not write them
-    #[arg(long)]
-    pub assume_zero: bool,
-    /// Longest time that making the store may take, in seconds: a device that cannot zero itself is written in full
-    #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = parse_create_timeout)]
-    pub create_timeout: Duration,
 }
 
 /// Whether to wait for copies to be current.

@@ -34,11 +34,11 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outco
             member: member.id,
             view: view.clone(),
             path: arg.path.clone(),
-            overwrite: args.overwrite,
-            assume_zero: args.assume_zero,
+            overwrite: args.store.overwrite,
+            assume_zero: args.store.assume_zero,
             max_size_bytes: args.max_size.map(|size| size.0),
         };
-        let client = Client { timeout: args.create_timeout };
+        let client = Client { timeout: args.store.create_timeout };
         let (error, doubtful) = tokio::select! {
             result = client.post::<StoreCreated>(&arg.node, "/v1/stores", &request) => match result {
                 Ok(store) => {

@@ -1,8 +1,10 @@
 //! The commands against fake nodes with real admin servers.
 
 use std::net::TcpListener;
+use std::path::PathBuf;
+use std::time::Duration;
 
-use clap::CommandFactory;
+use clap::{CommandFactory, Parser};
 use rmr_common::pool::{MemberState, PoolId, StoreId};
 
 use super::*;

@@ -63,23 +63,41 @@ struct Round {
     client_tcp_bytes: u64,
 }
 
-/// Measures one size. `rounds` times each, medians.
-pub(super) fn measure(lab: &Lab, mb: u64, disk_mib: u64, rounds: u32, say: &dyn Fn(&str)) -> Result<Run> {
-    let mut stage = Stage::start(lab, disk_mib)?;
-    let bytes = bytes_of(mb);
-    ensure!(bytes <= disk_mib << 20, "{bytes} bytes do not fit a disk of {disk_mib} MiB");
-    let mut disk = stage.attach()?;
-    say(&format!("{mb} MB on a disk of {disk_mib} MiB: writing it once"));
-    run(&mut disk, &LoadSpec::fill(bytes.next_multiple_of(1 << 20).min(disk_mib << 20)))?;
-    let healthy = run(&mut disk, &sequential("healthy", bytes))?;
-    let mut busy = Vec::new();
-    let mut idle = Vec::new();
-    for round in 0..rounds {
-        for (under_load, rounds) in [(true, &mut busy), (false, &mut idle)] {
-            let found = lose_and_return(&mut stage, &mut disk, bytes, under_load)?;
+/// One size on one disk, under measurement.
+pub(super) struct Experiment<'a> {
+    stage: Stage<'a>,
+    disk: Disk,
+    mb: u64,
+    disk_mib: u64,
+    healthy: Report,
+    /// Rounds with the run repeated meanwhile.
+    busy: Vec<Round>,
+    /// Rounds with an idle guest.
+    idle: Vec<Round>,
+}
+
+impl<'a> Experiment<'a> {
+    /// Writes the disk once, then again as the run with both legs.
+    pub(super) fn start(lab: &'a Lab, mb: u64, disk_mib: u64, say: &dyn Fn(&str)) -> Result<Self> {
+        let stage = Stage::start(lab, disk_mib)?;
+        let bytes = bytes_of(mb);
+        ensure!(bytes <= disk_mib << 20, "{bytes} bytes do not fit a disk of {disk_mib} MiB");
+        let mut disk = stage.attach()?;
+        say(&format!("{mb} MB on a disk of {disk_mib} MiB: writing it once"));
+        run(&mut disk, &LoadSpec::fill(bytes.next_multiple_of(1 << 20).min(disk_mib << 20)))?;
+        let healthy = run(&mut disk, &sequential("healthy", bytes))?;
+        Ok(Self { stage, disk, mb, disk_mib, healthy, busy: Vec::new(), idle: Vec::new() })
+    }
+
+    /// The leg is lost and returns twice: with the run repeated meanwhile, and with an idle guest.
+    pub(super) fn round(&mut self, say: &dyn Fn(&str)) -> Result<()> {
+        for (under_load, rounds) in [(true, &mut self.busy), (false, &mut self.idle)] {
+            let found = lose_and_return(&mut self.stage, &mut self.disk, bytes_of(self.mb), under_load)?;
             say(&format!(
-                "  round {}: {}, one leg down {:.0} MB/s, sync {:.2} s{}",
-                round + 1,
+                "  {} MB on {} MiB, round {}: {}, one leg down {:.0} MB/s, sync {:.2} s{}",
+                self.mb,
+                self.disk_mib,
+                rounds.len() + 1,
                 if under_load { "the run repeated meanwhile" } else { "an idle guest" },
                 found.initial.mb_s,
                 found.sync_s,
@@ -87,11 +105,17 @@ pub(super) fn measure(lab: &Lab, mb: u64, disk_mib: u64, rounds: u32, say: &dyn 
             ));
             rounds.push(found);
         }
+        Ok(())
     }
-    drop(disk);
-    let traffic = stage.stop_daemon()?;
-    stage.assert_identical()?;
-    Ok(summary(mb, disk_mib << 20, &healthy, &busy, &idle, traffic))
+
+    /// Medians of all rounds.
+    pub(super) fn finish(self) -> Result<Run> {
+        let Self { stage, disk, mb, disk_mib, healthy, busy, idle } = self;
+        drop(disk);
+        let traffic = stage.stop_daemon()?;
+        stage.assert_identical()?;
+        Ok(summary(mb, disk_mib << 20, &healthy, &busy, &idle, traffic))
+    }
 }
 
 fn summary(

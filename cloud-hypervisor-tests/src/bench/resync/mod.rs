@@ -20,12 +20,17 @@ pub use costs::Costs;
 pub use experiment::{Elsewhere, Run};
 pub use pauses::Pause;
 
+use self::experiment::Experiment;
 use crate::lab;
 
 /// Longer than a chunk must be idle before its intent bit is cleared, and the beat on which that is done.
 const INTENTS_IDLE: Duration = Duration::from_millis(7500);
 /// Most rounds of one size of the experiment.
 const MOST_ROUNDS: u64 = 3;
+/// How much larger the larger disk is.
+const LARGER: u64 = 4;
+/// Least rounds of the same size on both disks.
+const PAIRS: u32 = 5;
 /// Memory that processes and page tables need besides the stores.
 const MEMORY_BESIDE: u64 = 1 << 30;
 
@@ -81,7 +86,7 @@ impl Plan {
     /// Bytes of memory that the largest stage needs: two stores on tmpfs, and the programs.
     fn memory(&self) -> u64 {
         let sizes = self.sizes_mb.iter().map(|mb| experiment::bytes_of(*mb));
-        // The smallest size is also written on a disk with two halves of it.
+        // The smallest size is also written on two disks at a time, and on one with two halves of it.
         let largest = sizes.clone().max().unwrap_or(0).max(2 * sizes.min().unwrap_or(0));
         let stores = if self.has(Part::Experiment) { largest } else { 1 << 30 };
         2 * stores + MEMORY_BESIDE
@@ -153,19 +158,14 @@ pub fn measure(plan: &Plan, say: &dyn Fn(&str)) -> Result<Outcome> {
     }
     if plan.has(Part::Experiment) {
         let largest = plan.sizes_mb.iter().copied().max().unwrap_or(0);
-        let measure_on = |mb: u64, times: u64| {
-            // Small ones are measured more often: they are over sooner, and vary more.
-            let rounds = u32::try_from((largest / mb.max(1)).clamp(1, MOST_ROUNDS))?;
-            let disk_mib = experiment::disk_mib_of(mb) * times;
-            lab::run_on(fabric, &format!("{mb} MB"), |lab| {
-                experiment::measure(lab, mb, disk_mib, rounds, say)
-            })
-        };
-        for mb in &plan.sizes_mb {
-            outcome.runs.push(measure_on(*mb, 1)?);
-        }
         let smallest = plan.sizes_mb.iter().copied().min().unwrap_or(0);
-        outcome.larger_disk = Some(measure_on(smallest, 4)?);
+        for mb in &plan.sizes_mb {
+            // Small ones are measured more often: they are over sooner, and vary more.
+            let rounds = u32::try_from((largest / mb.max(&1)).clamp(1, MOST_ROUNDS))?;
+            let [run, larger] = measure_size(fabric, *mb, rounds, *mb == smallest, say)?;
+            outcome.runs.extend(run);
+            outcome.larger_disk = outcome.larger_disk.or(larger);
+        }
         outcome.elsewhere =
             Some(lab::run_on(fabric, "elsewhere", |lab| experiment::elsewhere(lab, smallest, say))?);
     }
@@ -182,6 +182,35 @@ pub fn measure(plan: &Plan, say: &dyn Fn(&str)) -> Result<Outcome> {
     outcome.load_averages[1] = load_averages();
     outcome.judge();
     Ok(outcome)
+}
+
+/// One size, `rounds` times; and on a disk four times as large, turn by turn, since the machine may have better and worse minutes.
+fn measure_size(
+    fabric: lab::Fabric,
+    mb: u64,
+    rounds: u32,
+    on_larger_disk: bool,
+    say: &dyn Fn(&str),
+) -> Result<[Option<Run>; 2]> {
+    let disk_mib = experiment::disk_mib_of(mb);
+    lab::run_on(fabric, &format!("{mb} MB"), |lab| {
+        let mut small = Experiment::start(lab, mb, disk_mib, say)?;
+        let larger = if on_larger_disk {
+            let name = format!("{mb} MB on a larger disk");
+            lab::run_on(fabric, &name, |lab| {
+                let mut large = Experiment::start(lab, mb, disk_mib * LARGER, say)?;
+                for _ in 0..rounds.max(PAIRS) {
+                    small.round(say)?;
+                    large.round(say)?;
+                }
+                large.finish().map(Some)
+            })?
+        } else {
+            (0..rounds).try_for_each(|_| small.round(say))?;
+            None
+        };
+        Ok([Some(small.finish()?), larger])
+    })
 }
 
 fn load_averages() -> String {
