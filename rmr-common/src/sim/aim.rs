@@ -206,6 +206,11 @@ impl World<'_> {
             self.hosts[host].partitioned[node] = true;
             let delay = self.rng.range(timeout, timeout * 6);
             self.after(delay, Event::Heal { host, node });
+            if self.aiming.aim == Aim::Orphans && self.rng.percent(40) {
+                // Nor does the one after that find it as this one left the others.
+                let delay = self.rng.range(delay / 4, delay);
+                self.after(delay, Event::HostCrash(host));
+            }
         }
     }
 
