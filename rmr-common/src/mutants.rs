@@ -100,8 +100,6 @@ mutants! {
     SyncingMapCleared,
     /// A Syncing member takes over maps with every view, without a barrier
     HandoverWithEachView,
-    /// A member forgets what earlier clients left with it before its view is committed
-    SettledBeforeCommit,
     /// A detach clears intents without a flush
     DetachWithoutFlush,
 
@@ -128,10 +126,6 @@ mutants! {
     PartialWriteNotHeld,
     /// Chunks are reported as current before they are flushed
     ReportBeforeFlush,
-    /// A member that gave its promotion up for another view does not report again
-    ReportNotRepeated,
-    /// Nothing is left to report while pulled data is under way
-    UnderWayNotCounted,
     /// Chunks are reported as current though their flush failed
     ReportAfterFailedFlush,
     /// A Syncing member serves as a source
@@ -158,16 +152,10 @@ mutants! {
     NotReconciled,
     /// Writes that a member's disk failed are not told to the next client
     FailedWriteNotTold,
-    /// A member whose disk failed a write may be the reference
-    FailedIsReference,
     /// A write that a member's disk failed counts as one that it has
     FailedCountsAsWritten,
-    /// What a Syncing member has is compared by the watermark of others
-    SyncingBelowTheWatermark,
     /// A Syncing member that has not heard of the last view stays Syncing
     BehindStays,
-    /// What a view that was given up half-way told to some members is not told again
-    GivenUpViewForgotten,
     /// That a new store has nothing is not told again after a view that was given up half-way
     NewStoreNotTold,
     /// A member that lost power, and its cache with it, is the reference
@@ -178,8 +166,6 @@ mutants! {
     AbsentNotTold,
     /// What a member has of an earlier attachment is not looked at when it rejoins
     LeftBehindIgnored,
-    /// What a member has of an earlier attachment is looked at once, whatever becomes of that rejoin
-    LeftBehindSeenOnce,
 
     // The data path.
     /// Overlapping writes are sent at once

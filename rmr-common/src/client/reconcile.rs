@@ -31,15 +31,13 @@ impl Client {
         // earlier clients. Its own watermark passes that when the view is committed.
         let open = |m: MemberId, r: &AttachReply| -> Vec<SlotEntry> {
             let is_clean = best.clean().contains(m);
-            let is_known = is_clean || mutant!(SyncingBelowTheWatermark);
-            let known = if is_known { watermark } else { watermark.min(r.watermark) };
+            let known = if is_clean { watermark } else { watermark.min(r.watermark) };
             r.slots.iter().filter(|s| s.sequence > known && !self.sends_again(s)).copied().collect()
         };
         let newest = |m: MemberId, r: &AttachReply| {
             open(m, r).iter().filter(|s| !s.failed).map(|s| u128::from(s.sequence.0)).sum::<u128>()
         };
-        let is_whole =
-            |m: MemberId, r: &AttachReply| !open(m, r).iter().any(|s| s.failed) || mutant!(FailedIsReference);
+        let is_whole = |m: MemberId, r: &AttachReply| !open(m, r).iter().any(|s| s.failed);
         // One that still has what was not flushed comes first. Then one whose disk failed no write: every Clean member has all
         // that completed, and nothing brings a write into order again that was carried out in part.
         let has_power = |m: MemberId| !powerless.contains(m) || mutant!(PowerLossIgnored);

@@ -362,7 +362,7 @@ fn what_a_member_has_of_an_earlier_attachment_is_looked_at_again_after_a_rejoin_
 #[test]
 fn a_client_that_waits_for_a_member_finds_out_that_another_one_took_it_out() {
     let mut bench = Bench::new(2, |_| ());
-    bench.set_up(1, false);
+    bench.up[1] = false;
     bench.start_client(|_| ());
     bench.pass(Duration::from_secs(3));
     assert!(!bench.client.is_active(), "member 1 is Clean, and may know of more");

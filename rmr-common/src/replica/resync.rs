@@ -577,7 +577,7 @@ impl Replica {
     /// A view was adopted. When this member was to be promoted, and a view with another loss came first, nobody remembers what
     /// it reported.
     pub(super) fn report_again(&mut self) {
-        if let Some(resync) = self.resync.as_mut().filter(|_| !mutant!(ReportNotRepeated)) {
+        if let Some(resync) = self.resync.as_mut() {
             resync.reported_done = false;
         }
         self.pump_resync();
@@ -596,7 +596,6 @@ impl Replica {
         }
         // What is under way may have been written after the flush began, or not at all.
         let under_way = resync.pulls.len() + self.pulled_writes.len();
-        let under_way = if mutant!(UnderWayNotCounted) { 0 } else { under_way };
         let left = stale + (resync.finished.len() + under_way) as u64;
         resync.reported_done = left == 0;
         if let Some(connection) = self.holder_connection() {

@@ -464,9 +464,6 @@ impl Replica {
 
     pub(super) fn view_durable(&mut self, view: ViewNumber) {
         let Some(pending) = self.set_view.take_if(|p| p.adopted && p.view.number == view) else { return };
-        if mutant!(SettledBeforeCommit) {
-            self.note_committed(&pending.header);
-        }
         if self.broken {
             // Not durable: nothing that rests on the view may be forgotten.
             let kind = Kind::SetViewReply;
