@@ -24,7 +24,11 @@ Examples:
     -chardev socket,id=c0,path=/run/vm7.sock,reconnect=1
     -device vhost-user-blk-pci,chardev=c0,num-queues=4
 
-Exit code: 0 after a stop that was asked for, 1 when something failed, 2 for a bad option or configuration.";
+  Live migration: on the host where the guest is to go, and then QEMU there with -incoming
+    vhost-brmr --socket-path /run/vm7.sock --pool vm7 --node stor1:7700 --once --incoming
+
+Exit code: 0 after a stop that was asked for, 1 when something failed, 2 for a bad option or configuration, 3 when another
+client took the pool over while the guest ran (do not start the daemon again by itself then).";
 
 /// Serves one replicated disk to one virtual machine, over vhost-user-blk.
 ///
@@ -83,6 +87,13 @@ pub struct Options {
     /// Take the pool from the client that holds it now, which is fenced. Without this a pool in use is refused.
     #[arg(long, help_heading = "Pool", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub takeover: Option<bool>,
+
+    /// Serve a guest that comes by live migration: leave the pool to the client that holds it until the guest arrives and starts
+    /// its queues, then take it over; once. Not taken from the file.
+    #[arg(long, help_heading = "Pool")]
+    #[serde(skip)]
+    pub incoming: bool,
+
     /// Go on with this member alone, whatever it has: every other copy counts as wholly stale, and writes that only they
     /// have are LOST. For a pool that waits for a member which will not come back. Not taken from the file.
     #[arg(long, value_name = "MEMBER", help_heading = "Pool")]
@@ -238,6 +249,8 @@ impl Options {
             pool: self.pool.or(file.pool),
             node: self.node.or(file.node),
             takeover: self.takeover.or(file.takeover),
+            // Never from a file: who arrived once does not arrive again when the daemon is started anew.
+            incoming: self.incoming,
             // Never from a file: what is forced once must not be forced again.
             force_from: self.force_from,
             suspend_timeout_s: self.suspend_timeout_s.or(file.suspend_timeout_s),

@@ -81,6 +81,8 @@ pub struct PoolSettings {
     pub nodes: Vec<Address>,
     /// Take the pool from whoever holds it.
     pub takeover: bool,
+    /// Take the pool, at the first attachment only, from whoever holds it.
+    pub incoming: bool,
     /// Go on with this member alone.
     pub force_from: Option<MemberId>,
     /// How long requests wait when no member can serve them.
@@ -232,6 +234,9 @@ impl Settings {
                 None => return Err(bad("force-from", member, "a member from 0 to 7")),
             },
         };
+        if options.incoming && force_from.is_some() {
+            return Err(ConfigError::Conflict("incoming", "force-from"));
+        }
         let exit = options.once == Some(true) || options.on_disconnect == Some(Disconnect::Exit);
         Ok(Self {
             endpoint,
@@ -239,6 +244,7 @@ impl Settings {
                 pool,
                 nodes,
                 takeover: options.takeover.unwrap_or(false),
+                incoming: options.incoming,
                 force_from,
                 suspend_timeout: suspend_timeout_s,
                 leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
@@ -357,6 +363,7 @@ mod tests {
         let on = settings(&format!("{GOOD} --read-only --takeover --once")).unwrap();
         assert!(on.device.read_only && on.pool.read_only && on.pool.takeover);
         assert_eq!(on.event_loop.on_disconnect, OnDisconnect::Exit);
+        assert!(!on.pool.incoming && settings(&format!("{GOOD} --incoming")).unwrap().pool.incoming);
         let off = settings(&format!("{GOOD} --read-only=false --once=false")).unwrap();
         assert!(!off.device.read_only);
         assert_eq!(off.event_loop.on_disconnect, OnDisconnect::Wait);
@@ -378,6 +385,7 @@ mod tests {
             ("--bounce-memory-mib 0", "bounce-memory-mib"),
             ("--bounce-memory-mib 1025", "bounce-memory-mib"),
             ("--node nonsense", "node"),
+            ("--incoming --force-from 1", "force-from"),
         ] {
             let error = settings(&format!("{GOOD} {extra}")).unwrap_err().to_string();
             assert!(error.contains(name), "{extra}: {error}");
@@ -411,6 +419,9 @@ mod tests {
         assert_eq!(overridden.device.queues, 2);
         assert!(matches!(overridden.endpoint, Endpoint::Path { .. }));
         assert_eq!(overridden.event_loop.on_disconnect, OnDisconnect::Wait);
+        // It would take the pool again with every start.
+        fs::write(&path, "incoming = true\n").unwrap();
+        settings(&format!("--config {config}")).unwrap_err();
         fs::write(&path, "nodes = [\"a:1\"]\n").unwrap();
         let error = settings(&format!("--config {config}")).unwrap_err().to_string();
         assert!(error.contains("unknown field `nodes`"), "{error}");

@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 use crate::args::{Args, LogFormat};
 use crate::config::{Endpoint, Settings};
 use crate::disk::Disk;
-use crate::event_loop::{EventLoop, FrontEnds};
+use crate::event_loop::{EventLoop, FrontEnds, LoopError};
 use crate::socket::SocketFile;
 use crate::sys::{self, Inherited, StopSignals};
 
@@ -28,6 +28,9 @@ pub const CAPABILITIES: &str = r#"{
 
 /// Exit code for options and configuration that are not acceptable.
 const USAGE: u8 = 2;
+/// Exit code when another client took the pool over. A service manager must not start the daemon again then, or two would
+/// take the pool from each other for ever.
+const DISPLACED: u8 = 3;
 
 /// The whole program: parses the command line, calls `open` for the disk, serves until told to stop.
 ///
@@ -51,7 +54,10 @@ pub fn main<D: Disk>(open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> ExitC
         Err(error) => {
             error!("{error:#}");
             notify(&[NotifyState::Status(&format!("failed: {error:#}"))]);
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(LoopError::Displaced(_)) => ExitCode::from(DISPLACED),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

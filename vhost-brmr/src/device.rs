@@ -129,9 +129,8 @@ impl Device {
             VIRTIO_BLK_F_CONFIG_WCE,
         ];
         let optional = optional.into_iter().filter_map(|(bit, offered)| offered.then_some(bit));
-        optional
-            .chain(always)
-            .fold(VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(), |features, bit| features | 1 << bit)
+        let of_vhost = VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
+        optional.chain(always).fold(of_vhost.bits(), |features, bit| features | 1 << bit)
     }
 
     /// The vhost-user protocol features on offer.
@@ -144,6 +143,7 @@ impl Device {
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     /// Takes what the guest acknowledged.
@@ -169,6 +169,12 @@ impl Device {
     #[must_use]
     pub fn has_protocol_features(&self) -> bool {
         self.acknowledged & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
+    }
+
+    /// Whether the front end wants everything logged that is written to the guest: while it migrates it.
+    #[must_use]
+    pub fn has_log_all(&self) -> bool {
+        self.acknowledged & VhostUserVirtioFeatures::LOG_ALL.bits() != 0
     }
 
     /// Whether rings suppress notifications by index.

@@ -183,6 +183,9 @@ pub enum Attachment<'a> {
     Attached,
     /// Finishing what was submitted, then giving the pool back.
     Detaching,
+    /// Another client took the disk from this one, which must not serve the guest that it had: the other may have written. A
+    /// [`reset`](Disk::reset) by the guest or a [`detach`](Disk::detach) ends that.
+    Displaced(&'a str),
     /// Will not be attached, for a reason that an operator must see; the daemon ends with it.
     Refused(&'a str),
 }

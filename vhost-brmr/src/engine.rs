@@ -140,7 +140,7 @@ impl Engine {
             }
             let (status, length) =
                 if finished.failed { (Status::IoError, 0) } else { (Status::Ok, finished.length) };
-            memory::copy_to(&[status as u8], &[finished.status]);
+            memory::copy_to(&finished.memory, &[status as u8], &[finished.status]);
             ring.finish(head, length + 1);
         }
     }
@@ -163,16 +163,16 @@ impl Engine {
             let parsed = parser.parse(chain, &limits)?;
             let origin = Origin { queue: number, head, incarnation };
             let answer = |status: Status, length| {
-                memory::copy_to(&[status as u8], &[parsed.status]);
+                memory::copy_to(memory, &[status as u8], &[parsed.status]);
                 Taken::Answered(length + 1)
             };
             // Entering cannot fail: the table is not full.
             Ok(match parsed.action {
                 Action::Transfer(range) => {
                     let read = range.operation == Operation::Read;
-                    let length = if read { u32::try_from(range.length).unwrap_or(u32::MAX - 1) } else { 0 };
+                    let written = if read { parser.data() } else { &[] };
                     let flush = write_through && !read;
-                    let Some(index) = flight.enter(origin, parsed.status, length, 1, flush, memory) else {
+                    let Some(index) = flight.enter(origin, parsed.status, written, 1, flush, memory) else {
                         return Ok(Taken::NoRoom);
                     };
                     let Range { operation, offset, length } = range;
@@ -182,7 +182,7 @@ impl Engine {
                 }
                 Action::Flush if limits.read_only => answer(Status::Ok, 0),
                 Action::Flush => {
-                    let Some(index) = flight.enter(origin, parsed.status, 0, 1, false, memory) else {
+                    let Some(index) = flight.enter(origin, parsed.status, &[], 1, false, memory) else {
                         return Ok(Taken::NoRoom);
                     };
                     submit_flush(disk, flight.token(index, 0));
@@ -191,7 +191,7 @@ impl Engine {
                 Action::Ranges => {
                     let ranges = parser.ranges();
                     let parts = u16::try_from(ranges.len()).unwrap_or(u16::MAX);
-                    let entered = flight.enter(origin, parsed.status, 0, parts, write_through, memory);
+                    let entered = flight.enter(origin, parsed.status, &[], parts, write_through, memory);
                     let Some(index) = entered else { return Ok(Taken::NoRoom) };
                     for (part, range) in (0..).zip(ranges) {
                         let Range { operation, offset, length } = *range;
@@ -201,7 +201,7 @@ impl Engine {
                     Taken::InFlight
                 }
                 Action::Identify => {
-                    let copied = memory::copy_to(identification, parser.data());
+                    let copied = memory::copy_to(memory, identification, parser.data());
                     answer(Status::Ok, u32::try_from(copied).unwrap_or(0))
                 }
                 Action::Refuse(status, reason) => {

@@ -86,6 +86,9 @@ pub enum LoopError {
     /// The disk will not be attached.
     #[error("the disk is refused: {0}")]
     Refused(String),
+    /// Another client has the disk now.
+    #[error("{0}")]
+    Displaced(String),
     /// A socket failed.
     #[error("front-end socket: {0}")]
     Socket(#[from] io::Error),
@@ -167,8 +170,8 @@ impl<D: Disk> EventLoop<D> {
             self.manager.run_with_timeout(wait)?;
             let worker = self.manager.subscriber_mut(self.id)?;
             wait = worker.turn();
-            if let State::Finished(refused) = &mut worker.state {
-                return refused.take().map_or(Ok(()), |reason| Err(LoopError::Refused(reason)));
+            if let State::Finished(error) = &mut worker.state {
+                return error.take().map_or(Ok(()), Err);
             }
             if self.apply_changes()? {
                 wait = 0;
@@ -259,13 +262,13 @@ enum ControlChange {
 ///
 /// ```text
 /// Running ── signal, last front end gone ──► Stopping ── nothing in flight, disk detached, or out of time ──► Finished
-///    └───────────────────────────── disk refused ─────────────────────────────────────────────────────────────────▲
+///    └────────────────────── disk refused or displaced ───────────────────────────────────────────────────────────────▲
 /// ```
 #[derive(Debug)]
 enum State {
     Running,
     Stopping { deadline: Instant, cancelled: bool },
-    Finished(Option<String>),
+    Finished(Option<LoopError>),
 }
 
 /// The control socket of the front end.
@@ -400,7 +403,7 @@ impl<D: Disk> Worker<D> {
         let changed = match self.state {
             State::Running => match self.disk.attachment() {
                 Attachment::Refused(_) => true,
-                Attachment::Detached => running,
+                Attachment::Detached | Attachment::Displaced(_) => running,
                 Attachment::Attached | Attachment::Attaching => !serve,
                 Attachment::Detaching => false,
             },
@@ -464,12 +467,15 @@ impl<D: Disk> Worker<D> {
                         self.disconnect(&format!("the front end's socket failed: {error}"));
                         return false;
                     }
-                    Ok(Peeked::Message { code, need_reply, index, value }) => {
+                    Ok(Peeked::Message { code, need_reply, length, index, value }) => {
                         if code == FrontendReq::SET_BACKEND_REQ_FD as u32 {
                             match sys::peek_descriptor(&connection.handler) {
                                 Ok(socket) => self.session().set_channel(socket),
                                 Err(error) => warn!("no channel to the front end: {error}"),
                             }
+                        }
+                        if self.handles_log_message(code, length, need_reply) {
+                            continue;
                         }
                         let need_reply = need_reply && frontend::is_acknowledged(code);
                         let scope = Drain::needed(code, index, value);
@@ -518,6 +524,27 @@ impl<D: Disk> Worker<D> {
             connection.draining = None;
         }
         false
+    }
+
+    /// Handles what the `vhost` crate does not know, or refuses without words: messages about the dirty log.
+    fn handles_log_message(&mut self, code: u32, length: usize, need_reply: bool) -> bool {
+        if code == FrontendReq::SET_LOG_BASE as u32 && !self.session().takes_logs_by_descriptor() {
+            self.disconnect(
+                "refused a message of the front end: a dirty log (SET_LOG_BASE) without LOG_SHMFD, expected that protocol \
+                 feature to be negotiated, with which the log comes as a descriptor",
+            );
+            return true;
+        }
+        if code != FrontendReq::SET_LOG_FD as u32 {
+            return false;
+        }
+        // With this descriptor the back end may tell of changes of the log, and need not; nobody waits for that.
+        let acknowledge = need_reply && self.session().has_reply_ack();
+        let skipped = self.connection.as_ref().map(|c| sys::skip(&c.handler, code, length, acknowledge));
+        if let Some(Err(error)) = skipped {
+            self.disconnect(&format!("the front end's socket failed: {error}"));
+        }
+        true
     }
 
     fn handle_message(&mut self, need_reply: bool) {
@@ -572,7 +599,11 @@ impl<D: Disk> Worker<D> {
         self.control_changes.push(ControlChange::Remove(connection.handler.as_raw_fd()));
         self.retired = Some(connection);
         self.session().end();
-        if matches!(self.disk.attachment(), Attachment::Attached | Attachment::Attaching) {
+        let has_claim = matches!(
+            self.disk.attachment(),
+            Attachment::Attached | Attachment::Attaching | Attachment::Displaced(_)
+        );
+        if has_claim {
             self.disk.detach();
         }
         if self.options.on_disconnect == OnDisconnect::Exit && matches!(self.state, State::Running) {
@@ -600,7 +631,10 @@ impl<D: Disk> Worker<D> {
 
     /// Nothing is left to wait for before the end.
     fn is_stopped(&self) -> bool {
-        let detached = matches!(self.disk.attachment(), Attachment::Detached | Attachment::Refused(_));
+        let detached = matches!(
+            self.disk.attachment(),
+            Attachment::Detached | Attachment::Refused(_) | Attachment::Displaced(_)
+        );
         matches!(self.state, State::Stopping { .. }) && self.engine.in_flight() == 0 && detached
     }
 
@@ -609,7 +643,19 @@ impl<D: Disk> Worker<D> {
         if let Attachment::Refused(reason) = self.disk.attachment()
             && matches!(self.state, State::Running)
         {
-            self.state = State::Finished(Some(reason.to_owned()));
+            self.state = State::Finished(Some(LoopError::Refused(reason.to_owned())));
+            return;
+        }
+        // With its rings stopped the guest does not notice. It may have gone to the host of that client, and its hypervisor here
+        // is about to end.
+        if let Attachment::Displaced(reason) = self.disk.attachment()
+            && matches!(self.state, State::Running)
+            && self.session().is_running()
+        {
+            let text = format!(
+                "another client took the disk from this guest, which cannot go on with what it has in memory: {reason}"
+            );
+            self.state = State::Finished(Some(LoopError::Displaced(text)));
             return;
         }
         match self.state {

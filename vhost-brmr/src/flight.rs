@@ -6,12 +6,15 @@ use std::sync::Arc;
 use rmr_common::buffer::Segment;
 
 use crate::disk::Token;
-use crate::memory::GuestMemory;
+use crate::memory::{self, GuestMemory};
 
 /// Bits of a token that hold the slot; above them part, then generation.
 const SLOT_BITS: u32 = 24;
 /// Bits of a token that hold the part.
 const PART_BITS: u32 = 8;
+/// A slot keeps room for so many segments of a read, which is what drivers are advised to send at most; more are kept for as
+/// long as the request is in flight.
+const KEPT_SEGMENTS: usize = 128;
 
 /// Where a request came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +67,8 @@ struct Slot {
     failed: bool,
     /// The next request that waits for the same flush.
     next: Option<Index>,
+    /// Guest memory that the disk writes to.
+    written: Vec<Segment>,
     request: Option<Held>,
 }
 
@@ -109,16 +114,19 @@ impl Flight {
         self.len() == self.capacity
     }
 
-    /// Enters a request of `parts` parts; `None` if the table is full.
+    /// Enters a request of `parts` parts, in which the disk writes to `written`; `None` if the table is full.
     pub fn enter(
         &mut self,
         origin: Origin,
         status: Segment,
-        length: u32,
+        written: &[Segment],
         parts: u16,
         flush_behind: bool,
         memory: &Arc<GuestMemory>,
     ) -> Option<Index> {
+        let length: u64 = written.iter().map(|segment| segment.length() as u64).sum();
+        // With the status it fits the word of the used element, as all of a chain does.
+        let length = u32::try_from(length).unwrap_or(u32::MAX - 1);
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.slots.len() < self.capacity => {
@@ -129,6 +137,7 @@ impl Flight {
                     flush_behind: false,
                     failed: false,
                     next: None,
+                    written: Vec::new(),
                     request: None,
                 });
                 Index(index)
@@ -140,6 +149,7 @@ impl Flight {
         slot.flush_behind = flush_behind;
         slot.failed = false;
         slot.next = None;
+        slot.written.extend_from_slice(written);
         slot.request = Some(Held { origin, status, length, memory: Arc::clone(memory) });
         Some(index)
     }
@@ -183,10 +193,17 @@ impl Flight {
     }
 
     /// Releases a request that is done; with it the next one of its list, which shares its fate.
+    ///
+    /// What the disk wrote to the guest is marked in the dirty log here. Every request passes this place once, when nothing
+    /// touches its memory any more: whichever transport brought the data, also when the request failed, as some of its data may
+    /// have come, and when its ring was stopped meanwhile.
     pub fn release(&mut self, index: Index) -> Option<(Finished, Option<Index>)> {
         let slot = self.slots.get_mut(index.0 as usize)?;
         let Held { origin, status, length, memory } = slot.request.take()?;
         slot.generation = slot.generation.wrapping_add(1);
+        memory::mark_written(&memory, &slot.written);
+        slot.written.clear();
+        slot.written.shrink_to(KEPT_SEGMENTS);
         let (failed, next) = (slot.failed, slot.next.take());
         if let Some(next) = next {
             self.slots[next.0 as usize].failed = failed;

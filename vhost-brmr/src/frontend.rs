@@ -22,10 +22,14 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::device::Device;
+use crate::dirty_log::{LogError, LogMap};
 use crate::inflight::Inflight;
 use crate::memory::{MAX_REGIONS, MemoryTable};
 use crate::queue::{Fault, Phase, Ring, RingError};
 use crate::request::ID_LENGTH;
+
+/// What a log that is too small leaves out, for the error.
+const LOGGED_RING: &str = "a used ring";
 
 /// A base in the address space of this process, which is of use to postcopy only.
 type Base = u64;
@@ -141,6 +145,7 @@ impl Session {
     pub fn end(&mut self) {
         self.reset_rings();
         self.device.reset();
+        self.memory.log().set(None);
         self.memory.clear();
         self.inflight = None;
         self.protocol_features = 0;
@@ -216,6 +221,12 @@ impl Session {
             && self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
     }
 
+    /// A dirty log comes as a descriptor.
+    #[must_use]
+    pub fn takes_logs_by_descriptor(&self) -> bool {
+        self.protocol_features & VhostUserProtocolFeatures::LOG_SHMFD.bits() != 0
+    }
+
     /// Stops taking requests from the rings that must be drained.
     pub fn pause(&mut self, drain: Drain, paused: bool) {
         for (queue, ring) in self.rings.iter_mut().enumerate() {
@@ -240,6 +251,11 @@ impl Session {
         let count = self.rings.len();
         let found = usize::try_from(index).ok().and_then(|index| self.rings.get_mut(index));
         found.ok_or_else(|| refused(format!("ring {index} does not exist, expected one of {count}")))
+    }
+
+    /// Checks the addresses under which used rings are to be logged; they need not lie in guest memory.
+    fn check_used_logs(&self, check: impl Fn(u64) -> std::result::Result<(), LogError>) -> Result<()> {
+        self.rings.iter().filter_map(Ring::used_log_end).try_for_each(check).map_err(refused)
     }
 
     fn start_rings(&mut self) -> Result<()> {
@@ -302,6 +318,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.was_reset = true;
         self.reset_rings();
         self.device.reset();
+        self.memory.log().set(None);
         self.inflight = None;
         self.announced = false;
         Ok(())
@@ -311,8 +328,22 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(self.device.features())
     }
 
+    /// Also while the rings run: logging begins and ends so, and changes nothing else.
     fn set_features(&mut self, features: u64) -> Result<()> {
-        self.device.acknowledge(features).map_err(refused)
+        let logged = self.device.has_log_all();
+        self.device.acknowledge(features).map_err(refused)?;
+        let logs = self.device.has_log_all();
+        if logs != logged {
+            info!(logs, "the front end has changed whether pages written to the guest are logged");
+        }
+        if logs {
+            // A front end that starts a device in mid-migration sends the log after this, and enables rings after that.
+            self.memory.log().activate(true);
+        } else if logged {
+            // The next migration brings a log of its own; this one would be too small for memory added until then.
+            self.memory.log().set(None);
+        }
+        Ok(())
     }
 
     fn set_mem_table(
@@ -333,11 +364,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let translate = |part, address| {
             let error = RingError::Address { part, address };
@@ -347,6 +378,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         let avail = translate("avail ring", available)?;
         let used = translate("used ring", used)?;
         self.ring(index)?.set_addresses(descriptors, avail, used).map_err(refused)?;
+        let is_logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+        self.ring(index)?.set_used_log(is_logged.then_some(log));
+        if let Err(error) = self.check_used_logs(|end| self.memory.log().check(LOGGED_RING, end)) {
+            self.ring(index)?.set_used_log(None);
+            return Err(error);
+        }
         self.start_ring(index as usize)
     }
 
@@ -496,8 +533,14 @@ impl VhostUserBackendReqHandlerMut for Session {
         Err(Error::InvalidOperation("a disk has no shared memory regions"))
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("the dirty log was not offered"))
+    /// Comes once with each migration, and again when guest memory grows meanwhile. Its answer has no room for a refusal, so that
+    /// one ends the session (see [`is_acknowledged`]).
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let map = LogMap::new(log, &file).map_err(refused)?;
+        self.check_used_logs(|end| map.check(LOGGED_RING, end))?;
+        self.memory.set_log(map).map_err(refused)?;
+        self.memory.log().activate(self.device.has_log_all());
+        Ok(())
     }
 }
 

@@ -14,13 +14,14 @@
 //! * [`queue`] — one ring, its notifications and its faults.
 //! * [`pace`] — whether the guest waits for each answer.
 //! * [`flight`] — requests in flight. [`inflight`] — what the next daemon is told of them after a crash.
-//! * [`memory`] — guest memory. [`device`] — features and configuration space.
+//! * [`memory`] — guest memory. [`dirty_log`] — which of it was written, for live migration. [`device`] — features and configuration space.
 //! * [`disk`] — the seam. [`pool_disk`] — the pool behind it. [`testing`] — a disk in memory behind it, for tests.
 
 pub mod args;
 pub mod config;
 pub mod daemon;
 pub mod device;
+pub mod dirty_log;
 pub mod disk;
 pub mod engine;
 pub mod event_loop;

@@ -2,7 +2,8 @@
 //! segments. A snapshot of the table keeps its regions mapped, so a request that holds one can never lose its memory.
 //!
 //! Regions are plain mappings of our own rather than `vm_memory`'s: huge pages need an offset and a length rounded to
-//! the page size of the file, and the front end's own addresses are needed to find the rings.
+//! the page size of the file, and the front end's own addresses are needed to find the rings. They carry the dirty log as
+//! `vm_memory` has it, so that whatever writes through them marks what it wrote (see [`crate::dirty_log`]).
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -16,14 +17,19 @@ use rmr_common::buffer::Segment;
 use rmr_common::transport::rdma::{Fabric, RdmaError, Registration};
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::bitmap::BS;
+use vm_memory::bitmap::{BS, Bitmap, RefSlice};
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
     GuestMemoryRegionBytes, GuestRegionCollection, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
+use crate::dirty_log::{DirtyLog, LogError, LogMap, RegionLog};
+
 /// Most regions: what QEMU and cloud-hypervisor use at most, and what `vhost` in the kernel offers.
 pub const MAX_REGIONS: usize = 509;
+
+/// What a log that is too small leaves out, for the error.
+const LOGGED: &str = "guest memory";
 
 /// Snapshot of the table of regions. It keeps them mapped.
 pub type GuestMemory = GuestRegionCollection<Region>;
@@ -81,6 +87,9 @@ pub enum MemoryError {
         /// Size asked for.
         size: u64,
     },
+    /// The dirty log in use has no bits for it.
+    #[error("{0}")]
+    Log(#[from] LogError),
     /// More regions than there are slots.
     #[error("{found} memory regions, expected at most {MAX_REGIONS}")]
     TooMany {
@@ -97,6 +106,7 @@ pub struct Region {
     user: u64,
     length: u64,
     host: *mut u8,
+    log: RegionLog,
     /// Lets RDMA devices use the memory; ends before the mapping does, and holds it as well.
     _registration: Option<Registration>,
     _mapping: Arc<Mapping>,
@@ -109,7 +119,8 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps a region that the front end announced, and registers it for RDMA with `fabric`.
+    /// Maps a region that the front end announced, and registers it for RDMA with `fabric`. What is written through it is
+    /// marked in `log`.
     ///
     /// # Errors
     /// When the region overflows, its file is too short, or the kernel refuses the mapping.
@@ -117,6 +128,7 @@ impl Region {
         announced: &VhostUserMemoryRegion,
         file: &File,
         fabric: Option<&Fabric>,
+        log: &Arc<DirtyLog>,
     ) -> Result<Self, MemoryError> {
         let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = *announced;
         let bounds = MemoryError::Bounds { guest: guest_phys_addr, size: memory_size, offset: mmap_offset };
@@ -160,6 +172,7 @@ impl Region {
             user: user_addr,
             length: memory_size,
             host,
+            log: RegionLog::new(Arc::clone(log), guest_phys_addr),
             _registration: registration,
             _mapping: mapping,
         })
@@ -170,10 +183,22 @@ impl Region {
         let VhostUserMemoryRegion { guest_phys_addr, memory_size, .. } = *announced;
         self.guest.0 == guest_phys_addr && self.length == memory_size
     }
+
+    /// The first guest address behind it.
+    fn end(&self) -> u64 {
+        self.guest.0 + self.length
+    }
+
+    /// Where a segment that lies in this region begins in it.
+    fn offset_of(&self, segment: &Segment) -> Option<usize> {
+        let offset = (segment.base() as usize).checked_sub(self.host as usize)?;
+        (offset as u64).checked_add(segment.length() as u64).filter(|end| *end <= self.length)?;
+        Some(offset)
+    }
 }
 
 impl GuestMemoryRegion for Region {
-    type B = ();
+    type B = RegionLog;
 
     fn len(&self) -> GuestUsize {
         self.length
@@ -183,7 +208,9 @@ impl GuestMemoryRegion for Region {
         self.guest
     }
 
-    fn bitmap(&self) -> BS<'_, ()> {}
+    fn bitmap(&self) -> RefSlice<'_, RegionLog> {
+        self.log.slice_at(0)
+    }
 
     fn get_host_address(&self, address: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
         let address = self.check_address(address).ok_or(GuestMemoryError::InvalidBackendAddress)?;
@@ -195,14 +222,16 @@ impl GuestMemoryRegion for Region {
         &self,
         offset: MemoryRegionAddress,
         count: usize,
-    ) -> Result<VolatileSlice<'_, BS<'_, ()>>, GuestMemoryError> {
+    ) -> Result<VolatileSlice<'_, BS<'_, RegionLog>>, GuestMemoryError> {
         let end = offset.0.checked_add(count as u64).ok_or(GuestMemoryError::InvalidBackendAddress)?;
         let start = usize::try_from(offset.0).map_err(|_| GuestMemoryError::InvalidBackendAddress)?;
         if end > self.length {
             return Err(GuestMemoryError::InvalidBackendAddress);
         }
         // SAFETY: `start + count` lies within the region, whose mapping lives as long as `self`.
-        Ok(unsafe { VolatileSlice::new(self.host.wrapping_add(start), count) })
+        Ok(unsafe {
+            VolatileSlice::with_bitmap(self.host.wrapping_add(start), count, self.log.slice_at(start), None)
+        })
     }
 }
 
@@ -259,12 +288,30 @@ pub struct MemoryTable {
     shared: Option<GuestMemoryAtomic<GuestMemory>>,
     /// What regions are registered with.
     fabric: Option<Fabric>,
+    /// What is written to any of them is marked here.
+    log: Arc<DirtyLog>,
 }
 
 impl MemoryTable {
     /// Registers regions that are announced from now on for RDMA.
     pub fn use_fabric(&mut self, fabric: Option<Fabric>) {
         self.fabric = fabric;
+    }
+
+    /// The dirty log of all regions.
+    #[must_use]
+    pub fn log(&self) -> &DirtyLog {
+        &self.log
+    }
+
+    /// Takes another dirty log, which must have bits for all regions.
+    ///
+    /// # Errors
+    /// When it has not; the old log stands.
+    pub fn set_log(&self, map: LogMap) -> Result<(), LogError> {
+        self.current.iter().try_for_each(|region| map.check(LOGGED, region.end()))?;
+        self.log.set(Some(map));
+        Ok(())
     }
 
     /// The current snapshot.
@@ -281,7 +328,7 @@ impl MemoryTable {
     /// Replaces all regions; the old table stands if any of the new ones is refused.
     ///
     /// # Errors
-    /// When a region is refused, or two overlap.
+    /// When a region is refused, two overlap, or the dirty log has no bits for one.
     pub fn replace(
         &mut self,
         announced: &[VhostUserMemoryRegion],
@@ -291,7 +338,7 @@ impl MemoryTable {
         for (region, file) in announced.iter().zip(files) {
             // A region that is already mapped from the same file could be kept, but the file may have been replaced
             // under the same address; a mapping is cheap next to the risk.
-            regions.push(Arc::new(Region::map(region, file, self.fabric.as_ref())?));
+            regions.push(Arc::new(Region::map(region, file, self.fabric.as_ref(), &self.log)?));
         }
         self.install(regions)
     }
@@ -299,10 +346,10 @@ impl MemoryTable {
     /// Adds a region.
     ///
     /// # Errors
-    /// When the region is refused, overlaps another, or all slots are taken.
+    /// When the region is refused, overlaps another, all slots are taken, or the dirty log has no bits for it.
     pub fn add(&mut self, announced: &VhostUserMemoryRegion, file: &File) -> Result<(), MemoryError> {
         let mut regions = self.regions(|_| true);
-        regions.push(Arc::new(Region::map(announced, file, self.fabric.as_ref())?));
+        regions.push(Arc::new(Region::map(announced, file, self.fabric.as_ref(), &self.log)?));
         self.install(regions)
     }
 
@@ -357,6 +404,7 @@ impl MemoryTable {
         if regions.len() > MAX_REGIONS {
             return Err(MemoryError::TooMany { found: regions.len() });
         }
+        regions.iter().try_for_each(|region| self.log.check(LOGGED, region.end()))?;
         regions.sort_by_key(|region| region.guest);
         if let Some(pair) = regions.windows(2).find(|pair| pair[0].last_addr() >= pair[1].guest) {
             return Err(MemoryError::Overlap(pair[1].guest.0));
@@ -436,18 +484,39 @@ pub fn copy_from(segments: &[Segment], bytes: &mut [u8]) -> usize {
     done
 }
 
-/// Copies bytes into guest memory, as far as the segments go; the number copied.
-pub fn copy_to(bytes: &[u8], segments: &[Segment]) -> usize {
+/// Copies bytes into guest memory, as far as the segments go, and marks them in the dirty log; the number copied.
+pub fn copy_to(memory: &GuestMemory, bytes: &[u8], segments: &[Segment]) -> usize {
     let mut done = 0;
     for segment in segments {
         let count = segment.length().min(bytes.len() - done);
         // SAFETY: as in `copy_from`.
         let slice = unsafe { VolatileSlice::new(segment.base(), count) };
         slice.copy_from(&bytes[done..done + count]);
+        mark_written(memory, &[segment.part(0, count)]);
         done += count;
         if done == bytes.len() {
             break;
         }
     }
     done
+}
+
+/// Marks segments of `memory` in the dirty log. To be called after they were written, by whoever writes past `vm-memory`.
+pub fn mark_written(memory: &GuestMemory, segments: &[Segment]) {
+    if !dirty_log(memory).is_some_and(DirtyLog::is_active) {
+        return;
+    }
+    for segment in segments {
+        // A handful of regions as a rule, and only while the guest is migrated.
+        let place = memory.iter().find_map(|region| Some((region, region.offset_of(segment)?)));
+        if let Some((region, offset)) = place {
+            region.log.mark_dirty(offset, segment.length());
+        }
+    }
+}
+
+/// The log of a table's regions, which is one for all.
+#[must_use]
+pub fn dirty_log(memory: &GuestMemory) -> Option<&DirtyLog> {
+    memory.iter().next().map(|region| region.log.log())
 }

@@ -37,6 +37,10 @@ pub struct PoolDisk {
     was_active: bool,
     detaching: bool,
     refused: Option<String>,
+    /// Another client attached while this one was, and how that was found.
+    displaced: Option<String>,
+    /// The next attachment displaces whoever holds the pool: a guest comes from there. Until one has succeeded.
+    incoming: bool,
     /// A front end went away while its guest did not know yet that writes were lost.
     lost_writes: bool,
     done: Vec<(client::Token, Result<(), IoError>)>,
@@ -85,6 +89,8 @@ impl PoolDisk {
             was_active: false,
             detaching: false,
             refused: None,
+            displaced: None,
+            incoming: pool.incoming,
             lost_writes: false,
             done: Vec::new(),
             notices: Vec::new(),
@@ -145,6 +151,10 @@ impl PoolDisk {
                 Notice::Over(OverReason::Detached) => {
                     tracing::info!(pool, transport = ?driver.counters(), "detached; {traffic}");
                 }
+                // What it means is known above: a guest that went elsewhere is no failure.
+                Notice::Over(reason @ (OverReason::Fenced(_) | OverReason::Held(_))) => {
+                    tracing::warn!(pool, "{reason}");
+                }
                 Notice::Over(reason) => tracing::error!(pool, "{reason}"),
             }
         }
@@ -154,22 +164,27 @@ impl PoolDisk {
     fn settle(&mut self) {
         let Some(driver) = &self.driver else { return };
         self.was_active |= driver.is_active();
-        if let Some(reason) = driver.over() {
-            if *reason != OverReason::Detached {
-                self.refused = Some(reason.to_string());
-            } else if driver.in_flight() == 0
-                && !driver.has_completions()
-                && self.done.is_empty()
-                && self.failed.is_empty()
-            {
-                self.lost_writes |= driver.has_lost_writes();
-                self.retired = self.driver.take();
-                if let Some(driver) = &mut self.retired {
-                    driver.retire();
-                }
-                self.detaching = false;
-                self.was_active = false;
+        self.incoming &= !self.was_active;
+        let Some(reason) = driver.over() else { return };
+        let is_displaced = self.was_active && matches!(reason, OverReason::Fenced(_) | OverReason::Held(_));
+        if is_displaced && !self.detaching {
+            self.displaced = Some(reason.to_string());
+        } else if *reason != OverReason::Detached && !is_displaced {
+            self.refused = Some(reason.to_string());
+            return;
+        }
+        if driver.in_flight() == 0
+            && !driver.has_completions()
+            && self.done.is_empty()
+            && self.failed.is_empty()
+        {
+            self.lost_writes |= driver.has_lost_writes();
+            self.retired = self.driver.take();
+            if let Some(driver) = &mut self.retired {
+                driver.retire();
             }
+            self.detaching = false;
+            self.was_active = false;
         }
     }
 }
@@ -191,7 +206,8 @@ impl Disk for PoolDisk {
     }
 
     fn attach(&mut self) {
-        let config = self.config.clone();
+        let mut config = self.config.clone();
+        config.takeover |= self.incoming;
         // Forced once: what other members get from now on is not to be thrown away by the next guest.
         self.config.force_from = None;
         match PoolDriver::with_spec(config, self.spec.clone(), &self.seeds)
@@ -203,8 +219,9 @@ impl Disk for PoolDisk {
     }
 
     fn detach(&mut self) {
-        self.detaching = true;
+        self.displaced = None;
         if let Some(driver) = &mut self.driver {
+            self.detaching = true;
             driver.detach();
         }
         self.settle();
@@ -215,18 +232,21 @@ impl Disk for PoolDisk {
             tracing::warn!(pool = %self.spec.name, "the guest has reset the device; it starts from what the members have");
         }
         self.lost_writes = false;
+        // A guest that begins anew reads from the disk whatever it needs, and nothing of before is in its memory.
+        self.displaced = None;
         if let Some(driver) = &mut self.driver {
             driver.acknowledge_loss();
         }
     }
 
     fn attachment(&self) -> Attachment<'_> {
-        match (&self.refused, &self.driver) {
-            (Some(reason), _) => Attachment::Refused(reason),
-            (None, None) => Attachment::Detached,
-            (None, Some(_)) if self.detaching => Attachment::Detaching,
-            (None, Some(_)) if self.was_active => Attachment::Attached,
-            (None, Some(_)) => Attachment::Attaching,
+        match (&self.refused, &self.displaced, &self.driver) {
+            (Some(reason), ..) => Attachment::Refused(reason),
+            (None, Some(reason), _) => Attachment::Displaced(reason),
+            (None, None, None) => Attachment::Detached,
+            (None, None, Some(_)) if self.detaching => Attachment::Detaching,
+            (None, None, Some(_)) if self.was_active => Attachment::Attached,
+            (None, None, Some(_)) => Attachment::Attaching,
         }
     }
 
@@ -334,6 +354,8 @@ mod tests {
             was_active: false,
             detaching: false,
             refused: None,
+            displaced: None,
+            incoming: false,
             lost_writes: false,
             done: Vec::new(),
             notices: Vec::new(),

@@ -160,6 +160,8 @@ pub struct Ring {
     again: Vec<u16>,
     /// Order of the chains in the inflight region.
     counter: u64,
+    /// Where in the dirty log what is written to the used ring belongs, if the front end wants it there.
+    used_log: Option<u64>,
 }
 
 impl Ring {
@@ -184,6 +186,7 @@ impl Ring {
             finished: Vec::with_capacity(max_size.into()),
             again: Vec::new(),
             counter: 0,
+            used_log: None,
         })
     }
 
@@ -254,6 +257,18 @@ impl Ring {
         self.vring.set_queue_info(descriptors.0, avail.0, used.0).map_err(|_| RingError::Alignment)?;
         self.has_addresses = true;
         Ok(())
+    }
+
+    /// Sets the address under which what is written to the used ring belongs in the dirty log (`VHOST_VRING_F_LOG`).
+    pub fn set_used_log(&mut self, address: Option<u64>) {
+        self.used_log = address;
+    }
+
+    /// The first address behind the used ring in the dirty log.
+    #[must_use]
+    pub fn used_log_end(&self) -> Option<u64> {
+        let length = used_length(self.vring.get_mut().get_queue().size());
+        self.used_log.map(|address| address.saturating_add(length))
     }
 
     /// Sets the index of the next chain to take.
@@ -366,6 +381,7 @@ impl Ring {
         self.enabled = false;
         self.paused = false;
         self.error = None;
+        self.used_log = None;
         self.set_call(None);
         self.set_kick(None)
     }
@@ -390,6 +406,7 @@ impl Ring {
         let (size, table) = (queue.size(), GuestAddress(queue.desc_table()));
         for _ in 0..MAX_ROUNDS {
             queue.disable_notification(memory).map_err(|_| Fault::Memory)?;
+            mark_used(queue, self.used_log, memory);
             let next = queue.next_avail();
             let avail = queue.avail_idx(memory, Ordering::Acquire).map_err(|_| Fault::Memory)?;
             let pending = avail.0.wrapping_sub(next);
@@ -451,6 +468,7 @@ impl Ring {
             }
             if rearm {
                 served.more = queue.enable_notification(memory).map_err(|_| Fault::Memory)?;
+                mark_used(queue, self.used_log, memory);
             }
             // The guest may reuse a head that is answered only once it is published.
             if !served.more || !self.finished.is_empty() {
@@ -468,7 +486,10 @@ impl Ring {
         if !self.is_running() || self.paused {
             return Ok(false);
         }
-        self.vring.get_mut().get_queue_mut().enable_notification(memory).map_err(|_| Fault::Memory)
+        let mut state = self.vring.get_mut();
+        let more = state.get_queue_mut().enable_notification(memory).map_err(|_| Fault::Memory)?;
+        mark_used(state.get_queue(), self.used_log, memory);
+        Ok(more)
     }
 
     /// A request is done, and this many bytes were written to the guest.
@@ -502,6 +523,7 @@ impl Ring {
                 inflight.finished(number, head, queue.next_used());
             }
         }
+        mark_used(queue, self.used_log, memory);
         // Also orders the used index before the read of the flags or the event index.
         let wanted = queue.needs_notification(memory).map_err(|_| Fault::Memory)?;
         let wanted = wanted && (queue.event_idx_enabled() || !interrupts_are_off(queue, memory)?);
@@ -535,6 +557,21 @@ impl fmt::Debug for Ring {
             .field("in_flight", &self.in_flight)
             .finish_non_exhaustive()
     }
+}
+
+/// Marks the used ring at the address that the front end gave for it, where that is not its own: there it was marked when it
+/// was written, with or without `VHOST_VRING_F_LOG`. All of it, because no front end of today does that.
+fn mark_used(queue: &virtio_queue::Queue, used_log: Option<u64>, memory: &GuestMemory) {
+    if let Some(address) = used_log.filter(|address| *address != queue.used_ring())
+        && let Some(log) = memory::dirty_log(memory)
+    {
+        log.mark(address, used_length(queue.size()));
+    }
+}
+
+/// Length of a used ring with its flags, index and event index (virtio 1.3 §2.7.8).
+fn used_length(size: u16) -> u64 {
+    6 + 8 * u64::from(size)
 }
 
 /// The head at this index of the avail ring (virtio 1.3 §2.7.6).

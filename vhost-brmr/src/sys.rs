@@ -10,6 +10,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 const PEEKED_WORDS: usize = 5;
 /// Length of the header of a vhost-user message.
 const HEADER_LENGTH: usize = 12;
+/// Longest payload of any message.
+const MAX_PAYLOAD: usize = 4096;
 /// Bit of the flags: the front end waits for an acknowledgement.
 const NEED_REPLY: u32 = 1 << 3;
 
@@ -26,6 +28,8 @@ pub enum Peeked {
         code: u32,
         /// An acknowledgement is wanted.
         need_reply: bool,
+        /// Its length with its header.
+        length: usize,
         /// First word of the payload, or zero.
         index: u32,
         /// Second word of the payload, or zero.
@@ -65,7 +69,7 @@ pub fn peek(socket: &impl AsRawFd) -> io::Result<Peeked> {
     }
     let [code, flags, size, index, value] = words;
     // A size beyond what any message may have is left to the reader of messages to refuse.
-    let size = (size as usize).min(4096);
+    let size = (size as usize).min(MAX_PAYLOAD);
     if usize::try_from(queued).unwrap_or(0) < HEADER_LENGTH + size {
         return Ok(Peeked::Nothing);
     }
@@ -73,9 +77,35 @@ pub fn peek(socket: &impl AsRawFd) -> io::Result<Peeked> {
     Ok(Peeked::Message {
         code,
         need_reply: flags & NEED_REPLY != 0,
+        length: HEADER_LENGTH + size,
         index: payload(index, 4),
         value: payload(value, 8),
     })
+}
+
+/// Takes a message that was peeked at, of this code and length, without a look at what it says; descriptors that come with it are
+/// closed. With `acknowledge` the front end is told that all went well.
+///
+/// # Errors
+/// When the socket is broken.
+pub fn skip(socket: &impl AsRawFd, code: u32, length: usize, acknowledge: bool) -> io::Result<()> {
+    let mut message = [0u8; HEADER_LENGTH + MAX_PAYLOAD];
+    let length = length.min(message.len());
+    // SAFETY: the kernel writes at most `length` bytes. Without room for control data it drops the descriptors.
+    let got =
+        unsafe { libc::recv(socket.as_raw_fd(), message.as_mut_ptr().cast(), length, libc::MSG_DONTWAIT) };
+    if usize::try_from(got).ok() != Some(length) {
+        return Err(io::Error::last_os_error());
+    }
+    if !acknowledge {
+        return Ok(());
+    }
+    // Code, flags (version 1, an answer), length, and a zero of 64 bits.
+    let answer = [code, 1 | 1 << 2, 8, 0, 0].map(u32::to_ne_bytes).concat();
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the kernel reads the length of `answer`.
+    let sent = unsafe { libc::send(socket.as_raw_fd(), answer.as_ptr().cast(), answer.len(), flags) };
+    if usize::try_from(sent).ok() == Some(answer.len()) { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Control data of one message with one descriptor, aligned as the kernel wants it.

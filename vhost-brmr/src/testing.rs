@@ -55,6 +55,7 @@ struct State {
     attached: bool,
     detaching: bool,
     refusal: Option<String>,
+    displaced: bool,
 }
 
 /// The disk.
@@ -66,6 +67,8 @@ pub struct MemoryDisk {
     watched: bool,
     /// The refusal, once it was seen.
     refused: Option<String>,
+    /// Another client took the disk, as far as was seen.
+    displaced: bool,
 }
 
 /// How a test tells the disk what to do, from its own thread.
@@ -102,7 +105,7 @@ impl MemoryDisk {
         let data = vec![0; usize::try_from(geometry.size).map_err(std::io::Error::other)?];
         let state = Arc::new(Mutex::new(State { data, keeps_log: true, ..State::default() }));
         let handle = Handle { state: Arc::clone(&state), wake: other };
-        Ok((Self { geometry, state, wake, watched: false, refused: None }, handle))
+        Ok((Self { geometry, state, wake, watched: false, refused: None, displaced: false }, handle))
     }
 }
 
@@ -141,6 +144,11 @@ impl Handle {
     /// Will not be attached.
     pub fn refuse(&self, reason: &str) {
         self.change(|state| state.refusal = Some(reason.to_owned()));
+    }
+
+    /// Another client takes the disk.
+    pub fn displace(&self) {
+        self.change(|state| state.displaced = true);
     }
 
     /// Keeps no log, for measurements.
@@ -261,16 +269,19 @@ impl Disk for MemoryDisk {
         let mut state = lock(&self.state);
         state.detaching = true;
         state.work();
+        self.displaced = false;
     }
 
     fn reset(&mut self) {
         lock(&self.state).resets += 1;
+        self.displaced = false;
     }
 
     fn attachment(&self) -> Attachment<'_> {
         let state = lock(&self.state);
         match (&self.refused, state.attached, state.detaching) {
             (Some(reason), ..) => Attachment::Refused(reason),
+            (None, ..) if self.displaced => Attachment::Displaced("a test"),
             (None, true, true) => Attachment::Detaching,
             (None, true, false) => Attachment::Attached,
             (None, false, _) => Attachment::Detached,
@@ -308,7 +319,11 @@ impl Disk for MemoryDisk {
     fn ready(&mut self, _fd: RawFd, _set: EventSet) {
         let mut bytes = [0; 64];
         while (&self.wake).read(&mut bytes).is_ok_and(|count| count > 0) {}
-        lock(&self.state).work();
+        let mut state = lock(&self.state);
+        state.work();
+        if std::mem::take(&mut state.displaced) {
+            (self.displaced, state.attached) = (true, false);
+        }
     }
 
     fn upkeep(&mut self) {

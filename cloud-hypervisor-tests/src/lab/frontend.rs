@@ -36,6 +36,8 @@ pub mod feature {
     pub const INDIRECT: u64 = 1 << 28;
     /// Notifications by index.
     pub const EVENT_IDX: u64 = 1 << 29;
+    /// vhost-user's own bit: everything that the device writes is logged.
+    pub const LOG_ALL: u64 = 1 << 26;
     /// vhost-user's own bit: there are protocol features.
     pub const PROTOCOL: u64 = 1 << 30;
     /// Virtio 1.0 or later.
@@ -91,6 +93,8 @@ const MAX_OWN_DATA: u64 = MEMORY_START + MEMORY_SIZE - OWN_DATA;
 const NO_STATUS: u8 = 0xee;
 /// Longest wait for an answer of the back end on the control socket.
 const CONTROL_LIMIT: Duration = Duration::from_secs(20);
+/// Longest time between a back end's making of its socket and its listening there.
+const LISTEN_LIMIT: Duration = Duration::from_secs(2);
 /// Longest wait for a well-behaved request.
 const REQUEST_LIMIT: Duration = Duration::from_secs(30);
 
@@ -163,10 +167,16 @@ pub struct FrontendBuilder {
 }
 
 impl FrontendBuilder {
-    /// A driver for the back end at `socket`, with one queue of 128 entries, without EVENT_IDX.
+    /// A driver for the back end at `socket`, with one queue of 128 entries, without EVENT_IDX, and without a dirty log, which
+    /// only a guest that is migrated has.
     #[must_use]
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned(), queues: 1, queue_size: 128, without: feature::EVENT_IDX }
+        Self {
+            socket: socket.to_owned(),
+            queues: 1,
+            queue_size: 128,
+            without: feature::EVENT_IDX | feature::LOG_ALL,
+        }
     }
 
     /// Number of queues to use.
@@ -203,7 +213,7 @@ impl FrontendBuilder {
                 self.queue_size
             );
         }
-        let stream = UnixStream::connect(&self.socket).with_context(|| format!("connecting to {socket}"))?;
+        let stream = dial(&self.socket).with_context(|| format!("connecting to {socket}"))?;
         stream.set_read_timeout(Some(CONTROL_LIMIT))?;
         stream.set_write_timeout(Some(CONTROL_LIMIT))?;
         let hang_up = stream.try_clone()?;
@@ -251,6 +261,21 @@ impl FrontendBuilder {
             frontend.start_queue(index).with_context(|| format!("starting queue {index}"))?;
         }
         Ok(frontend)
+    }
+}
+
+/// Connects to a back end that may have just been started: its socket exists for a moment before anybody listens on it.
+fn dial(socket: &Path) -> io::Result<UnixStream> {
+    let started = Instant::now();
+    loop {
+        match UnixStream::connect(socket) {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused && started.elapsed() < LISTEN_LIMIT =>
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
     }
 }
 

@@ -183,6 +183,22 @@ impl VmBuilder {
         Ok(vm)
     }
 
+    /// Starts QEMU for a machine that comes by live migration from the socket at `from`; it runs when it is there. All but the
+    /// name and the disks' sockets has to be as at the source.
+    ///
+    /// # Errors
+    /// When something is missing on this machine, or QEMU does not start.
+    pub fn receive(self, lab: &Lab, from: &Path) -> Result<Vm> {
+        let image = match &self.image {
+            Some(image) => image.clone(),
+            None => Image::standard()?,
+        };
+        let incoming = ["-incoming".to_owned(), format!("unix:{}", from.display())];
+        let vm = self.arguments(incoming).start_qemu(lab, &image)?;
+        vm.process.wait_for_socket(from, BOOT_LIMIT)?;
+        Ok(vm)
+    }
+
     fn start_qemu(&self, lab: &Lab, image: &Image) -> Result<Vm> {
         let program = programs::system("qemu-system-x86_64")?;
         let version = qemu_version(&program)?;

@@ -37,6 +37,9 @@ impl Client {
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
                     Kind::Pong => self.pong(id, header),
+                    Kind::Goodbye if header.status == Status::StaleEpoch => {
+                        self.told_fenced(id, header.epoch)
+                    }
                     Kind::Goodbye => self.drop_link(id, "the node is stopping"),
                     _ => self.drop_link(id, &format!("protocol error: {kind:?} is not expected by a client")),
                 }
@@ -56,6 +59,18 @@ impl Client {
         let is_past = |r: &HelloReply| (r.epoch, r.view.number) != (header.epoch, header.view);
         if matches!(self.state, State::Gathering { .. }) && self.hello_of(id).is_some_and(is_past) {
             self.drop_link(id, "the pool was in use since it was asked");
+        }
+    }
+
+    /// A member has let another client attach, and closes this connection. There is nothing left to do for this one: a view
+    /// without the member would only be in the way of the other, which comes to the rest of the members in a moment.
+    fn told_fenced(&mut self, id: LinkId, epoch: Epoch) {
+        match self.state {
+            State::Active | State::Changing { attach: false, .. } if epoch > self.epoch => {
+                self.end(OverReason::Fenced(epoch));
+            }
+            // Not attached yet, or on the way out: as if the leg were lost.
+            _ => self.drop_link(id, "another client attached"),
         }
     }
 

@@ -491,6 +491,27 @@ fn a_client_whose_attach_was_cut_short_by_another_gives_that_one_time_to_come_th
 }
 
 #[test]
+fn a_client_that_is_told_that_another_attached_ends_and_leaves_no_view_in_its_way() {
+    let told = |bench: &mut Bench, epoch| {
+        let pool = PoolId::from_bytes([9; 16]);
+        let header = MessageHeader { epoch, ..MessageHeader::new(Kind::Goodbye, pool) };
+        let header = header.reply(Kind::Goodbye, Status::StaleEpoch);
+        bench.client.apply(Event::Message(LinkId(0), &header, &[]), bench.now);
+        bench.run();
+    };
+    let mut bench = Bench::new(2, |_| {});
+    let (epoch, views) = (bench.client.epoch, bench.client.counters.views);
+    told(&mut bench, epoch.next());
+    assert_eq!(bench.client.over(), Some(&OverReason::Fenced(epoch.next())));
+    assert_eq!(bench.client.counters.views, views);
+    assert!(bench.additions.is_empty(), "{:?}", bench.additions);
+    // Of an attachment before its own it is no news, and the member is lost like any that closes the connection.
+    let mut bench = Bench::new(2, |_| {});
+    told(&mut bench, epoch);
+    assert_eq!((bench.client.over(), bench.state(member(0))), (None, Some(MemberState::Out)));
+}
+
+#[test]
 fn a_range_that_one_leg_cannot_read_is_on_record_as_missed_by_it_and_it_comes_back() {
     let mut bench = Bench::new(2, |_| {});
     let bad = bench.fail_read(1, 5 * 4096 + 512);

@@ -130,9 +130,18 @@ impl Replica {
             let text = b"its metadata cannot be written".to_vec();
             return self.answer(connection, header, Kind::AttachReply, Status::IoError, text);
         }
+        let is_other = self.holder.as_ref().is_some_and(|h| h.client != attach.client);
         if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection)
             && !mutant!(OldConnectionStaysOpen)
         {
+            if is_other {
+                // Else it would take this for a lost leg, and leave a view without this member on others that the new client
+                // has not come to yet. It may not get through; then that is what happens.
+                let epoch = header.epoch;
+                let told = MessageHeader { epoch, ..MessageHeader::new(Kind::Goodbye, self.spec.id) };
+                let told = told.reply(Kind::Goodbye, Status::StaleEpoch);
+                self.outputs.push_back(Output::Send(old, told, ReplyPayload::None));
+            }
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
         self.lose_commands("another client attached");

@@ -559,6 +559,34 @@ fn a_write_that_the_disk_failed_is_told_to_the_next_client_as_such() {
 }
 
 #[test]
+fn a_client_that_is_displaced_is_told_so_before_its_connection_is_closed() {
+    let told = |client, takeover| {
+        let mut bench = Bench::new(true);
+        let attach = |client, takeover| Attach {
+            client: ClientId::from_bytes([client; 16]),
+            takeover,
+            rejoin: false,
+            yields: false,
+            description: format!("client {client}"),
+        };
+        bench.attach_with(1, 1, &attach(1, false));
+        bench.durable();
+        bench.outputs.clear();
+        bench.attach_with(2, 2, &attach(client, takeover));
+        let outputs = std::mem::take(&mut bench.outputs);
+        let end = outputs.iter().position(|o| matches!(o, Output::Close(ConnectionId(1), _)));
+        let word = outputs.iter().position(|o| {
+            matches!(o, Output::Send(ConnectionId(1), header, _) if header.kind == Kind::Goodbye
+                && (header.status, header.epoch) == (Status::StaleEpoch, Epoch(2)))
+        });
+        (end.is_some(), word.is_some_and(|word| Some(word) < end))
+    };
+    assert_eq!(told(2, true), (true, true));
+    assert_eq!(told(2, false), (false, false), "it is not displaced");
+    assert_eq!(told(1, false), (true, false), "it has another connection now, and goes on");
+}
+
+#[test]
 fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
     let mut bench = Bench::new(true);
     let attach = |client, yields| Attach {

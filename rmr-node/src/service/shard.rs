@@ -482,7 +482,13 @@ impl Shard {
                 Output::PeerClose => self.close_source(index),
                 Output::Persist(ticket, metadata) => member.persist(ticket, &metadata, self.now),
                 Output::Release(token) => self.writes.release(token),
-                Output::Close(connection, reason) => self.close(connection, reason),
+                Output::Close(connection, reason) => {
+                    if let Some(peer) = self.peers.get_mut(&connection) {
+                        // Last words, such as that another client attached. What does not go out at once is lost.
+                        let _ = peer.wire.flush();
+                    }
+                    self.close(connection, reason);
+                }
                 Output::Grow { from, to } => self.make_room(index, from, to),
                 Output::CommandDone(id, reply) => self.command_done(index, id, reply),
                 Output::Notice(notice) => self.log(index, notice),

@@ -4,6 +4,8 @@
 #![allow(clippy::cast_possible_truncation)] // patterns of bytes are made from counters
 
 mod cost;
+mod dirty_log;
+mod handover;
 mod hostile;
 mod program;
 mod resize;

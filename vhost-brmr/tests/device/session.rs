@@ -32,7 +32,7 @@ fn the_offer_holds_every_feature_that_the_disk_can_serve_and_no_other() {
     let (daemon, stream) = setup.device();
     let mut guest = Guest::connect(stream, &setup);
     let features = guest.frontend.get_features().unwrap();
-    for number in [1, 2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 30, 32] {
+    for number in [1, 2, 6, 9, 10, 11, 12, 13, 14, 26, 28, 29, 30, 32] {
         assert_ne!(features & bit(number), 0, "feature {number} is missing");
     }
     assert_eq!(features & bit(VIRTIO_BLK_F_RO), 0);
@@ -43,7 +43,8 @@ fn the_offer_holds_every_feature_that_the_disk_can_serve_and_no_other() {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::BACKEND_REQ
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::LOG_SHMFD;
     assert_eq!(protocol, expected);
     assert_eq!(guest.frontend.get_queue_num().unwrap(), 2);
     assert_eq!(guest.frontend.get_max_mem_slots().unwrap(), 509);

@@ -45,6 +45,8 @@ pub(crate) const INDIRECT_FLAG: u16 = 4;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(crate) const ALL: u64 = u64::MAX;
+/// `VHOST_F_LOG_ALL`.
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const fn bit(number: u32) -> u64 {
     1 << number
 }
@@ -145,6 +147,8 @@ pub(crate) struct Guest {
     memory: MmapRegion,
     pub(crate) rings: Vec<Ring>,
     pub(crate) event_idx: bool,
+    /// What was negotiated.
+    pub(crate) features: u64,
 }
 
 impl Guest {
@@ -162,7 +166,8 @@ impl Guest {
         let mut frontend = Frontend::from_stream(stream, setup.queues.into());
         frontend.set_owner().unwrap();
         let offered = frontend.get_features().unwrap();
-        let features = offered & setup.features | bit(30);
+        // As QEMU does: logging is switched on only when a migration begins.
+        let features = offered & setup.features & !LOG_ALL | bit(30);
         let protocol = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(protocol).unwrap();
         assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
@@ -195,6 +200,7 @@ impl Guest {
             memory,
             rings: (0..setup.queues).map(|_| Ring::new(setup.queue_size)).collect(),
             event_idx: features & bit(29) != 0,
+            features,
         };
         for guard in [0, GUARD + MEMORY_SIZE] {
             let guard = usize::try_from(guard).unwrap();
@@ -227,22 +233,33 @@ impl Guest {
 
     /// Everything but the kick.
     pub(crate) fn configure_ring(&mut self, queue: usize, base: u16) {
-        let start = USER_BASE + queue as u64 * RING_SPACE;
         let ring = &self.rings[queue];
         self.frontend.set_vring_num(queue, ring.size).unwrap();
         self.frontend.set_vring_base(queue, base).unwrap();
-        let config = VringConfigData {
-            queue_max_size: ring.size,
-            queue_size: ring.size,
-            flags: 0,
+        self.frontend.set_vring_addr(queue, &self.addresses(queue, None)).unwrap();
+        let ring = &self.rings[queue];
+        self.frontend.set_vring_call(queue, &ring.call).unwrap();
+        self.frontend.set_vring_err(queue, &ring.error).unwrap();
+    }
+
+    /// Where a ring is, and where its used ring belongs in the dirty log.
+    pub(crate) fn addresses(&self, queue: usize, log_addr: Option<u64>) -> VringConfigData {
+        let start = USER_BASE + Self::table(queue);
+        let size = self.rings[queue].size;
+        VringConfigData {
+            queue_max_size: size,
+            queue_size: size,
+            flags: log_addr.map_or(0, |_| 1),
             desc_table_addr: start,
             used_ring_addr: start + USED,
             avail_ring_addr: start + AVAIL,
-            log_addr: None,
-        };
-        self.frontend.set_vring_addr(queue, &config).unwrap();
-        self.frontend.set_vring_call(queue, &ring.call).unwrap();
-        self.frontend.set_vring_err(queue, &ring.error).unwrap();
+            log_addr,
+        }
+    }
+
+    /// Where the used ring of a queue is in guest memory.
+    pub(crate) fn used_ring(queue: usize) -> u64 {
+        Self::table(queue) + USED
     }
 
     /// Whether the bytes around guest memory are as they were.
@@ -486,4 +503,11 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 pub(crate) fn as_eventfd(file: File) -> EventFd {
     // SAFETY: the descriptor was owned by the file and is handed over.
     unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
+}
+
+/// An event descriptor as a file.
+pub(crate) fn as_file(event: &EventFd) -> File {
+    let event = event.try_clone().unwrap();
+    // SAFETY: the descriptor was owned by the clone and is handed over.
+    unsafe { File::from_raw_fd(event.into_raw_fd()) }
 }
