@@ -10,9 +10,11 @@ TARGET_DIR = $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 # Simulated runs of `make sim`, and where they begin.
 SEEDS := 20000
 START := 1
+# Runs of `make test-verbs`.
+TIMES := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-resync lint fmt docs audit sim sim-mutants model deps clean
+.PHONY: help demo test test-verbs bench bench-resync lint fmt docs audit sim sim-mutants model deps clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do \
@@ -28,6 +30,10 @@ test: deps ## all tests: units, documentation, whole systems with guests in QEMU
 	$(CARGO) test $(LOCKED) --workspace --doc --quiet
 	@if $(CARGO) nextest --version >/dev/null 2>&1; \
 	then set -- nextest run; else set -- test; fi; set -x; $(CARGO) "$$@" $(LOCKED) --workspace --all-targets --no-fail-fast
+
+test-verbs: deps ## the whole system over Soft-RoCE in one guest, TIMES=1 times: a line for each scenario, and what failed
+	$(CARGO) build $(LOCKED) --workspace --bins
+	RMR_TIMES=$(TIMES) $(CARGO) test $(LOCKED) -p cloud-hypervisor-tests --test verbs -- --nocapture
 
 bench: deps ## side by side with what a user would pick instead (docs/benchmarks.md); about 6 minutes
 	$(CARGO) build $(LOCKED) --release --workspace --bins
@@ -60,7 +66,7 @@ sim-mutants: ## makes deliberate mistakes in the protocol, each of which the sim
 
 model: ## the model checker further than in the tests (docs/model.md); minutes, and some GiB of memory
 	for limits in 2,1,1,0,3,6,1 2,1,2,0,2,6,1 2,1,1,1,2,5,1; do RMR_MODEL=$$limits \
-		$(CARGO) test $(LOCKED) --release -p rmr-common --test model what_the -- --nocapture || exit 1; done
+		$(CARGO) test $(LOCKED) --release -p rmr-common --test model what_the -- --ignored --nocapture || exit 1; done
 
 deps: ## installs what Debian 12 lacks for tests and benchmarks; does nothing twice
 	@./cloud-hypervisor-tests/install-deps.sh

@@ -18,7 +18,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 /// Exit code of a daemon whose pool was taken over.
 const DISPLACED: i32 = 3;
 /// Memory that is not sent yet when a migration has gone far enough to look at it.
-const REST: u64 = 96 << 20;
+const REST: u64 = 16 << 20;
 /// The guest reads this much of its disk into its page cache while it is migrated; what fio writes is behind it.
 const READ_MIB: u32 = 24;
 
@@ -42,14 +42,18 @@ fn set_pace(vm: &Vm, bytes_per_second: u64, downtime_ms: u32) -> Result<()> {
 /// Begins to send the machine to `socket`, and waits until most of its memory was sent; the rest takes its time, so that what is
 /// written to memory now is written behind the back of the migration, unless it is logged.
 fn begin(vm: &Vm, socket: &Path) -> Result<()> {
-    set_pace(vm, 48 << 20, 1)?;
+    set_pace(vm, 64 << 20, 1)?;
     vm.qmp()?.execute("migrate", &json!({ "uri": format!("unix:{}", socket.display()) }))?;
-    wait_until("most of the memory to be sent", MIGRATION_LIMIT, || {
-        let status = migration_status(vm)?;
-        ensure!(status["status"] != "failed" && status["status"] != "completed", "it is over: {status}");
-        let ram = |what: &str| status["ram"][what].as_u64().unwrap_or(u64::MAX);
-        Ok(ram("remaining") < REST)
-    })?;
+    let wait_for = |rest: u64| {
+        wait_until("most of the memory to be sent", MIGRATION_LIMIT, || {
+            let status = migration_status(vm)?;
+            ensure!(status["status"] != "failed" && status["status"] != "completed", "it is over: {status}");
+            Ok(status["ram"]["remaining"].as_u64().unwrap_or(u64::MAX) < rest)
+        })
+    };
+    wait_for(4 * REST)?;
+    set_pace(vm, 24 << 20, 1)?;
+    wait_for(REST)?;
     set_pace(vm, 1 << 20, 1)
 }
 
@@ -65,10 +69,15 @@ fn finish(vm: &Vm) -> Result<u64> {
     status["downtime"].as_u64().with_context(|| format!("no downtime in {status}"))
 }
 
+/// Fills memory with what is not on the disk, to be sent with the rest; [`read_again`] puts the disk's data in its place.
+fn fill_memory(vm: &Vm) -> Result<()> {
+    vm.run("tr '\\0' '\\125' </dev/zero | dd of=/tmp/fill bs=1M count=64 iflag=fullblock 2>&1").map(|_| ())
+}
+
 /// Fills the guest's page cache anew from the disk: memory that only the device writes.
 fn read_again(vm: &Vm) -> Result<()> {
     vm.run(&format!(
-        "echo 3 >/proc/sys/vm/drop_caches; dd if=$(cat /tmp/disk) of=/dev/null bs=1M count={READ_MIB} 2>&1"
+        "rm /tmp/fill; echo 3 >/proc/sys/vm/drop_caches; dd if=$(cat /tmp/disk) of=/dev/null bs=1M count={READ_MIB} 2>&1"
     ))
     .map(|_| ())
 }
@@ -117,8 +126,9 @@ fn a_guest_is_migrated_under_load_there_and_back_and_its_disk_goes_with_it() -> 
         let first = daemon("first").start(lab)?;
         let source = builder("source", &first).boot(lab)?;
         let device = source.device("moving")?;
+        // Somebody keeps the device open: the last one to close it would empty its page cache.
         source.run(&format!(
-            "echo {device} >/tmp/disk; dd if=/dev/urandom of={device} bs=1M count={READ_MIB} oflag=direct 2>&1"
+            "echo {device} >/tmp/disk; sleep 100000 <{device} >/dev/null 2>&1 & dd if=/dev/urandom of={device} bs=1M count={READ_MIB} oflag=direct 2>&1"
         ))?;
         let (expected, _) = digests(&source)?;
         start_load(&source)?;
@@ -128,6 +138,7 @@ fn a_guest_is_migrated_under_load_there_and_back_and_its_disk_goes_with_it() -> 
         checks.check("a migration that is cancelled changes nothing for the guest", || {
             let socket = lab.path("cancelled");
             let target = builder("cancelled", &second).receive(lab, &socket)?;
+            fill_memory(&source)?;
             begin(&source, &socket)?;
             read_again(&source)?;
             source.qmp()?.execute("migrate_cancel", &json!({}))?;
@@ -142,6 +153,7 @@ fn a_guest_is_migrated_under_load_there_and_back_and_its_disk_goes_with_it() -> 
 
         let socket = lab.path("there");
         let target = builder("target", &second).receive(lab, &socket)?;
+        fill_memory(&source)?;
         begin(&source, &socket)?;
         read_again(&source)?;
         let pause = finish(&source)?;
@@ -169,6 +181,7 @@ fn a_guest_is_migrated_under_load_there_and_back_and_its_disk_goes_with_it() -> 
         let third = daemon("third").arguments(["--incoming", "--once"]).start(lab)?;
         let socket = lab.path("back");
         let home = builder("home", &third).receive(lab, &socket)?;
+        fill_memory(&target)?;
         begin(&target, &socket)?;
         read_again(&target)?;
         let pause = finish(&target)?;

@@ -1,6 +1,7 @@
 //! The whole system over real verbs: one guest with Soft-RoCE, everything inside it. First that the guest's verbs work at
 //! all, with tools of others; what fails after that is ours. Then the scenarios, some on TCP, which must hold in the guest
-//! before verbs can be blamed for anything, and all on verbs. RMR_SCENARIOS="io resync" runs only these.
+//! before verbs can be blamed for anything, and all on verbs. RMR_SCENARIOS="io resync" runs only these, RMR_TIMES=20 runs
+//! those on verbs so often (`make test-verbs TIMES=20`).
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use cloud_hypervisor_tests::scenario::{self, Outcome, Report};
 /// Those that are also run on TCP.
 const ON_TCP: [&str; 2] = ["io", "resync"];
 /// Longest time of one scenario: seconds on an idle machine.
-const SCENARIO_LIMIT: Duration = Duration::from_secs(120);
+const SCENARIO_LIMIT: Duration = Duration::from_secs(180);
 
 #[test]
 fn the_whole_system_runs_over_the_verbs_of_soft_roce() -> Result<()> {
@@ -29,10 +30,18 @@ fn the_whole_system_runs_over_the_verbs_of_soft_roce() -> Result<()> {
         let on_tcp: Vec<_> = ON_TCP.into_iter().filter(wanted).collect();
         check_scenarios(&roce, roce.fabric(Transport::Tcp), &on_tcp, &mut checks);
         let all: Vec<_> = scenario::ALL.iter().map(|scenario| scenario.name).filter(wanted).collect();
-        check_scenarios(&roce, roce.fabric(Transport::Rdma), &all, &mut checks);
+        for _ in 0..times()? {
+            check_scenarios(&roce, roce.fabric(Transport::Rdma), &all, &mut checks);
+        }
         roce.shutdown()?;
         checks.finish()
     })
+}
+
+/// How often all scenarios are run over verbs, one time after the other.
+fn times() -> Result<u32> {
+    let Ok(text) = std::env::var("RMR_TIMES") else { return Ok(1) };
+    text.parse().with_context(|| format!("RMR_TIMES: expected a number, found '{text}'"))
 }
 
 fn check_the_guest(roce: &Roce, checks: &mut Checks) {

@@ -167,6 +167,22 @@ mutants! {
     /// What a member has of an earlier attachment is not looked at when it rejoins
     LeftBehindIgnored,
 
+    // Forced by the operator.
+    /// A forced attachment has the next epoch, as any other
+    ForcedEpochNotRaised,
+    /// The forced epoch is durable with the attach, before there is a view of it
+    ForcedEpochAtAttach,
+    /// The forced view does not say that the others miss everything
+    ForcedOthersNotStale,
+    /// A client forces its member into use whenever it attaches
+    ForcedAgain,
+    /// A client goes on with an older branch though a node has met a client of a later one
+    LaterBranchIgnored,
+    /// A client that meets a node which knows of a later branch lives on
+    OlderBranchLives,
+    /// A member is not taken from a live client of an older branch
+    OlderBranchKeepsMembers,
+
     // The data path.
     /// Overlapping writes are sent at once
     OverlapsNotSerialised,

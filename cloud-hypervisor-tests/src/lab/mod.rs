@@ -19,6 +19,7 @@
 //! # }
 //! ```
 
+pub mod cable;
 pub mod checks;
 pub mod daemon;
 pub mod fabric;

@@ -72,7 +72,9 @@ impl Network {
     /// When namespaces can be made, and something else fails.
     pub fn new_or_say_not_run(test: &str, names: &[&str]) -> Result<Option<Self>> {
         remove_what_was_left()?;
-        let probe = format!("{PREFIX}{}-probe", std::process::id());
+        static PROBES: AtomicU32 = AtomicU32::new(0);
+        let probe = PROBES.fetch_add(1, Ordering::Relaxed);
+        let probe = format!("{PREFIX}{}-probe{probe}", std::process::id());
         if let Err(error) = ip(&["netns", "add", &probe]) {
             use std::io::Write;
             // Not by eprintln!, whose output is hidden for tests that pass.

@@ -29,6 +29,7 @@ pub struct NodeBuilder {
     on_disk: bool,
     settings: String,
     host: Option<Host>,
+    address: Option<Ipv4Addr>,
 }
 
 impl NodeBuilder {
@@ -42,6 +43,7 @@ impl NodeBuilder {
             on_disk: false,
             settings: String::new(),
             host: None,
+            address: None,
         }
     }
 
@@ -73,6 +75,13 @@ impl NodeBuilder {
         self
     }
 
+    /// Has it listen for clients and peers at another address of this machine, by the lab's transport.
+    #[must_use]
+    pub fn address(mut self, address: Ipv4Addr) -> Self {
+        self.address = Some(address);
+        self
+    }
+
     /// Runs it on a host of the test's own network, over TCP.
     #[must_use]
     pub fn host(mut self, host: &Host) -> Self {
@@ -85,9 +94,10 @@ impl NodeBuilder {
     /// # Errors
     /// When the program is missing or does not come up.
     pub fn start(&self, lab: &Lab) -> Result<Node> {
-        let fabric = match &self.host {
-            Some(host) => Fabric::new(Transport::Tcp, host.address()),
-            None => lab.fabric(),
+        let fabric = match (&self.host, self.address) {
+            (Some(host), _) => Fabric::new(Transport::Tcp, host.address()),
+            (None, Some(address)) => Fabric::new(lab.fabric().transport(), address),
+            (None, None) => lab.fabric(),
         };
         let data = DataAddress { fabric, port: free_port()? };
         let admin_host = self.host.as_ref().map_or(Ipv4Addr::LOCALHOST, Host::address);

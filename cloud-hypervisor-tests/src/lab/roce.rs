@@ -24,6 +24,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use super::cable::{BEFORE, Cable};
 use super::fabric::{Fabric, Transport};
 use super::guest::ImageBuilder;
 use super::{Lab, Vm, VmBuilder, programs};
@@ -34,10 +35,11 @@ pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 pub const DEVICE: &str = "rxe0";
 
 /// Kernel modules beyond those of every guest. Without `crc32_generic` rxe cannot be set up, and does not say why.
-const MODULES: [&str; 5] = ["dummy", "crc32_generic", "ib_uverbs", "rdma_ucm", "rdma_rxe"];
+const MODULES: [&str; 7] =
+    ["dummy", "veth", "sch_netem", "crc32_generic", "ib_uverbs", "rdma_ucm", "rdma_rxe"];
 /// Tools of the machine that set it up and prove that it works.
-const PROGRAMS: [&str; 7] =
-    ["ip", "rdma", "ibv_devices", "ibv_devinfo", "ibv_rc_pingpong", "rping", "taskset"];
+const PROGRAMS: [&str; 8] =
+    ["ip", "tc", "rdma", "ibv_devices", "ibv_devinfo", "ibv_rc_pingpong", "rping", "taskset"];
 /// How libibverbs learns of the provider of rxe.
 const DRIVER_FILE: &str = "/etc/libibverbs.d/rxe.driver";
 /// The guest's programs, libraries and most stores are in its memory.
@@ -169,11 +171,14 @@ fn set_up_script() -> String {
          ip link set roce0 mtu 9000 up
          ip address add {HOST}/24 dev roce0
          rdma link add {DEVICE} type rxe netdev roce0
+         {BEFORE}
+         {}
          tries=0
          until grep -q ACTIVE /sys/class/infiniband/{DEVICE}/ports/1/state; do
              tries=$((tries + 1))
              if [ $tries -gt 100 ]; then rdma link >&2; exit 1; fi
              sleep 0.1
-         done"
+         done",
+        Cable::ALL.map(Cable::set_up).concat()
     )
 }

@@ -414,9 +414,12 @@ impl Vm {
     }
 }
 
-/// The guest's kernel command line. A panic ends the machine at once; mitigations only cost time under emulation.
+/// The guest's kernel command line. A panic ends the machine at once; mitigations only cost time under emulation. Pages are not
+/// zeroed when they are allocated: a processor that has just written them would hide that a device wrote without logging it.
 fn kernel_arguments(console: &str, agent: &str) -> String {
-    format!("console={console} panic=-1 mitigations=off random.trust_cpu=on tsc=reliable rmr.agent={agent}")
+    format!(
+        "console={console} panic=-1 mitigations=off init_on_alloc=0 random.trust_cpu=on tsc=reliable rmr.agent={agent}"
+    )
 }
 
 /// Major and minor version of QEMU: Debian 12 has 7.2, its backports 10.

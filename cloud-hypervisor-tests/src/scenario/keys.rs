@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rmr_common::buffer::Segment;
 use rmr_common::pool::PoolId;
-use rmr_common::transport::rdma::{Exposure, Fabric, RdmaConnection, RdmaListener, ReadMode};
+use rmr_common::transport::rdma::{
+    Exposure, Fabric, KeyUse, RdmaConnection, RdmaListener, ReadMode, try_key,
+};
 use rmr_common::transport::{Connection, Place, Receiver};
 use rmr_common::wire::{Kind, MessageHeader};
 use rmr_node::disk::{Buffer, BufferPool};
@@ -63,7 +65,34 @@ pub(super) fn wrong_keys(lab: &Lab, _effort: Effort) -> Result<Counts> {
     let changed = asked.bytes().iter().filter(|byte| **byte != UNTOUCHED).count();
     ensure!(changed == 0, "{changed} bytes were written with a key that was taken back");
     eprintln!("  refused: {refusal:#}");
-    Ok(Counts::from([("changed_bytes".to_owned(), 0)]))
+    let refused = window_keys(lab.fabric().host())?;
+    Ok(Counts::from([("changed_bytes".to_owned(), 0), ("window_keys_refused".to_owned(), refused)]))
+}
+
+/// The key of a window is refused by whoever has no right to it; returns how often.
+///
+/// Soft-RoCE of Linux 6.1 looks whether a write lies within the memory that the window was bound to a part of, and not whether it
+/// lies within the window. What a device does there is told, and not demanded.
+fn window_keys(host: std::net::IpAddr) -> Result<u64> {
+    let mut refused = 0;
+    for wrong in KeyUse::ALL {
+        let outcome = try_key(host, wrong).with_context(|| format!("{wrong:?}"))?;
+        let is_refused = outcome.refused.as_deref().is_some_and(|words| words.contains("remote access"));
+        match wrong {
+            KeyUse::Within => ensure!(
+                outcome.refused.is_none() && outcome.changed == LENGTH as usize,
+                "the right key: {outcome:?}"
+            ),
+            KeyUse::BeyondEnd | KeyUse::BeforeBegin if outcome.refused.is_none() => {
+                eprintln!("  this device does not keep to the ends of windows: {wrong:?}, {outcome:?}");
+            }
+            _ => {
+                ensure!(is_refused && outcome.changed == 0, "{wrong:?}: {outcome:?}");
+                refused += 1;
+            }
+        }
+    }
+    Ok(refused)
 }
 
 /// In the read mode window each read has a key of its own, which is refused when the read is over.

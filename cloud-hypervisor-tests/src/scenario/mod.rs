@@ -4,6 +4,7 @@
 
 mod counters;
 pub mod data;
+mod faults;
 mod keys;
 mod pool_key;
 pub mod recovery;
@@ -59,7 +60,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, the quick ones first.
-pub const ALL: [Scenario; 11] = [
+pub const ALL: [Scenario; 13] = [
     Scenario {
         name: "io",
         sentence: "every block that is read holds what was written, and all copies are the same",
@@ -114,6 +115,16 @@ pub const ALL: [Scenario; 11] = [
         name: "killed-everything",
         sentence: "everything killed at once comes back with all that was promised",
         run: recovery::killed_everything,
+    },
+    Scenario {
+        name: "cut",
+        sentence: "a leg whose cable is cut is given up in time, the guest goes on, and the member comes back by itself",
+        run: faults::cut,
+    },
+    Scenario {
+        name: "device-removed",
+        sentence: "an RDMA device that is taken away costs a leg, and when it is back the member comes back by itself",
+        run: faults::device_removed,
     },
 ];
 

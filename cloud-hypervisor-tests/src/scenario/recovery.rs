@@ -36,7 +36,7 @@ pub(super) fn killed_nodes(lab: &Lab, effort: Effort) -> Result<Counts> {
 }
 
 /// Waits until a node has answered a write.
-fn wait_for_writes(node: &Node) -> Result<()> {
+pub(super) fn wait_for_writes(node: &Node) -> Result<()> {
     let end = Instant::now() + LIMIT;
     while Counters::of(node)?.since(&Counters::default(), "rmr_store_writes_total")? == 0 {
         ensure!(Instant::now() < end, "no write came to node '{}' within {LIMIT:?}", node.name());

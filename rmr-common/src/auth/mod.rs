@@ -268,4 +268,6 @@ fn is_proof(key: &SecretKey, side: Side, context: &[u8], reply: &[u8], proof: &[
 }
 
 #[cfg(test)]
+mod attacker;
+#[cfg(test)]
 mod tests;

@@ -2,11 +2,11 @@ use super::*;
 use crate::pool::ClientId;
 use crate::wire::{PROTOCOL_VERSION, Role};
 
-fn ring(keys: &[u8]) -> KeyRing {
+pub(super) fn ring(keys: &[u8]) -> KeyRing {
     KeyRing::new(keys.iter().map(|&k| SecretKey::from_bytes([k; 32])).collect())
 }
 
-fn hello(role: Role) -> Hello {
+pub(super) fn hello(role: Role) -> Hello {
     Hello {
         versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),
         capabilities: 0,

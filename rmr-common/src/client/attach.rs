@@ -5,9 +5,7 @@ use crate::pool::{
     Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Refusal, Sequence, View, ViewStep,
 };
 use crate::time::Time;
-use crate::wire::{
-    Attach, AttachReply, DirtyAddition, HelloReply, Kind, MessageHeader, SetView, Status, WireError,
-};
+use crate::wire::{Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError};
 
 impl Client {
     pub(super) fn message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
@@ -36,7 +34,11 @@ impl Client {
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
-                    Kind::Pong => self.pong(id, header),
+                    Kind::Pong => {
+                        if let Some(link) = self.link_mut(id) {
+                            link.ping_since = None;
+                        }
+                    }
                     Kind::Goodbye if header.status == Status::StaleEpoch => {
                         self.told_fenced(id, header.epoch)
                     }
@@ -47,18 +49,6 @@ impl Client {
             (_, kind) => {
                 self.drop_link(id, &format!("protocol error: {kind:?} before the hello was answered"))
             }
-        }
-    }
-
-    /// A node is there. One that has been attached to since its hello is greeted anew by a client that waits: the member which
-    /// that waits for may be needed no more.
-    fn pong(&mut self, id: LinkId, header: &MessageHeader) {
-        if let Some(link) = self.link_mut(id) {
-            link.ping_since = None;
-        }
-        let is_past = |r: &HelloReply| (r.epoch, r.view.number) != (header.epoch, header.view);
-        if matches!(self.state, State::Gathering { .. }) && self.hello_of(id).is_some_and(is_past) {
-            self.drop_link(id, "the pool was in use since it was asked");
         }
     }
 
@@ -89,6 +79,9 @@ impl Client {
         }
         if let Some(force) = self.forced() {
             return self.attach_forced(force);
+        }
+        if view.epoch.is_of_older_branch(self.highest_epoch) && !mutant!(LaterBranchIgnored) {
+            return self.tell_later_branch();
         }
         let ready = self.ready_in(&view);
         if !recovery::may_attach(&view, ready) {
@@ -156,6 +149,45 @@ impl Client {
         }
     }
 
+    /// Some node has met a client of a branch that the operator forced into use, and nobody has shown a view of it.
+    fn tell_later_branch(&mut self) {
+        if self.own_epochs.is_empty() {
+            let text = format!(
+                "the operator has forced another member into use: a node has met a client with epoch {}, and no node that is \
+                 connected has a view of that branch. To give it up, force a member into use again",
+                self.highest_epoch
+            );
+            self.tell_once(text);
+            self.ask_again();
+        } else {
+            self.end(OverReason::Fenced(self.highest_epoch));
+        }
+    }
+
+    /// What nodes said a while ago may be of the past: another client may have made views since. They are asked once more.
+    fn ask_again(&mut self) {
+        let (now, timeout) = (self.now, self.config.leg_timeout);
+        let retry_at = now + self.config.reconnect_interval / 4;
+        for (link, id) in self.links.iter_mut().zip(0u8..) {
+            if matches!(link.state, LinkState::Ready(_)) && now - link.greeted >= timeout {
+                link.state = LinkState::Down { retry_at };
+                link.again = true;
+                self.outputs.push_back(Output::Disconnect(LinkId(id)));
+            }
+        }
+    }
+
+    /// Says why the client waits, unless it said so before.
+    fn tell_once(&mut self, text: String) {
+        if let State::Gathering { told, possible_since } = &mut self.state {
+            *possible_since = None;
+            if *told != text {
+                told.clone_from(&text);
+                self.notice(Notice::Waiting(text));
+            }
+        }
+    }
+
     fn tell_waiting(&mut self, view: &View, spec: &PoolSpec, ready: MemberSet) {
         let missing = view.clean().without(ready);
         if self.links.iter().any(|l| matches!(l.state, LinkState::Connecting | LinkState::Greeting { .. })) {
@@ -174,13 +206,8 @@ impl Client {
             view.number,
             list.join(", ")
         );
-        if let State::Gathering { told, possible_since } = &mut self.state {
-            *possible_since = None;
-            if *told != text {
-                told.clone_from(&text);
-                self.notice(Notice::Waiting(text));
-            }
-        }
+        self.tell_once(text);
+        self.ask_again();
     }
 
     fn attach_reply(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) {
@@ -234,7 +261,7 @@ impl Client {
         }
         replies.iter().for_each(|(_, reply)| self.go_on_above(reply));
         if let Some(force) = self.forced() {
-            return self.force(&best, spec, force.member);
+            return self.force(&best, spec, force);
         }
         let is_same = self.view.as_ref().is_some_and(|v| v.has_stores_of(&best));
         if !recovery::may_attach(&best, attached) || !is_same {
@@ -266,6 +293,9 @@ impl Client {
         if !new.is_empty() && !mutant!(NewStoreNotTold) {
             additions.push(DirtyAddition { members: new, offset: 0, length: spec.size });
         }
+        // And one that was given up with a larger pool, of which some know nothing.
+        let smallest = replies.iter().map(|(_, r)| r.spec.size).min().unwrap_or(spec.size);
+        additions.extend(self.missed_growth(best.out().union(lost), smallest, spec.size));
         match best.step(ViewStep::Attach(lost), self.epoch) {
             Ok(next) => {
                 if !self.own_epochs.is_empty() {
@@ -341,6 +371,9 @@ impl Client {
             // Writes are given up before an attachment is complete only, so its comparison has seen all of them.
             self.parts.settled();
         }
+        // That of a view that was forced comes with it.
+        self.epoch = next.epoch;
+        self.highest_epoch = self.highest_epoch.max(self.epoch);
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
         self.was_cut_short = false;

@@ -322,7 +322,10 @@ impl Client {
                         vec![DirtyAddition { members, offset: 0, length: spec.size }]
                     }
                     ViewStep::Lose(members) => self.missed_by(members),
-                    _ => Vec::new(),
+                    _ => {
+                        let size = self.spec.as_ref().map_or(spec.size, |s| s.size);
+                        self.missed_growth(next.out(), size, spec.size).into_iter().collect()
+                    }
                 };
                 self.set_command_phase(Phase::Changing);
                 match step {

@@ -27,6 +27,8 @@ impl Client {
             member: None,
             store: None,
             state: LinkState::Connecting,
+            greeted: self.now,
+            again: false,
             last_sent: self.now,
             ping_since: None,
             last_error: "not connected yet".into(),
@@ -140,6 +142,7 @@ impl Client {
         let Some(link) = self.link_mut(id) else { return };
         let was_ready = matches!(link.state, LinkState::Ready(_));
         let repeated = !was_ready && link.last_error == reason;
+        link.again = false;
         link.state = LinkState::Down { retry_at };
         link.asked = true;
         reason.clone_into(&mut link.last_error);
@@ -205,6 +208,12 @@ impl Client {
             return self.end(OverReason::Conflict(text));
         }
         let (member, store) = (reply.member, reply.store());
+        let epoch = reply.epoch.max(reply.view.epoch);
+        // A store that an operator wants to add may be of a branch of its own, and is refused for that.
+        let is_member = self.spec.iter().flat_map(|s| &s.members).any(|m| m.store == store);
+        if is_member || matches!(self.state, State::Gathering { .. }) {
+            self.highest_epoch = self.highest_epoch.max(epoch);
+        }
         let is_there =
             |l: &super::Link| l.store == Some(store) && matches!(l.state, LinkState::Ready(_)) && !l.retired;
         if self.links.iter().any(is_there) {
@@ -216,25 +225,43 @@ impl Client {
             }
             return self.try_attach();
         }
+        let (now, mut is_news) = (self.now, true);
         if let Some(link) = self.link_mut(id) {
+            is_news = !std::mem::take(&mut link.again);
             link.store = Some(store);
             link.last_error.clear();
             link.asked = true;
+            link.greeted = now;
             link.state = LinkState::Ready(Box::new(reply));
         }
         if matches!(self.state, State::Gathering { .. }) {
             self.learn_spec();
-            self.notice(Notice::LegUp(member, address));
+            if is_news {
+                self.notice(Notice::LegUp(member, address));
+            }
             self.connect_members();
             return self.try_attach();
         }
         let spec = self.spec.clone();
         if spec.is_some_and(|s| s.member(member).is_some_and(|m| m.store == store)) {
+            if self.is_of_older_branch(epoch) {
+                return self.end(OverReason::Fenced(epoch));
+            }
+            let is_attaching = self.own_epochs.is_empty() && self.forced().is_none();
+            if is_attaching && self.epoch.is_of_older_branch(epoch) && !mutant!(OlderBranchLives) {
+                return self.gather();
+            }
             self.assign_legs();
             self.notice(Notice::LegUp(member, address));
         } else if !self.command_met(id) {
             self.dismiss(id);
         }
+    }
+
+    /// Whether a node that shows this epoch knows of a branch that was forced into use after this client attached.
+    fn is_of_older_branch(&self, known: Epoch) -> bool {
+        let own = self.own_epochs.first();
+        own.is_some_and(|own| own.is_of_older_branch(known)) && !mutant!(OlderBranchLives)
     }
 
     fn hello_refused(&mut self, id: LinkId, address: Address, status: Status, text: &str) {

@@ -406,6 +406,10 @@ struct Link {
     /// The store that the node showed last.
     store: Option<StoreId>,
     state: LinkState,
+    /// When its node last said what it knows.
+    greeted: Time,
+    /// It was made anew only to ask that again.
+    again: bool,
     last_sent: Time,
     ping_since: Option<Time>,
     last_error: String,
@@ -477,6 +481,8 @@ pub struct Client {
     /// The committed view, or before that the highest one seen.
     view: Option<View>,
     epoch: Epoch,
+    /// The highest one that any node has shown, of a view or an attach.
+    highest_epoch: Epoch,
     /// The attachment of the last commit, and those under which views were proposed since. Empty before the first.
     own_epochs: Vec<Epoch>,
     /// An attach of this client did not come through since the last one that did.
@@ -558,6 +564,7 @@ impl Client {
             told_spec: None,
             view: None,
             epoch: Epoch(0),
+            highest_epoch: Epoch(0),
             own_epochs: Vec::new(),
             was_cut_short: false,
             rival: None,
@@ -669,6 +676,11 @@ impl Client {
     #[must_use]
     pub fn has_asked_all(&self) -> bool {
         self.links.iter().all(|l| l.asked || l.is_idle())
+    }
+
+    /// The view from which the one that is being made follows, or the committed one.
+    pub(crate) const fn view(&self) -> Option<&View> {
+        self.view.as_ref()
     }
 
     /// How many requests are not finished.

@@ -3,10 +3,10 @@
 
 use crate::pool::{Epoch, MemberId, MemberSet, MemberState, View};
 
-/// How far a forced attachment is above what was seen: a second, as the time of the decision counts.
-const FORCED_EPOCHS: u64 = 1 << 20;
+/// How far a forced attachment is above what was seen.
+const FORCED_EPOCHS: u64 = Epoch::FORCED_JUMP;
 /// A clock that shows more is wrong, and is not to use the epochs up.
-const LAST_DECISION_US: u64 = 1 << 53;
+const LAST_DECISION_NS: u64 = 1 << 61;
 
 /// The latest of several views: by attachment first, because one that an older client left behind without committing it may
 /// have any number.
@@ -41,12 +41,15 @@ pub fn proposed_epoch(highest_seen: Epoch, own: Epoch) -> Epoch {
     highest_seen.max(own).next()
 }
 
-/// The epoch of an attachment that the operator has decided on, so many microseconds after 1970. It is above all that was
+/// The epoch of an attachment that the operator has decided on, so many nanoseconds after 1970. It is above all that was
 /// seen, and so far above that a client which was cut off with others does not get there; and it is above what was forced
-/// before and is not seen now, with all attachments that followed, because none takes less than a microsecond.
+/// before and is not seen now, with all attachments that followed, because none takes less than a nanosecond.
 #[must_use]
-pub fn forced_epoch(highest_seen: Epoch, own: Epoch, decided_us: u64) -> Epoch {
-    Epoch(highest_seen.max(own).0.saturating_add(FORCED_EPOCHS).max(decided_us.min(LAST_DECISION_US)))
+pub fn forced_epoch(highest_seen: Epoch, own: Epoch, decided_ns: u64) -> Epoch {
+    if mutant!(ForcedEpochNotRaised) {
+        return proposed_epoch(highest_seen, own);
+    }
+    Epoch(highest_seen.max(own).0.saturating_add(FORCED_EPOCHS).max(decided_ns.min(LAST_DECISION_NS)))
 }
 
 /// Whether another client made the view, after this one was attached: what this one has in flight may be older than what
@@ -163,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_forced_epoch_is_above_all_that_were_seen_and_above_those_of_earlier_decisions() {
-        let now = 1_800_000_000_000_000;
+        let now = 1_800_000_000_000_000_000;
         assert_eq!(forced_epoch(Epoch(7), Epoch(3), now), Epoch(now));
         assert_eq!(
             forced_epoch(Epoch(7), Epoch(9), 0),
@@ -173,9 +176,18 @@ mod tests {
         let first = forced_epoch(Epoch(7), Epoch(0), now);
         assert!(forced_epoch(first, Epoch(0), now) > first, "seen, and decided at once");
         assert!(
-            forced_epoch(Epoch(7), Epoch(0), now + 2_000_000) > forced_epoch(first, Epoch(0), now - 100_000)
+            forced_epoch(Epoch(7), Epoch(0), now + 2_000_000_000)
+                > forced_epoch(first, Epoch(0), now - 100_000_000)
         );
-        assert!(forced_epoch(Epoch(7), Epoch(0), u64::MAX).0 < 1 << 60, "a clock of the far future");
+        assert!(forced_epoch(Epoch(7), Epoch(0), u64::MAX).0 < 1 << 62, "a clock of the far future");
+    }
+
+    #[test]
+    fn what_is_a_forced_attachment_below_another_is_of_an_older_branch() {
+        let forced = forced_epoch(Epoch(7), Epoch(3), 0);
+        assert!(Epoch(7).is_of_older_branch(forced));
+        assert!(!forced.is_of_older_branch(forced) && !forced.is_of_older_branch(Epoch(7)));
+        assert!(!Epoch(7).is_of_older_branch(Epoch(1000)), "attaches that came to nothing");
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub(super) struct Bench {
     connecting: Vec<LinkId>,
     /// Whether nodes answer an attach.
     admits: bool,
+    /// Whether they take a view.
+    pub(super) adopts: bool,
     /// Whether they answer a prepare.
     prepares: bool,
     /// What they tell of their slot tables.
@@ -85,6 +87,7 @@ impl Bench {
             slow: Vec::new(),
             connecting: Vec::new(),
             admits: true,
+            adopts: true,
             prepares: true,
             slots: vec![Vec::new(); count],
             known: vec![Sequence(0); count],
@@ -189,8 +192,10 @@ impl Bench {
                 };
                 (Kind::AttachReply, reply.encode())
             }
+            Kind::SetView if !self.adopts => return,
             Kind::SetView => {
                 let set = SetView::decode(&body).unwrap();
+                self.epochs[node] = set.view.epoch;
                 if self.views.iter().all(|v| v.order() < set.view.order()) {
                     self.additions.extend(set.additions);
                 }
@@ -210,9 +215,6 @@ impl Bench {
         };
         let mut reply = header.reply(kind, Status::Ok);
         reply.payload = u32::try_from(body.len()).unwrap();
-        if kind == Kind::Pong {
-            (reply.epoch, reply.view) = (self.epochs[node], self.views[node].number);
-        }
         self.client.apply(Event::Message(link, &reply, &body), self.now);
     }
 

@@ -46,10 +46,10 @@ impl Traffic {
     }
 
     const fn payload_of(&mut self, header: &MessageHeader) -> &mut Bytes {
-        if header.kind.carries_data() {
-            &mut self.data
-        } else if header.kind.is_resync() {
+        if header.kind.is_resync() {
             &mut self.resync
+        } else if header.kind.carries_data() {
+            &mut self.data
         } else {
             &mut self.control
         }
@@ -76,7 +76,7 @@ mod tests {
     #[test]
     fn every_byte_of_a_message_is_counted_once_and_pulled_data_is_told_apart() {
         let mut traffic = Traffic::default();
-        for (kind, payload) in [(Kind::Write, 4096), (Kind::SetView, 100), (Kind::PullReply, 5000)] {
+        for (kind, payload) in [(Kind::Write, 4096), (Kind::SetView, 100), (Kind::PullData, 5000)] {
             let header = MessageHeader { payload, ..MessageHeader::new(kind, PoolId::random()) };
             traffic.sent(&header);
             traffic.received(&header);

@@ -18,4 +18,5 @@ pub use spec::{
     MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
 };
 pub use verify::{VerifiedMember, VerifyDifference, VerifyOptions, VerifyOutcome, VerifyReport, VerifyState};
+pub(crate) use view::FORCED_JUMP;
 pub use view::{IllegalStep, MemberState, MemberView, View, ViewError, ViewStep};

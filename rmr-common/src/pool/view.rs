@@ -18,7 +18,21 @@ use thiserror::Error;
 use super::{Epoch, MAX_MEMBERS, MemberId, MemberSet, StoreId, ViewNumber};
 
 /// How far the view number jumps when the operator forces a pool into use.
-const FORCED_JUMP: u64 = 1 << 32;
+pub(crate) const FORCED_JUMP: u64 = 1 << 32;
+
+impl Epoch {
+    /// How far a forced attachment is above any other: a second, as the time of the decision counts, and more than attaches
+    /// that come to nothing add up to in ten years.
+    pub const FORCED_JUMP: u64 = 1 << 30;
+
+    /// Whether a view or an attachment is of an older branch than one of epoch `known`: the operator has forced a member into
+    /// use since. Without the operator epochs grow one by one, and a member that accepted one so much higher has met a
+    /// client of the later branch, though it may not have a view of it.
+    #[must_use]
+    pub const fn is_of_older_branch(self, known: Self) -> bool {
+        known.0 >= self.0.saturating_add(Self::FORCED_JUMP)
+    }
+}
 
 /// State of a member's data.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]

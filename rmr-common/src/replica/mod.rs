@@ -89,8 +89,8 @@ pub enum DiskOperation {
     Digest,
     /// Write from the buffer.
     Write(BufferToken),
-    /// Write bytes that came from another member; see [`Output::DiskWrite`].
-    WriteBytes,
+    /// Write data that came from another member; see [`Output::WritePulled`].
+    WritePulled,
     /// Make everything completed so far durable.
     Flush,
     /// Forget the range; it must read as zeroes.
@@ -126,8 +126,8 @@ pub enum ReplyPayload {
     Data(IoId),
     /// A body.
     Body(Vec<u8>),
-    /// The body that [`PulledData::encode`] makes of these reads. The header's length of the payload is the node's to fill
-    /// in.
+    /// The body that [`PulledData::encode`] makes of these reads, and before it their data. The header's length of the payload
+    /// is the node's to fill in.
     Pulled(PulledData),
 }
 
@@ -158,7 +158,8 @@ pub enum Event<'a> {
     PeerUp,
     /// It could not be made, or is gone.
     PeerDown(&'a str),
-    /// A message arrived on it.
+    /// A message arrived on it. The node has the data that a [`crate::wire::Kind::PullReply`] lists, and keeps it by the
+    /// answer's sequence until [`Output::PullDone`].
     PeerMessage(&'a MessageHeader, &'a [u8]),
     /// [`Output::Grow`] has ended: there is room, or there is not, in words.
     Grown(Result<(), &'a str>),
@@ -182,18 +183,24 @@ pub enum Output {
         /// Bytes.
         length: u32,
     },
-    /// Write these bytes, which came from another member.
-    DiskWrite {
+    /// Write a part of the data that came with the answer to a pull.
+    WritePulled {
         /// Its name.
         io: IoId,
+        /// The pull, by its sequence.
+        pull: u64,
+        /// First byte of the pull's data.
+        from: u32,
         /// First byte of the pool.
         offset: u64,
-        /// What to write.
-        bytes: Vec<u8>,
+        /// Bytes.
+        length: u32,
     },
+    /// Nothing more of a pull's data is written than what was asked for before.
+    PullDone(u64),
     /// Connect to another node of the pool as a peer; there is one such connection at a time.
     PeerConnect(crate::pool::Address),
-    /// Send a message without payload on it.
+    /// Send a message without payload on it. A [`crate::wire::Kind::Pull`] may wait until there is memory for its data.
     PeerSend(MessageHeader),
     /// Close it; no event follows.
     PeerClose,
@@ -579,6 +586,8 @@ impl Replica {
     }
 }
 
+#[cfg(test)]
+mod force_tests;
 #[cfg(test)]
 mod room_tests;
 #[cfg(test)]

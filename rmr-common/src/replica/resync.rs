@@ -20,6 +20,8 @@ use crate::pool::{Address, BLOCK_SIZE, Block, Chunk, MemberId, MemberState, View
 use crate::time::Time;
 use crate::wire::{ChunkList, Kind, MessageHeader, PullReply, Status};
 
+/// Bytes of a block in a pull's data.
+const BLOCK_BYTES: u32 = 4096;
 /// Pause before a link to the source is tried again, and before a chunk whose pull failed is.
 const RETRY: Duration = Duration::from_millis(500);
 /// Pause before a source is asked again that does not have the view yet in which this member is Syncing.
@@ -229,12 +231,16 @@ impl Replica {
 
     /// A message of the source.
     pub(super) fn peer_message(&mut self, header: &MessageHeader, body: &[u8]) {
-        if self.resync.is_none() {
+        if self.resync.is_none() && header.kind != Kind::PullReply {
             return;
         }
         match header.kind {
             Kind::PullMapReply => self.map_page(header, body),
-            Kind::PullReply => self.pulled(header, body),
+            Kind::PullReply => {
+                self.pulled(header, body);
+                self.outputs.push_back(Output::PullDone(header.sequence.0));
+                self.pump_resync();
+            }
             kind => {
                 self.outputs.push_back(Output::PeerClose);
                 self.peer_down(&format!("protocol error: {kind:?} is not expected from a source"));
@@ -413,7 +419,7 @@ impl Replica {
             }
             return;
         };
-        self.pace(now - pull.sent, reply.data.len() as u64);
+        self.pace(now - pull.sent, reply.data_bytes() as u64);
         let missed: Vec<Block> =
             reply.blocks.iter().map(|(b, _)| Block(pull.offset / BLOCK_SIZE + u64::from(*b))).collect();
         // What the source does not have on record as missed is current here.
@@ -425,18 +431,16 @@ impl Replica {
                 &mut self.changed,
             );
         }
-        self.write_pulled(&pull, &reply, &missed);
+        self.write_pulled(header.sequence.0, &pull, &reply, &missed);
         if covered < pull.end {
             self.send_pull(pull.chunk, covered, pull.end, pull.urgent);
         }
         self.finish_chunk(pull.chunk);
         self.unblock_writes();
-        self.pump_resync();
     }
 
     /// Writes those pulled blocks that are still stale and that no guest write is about to cover.
-    fn write_pulled(&mut self, pull: &PullUnderWay, reply: &PullReply<'_>, missed: &[Block]) {
-        let mut data = reply.data.chunks_exact(usize::try_from(BLOCK_SIZE).unwrap_or(4096));
+    fn write_pulled(&mut self, number: u64, pull: &PullUnderWay, reply: &PullReply, missed: &[Block]) {
         // An urgent pull and the sweep over its chunk may both bring a block.
         let mut busy: Vec<(u64, u64)> = self.writes_under_way(pull.offset, pull.end);
         if mutant!(PulledOverGuestWrite) {
@@ -450,39 +454,42 @@ impl Replica {
         };
         let stale = self.maps.dirty_blocks(self.member);
         let is_stale = |block: Block| stale.is_some_and(|map| map.contains(block));
-        let mut pieces: Vec<(Block, Option<&[u8]>)> = Vec::with_capacity(missed.len());
+        // Blocks with their data's place, in the order of both.
+        let (mut full, mut zeroes, mut from) = (Vec::with_capacity(missed.len()), Vec::new(), 0);
         for (&block, (_, is_zero)) in missed.iter().zip(&reply.blocks) {
-            let bytes = if *is_zero { None } else { data.next() };
-            if is_stale(block) && !is_busy(block) {
-                pieces.push((block, bytes));
+            let is_wanted = is_stale(block) && !is_busy(block);
+            match (is_zero, is_wanted) {
+                (true, true) => zeroes.push(block),
+                (false, true) => full.push((block, from)),
+                (_, false) => {}
             }
+            from += if *is_zero { 0 } else { BLOCK_BYTES };
         }
-        for is_zero in [false, true] {
-            let chosen: Vec<_> = pieces.iter().filter(|(_, bytes)| bytes.is_none() == is_zero).collect();
-            let blocks: Vec<Block> = chosen.iter().map(|(b, _)| *b).collect();
-            let mut rest = &chosen[..];
-            for (first, count) in runs(&blocks) {
-                let (run, after) = rest.split_at(usize::try_from(count).unwrap_or(usize::MAX));
-                rest = after;
-                let pieces: Vec<&[u8]> = run.iter().filter_map(|(_, bytes)| *bytes).collect();
-                self.write_run(pull.chunk, first, count, pieces.concat());
-            }
+        let blocks: Vec<Block> = full.iter().map(|(block, _)| *block).collect();
+        let mut rest = &full[..];
+        for (first, count) in runs(&blocks) {
+            // With the blocks, their data is in a row.
+            let (run, after) = rest.split_at(usize::try_from(count).unwrap_or(usize::MAX).min(rest.len()));
+            rest = after;
+            self.write_run(pull.chunk, first, count, run.first().map(|(_, from)| (number, *from)));
+        }
+        for (first, count) in runs(&zeroes) {
+            self.write_run(pull.chunk, first, count, None);
         }
     }
 
-    fn write_run(&mut self, chunk: Chunk, first: Block, count: u64, bytes: Vec<u8>) {
-        let is_zero = bytes.is_empty();
-        let operation = if is_zero { DiskOperation::WriteZeroes } else { DiskOperation::WriteBytes };
+    /// Writes blocks in a row: zeroes, or data of a pull from a place in it on.
+    fn write_run(&mut self, chunk: Chunk, first: Block, count: u64, data: Option<(u64, u32)>) {
+        let operation = data.map_or(DiskOperation::WriteZeroes, |_| DiskOperation::WritePulled);
         let io = self.insert_own(operation);
         let offset = first.0 * BLOCK_SIZE;
         let length = u32::try_from(count * BLOCK_SIZE).unwrap_or(u32::MAX);
         let writing = Writing { chunk, first: offset, end: offset + u64::from(length) };
         self.pulled_writes.insert(io, writing);
-        if is_zero {
-            self.outputs.push_back(Output::Disk { io, operation, offset, length });
-        } else {
-            self.outputs.push_back(Output::DiskWrite { io, offset, bytes });
-        }
+        self.outputs.push_back(match data {
+            Some((pull, from)) => Output::WritePulled { io, pull, from, offset, length },
+            None => Output::Disk { io, operation, offset, length },
+        });
     }
 
     /// True if the disk request was for pulled data.

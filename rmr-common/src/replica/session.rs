@@ -4,7 +4,7 @@ use super::{
     BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
 };
 use crate::map::{ClearReason, ClearTarget};
-use crate::pool::{Chunk, Epoch, MemberId, MemberState, PoolSpec, Sequence, View, ViewNumber};
+use crate::pool::{Chunk, Epoch, MemberId, MemberSet, MemberState, PoolSpec, Sequence, View, ViewNumber};
 use crate::wire::{Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
@@ -70,10 +70,11 @@ impl Replica {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_committed(header);
                 }
-                // One that waits for the pool learns by it that what the hello told is of the past.
-                let mut pong = header.reply(Kind::Pong, Status::Ok);
-                (pong.epoch, pong.view) = (self.epoch, self.view.number);
-                self.outputs.push_back(Output::Send(connection, pong, ReplyPayload::None));
+                self.outputs.push_back(Output::Send(
+                    connection,
+                    header.reply(Kind::Pong, Status::Ok),
+                    ReplyPayload::None,
+                ));
             }
             _ => {
                 self.outputs.push_back(Output::Close(connection, "a message that only a node sends"));
@@ -107,11 +108,15 @@ impl Replica {
                 return self.answer(connection, header, Kind::AttachReply, Status::BadRequest, text);
             }
         };
+        // The operator has decided against the branch of the client that is attached here.
+        let is_later_branch =
+            self.epoch.is_of_older_branch(header.epoch) && !mutant!(OlderBranchKeepsMembers);
         if let Some(holder) = &self.holder
             && holder.connection.is_some_and(|c| c != connection)
             && holder.client != attach.client
             && !attach.takeover
             && (!holder.yields || attach.yields)
+            && !is_later_branch
             && !mutant!(TakeoverNotNeeded)
         {
             let text = holder.description.clone();
@@ -293,7 +298,10 @@ impl Replica {
         let own = self.view.member(self.member).map(|m| m.store);
         let stays =
             set.view.member(self.member).is_some_and(|m| Some(m.store) == own && m.state != MemberState::Out);
-        if set.view.epoch != self.epoch || !self.view.may_precede(&set.view) || !stays {
+        // A forced view brings its epoch with it: the two are durable together, or neither is.
+        let is_forced = set.view.epoch > self.epoch && set.view.active() == MemberSet::only(self.member);
+        let is_of_epoch = set.view.epoch == self.epoch || is_forced;
+        if !is_of_epoch || !self.view.may_precede(&set.view) || !stays {
             let text = format!("{} does not follow {} on member {}", set.view, self.view, self.member);
             return refuse(self, Status::IllegalView, text);
         }
@@ -394,8 +402,8 @@ impl Replica {
     }
 
     fn persist_view_pages(&mut self) {
-        let Some(view) = self.set_view.as_ref().map(|p| p.view.number) else { return };
-        let pages = self.persist_changed(Waiter::ViewPages(self.epoch, view));
+        let Some(order) = self.set_view.as_ref().map(|p| p.view.order()) else { return };
+        let pages = self.persist_changed(Waiter::ViewPages(order.0, order.1));
         let pages = if mutant!(ViewBeforeDirtyBits) { 0 } else { pages };
         if let Some(pending) = &mut self.set_view {
             pending.pages = pages;
@@ -461,6 +469,7 @@ impl Replica {
                 self.watermark = pending.header.watermark;
             }
         }
+        self.epoch = pending.view.epoch;
         self.view = pending.view.clone();
         let old = std::mem::replace(&mut self.spec, pending.spec.clone());
         self.room.fit(old.size, self.spec.size);

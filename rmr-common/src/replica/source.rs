@@ -30,7 +30,8 @@ pub(super) struct Source {
     next: u64,
 }
 
-/// What the node needs to put an answer together: reads that are done, whose data is in their buffers.
+/// What the node needs to put an answer together: reads that are done, whose data is in their buffers. The data of blocks that
+/// are not all zeroes goes first, as [`Kind::PullData`] with the answer's header; without any there is no such message.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PulledData {
     /// The blocks, by index from the first block of the range.
@@ -40,12 +41,10 @@ pub struct PulledData {
 }
 
 impl PulledData {
-    /// Puts the body of the answer together from what the reads found, in order. Blocks of zeroes go without data.
+    /// The body of the answer. `zeroes` says of each block that the reads found, in order, whether it is all zeroes.
     #[must_use]
-    pub fn encode(&self, found: &[&[u8]]) -> Vec<u8> {
-        let size = usize::try_from(BLOCK_SIZE).unwrap_or(4096);
-        let blocks: Vec<&[u8]> = found.iter().flat_map(|data| data.chunks_exact(size)).collect();
-        PullReply::encode(self.blocks.iter().copied().zip(blocks))
+    pub fn encode(&self, zeroes: &[bool]) -> Vec<u8> {
+        PullReply::encode(self.blocks.iter().copied().zip(zeroes.iter().copied()))
     }
 }
 

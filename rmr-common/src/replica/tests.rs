@@ -401,7 +401,7 @@ fn a_member_whose_promotion_gave_way_to_another_view_reports_again_that_nothing_
     bench.syncing();
     bench.hand_over();
     bench.apply(Event::Tick);
-    let nothing = crate::wire::PullReply::encode(std::iter::empty::<(u32, &[u8])>());
+    let nothing = crate::wire::PullReply::encode(std::iter::empty());
     for pull in bench.take_sent(Kind::Pull) {
         bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::Ok), &nothing));
     }
@@ -452,11 +452,11 @@ fn a_block_that_an_urgent_pull_and_the_sweep_bring_is_written_once() {
     bench.durable();
     let pulls = bench.take_sent(Kind::Pull);
     assert_eq!(pulls.iter().map(|p| p.length).collect::<Vec<_>>(), vec![65536, 4096]);
-    let reply = crate::wire::PullReply::encode([(0, &[7; 4096][..])].into_iter());
+    let reply = crate::wire::PullReply::encode([(0, false)].into_iter());
     for pull in pulls {
         bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::Ok), &reply));
     }
-    let writes = bench.outputs.iter().filter(|o| matches!(o, Output::DiskWrite { .. })).count();
+    let writes = bench.outputs.iter().filter(|o| matches!(o, Output::WritePulled { .. })).count();
     assert_eq!(writes, 1);
 }
 
@@ -477,11 +477,11 @@ fn what_was_written_after_the_flush_before_a_report_began_keeps_the_member_from_
     let [first, second, urgent] = pulls[..] else { panic!("{pulls:?}") };
     assert_eq!((first.offset, second.offset, urgent.length), (0, CHUNK, 4096));
     // Chunk 1 is finished; block 0 of chunk 0 is on its way to disk, and the urgent pull is still out.
-    let nothing = crate::wire::PullReply::encode(std::iter::empty::<(u32, &[u8])>());
+    let nothing = crate::wire::PullReply::encode(std::iter::empty());
     bench.apply(Event::PeerMessage(&second.reply(Kind::PullReply, Status::Ok), &nothing));
-    let block = crate::wire::PullReply::encode([(0, &[7; 4096][..])].into_iter());
+    let block = crate::wire::PullReply::encode([(0, false)].into_iter());
     bench.apply(Event::PeerMessage(&first.reply(Kind::PullReply, Status::Ok), &block));
-    let write = |o: &Output| if let Output::DiskWrite { io, .. } = o { Some(*io) } else { None };
+    let write = |o: &Output| if let Output::WritePulled { io, .. } = o { Some(*io) } else { None };
     let write = bench.outputs.iter().find_map(write).expect("the pulled block is written");
     bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(2));
     bench.collect();

@@ -42,6 +42,9 @@ impl World<'_> {
     /// The holder of a node that gets this message, if it must not lose its place by it.
     pub(super) fn held_against(&self, index: usize, header: &MessageHeader, body: &[u8]) -> Held {
         let attach = Attach::decode(body).ok().filter(|a| header.kind == Kind::Attach && !a.takeover)?;
+        if self.nodes[index].answered.is_of_older_branch(header.epoch) {
+            return None; // The operator has decided against its branch.
+        }
         let holder = self.nodes[index].replica.as_ref()?.holder_connection()?;
         let id = self.hosts[self.connections[holder.0 as usize].host].id;
         (attach.client != crate::pool::ClientId::from_bytes([id; 16])).then_some(holder)

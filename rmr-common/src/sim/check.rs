@@ -288,7 +288,10 @@ impl World<'_> {
                 self.coverage.hit("suspended");
                 Ok(())
             }
-            Notice::Waiting(_) => {
+            Notice::Waiting(text) => {
+                if text.contains("has met a client with epoch") {
+                    self.coverage.hit("force: an attach waits for the later branch");
+                }
                 self.coverage.hit("attach waits for a Clean member");
                 Ok(())
             }
@@ -321,7 +324,7 @@ impl World<'_> {
                 ));
             }
         }
-        self.give_up_unflushed(members)
+        if self.is_astray(host) { Ok(()) } else { self.give_up_unflushed(members) }
     }
 
     /// What these members, all that are Clean, have lost with their caches is lost for good.
@@ -348,6 +351,7 @@ impl World<'_> {
 
     fn attached(&mut self, host: usize, view: View) -> Check {
         self.cover_attached(&view);
+        self.join(host, &view)?;
         if self.hosts[host].is_fenced {
             return Err(format!("client {host} attached again after another one had attached"));
         }
@@ -359,15 +363,20 @@ impl World<'_> {
         }
         let step = self.step;
         for other in (0..self.hosts.len()).filter(|&o| o != host) {
-            if self.hosts[other].committed.is_some() && !self.hosts[other].is_fenced {
+            let is_rival = self.hosts[other].branch == self.hosts[host].branch;
+            if is_rival && self.hosts[other].committed.is_some() && !self.hosts[other].is_fenced {
                 if self.hosts[other].is_live() {
                     self.coverage.hit("takeover");
                 }
                 self.hosts[other].is_fenced = true;
                 self.resyncs.is_unflushed_unknown |= self.hosts[other].is_live();
                 let writes: Vec<_> = self.hosts[other].requests.values().filter_map(|r| r.write).collect();
-                writes.into_iter().for_each(|write| self.oracle.fail(write, step));
+                writes.into_iter().for_each(|write| self.oracle_of(other).fail(write, step));
             }
+        }
+        if self.is_astray(host) {
+            self.attached_astray(host, &view);
+            return self.view_committed(host, view);
         }
         if self.hosts[host].committed.is_none() {
             // Nobody promised this client anything of what others had not flushed.
@@ -388,10 +397,17 @@ impl World<'_> {
             let connection = &self.connections[connection];
             self.hosts[host].host_boots[connection.node] = connection.host_boot;
         }
+        if self.is_astray(host) {
+            self.committed_astray(host);
+            return Ok(());
+        }
         if self.hosts[host].is_fenced {
             return Ok(()); // The news is late; the one who attached since knows of the view.
         }
-        if let Some(last) = self.committed.clone() {
+        // A view that was forced counts from the moment when it was durable.
+        if let Some(last) =
+            self.committed.clone().filter(|last| *last != view || self.hosts[host].forces.is_none())
+        {
             if view.order() <= last.order() {
                 return Err(format!("client {host} committed {view} after {last}"));
             }
@@ -424,6 +440,9 @@ impl World<'_> {
         match reason {
             OverReason::Held(text) => {
                 self.coverage.hit("attach refused: held");
+                if self.hosts[host].forces.is_some() {
+                    self.coverage.hit("force: refused, because a client lives");
+                }
                 let own = format!("client {}", self.hosts[host].id);
                 if !text.starts_with("client ") || *text == own {
                     return Err(format!("client {host} was refused because of '{text}'"));
@@ -482,7 +501,7 @@ impl World<'_> {
             self.coverage.hit("flush round shared");
         }
         self.hosts[host].last_flush = self.now;
-        if self.hosts[host].is_fenced {
+        if self.hosts[host].is_fenced || self.is_astray(host) {
             return Ok(());
         }
         let active = self.hosts[host].committed.as_ref().map_or(MemberSet::EMPTY, View::active);
@@ -497,6 +516,10 @@ impl World<'_> {
 
     /// G1 and G3: a completed write is on every active member, and on record for every absent one.
     pub(super) fn check_written(&mut self, host: usize, request: &Request) -> Check {
+        if self.is_astray(host) {
+            self.coverage.hit("force: a client of an older branch writes");
+            return Ok(());
+        }
         if self.hosts[host].is_fenced {
             return Ok(());
         }

@@ -11,7 +11,7 @@ use super::verify::{Rot, strip};
 use crate::pool::{BLOCK_SIZE, Block};
 use crate::replica::{BufferToken, DiskOperation, DiskResult, IoId};
 
-const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
+pub(super) const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
 
 /// A request that was submitted and not answered.
 pub(super) struct Running {
@@ -39,7 +39,7 @@ impl Running {
         matches!(
             self.operation,
             DiskOperation::Write(_)
-                | DiskOperation::WriteBytes
+                | DiskOperation::WritePulled
                 | DiskOperation::Discard
                 | DiskOperation::WriteZeroes
         )
@@ -169,7 +169,7 @@ impl Disk {
                 Vec::new()
             }
             DiskOperation::Write(_)
-            | DiskOperation::WriteBytes
+            | DiskOperation::WritePulled
             | DiskOperation::Discard
             | DiskOperation::WriteZeroes => {
                 let data = std::mem::take(&mut running.data);

@@ -247,6 +247,7 @@ impl World<'_> {
         node.lost_power |= power;
         node.buffers.clear();
         node.reads.clear();
+        node.pulled.clear();
         let step = self.step;
         let metadata = std::mem::take(&mut node.metadata);
         node.disk.abandon(step, &mut self.rng);
@@ -380,7 +381,7 @@ impl World<'_> {
             self.coverage.hit("client crashed with writes in flight");
         }
         let step = self.step;
-        requests.values().filter_map(|r| r.write).for_each(|write| self.oracle.fail(write, step));
+        requests.values().filter_map(|r| r.write).for_each(|write| self.oracle_of(host).fail(write, step));
         for connection in 0..self.connections.len() {
             if self.connections[connection].host == host && !self.connections[connection].client_closed {
                 if self.rng.percent(50) {
@@ -402,6 +403,7 @@ impl World<'_> {
             host.partitioned.iter_mut().for_each(|p| *p = false);
             host.stalled_until.iter_mut().for_each(|s| *s = 0);
         }
+        self.give_up_forces();
         // One that knows nobody who is still there would look for the pool for ever.
         for host in 0..self.hosts.len() {
             if self.hosts[host].is_live() && self.hosts[host].client.spec().is_none() {

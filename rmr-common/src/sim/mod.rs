@@ -9,6 +9,7 @@ mod check;
 mod coverage;
 mod disk;
 mod fault;
+mod force;
 mod node;
 mod operator;
 mod oracle;
@@ -73,7 +74,10 @@ pub fn run(seed: u64, trace: Option<&mut dyn Write>) -> Result<Report, Violation
 }
 
 fn play(world: &mut World<'_>) -> Check {
-    while world.submitted < world.profile.requests || world.faults < world.profile.faults {
+    let is_under_way = |w: &World<'_>| {
+        w.submitted < w.profile.requests || w.faults < w.profile.faults || !w.forces.is_content()
+    };
+    while is_under_way(world) {
         step(world)?;
     }
     world.calm()?;
@@ -123,8 +127,12 @@ fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
         match live[..] {
             [] => world.start_host(9, true),
             [host] if world.hosts[host].has_lost_writes => world.guest_reset(host),
-            [host] if world.is_healed(host) => {
+            [host] if world.is_healed(host) && !world.is_astray(host) => {
                 return Ok(host);
+            }
+            // It may never meet anybody of the latest branch: one who was removed from its own was forced into use.
+            [host] if world.is_astray(host) && world.hosts[host].client.is_active() => {
+                world.start_host(9, true);
             }
             // What keeps a leg out that failed too often is a new attachment.
             [host] if world.leaves_a_leg_out(host) => world.client(host, client::Event::Detach)?,

@@ -37,6 +37,8 @@ pub(super) struct Node {
     pub(super) member: MemberId,
     pub(super) store: StoreId,
     pub(super) address: Address,
+    /// The history of the pool of which it has a view: see `sim/force.rs`.
+    pub(super) branch: usize,
     /// Its disk is lost: it never comes back.
     pub(super) is_gone: bool,
     /// Bytes of a pool that the store has room for: what lies beyond was never made to read as zeroes.
@@ -54,6 +56,8 @@ pub(super) struct Node {
     pub(super) next_buffer: u32,
     /// What reads found, until it is sent.
     pub(super) reads: BTreeMap<u32, Vec<u64>>,
+    /// The data of answers to pulls, until it is with the disk.
+    pub(super) pulled: BTreeMap<u64, Vec<u64>>,
     /// The last epoch whose attach was answered well.
     pub(super) answered: Epoch,
     /// The connection of that attach, in this life of the node.
@@ -89,6 +93,7 @@ impl Node {
             member,
             store,
             address,
+            branch: 0,
             is_gone: false,
             room: durable.spec.size,
             life: 0,
@@ -100,6 +105,7 @@ impl Node {
             buffers: BTreeMap::new(),
             next_buffer: 0,
             reads: BTreeMap::new(),
+            pulled: BTreeMap::new(),
             answered: Epoch(0),
             holder: None,
             peer: None,

@@ -58,6 +58,12 @@ impl Operator {
         let pause = rng.pick(&[20 * MILLISECOND, 200 * MILLISECOND, 1000 * MILLISECOND]);
         Self { is_there: rng.percent(40), pause, ..Self::default() }
     }
+
+    /// The pool is another one: what was to be done in the old one is not to be done any more.
+    pub(super) fn forget(&mut self) {
+        self.pending = None;
+        self.unfinished = None;
+    }
 }
 
 impl World<'_> {
@@ -144,7 +150,8 @@ impl World<'_> {
     fn give(&mut self, command: Command) -> Check {
         self.operator.next += 1;
         let number = self.operator.next;
-        let live: Vec<_> = (0..self.hosts.len()).filter(|&h| self.hosts[h].is_live()).collect();
+        let is_usable = |h: &usize| self.hosts[*h].is_live() && !self.is_astray(*h);
+        let live: Vec<_> = (0..self.hosts.len()).filter(is_usable).collect();
         trace!(self, "operator: {command}");
         let way = match live.last() {
             None => {
@@ -188,6 +195,10 @@ impl World<'_> {
             self.coverage.hit("command through a node");
         }
         match reply {
+            // In a branch of which the operator knows nothing.
+            CommandReply::Done { view, .. } if !self.is_of_main(&view) => {
+                self.operator.unfinished = Some(pending.command.clone());
+            }
             CommandReply::Done { view, spec } => self.check_done(&pending.command, &view, &spec)?,
             CommandReply::Refused { reason, text } => self.refused(&pending.command, reason, &text)?,
             CommandReply::Verify { .. } => {
@@ -241,14 +252,16 @@ impl World<'_> {
             Refusal::NoRoom => self.coverage.hit("command refused: no room"),
             Refusal::BadSize => {
                 let is_bad = matches!(command, Command::Grow { size } if *size < self.committed_spec.size);
-                if !is_bad {
+                if !is_bad && !self.has_branches() {
                     return Err(format!("'{command}' is refused: {text}"));
                 }
             }
-            Refusal::BadCommand | Refusal::CannotVerify => {
+            Refusal::BadCommand | Refusal::CannotVerify if !self.has_branches() => {
                 return Err(format!("'{command}' is refused: {text}"));
             }
-            Refusal::StoreNotFound
+            Refusal::BadCommand
+            | Refusal::CannotVerify
+            | Refusal::StoreNotFound
             | Refusal::StoreInUse
             | Refusal::AddressInUse
             | Refusal::MemberIdTaken
@@ -289,7 +302,9 @@ impl World<'_> {
         let members: Vec<_> = self.committed_spec.members.iter().map(|m| (m.id, m.store)).collect();
         let (member, store) = self.rng.pick(&members);
         let has_place = self.nodes.len() < MOST_NODES;
-        match self.rng.range(0, 9) {
+        // Two branches that both grow have different things in the same place.
+        let grows = self.forces.is_there && self.rng.percent(30);
+        match if grows { 9 } else { self.rng.range(0, 9) } {
             0..=2 if members.len() < MOST_MEMBERS && has_place => {
                 let free: Vec<_> =
                     MemberId::all().filter(|m| self.committed_spec.member(*m).is_none()).collect();

@@ -33,8 +33,13 @@ struct Candidate {
     doubt: WriteId,
 }
 
-/// The values that the sectors of a pool may have.
+/// Writes of one branch of the pool have indices below this times its number plus one.
+const WRITES_PER_BRANCH: WriteId = 1 << 20;
+
+/// The values that the sectors of a pool may have, in one of its branches.
 pub(super) struct Oracle {
+    /// The index of the first of `writes`, which stands for everything before this branch.
+    base: WriteId,
     writes: Vec<Write>,
     sectors: Vec<Vec<Candidate>>,
 }
@@ -43,9 +48,37 @@ impl Oracle {
     pub(super) fn new(sectors: usize) -> Self {
         let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER, doubt: 0 };
         Self {
+            base: 0,
             writes: vec![Write { start: 0, end: 0, failed: false }],
             sectors: vec![vec![genesis]; sectors],
         }
+    }
+
+    /// The pool as the operator has decided that it is: these values, whatever was promised before.
+    pub(super) fn branch(number: usize, values: impl Iterator<Item = u64>, now: Step) -> Self {
+        let base = u32::try_from(number).unwrap_or(0) * WRITES_PER_BRANCH;
+        let decided =
+            |value| vec![Candidate { write: base, value, observed: NEVER, removed: NEVER, doubt: 0 }];
+        Self {
+            base,
+            writes: vec![Write { start: now, end: now, failed: false }],
+            sectors: values.map(decided).collect(),
+        }
+    }
+
+    /// The place of a write in the list. Those of other branches count as what was before this one.
+    fn place(&self, id: WriteId) -> usize {
+        let place = id.checked_sub(self.base).map_or(0, |place| place as usize);
+        if place < self.writes.len() { place } else { 0 }
+    }
+
+    fn of(&self, id: WriteId) -> &Write {
+        &self.writes[self.place(id)]
+    }
+
+    /// How many sectors the branch has.
+    pub(super) const fn len(&self) -> usize {
+        self.sectors.len()
     }
 
     /// The pool has so many sectors from now on. The new ones read as zeroes.
@@ -78,30 +111,59 @@ impl Oracle {
     /// A write whose values must never be seen: its client is fenced.
     pub(super) fn reserve(&mut self, now: Step) -> WriteId {
         self.writes.push(Write { start: now, end: NEVER, failed: false });
-        u32::try_from(self.writes.len() - 1).unwrap_or(u32::MAX)
+        self.base + u32::try_from(self.writes.len() - 1).unwrap_or(u32::MAX)
+    }
+
+    /// A write that was begun in another branch, by a client that attaches to this one. Only what is within the pool here counts.
+    pub(super) fn adopt(&mut self, first: usize, values: &[u64], now: Step) -> WriteId {
+        let id = self.reserve(now);
+        for (sector, &value) in self.sectors.iter_mut().skip(first).zip(values) {
+            sector.push(Candidate { write: id, value, observed: NEVER, removed: NEVER, doubt: 0 });
+        }
+        id
+    }
+
+    /// A write whose client has attached to another branch: it is not seen in this one.
+    pub(super) fn disown(&mut self, id: WriteId, now: Step) {
+        self.sectors.iter_mut().for_each(|s| s.retain(|c| c.write != id));
+        let place = self.place(id);
+        self.writes[place].end = self.writes[place].end.min(now);
+    }
+
+    /// In an older branch, where a client attaches: a sector has one of these values, or one that is in flight.
+    pub(super) fn settle(&mut self, sector: usize, values: &[u64]) {
+        let mut candidates = std::mem::take(&mut self.sectors[sector]);
+        candidates.retain(|c| self.of(c.write).end == NEVER);
+        let write = self.base;
+        let settled = |&value: &u64| Candidate { write, value, observed: NEVER, removed: NEVER, doubt: 0 };
+        candidates.extend(values.iter().map(settled));
+        self.sectors[sector] = candidates;
     }
 
     /// The write was acknowledged.
     pub(super) fn acknowledge(&mut self, id: WriteId, first: usize, count: usize, now: Step, oldest: Step) {
-        let write = &mut self.writes[id as usize];
+        let place = self.place(id);
+        let write = &mut self.writes[place];
         write.failed = false;
         write.end = write.end.min(now);
         let start = write.start;
-        for sector in &mut self.sectors[first..first + count] {
+        let mut sectors = std::mem::take(&mut self.sectors);
+        for sector in &mut sectors[first..first + count] {
             for candidate in sector.iter_mut() {
-                if candidate.write != id && self.writes[candidate.write as usize].end < start {
+                if candidate.write != id && self.of(candidate.write).end < start {
                     candidate.removed = candidate.removed.min(now);
                     candidate.doubt = 0;
                 }
             }
-            let writes = &self.writes;
-            sector.retain(|c| c.removed > oldest || (c.doubt != 0 && writes[c.doubt as usize].end == NEVER));
+            sector.retain(|c| c.removed > oldest || (c.doubt != 0 && self.of(c.doubt).end == NEVER));
         }
+        self.sectors = sectors;
     }
 
     /// The write ended with an error, or its client is gone: it may have happened or not.
     pub(super) fn fail(&mut self, id: WriteId, now: Step) {
-        let write = &mut self.writes[id as usize];
+        let place = self.place(id);
+        let write = &mut self.writes[place];
         if write.end == NEVER {
             write.end = now;
             write.failed = true;
@@ -110,11 +172,12 @@ impl Oracle {
 
     /// The client said that the write failed: it promises nothing about it, not even what reads have shown before.
     pub(super) fn refuse(&mut self, id: WriteId, first: usize, count: usize, now: Step) {
-        if self.writes[id as usize].end != NEVER {
+        if self.of(id).end != NEVER {
             return;
         }
         self.fail(id, now);
-        for candidate in self.sectors[first..first + count].iter_mut().flatten().filter(|c| c.doubt == id) {
+        let range = first.min(self.len())..(first + count).min(self.len());
+        for candidate in self.sectors[range].iter_mut().flatten().filter(|c| c.doubt == id) {
             candidate.removed = NEVER;
             candidate.doubt = 0;
         }
@@ -123,10 +186,13 @@ impl Oracle {
     /// Every member has lost what was written to the sector last, or may have: this value is back, or one of those that were
     /// possible.
     pub(super) fn lose(&mut self, sector: usize, value: u64) {
-        let candidates = &mut self.sectors[sector];
-        for candidate in candidates.iter().filter(|c| c.removed == NEVER) {
-            self.writes[candidate.write as usize].failed = true;
+        let current = self.sectors[sector].iter().filter(|c| c.removed == NEVER).map(|c| c.write);
+        for write in current.collect::<Vec<_>>() {
+            // What was there before this branch was decided on, and not promised by it.
+            let place = self.place(write);
+            self.writes[place].failed |= place > 0 || self.base == 0;
         }
+        let candidates = &mut self.sectors[sector];
         if let Some(back) = candidates.iter_mut().find(|c| c.value == value) {
             (back.removed, back.observed) = (NEVER, NEVER);
             return;
@@ -146,19 +212,31 @@ impl Oracle {
 
     /// Checks what a read that began at `start` returned for a sector, and learns from it.
     pub(super) fn read(&mut self, sector: usize, value: u64, start: Step, now: Step) -> Result<(), String> {
-        let writes = &self.writes;
-        let candidates = &mut self.sectors[sector];
+        let mut candidates = std::mem::take(&mut self.sectors[sector]);
+        let found = self.read_among(sector, &mut candidates, value, start, now);
+        self.sectors[sector] = candidates;
+        found
+    }
+
+    fn read_among(
+        &self,
+        sector: usize,
+        candidates: &mut [Candidate],
+        value: u64,
+        start: Step,
+        now: Step,
+    ) -> Result<(), String> {
         let matching = |c: &Candidate| c.value == value && c.removed > start;
         let matches = candidates.iter().filter(|c| matching(c)).count();
         if matches == 0 {
             return Err(format!(
                 "sector {sector} was read as {}, possible since the read began at step {start}: {}",
                 Self::name(value),
-                Self::list(writes, candidates, start)
+                self.list(candidates, start)
             ));
         }
-        let oldest = candidates.iter().filter(|c| matching(c)).map(|c| writes[c.write as usize].start).min();
-        let in_flight = |c: &&Candidate| matching(c) && writes[c.write as usize].end == NEVER;
+        let oldest = candidates.iter().filter(|c| matching(c)).map(|c| self.of(c.write).start).min();
+        let in_flight = |c: &&Candidate| matching(c) && self.of(c.write).end == NEVER;
         let doubt = candidates.iter().find(in_flight).map_or(0, |c| c.write);
         for candidate in candidates.iter_mut() {
             if candidate.value == value {
@@ -166,7 +244,7 @@ impl Oracle {
                     candidate.observed = candidate.observed.min(now);
                 }
             } else if candidate.observed < start
-                || oldest.is_some_and(|oldest| writes[candidate.write as usize].end < oldest)
+                || oldest.is_some_and(|oldest| self.of(candidate.write).end < oldest)
             {
                 if candidate.removed == NEVER {
                     candidate.doubt = doubt;
@@ -189,25 +267,25 @@ impl Oracle {
 
     /// Whether a write of the sector is in flight.
     pub(super) fn is_in_flight(&self, sector: usize) -> bool {
-        self.sectors[sector].iter().any(|c| self.writes[c.write as usize].end == NEVER)
+        self.sectors[sector].iter().any(|c| self.of(c.write).end == NEVER)
     }
 
     /// Whether the sector's value hangs on a write that failed or whose client died.
     pub(super) fn is_undecided(&self, sector: usize) -> bool {
-        self.sectors[sector].iter().any(|c| c.removed == NEVER && self.writes[c.write as usize].failed)
+        self.sectors[sector].iter().any(|c| c.removed == NEVER && self.of(c.write).failed)
     }
 
     /// Whether the value is of a write that failed or whose client died. Zeroes are not, because they can not be told
     /// apart.
     pub(super) fn has_failed(&self, value: u64) -> bool {
-        let write = usize::try_from(value >> 24).unwrap_or(0);
-        self.writes.get(write).is_some_and(|w| w.failed)
+        let write = u32::try_from(value >> 24).unwrap_or(0);
+        self.of(write).failed
     }
 
     /// Whether the value may be of a write that is in flight or has failed.
     pub(super) fn may_be_unfinished(&self, sector: usize, value: u64) -> bool {
         let unfinished = |c: &Candidate| {
-            let write = &self.writes[c.write as usize];
+            let write = self.of(c.write);
             c.value == value && (write.end == NEVER || write.failed)
         };
         self.sectors[sector].iter().any(unfinished)
@@ -215,7 +293,7 @@ impl Oracle {
 
     /// The state of a sector in words.
     pub(super) fn describe(&self, sector: usize) -> String {
-        Self::list(&self.writes, &self.sectors[sector], NEVER - 1)
+        self.list(&self.sectors[sector], NEVER - 1)
     }
 
     pub(super) fn name(value: u64) -> String {
@@ -226,9 +304,9 @@ impl Oracle {
         }
     }
 
-    fn list(writes: &[Write], candidates: &[Candidate], start: Step) -> String {
+    fn list(&self, candidates: &[Candidate], start: Step) -> String {
         let text = |c: &Candidate| {
-            let write = &writes[c.write as usize];
+            let write = self.of(c.write);
             let end = match (write.end, write.failed) {
                 (NEVER, _) => "in flight".to_owned(),
                 (end, true) => format!("failed at {end}"),

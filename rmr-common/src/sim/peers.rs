@@ -3,6 +3,7 @@
 //! A node has at most one such link to another; what arrives on it at the source is a message like a client's, on a
 //! connection with a number of its own.
 
+use super::disk::SECTORS_PER_BLOCK;
 use super::oracle::SECTOR;
 use super::world::{Check, Event, Message, World, trace};
 use crate::pool::Address;
@@ -178,7 +179,14 @@ impl World<'_> {
             return Ok(());
         }
         self.cover_pulled(node, &message.header, &message.body);
-        self.replica(node, replica::Event::PeerMessage(&message.header, &message.body))
+        if message.header.kind == Kind::PullReply {
+            self.nodes[node].pulled.insert(message.header.sequence.0, message.data.clone());
+        }
+        self.replica(node, replica::Event::PeerMessage(&message.header, &message.body))?;
+        if let Some(pull) = self.nodes[node].pulled.keys().next() {
+            return Err(format!("node {node} keeps the data of pull {pull}, and has dealt with the answer"));
+        }
+        Ok(())
     }
 
     pub(super) fn source_loses(&mut self, index: usize) -> Check {
@@ -224,40 +232,44 @@ impl World<'_> {
         self.parted.contains(&pair(a, b))
     }
 
-    /// The body of an answer to a pull, from what the disk reads found.
-    pub(super) fn pulled_body(
+    /// The body of an answer to a pull, and its data, from what the disk reads found.
+    pub(super) fn pulled_answer(
         &mut self,
         node: usize,
         header: &MessageHeader,
         pulled: &PulledData,
-    ) -> Check<Vec<u8>> {
+    ) -> Check<(Vec<u8>, Vec<u64>)> {
         let found: Vec<_> = pulled.reads.iter().map(|io| self.nodes[node].reads.remove(&io.0)).collect();
         if header.status != Status::Ok {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), Vec::new()));
         }
-        let mut data = Vec::new();
-        for sectors in found {
-            let sectors =
-                sectors.ok_or_else(|| format!("node {node} sends a pull whose read found nothing"))?;
-            sectors.iter().for_each(|&stamp| data.extend_from_slice(&sector_bytes(stamp)));
+        let mut sectors = Vec::new();
+        for found in found {
+            let found = found.ok_or_else(|| format!("node {node} sends a pull whose read found nothing"))?;
+            sectors.extend(found);
         }
-        Ok(pulled.encode(&[&data]))
+        let blocks = sectors.chunks_exact(SECTORS_PER_BLOCK);
+        let zeroes: Vec<bool> = blocks.clone().map(|block| block.iter().all(|stamp| *stamp == 0)).collect();
+        let full = blocks.zip(&zeroes).filter(|(_, is_zero)| !**is_zero);
+        Ok((pulled.encode(&zeroes), full.flat_map(|(block, _)| block.to_vec()).collect()))
     }
 
-    /// Bytes of another member go to disk: as stamps.
+    /// A part of a pull's data goes to disk.
     pub(super) fn write_pulled(
         &mut self,
         node: usize,
         io: replica::IoId,
-        offset: u64,
-        bytes: &[u8],
+        (pull, from): (u64, u32),
+        (offset, length): (u64, u32),
     ) -> Check {
-        let stamps: Vec<u64> = bytes
-            .chunks_exact(usize::try_from(SECTOR).unwrap_or(512))
-            .map(|sector| sector.first_chunk::<8>().map_or(0, |stamp| u64::from_le_bytes(*stamp)))
-            .collect();
-        let length = u32::try_from(bytes.len()).map_err(|e| e.to_string())?;
-        self.submit_data(node, io, replica::DiskOperation::WriteBytes, (offset, length), stamps)
+        let sector = |bytes: u32| usize::try_from(u64::from(bytes) / SECTOR).unwrap_or(usize::MAX);
+        let data = self.nodes[node].pulled.get(&pull);
+        let part = data.and_then(|data| data.get(sector(from)..sector(from) + sector(length)));
+        let part = part.ok_or_else(|| {
+            format!("node {node} writes {length} bytes from {from} of pull {pull}, which it does not have")
+        })?;
+        let stamps = part.to_vec();
+        self.submit_data(node, io, replica::DiskOperation::WritePulled, (offset, length), stamps)
     }
 
     /// The node wants to be woken.
@@ -295,13 +307,6 @@ impl World<'_> {
             self.coverage.hit("pulled block was fresh already");
         }
     }
-}
-
-/// The bytes of a sector: its stamp, and nothing else.
-fn sector_bytes(stamp: u64) -> [u8; 512] {
-    let mut bytes = [0; 512];
-    bytes[..8].copy_from_slice(&stamp.to_le_bytes());
-    bytes
 }
 
 /// Two nodes in any order.

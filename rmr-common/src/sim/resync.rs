@@ -35,6 +35,14 @@ pub(super) struct Resyncs {
     pub(super) is_unflushed_unknown: bool,
 }
 
+impl Resyncs {
+    /// The operator has decided what the pool is: nothing of what was under way counts.
+    pub(super) fn forget(&mut self) {
+        self.started.clear();
+        self.is_unflushed_unknown = true;
+    }
+}
+
 /// Chunks that a node had on record as missed by a member before it was told that some are current.
 pub(super) type Cleared = Option<(MemberId, Vec<Chunk>)>;
 
@@ -63,7 +71,7 @@ impl World<'_> {
         let is_whole = offset.is_multiple_of(BLOCK_SIZE) && u64::from(length).is_multiple_of(BLOCK_SIZE);
         let is_stale = |b: u64| self.is_stale(index, usize::try_from(b).unwrap_or(0) * SECTORS_PER_BLOCK);
         match operation {
-            DiskOperation::WriteBytes => true,
+            DiskOperation::WritePulled => true,
             // A client's request for zeroes looks the same when it covers nothing but stale blocks.
             DiskOperation::WriteZeroes => is_whole && { blocks }.all(is_stale),
             _ => false,

@@ -109,6 +109,9 @@ pub(super) enum Event {
     /// What the run is aimed at.
     Aimed(super::aim::Shot),
     Operate,
+    /// An operator forces a member into use.
+    Decide,
+    NodeCrash(usize),
     /// A guest resets its device after writes were lost.
     GuestReset(usize),
     Work,
@@ -170,7 +173,7 @@ pub(super) struct Request {
     pub(super) count: usize,
     pub(super) start: Step,
     pub(super) write: Option<WriteId>,
-    memory: Vec<u64>,
+    pub(super) memory: Vec<u64>,
     /// How often the guest has changed the memory of a write.
     changes: u64,
 }
@@ -188,6 +191,12 @@ pub(super) struct Host {
     /// Another client has attached since this one did.
     pub(super) is_fenced: bool,
     pub(super) is_crashed: bool,
+    /// The operator's decision that it carries out: with which member to go on, and when that was said.
+    pub(super) forces: Option<(MemberId, Duration)>,
+    /// The history of the pool to which it attached: see `sim/force.rs`.
+    pub(super) branch: Option<usize>,
+    /// The highest epoch that a node has shown it.
+    pub(super) heard: Epoch,
     /// It was started for a command, and has no guest.
     pub(super) is_admin: bool,
     /// A view change is under way.
@@ -254,6 +263,7 @@ pub(super) struct World<'a> {
     /// The pool as it is in the view that was committed last.
     pub(super) committed_spec: PoolSpec,
     pub(super) operator: super::operator::Operator,
+    pub(super) forces: super::force::Forces,
     pub(super) nodes: Vec<Node>,
     pub(super) hosts: Vec<Host>,
     pub(super) connections: Vec<Connection>,
@@ -391,6 +401,12 @@ impl<'a> World<'a> {
         };
         let sectors = usize::try_from(size / SECTOR).unwrap_or(0);
         let operator = super::operator::Operator::new(&mut rng);
+        let forces = super::force::Forces::new(&mut rng);
+        let mut profile = profile;
+        if forces.is_there {
+            // A verify is of one branch, and its report of the pool.
+            profile.audits = 0;
+        }
         let mut world = Self {
             rng,
             now: 0,
@@ -400,6 +416,7 @@ impl<'a> World<'a> {
             profile,
             nodes: Vec::new(),
             operator,
+            forces,
             committed_spec: spec.clone(),
             hosts: Vec::new(),
             connections: Vec::new(),
@@ -436,6 +453,10 @@ impl<'a> World<'a> {
         let pause = world.profile.fault_pause;
         world.after(pause, Event::Fault);
         world.after(10 * MILLISECOND, Event::Operate);
+        if world.forces.is_there {
+            let first = world.rng.range(1, 20) * world.profile.fault_pause;
+            world.after(first, Event::Decide);
+        }
         world
     }
 
@@ -537,6 +558,9 @@ impl<'a> World<'a> {
             Event::Doom(host) => self.doom(host),
             Event::Aimed(shot) => self.shoot(shot)?,
             Event::Operate => self.operate()?,
+            Event::Decide => self.decide()?,
+            Event::NodeCrash(_) if self.is_calm => {} // Too late.
+            Event::NodeCrash(node) => self.crash_node(node, false)?,
             Event::GuestReset(host) => self.guest_reset(host),
             Event::Work => self.work()?,
             Event::Audit => self.audit_some()?,
@@ -571,7 +595,9 @@ impl<'a> World<'a> {
         let may_freshen = matches!(event, replica::Event::Disk(..) | replica::Event::PeerMessage(..));
         let Some(replica) = &mut self.nodes[node].replica else { return Ok(()) };
         replica.apply(event, now);
-        if !may_freshen && self.own_stale(node) < stale && !self.is_clean_at(node) {
+        // A member of an older branch may lose blocks beyond the end of the pool.
+        let is_smaller = self.has_branches() && self.nodes[node].durable.spec.size > self.committed_spec.size;
+        if !may_freshen && !is_smaller && self.own_stale(node) < stale && !self.is_clean_at(node) {
             return Err(format!(
                 "node {node} takes a stale block for current before its disk has written it"
             ));
@@ -596,8 +622,12 @@ impl<'a> World<'a> {
                     }
                     self.start_metadata(node, target)?;
                 }
-                replica::Output::DiskWrite { io, offset, bytes } => {
-                    self.write_pulled(node, io, offset, &bytes)?;
+                replica::Output::WritePulled { io, pull, from, offset, length } => {
+                    self.write_pulled(node, io, (pull, from), (offset, length))?;
+                }
+                replica::Output::PullDone(pull) => {
+                    let known = self.nodes[node].pulled.remove(&pull);
+                    known.ok_or_else(|| format!("node {node} is done with pull {pull} twice"))?;
                 }
                 replica::Output::PeerConnect(address) => self.peer_connect(node, &address)?,
                 replica::Output::PeerSend(header) => self.peer_send(node, header)?,
@@ -641,7 +671,7 @@ impl<'a> World<'a> {
         match payload {
             ReplyPayload::None => {}
             ReplyPayload::Pulled(pulled) => {
-                message.body = self.pulled_body(node, &header, &pulled)?;
+                (message.body, message.data) = self.pulled_answer(node, &header, &pulled)?;
                 header.payload = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
                 message.header = header;
             }
@@ -654,7 +684,10 @@ impl<'a> World<'a> {
             }
             ReplyPayload::Body(body) => message.body = body,
         }
-        let length = message.body.len() as u64 + message.data.len() as u64 * SECTOR;
+        // Pulled data is a message of its own, or no message at all.
+        let has_data = header.kind != Kind::PullReply;
+        let data = if has_data { message.data.len() as u64 * SECTOR } else { 0 };
+        let length = message.body.len() as u64 + data;
         if length != u64::from(header.payload) {
             return Err(format!("node {node} sends {length} bytes with a header that says {header:?}"));
         }
@@ -775,6 +808,7 @@ impl<'a> World<'a> {
             (_, Content::State(state)) => {
                 self.check_state(index, &state)?;
                 self.nodes[index].durable = *state;
+                self.note_durable(index)?;
             }
             (Target::State, Content::Page(_)) => return Err("a map page for the superblock".into()),
         }
@@ -838,7 +872,7 @@ impl<'a> World<'a> {
         let value = Oracle::stamp(write, index) | (request.changes & 0xff) << 16;
         request.memory[index] = value;
         let sector = request.first + index;
-        self.oracle.vary(write, sector, value);
+        self.oracle_of(host).vary(write, sector, value);
         self.coverage.hit("guest changed memory in flight");
     }
 
@@ -965,7 +999,11 @@ impl<'a> World<'a> {
             place.ok_or("data beyond the memory of a request")?.copy_from_slice(&message.data);
         }
         self.cover_to_client(host, &message.header);
-        self.client(host, client::Event::Message(link, &message.header, &message.body))
+        let node = self.connections[index].node;
+        let is_hello = message.header.kind == Kind::HelloReply;
+        let must_end = is_hello && self.heard_of(host, node, &message.body);
+        self.client(host, client::Event::Message(link, &message.header, &message.body))?;
+        if must_end { self.check_ended(host, node) } else { Ok(()) }
     }
 
     fn connected(&mut self, host: usize, link: LinkId, node: usize) -> Check {
@@ -1092,10 +1130,11 @@ impl<'a> World<'a> {
         let seeds = self.rng.range(1, addresses.len() as u64);
         // A client that knows one node finds the others; but then that node must be up.
         let seeds = if self.is_calm || self.rng.percent(50) { addresses.len() as u64 } else { seeds };
+        self.prefer_forced(config.force_from, &mut addresses);
         addresses.truncate(usize::try_from(seeds).unwrap_or(1));
         // It may know of a node that was in use once.
         let all: Vec<_> = self.nodes.iter().map(|n| n.address.clone()).collect();
-        if self.has_operator() && self.rng.percent(30) {
+        if self.has_operator() && config.force_from.is_none() && self.rng.percent(30) {
             let other = all[self.rng.index(all.len())].clone();
             addresses.retain(|a| *a != other);
             addresses.insert(0, other);
@@ -1112,6 +1151,9 @@ impl<'a> World<'a> {
             committed: None,
             is_fenced: false,
             is_crashed: false,
+            forces: None,
+            branch: None,
+            heard: Epoch(0),
             is_admin: false,
             is_changing: false,
             host_boots: vec![0; nodes],
@@ -1182,6 +1224,7 @@ impl<'a> World<'a> {
             self.tempt_fate(host, self.connections[connection].node, &header);
             self.tempt_operator(host, self.connections[connection].node, &header);
             self.take_aim(host, self.connections[connection].node, &header);
+            self.tempt_force(host, self.connections[connection].node, &header);
         }
         match payload {
             Payload::None => {}
@@ -1205,6 +1248,9 @@ impl<'a> World<'a> {
         let Some(connection) = connection else {
             return Err(format!("client {host} sends {:?} on {link:?}, which is not connected", header.kind));
         };
+        if header.kind == Kind::SetView {
+            self.note_proposal(host, &message.body)?;
+        }
         self.send(connection, true, message)
     }
 
@@ -1216,11 +1262,11 @@ impl<'a> World<'a> {
         let zero = operation != Operation::Write;
         let write = operation.is_write().then(|| {
             // What a client that lost its place writes must never be seen.
-            if self.hosts[host].is_fenced {
-                self.oracle.reserve(self.step)
-            } else {
-                self.oracle.begin(first, count, zero, self.step)
-            }
+            let (step, is_fenced) = (self.step, self.hosts[host].is_fenced);
+            let oracle = self.oracle_of(host);
+            // It may think of the pool as larger than it is, before it has attached.
+            let is_beyond = first + count > oracle.len();
+            if is_fenced || is_beyond { oracle.reserve(step) } else { oracle.begin(first, count, zero, step) }
         });
         let memory = match (operation, write) {
             (Operation::Write, Some(id)) => (0..count).map(|i| Oracle::stamp(id, i)).collect(),
@@ -1243,9 +1289,13 @@ impl<'a> World<'a> {
         let step = self.step;
         let described = |e: String| format!("client {host}, {token:?} {:?}: {e}", request.operation);
         if let Err(error) = result {
-            self.check_error(host, error).map_err(described)?;
+            let end = (request.first + request.count) as u64 * SECTOR;
+            let is_beyond = self.hosts[host].client.spec().is_some_and(|s| end > s.size);
+            if !(error == client::IoError::BadRange && is_beyond && self.has_branches()) {
+                self.check_error(host, error).map_err(described)?;
+            }
             if let Some(write) = request.write {
-                self.oracle.refuse(write, request.first, request.count, step);
+                self.oracle_of(host).refuse(write, request.first, request.count, step);
             }
             return Ok(());
         }
@@ -1255,7 +1305,11 @@ impl<'a> World<'a> {
         match request.operation {
             Operation::Read => {
                 for (i, &value) in request.memory.iter().enumerate() {
-                    self.oracle.read(request.first + i, value, request.start, step).map_err(described)?;
+                    let oracle = self.oracle_of(host);
+                    oracle.read(request.first + i, value, request.start, step).map_err(described)?;
+                }
+                if self.is_astray(host) {
+                    self.coverage.hit("force: a client of an older branch reads");
                 }
                 Ok(())
             }
@@ -1264,7 +1318,7 @@ impl<'a> World<'a> {
                 let reads = self.hosts.iter().flat_map(|h| h.requests.values());
                 let oldest = reads.map(|r| r.start).min().unwrap_or(step).min(step);
                 if let Some(write) = request.write {
-                    self.oracle.acknowledge(
+                    self.oracle_of(host).acknowledge(
                         write,
                         request.first,
                         request.count,

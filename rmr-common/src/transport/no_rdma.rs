@@ -1,14 +1,14 @@
 //! What stands in for the RDMA transport in a build without it: the same names, and one clear sentence.
 
 use std::any::Any;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
 
-pub use super::rdma_terms::{Exposure, MAX_IO, MAX_WINDOW, MIN_WINDOW, ReadMode};
+pub use super::rdma_terms::{Exposure, KeyOutcome, KeyUse, MAX_IO, MAX_WINDOW, MIN_WINDOW, ReadMode};
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
 use crate::wire::MessageHeader;
@@ -19,6 +19,9 @@ pub enum RdmaError {
     /// The feature `rdma` is switched off.
     #[error("this build has no RDMA transport: use tcp://, or build with the feature rdma (docs/rdma.md)")]
     NotBuilt,
+    /// Its device is gone.
+    #[error("the RDMA device was removed")]
+    Removed,
     /// There are as many connections as there may be.
     #[error("a peer was refused: there is no room for another connection")]
     Full,
@@ -33,6 +36,12 @@ impl Fabric {
     #[must_use]
     pub const fn new(read_mode: ReadMode) -> Self {
         Self(read_mode)
+    }
+
+    /// The fabric of a node.
+    #[must_use]
+    pub const fn for_nodes() -> Self {
+        Self(ReadMode::Window)
     }
 
     /// How reads would be done.
@@ -201,6 +210,11 @@ impl RdmaListener {
     }
 
     /// Cannot be called.
+    pub const fn revive(&mut self) -> bool {
+        match *self {}
+    }
+
+    /// Cannot be called.
     ///
     /// # Errors
     /// None.
@@ -224,6 +238,14 @@ impl AsRawFd for RdmaListener {
     fn as_raw_fd(&self) -> RawFd {
         match *self {}
     }
+}
+
+/// Fails: there are no keys.
+///
+/// # Errors
+/// Always.
+pub const fn try_key(_: IpAddr, _: KeyUse) -> Result<KeyOutcome, RdmaError> {
+    Err(RdmaError::NotBuilt)
 }
 
 /// Whether RDMA can be used here at all: no.

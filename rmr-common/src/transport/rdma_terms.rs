@@ -30,3 +30,44 @@ pub enum ReadMode {
     /// The node writes it to memory of this process, which copies it: no key of other memory leaves the host.
     Bounce,
 }
+
+/// By which key, and where to, somebody writes a page. The window is bound to the second page of three.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum KeyUse {
+    /// Where the window is: the only one that is right.
+    Within,
+    /// From the window's second byte on, so that the last one lies beyond it.
+    BeyondEnd,
+    /// The last byte before the window, and all of it but its last.
+    BeforeBegin,
+    /// So that the last byte lies beyond the memory that the window was bound to a part of.
+    BeyondRegion,
+    /// Where the window is, over another connection between the same two.
+    OtherConnection,
+    /// Where the window is, when its key was made invalid.
+    AfterEnd,
+    /// Where the window is, by the key of the memory that the window was bound to.
+    KeyOfRegion,
+}
+
+impl KeyUse {
+    /// All of them, the right one first.
+    pub const ALL: [Self; 7] = [
+        Self::Within,
+        Self::BeyondEnd,
+        Self::BeforeBegin,
+        Self::BeyondRegion,
+        Self::OtherConnection,
+        Self::AfterEnd,
+        Self::KeyOfRegion,
+    ];
+}
+
+/// What became of a write.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct KeyOutcome {
+    /// The card's words, if it refused the write.
+    pub refused: Option<String>,
+    /// Bytes that were changed.
+    pub changed: usize,
+}

@@ -191,7 +191,8 @@ impl Listener {
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] when none waits, [`io::ErrorKind::ConnectionRefused`] when one was not admitted,
-    /// [`io::ErrorKind::ConnectionAborted`] when one could not be taken and others may.
+    /// [`io::ErrorKind::ConnectionAborted`] when one could not be taken and others may, [`io::ErrorKind::AddrNotAvailable`]
+    /// when none will come before [`Listener::revive`] says so.
     pub fn accept(&mut self, admit: &mut dyn FnMut(SocketAddr) -> bool) -> io::Result<(Wire, SocketAddr)> {
         match self {
             Self::Tcp { socket, dead_after, tls } => {
@@ -211,8 +212,21 @@ impl Listener {
                 Ok(Some((connection, address))) => Ok((Wire::Rdma(Box::new(connection)), address)),
                 Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
                 Err(RdmaError::Full) => Err(io::ErrorKind::ConnectionRefused.into()),
+                Err(error @ RdmaError::Removed) => {
+                    Err(io::Error::new(io::ErrorKind::AddrNotAvailable, error))
+                }
                 Err(error) => Err(io::Error::new(io::ErrorKind::ConnectionAborted, error)),
             },
+        }
+    }
+}
+
+impl Listener {
+    /// To be called about once a second; true if it listens again, after its device was removed and came back.
+    pub fn revive(&mut self) -> bool {
+        match self {
+            Self::Tcp { .. } => false,
+            Self::Rdma(listener) => listener.revive(),
         }
     }
 }

@@ -713,38 +713,28 @@ impl ChunkList {
 }
 
 /// Body of [`Kind::PullReply`]: which blocks of the range, from the header's offset for its length, the asking member
-/// misses, and their data. It borrows the data: it is much, and is copied only where it goes.
+/// misses. The data of those that are not all zeroes came before it, as [`Kind::PullData`], one after the other.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct PullReply<'a> {
+pub struct PullReply {
     /// The missed blocks, by index from the first block of the range, and whether the block is all zeroes.
     pub blocks: Vec<(u32, bool)>,
-    /// The data of those that are not all zeroes, one after the other.
-    pub data: &'a [u8],
 }
 
-impl<'a> PullReply<'a> {
-    /// Most data bytes in one answer. The source shortens the range that it answers for.
+impl PullReply {
+    /// Most data bytes of one answer. The source shortens the range that it answers for.
     pub const MAX_DATA: u32 = 256 << 10;
     /// Longest range that one request may ask about, in bytes: the largest chunk.
     pub const MAX_RANGE: u32 = 64 << 20;
     const ZERO: u32 = 1 << 31;
 
-    /// The body for these blocks with their content. Blocks of zeroes go without it.
+    /// The body for these blocks, of which some are all zeroes and go without data.
     #[must_use]
-    pub fn encode<'b>(blocks: impl ExactSizeIterator<Item = (u32, &'b [u8])>) -> Vec<u8> {
-        static ZEROES: [u8; 4096] = [0; 4096];
-        let count = blocks.len();
-        let table = 4 * (count + 1);
-        let mut bytes = Vec::with_capacity(table + count * ZEROES.len());
-        bytes.extend_from_slice(&u32::try_from(count).unwrap_or(0).to_le_bytes());
-        bytes.resize(table, 0);
-        for (entry, (block, content)) in (1..).zip(blocks) {
-            let is_zero = content == ZEROES;
+    pub fn encode(blocks: impl ExactSizeIterator<Item = (u32, bool)>) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(4 * (blocks.len() + 1));
+        bytes.extend_from_slice(&u32::try_from(blocks.len()).unwrap_or(0).to_le_bytes());
+        for (block, is_zero) in blocks {
             let word = if is_zero { block | Self::ZERO } else { block };
-            bytes[entry * 4..][..4].copy_from_slice(&word.to_le_bytes());
-            if !is_zero {
-                bytes.extend_from_slice(content);
-            }
+            bytes.extend_from_slice(&word.to_le_bytes());
         }
         bytes
     }
@@ -752,12 +742,12 @@ impl<'a> PullReply<'a> {
     /// Reads the body.
     ///
     /// # Errors
-    /// When the bytes are no such body: blocks out of order, or data of another length than they need.
-    pub fn decode(body: &'a [u8]) -> Result<Self, WireError> {
+    /// When the bytes are no such body: blocks out of order, or more than an answer may have.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::PullReply, body);
-        let count = d.u32()?;
-        if count > Self::MAX_RANGE / 4096 {
-            return Err(d.value_error(format!("{count} blocks, expected at most {}", Self::MAX_RANGE / 4096)));
+        let (count, most) = (d.u32()?, Self::MAX_DATA / 4096);
+        if count > most {
+            return Err(d.value_error(format!("{count} blocks, expected at most {most}")));
         }
         let mut blocks: Vec<(u32, bool)> = Vec::new();
         for _ in 0..count {
@@ -768,11 +758,14 @@ impl<'a> PullReply<'a> {
             }
             blocks.push((block, word & Self::ZERO != 0));
         }
-        let wanted = blocks.iter().filter(|(_, zero)| !zero).count() * 4096;
-        if d.rest.len() != wanted {
-            return Err(d.value_error(format!("{} bytes of data, expected {wanted}", d.rest.len())));
-        }
-        Ok(Self { blocks, data: d.rest })
+        d.finish()?;
+        Ok(Self { blocks })
+    }
+
+    /// Bytes of data of the blocks that have any.
+    #[must_use]
+    pub fn data_bytes(&self) -> usize {
+        self.blocks.iter().filter(|(_, is_zero)| !is_zero).count() * 4096
     }
 }
 
@@ -869,13 +862,12 @@ mod tests {
         let member = MemberId::new(1).unwrap();
         let list = ChunkList { member, blocks_left: 7, chunks: vec![Chunk(1), Chunk(1 << 40)] };
         check(&list, list.encode(), |b| ChunkList::decode(Kind::ChunksDone, b));
-        let (full, zero) = ([7; 4096], [0; 4096]);
-        let blocks = [(0, &full[..]), (3, &zero[..]), (9, &full[..])];
-        let bytes = PullReply::encode(blocks.into_iter());
-        let reply = PullReply { blocks: vec![(0, false), (3, true), (9, false)], data: &[7; 8192] };
-        assert_eq!(PullReply::decode(&bytes), Ok(reply));
-        assert!((0..bytes.len()).all(|end| PullReply::decode(&bytes[..end]).is_err()));
-        assert!(PullReply::decode(&[bytes, vec![0]].concat()).is_err());
+        let reply = PullReply { blocks: vec![(0, false), (3, true), (9, false)] };
+        assert_eq!(reply.data_bytes(), 2 * 4096);
+        check(&reply, PullReply::encode(reply.blocks.iter().copied()), PullReply::decode);
+        for wrong in [vec![(3, false), (3, true)], (0..65).map(|block| (block, true)).collect()] {
+            assert!(PullReply::decode(&PullReply::encode(wrong.into_iter())).is_err());
+        }
     }
 
     #[test]

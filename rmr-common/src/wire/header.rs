@@ -65,7 +65,7 @@ pub enum Kind {
     PullMapReply = 25,
     /// A stale member asks its source for the blocks of a range that it misses.
     Pull = 26,
-    /// Answer to [`Kind::Pull`].
+    /// Answer to [`Kind::Pull`]: the blocks that are missed. Their data is there before it.
     PullReply = 27,
     /// The coordinator asks a Clean member to compare a range of its own with that of another one.
     Compare = 28,
@@ -88,6 +88,8 @@ pub enum Kind {
     Grow = 42,
     /// Answer to [`Kind::Grow`]: there is room, and it reads as zeroes.
     GrowReply = 43,
+    /// The data of the blocks that the [`Kind::PullReply`] behind it lists.
+    PullData = 44,
 }
 
 impl Kind {
@@ -132,6 +134,7 @@ impl Kind {
             41 => Self::CommandReply,
             42 => Self::Grow,
             43 => Self::GrowReply,
+            44 => Self::PullData,
             _ => return None,
         })
     }
@@ -139,13 +142,13 @@ impl Kind {
     /// Whether the payload is guest data that is placed straight into its destination (else it is a body).
     #[must_use]
     pub const fn carries_data(self) -> bool {
-        matches!(self, Self::Write | Self::IoReply)
+        matches!(self, Self::Write | Self::IoReply | Self::PullData)
     }
 
     /// Whether this is of the resync between nodes: no client ever sends or gets one.
     #[must_use]
     pub const fn is_resync(self) -> bool {
-        matches!(self, Self::PullMap | Self::PullMapReply | Self::Pull | Self::PullReply)
+        matches!(self, Self::PullMap | Self::PullMapReply | Self::Pull | Self::PullReply | Self::PullData)
     }
 
     /// Whether this is one of the five I/O requests.

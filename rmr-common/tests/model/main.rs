@@ -85,8 +85,10 @@ mistakes! {
 }
 
 #[test]
+#[ignore = "RMR_MODEL says how far: make model"]
 fn what_the_environment_asks_for() {
-    let Ok(text) = std::env::var("RMR_MODEL") else { return };
+    let text =
+        std::env::var("RMR_MODEL").expect("RMR_MODEL: members,writes,crashes,cuts,epoch,view,takeover");
     let numbers: Vec<u8> =
         text.split(',').map(|n| n.parse().expect("RMR_MODEL: a list of numbers")).collect();
     let [members, writes, crashes, cuts, epoch, view, takeover] = numbers[..] else {

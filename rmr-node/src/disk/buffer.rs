@@ -8,7 +8,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
-use rmr_common::buffer::{Segment, copy_out, copy_to_segments};
+use rmr_common::buffer::Segment;
 
 use super::buddy::{Buddy, MAX_ORDER};
 
@@ -241,18 +241,14 @@ impl Buffer {
         rmr_common::buffer::digest(&[self.segment()], 0, self.length)
     }
 
-    /// Copies the bytes as they are now to the end of `bytes`.
-    pub fn copy_out(&self, offset: usize, length: usize, bytes: &mut Vec<u8>) {
-        copy_out(&[self.segment()], offset, length.min(self.length.saturating_sub(offset)), bytes);
+    /// Whether each of its blocks of 4 KiB is all zeroes. As with [`Buffer::bytes`].
+    pub fn zero_blocks(&self) -> impl Iterator<Item = bool> + '_ {
+        static ZEROES: [u8; MIN_BUFFER] = [0; MIN_BUFFER];
+        self.bytes().chunks(MIN_BUFFER).map(|block| *block == ZEROES[..block.len()])
     }
 
-    /// Copies these bytes to the start, as many as fit.
-    pub fn fill(&mut self, bytes: &[u8]) {
-        copy_to_segments(bytes, &[self.segment()]);
-    }
-
-    /// The bytes. Not to be called while I/O into the buffer is under way, and only for a pool that is not registered for
-    /// RDMA: a client may write to what was lent to it before, and with it to what a reference says does not change.
+    /// The bytes. Not to be called while I/O into the buffer is under way, nor for memory that is lent to a client over RDMA,
+    /// who may change it at any time. What was lent before is nobody else's: its key was made invalid before it came back.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the range belongs to this buffer alone while it lives, is mapped and initialised (anonymous memory), and the
@@ -305,17 +301,13 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_filled_in_copied_out_and_digested_without_a_reference_to_them() {
+    fn blocks_of_zeroes_are_told_from_those_with_a_single_bit_in_them() {
         let pool = BufferPool::new(1 << 20).unwrap();
-        let mut buffer = pool.try_acquire(8192).unwrap();
-        let bytes: Vec<u8> = (0..8192u32).map(|i| (i % 251) as u8).collect();
-        buffer.fill(&bytes);
-        assert_eq!(buffer.digest(), rmr_common::wire::data_digest(&bytes));
-        let mut copy = Vec::new();
-        buffer.copy_out(4096, 1 << 20, &mut copy);
-        assert!(copy == bytes[4096..]);
-        buffer.copy_out(1 << 20, 1, &mut copy);
-        assert_eq!(copy.len(), 4096);
+        let mut buffer = pool.try_acquire(4 * 4096).unwrap();
+        buffer.bytes_mut()[4096] = 1;
+        buffer.bytes_mut()[3 * 4096 - 1] = 0x80;
+        assert_eq!(buffer.zero_blocks().collect::<Vec<_>>(), [true, false, false, true]);
+        assert_eq!(buffer.digest(), rmr_common::wire::data_digest(buffer.bytes()));
     }
 
     #[test]

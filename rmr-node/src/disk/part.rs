@@ -17,8 +17,8 @@ pub struct Part {
     memory: Rc<Buffer>,
     offset: usize,
     length: usize,
-    mark: u32,
-    returned: Returned,
+    /// Who is told, and by which mark.
+    told: Option<(u32, Returned)>,
 }
 
 impl Part {
@@ -31,8 +31,16 @@ impl Part {
         mark: u32,
         returned: &Returned,
     ) -> Option<Self> {
+        let mut part = Self::of(memory, offset, length)?;
+        part.told = Some((mark, Rc::clone(returned)));
+        Some(part)
+    }
+
+    /// `length` bytes from `offset` of a buffer, if it has them; nobody is told when they come back.
+    #[must_use]
+    pub fn of(memory: &Rc<Buffer>, offset: usize, length: usize) -> Option<Self> {
         let fits = offset.checked_add(length).is_some_and(|end| end <= memory.length());
-        fits.then(|| Self { memory: Rc::clone(memory), offset, length, mark, returned: Rc::clone(returned) })
+        fits.then(|| Self { memory: Rc::clone(memory), offset, length, told: None })
     }
 
     /// The part as a segment, under the rule of [`Buffer::segment`].
@@ -44,7 +52,9 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        self.returned.borrow_mut().push(self.mark);
+        if let Some((mark, returned)) = &self.told {
+            returned.borrow_mut().push(*mark);
+        }
     }
 }
 

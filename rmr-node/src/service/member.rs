@@ -15,6 +15,7 @@ use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 
 use super::Shared;
 use super::command::Asker;
+use super::pulls::Pulls;
 use super::source_link::SourceLink;
 use crate::admin::api::{
     Authentication, ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus,
@@ -58,8 +59,8 @@ pub(super) struct Member {
     pub(super) source: Option<SourceLink>,
     /// Tells an attempt to connect to it from an earlier one.
     pub(super) source_attempt: u64,
-    /// Pulled data that waits for a buffer.
-    pub(super) pulled: VecDeque<PulledWrite>,
+    /// Memory for what it pulls; goes after the connection.
+    pub(super) pulls: Pulls,
     progress: Option<Progress>,
     /// Bytes of answers to pulls of others.
     pub(super) resync_sent: u64,
@@ -71,13 +72,6 @@ pub(super) struct Member {
     pub(super) commands: Vec<(CommandId, Asker)>,
     /// A thread makes room in the store.
     pub(super) makes_room: bool,
-}
-
-/// Data from another member that is to be written.
-pub(super) struct PulledWrite {
-    pub(super) io: IoId,
-    pub(super) offset: u64,
-    pub(super) bytes: Vec<u8>,
 }
 
 /// What is known of the speed of a resync.
@@ -146,7 +140,7 @@ impl Member {
             closing: false,
             source: None,
             source_attempt: 0,
-            pulled: VecDeque::new(),
+            pulls: Pulls::default(),
             progress: None,
             resync_sent: 0,
             resync_received: 0,

@@ -14,6 +14,7 @@ mod deletion;
 mod forward;
 mod keys;
 mod member;
+mod pulls;
 mod room;
 mod shard;
 mod source_link;
@@ -27,7 +28,7 @@ use std::thread::JoinHandle;
 
 use anyhow::Context;
 use rmr_common::pool::{Address, BootId, PoolId, TransportKind};
-use rmr_common::transport::rdma::{Fabric, RdmaListener, ReadMode};
+use rmr_common::transport::rdma::{Fabric, RdmaListener};
 use rmr_common::transport::tls::{ClientTls, ServerTls};
 use rmr_common::transport::{Counters, Listener};
 
@@ -109,7 +110,7 @@ impl Shared {
 /// # Errors
 /// When an address, a store or a thread cannot be had at start, or a shard failed while running.
 pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
-    let fabric = Fabric::new(ReadMode::Direct);
+    let fabric = Fabric::for_nodes();
     let (server_tls, client_tls) = load_tls(&config.tls)?;
     let (listeners, bound) = listen(&config, server_tls.as_ref(), &fabric)?;
     let shared = Arc::new(Shared {

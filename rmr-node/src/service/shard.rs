@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use rmr_common::buffer::Segment;
 use rmr_common::clock::monotonic_now;
 use rmr_common::pool::{Command as PoolCommand, PoolId, StoreId, TransportKind};
 use rmr_common::reactor::WatchChange;
@@ -29,7 +30,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::command::Answered;
 use super::connection::{Greeting, MAX_BACKLOG, Peer, Sink, WriteBuffers};
 use super::deletion::{Deletion, Remains, Stage};
-use super::member::{IoTag, Member, PulledWrite, WaitingRead, buffer_share};
+use super::member::{IoTag, Member, WaitingRead, buffer_share};
+use super::pulls::PULLS_PART;
 use super::source_link::SourceLink;
 use super::windows::{Lending, RESERVE_PART, Shortage, Windows};
 use super::{ConnectionPlace, PoolPlace, Shared};
@@ -37,7 +39,8 @@ use crate::admin::Responder;
 use crate::admin::api::{ControlError, ErrorCode, PoolStatus, StoreCreated};
 use crate::config::EngineChoice;
 use crate::disk::{
-    self, Buffer, BufferPool, Completion, DiskEngine, DiskId, Engine, EngineOptions, Io, IoKind, Payload,
+    self, Buffer, BufferPool, Completion, DiskEngine, DiskId, Engine, EngineOptions, Io, IoKind, MIN_BUFFER,
+    Payload,
 };
 use crate::lifecycle::Shutdown;
 use crate::store::{MetadataIo, Store, StoreError};
@@ -121,6 +124,29 @@ enum Turn {
     Gone,
 }
 
+/// What is on its way to a peer.
+enum Sending {
+    One(Buffer),
+    Several(Vec<Buffer>),
+}
+
+impl Sending {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::One(buffer) => buffer.length(),
+            Self::Several(buffers) => buffers.iter().map(Buffer::length).sum(),
+        }
+    }
+}
+
+/// A free tag for something that is to be sent.
+fn tag_for(free: &mut Vec<u32>, sending: &mut Vec<Option<Sending>>) -> u32 {
+    free.pop().unwrap_or_else(|| {
+        sending.push(None);
+        u32::try_from(sending.len() - 1).unwrap_or(u32::MAX)
+    })
+}
+
 enum Phase {
     Serving,
     /// A stop was asked for: clients are told, requests end, disks are flushed, stores are marked clean.
@@ -169,13 +195,11 @@ pub(super) struct Shard {
     /// Somebody in the line found no memory: nobody else may take any before.
     short: bool,
     shortage: Shortage,
-    /// Buffers whose data is on its way to a client, by tag.
-    sending: Vec<Option<Buffer>>,
+    /// Buffers whose data is on its way to a client or another node, by tag.
+    sending: Vec<Option<Sending>>,
     free_tags: Vec<u32>,
     /// Stores that are being deleted, or could not be.
     deletions: Vec<Deletion>,
-    /// Copies of data that is to be looked at.
-    looked_at: Vec<u8>,
     completions: Vec<Completion>,
     tags: Vec<u32>,
     changes: Vec<WatchChange>,
@@ -251,7 +275,6 @@ impl Shard {
             sending: Vec::new(),
             free_tags: Vec::new(),
             deletions: Vec::new(),
-            looked_at: Vec::new(),
             completions: Vec::new(),
             tags: Vec::new(),
             changes: Vec::new(),
@@ -470,10 +493,13 @@ impl Shard {
                 Output::Disk { io, operation, offset, length } => {
                     self.start_disk(index, io, operation, offset, length);
                 }
-                Output::DiskWrite { io, offset, bytes } => {
-                    member.pulled.push_back(PulledWrite { io, offset, bytes })
+                Output::WritePulled { io, pull, from, offset, length } => {
+                    let data = member.pulls.part(pull, from, length);
+                    self.write_pulled(index, io, data, (offset, length));
                 }
+                Output::PullDone(pull) => member.pulls.done(pull),
                 Output::PeerConnect(address) => self.connect_source(index, &address),
+                Output::PeerSend(header) if header.kind == Kind::Pull => member.pulls.ask(header),
                 Output::PeerSend(header) => {
                     if let Some(source) = &mut member.source {
                         source.wire.queue(&header, None);
@@ -494,7 +520,7 @@ impl Shard {
                 Output::Notice(notice) => self.log(index, notice),
             }
         }
-        self.write_pulled(index);
+        self.send_pulls(index);
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         let disk = member.disk;
         let tag = |id| IoTag::Metadata(u16::try_from(index).unwrap_or(u16::MAX), id).encode();
@@ -520,24 +546,33 @@ impl Shard {
         }
     }
 
-    /// Hands pulled data to the disk, as far as there are buffers.
-    fn write_pulled(&mut self, index: usize) {
+    /// Hands pulled data to the disk, from where it lies.
+    fn write_pulled(&mut self, index: usize, io: IoId, data: Option<Payload>, (offset, length): (u64, u32)) {
         let Some(Some(member)) = self.members.get_mut(index) else { return };
-        let data_offset = member.store.superblock().layout.data_offset;
-        while let Some(pulled) = member.pulled.front() {
-            // Tried again with the next thing that happens, at the latest after a tick.
-            let Some(mut buffer) = self.buffers.try_acquire(pulled.bytes.len()) else { return };
-            buffer.fill(&pulled.bytes);
-            self.engine.submit(Io {
-                disk: member.disk,
-                id: IoTag::Replica(u16::try_from(index).unwrap_or(u16::MAX), pulled.io).encode(),
-                kind: IoKind::Write,
-                offset: data_offset + pulled.offset,
-                length: pulled.bytes.len() as u64,
-                payload: Payload::Buffer(buffer),
-            });
-            member.pulled.pop_front();
-        }
+        let Some(payload) = data else {
+            // What was answered is kept until the replica has dealt with it.
+            debug_assert!(false, "pulled data is there while it is written");
+            return member.replica.apply(Event::Disk(io, DiskResult::Failed), self.now);
+        };
+        self.engine.submit(Io {
+            disk: member.disk,
+            id: IoTag::Replica(u16::try_from(index).unwrap_or(u16::MAX), io).encode(),
+            kind: IoKind::Write,
+            offset: member.store.superblock().layout.data_offset + offset,
+            length: length.into(),
+            payload,
+        });
+    }
+
+    /// Queues the pulls of a member that there is memory for.
+    fn send_pulls(&mut self, index: usize) {
+        let held: usize = self.members.iter().flatten().map(|m| m.pulls.bytes()).sum();
+        let room = (self.buffers.total_bytes() / PULLS_PART).saturating_sub(held);
+        let Some(Some(member)) = self.members.get_mut(index) else { return };
+        let Some(source) = member.source.as_mut().filter(|_| member.pulls.is_waiting()) else { return };
+        member.pulls.start(&self.buffers, room, |header, memory| {
+            source.wire.queue_read(header, &mut |segments| segments.push(memory));
+        });
     }
 
     fn connect_source(&mut self, index: usize, address: &rmr_common::pool::Address) {
@@ -553,9 +588,12 @@ impl Shard {
         member.source_attempt = 0;
         if let Some(mut source) = member.source.take() {
             source.wire.shut_down();
+            self.counters += source.wire.counters();
             self.changes.push(WatchChange::Remove(source.descriptor));
             self.closing_sources.push(source);
         }
+        // Not before: until then the source can write to what it was asked to.
+        member.pulls.abandon();
     }
 
     /// Attempts to connect to sources have ended.
@@ -607,6 +645,7 @@ impl Shard {
     /// Sends what is queued for sources.
     fn send_to_sources(&mut self) {
         for index in 0..self.members.len() {
+            self.send_pulls(index);
             let Some(source) = self.members[index].as_mut().and_then(|m| m.source.as_mut()) else { continue };
             if let Err(error) = source.wire.flush() {
                 self.source_lost(index, &error.to_string());
@@ -646,8 +685,8 @@ impl Shard {
                 Some(data) => (IoKind::Write, data),
                 None => (IoKind::Write, Payload::None),
             },
-            // Its bytes come with `Output::DiskWrite`.
-            DiskOperation::WriteBytes => return,
+            // Its data is named by `Output::WritePulled`.
+            DiskOperation::WritePulled => return,
             DiskOperation::Flush => (IoKind::Flush, Payload::None),
             DiskOperation::Discard => (IoKind::Discard, Payload::None),
             DiskOperation::WriteZeroes => (IoKind::WriteZeroes { unmap: false }, Payload::None),
@@ -684,9 +723,7 @@ impl Shard {
                         member.reading_bytes -= buffer.length();
                         if result.is_ok() {
                             // A few microseconds: a range is short.
-                            self.looked_at.clear();
-                            buffer.copy_out(0, buffer.length(), &mut self.looked_at);
-                            let digests = block_digests(&self.looked_at);
+                            let digests = block_digests(buffer.bytes());
                             member.replica.apply(Event::Digested(io, &digests), self.now);
                             return self.activate(index);
                         }
@@ -730,12 +767,10 @@ impl Shard {
                 let mut header = *header;
                 header.digest = header.digest.map(|_| buffer.digest());
                 let header = &header;
-                let tag = self.free_tags.pop().unwrap_or_else(|| {
-                    self.sending.push(None);
-                    u32::try_from(self.sending.len() - 1).unwrap_or(u32::MAX)
-                });
-                peer.sending_bytes += buffer.length();
-                self.sending[tag as usize] = Some(buffer);
+                let sending = Sending::One(buffer);
+                let tag = tag_for(&mut self.free_tags, &mut self.sending);
+                peer.sending_bytes += sending.bytes();
+                self.sending[tag as usize] = Some(sending);
                 peer.wire.queue_data(header, Some(tag), &mut |segments| segments.push(segment));
                 peer.sending.push_back(tag);
             }
@@ -755,31 +790,48 @@ impl Shard {
         }
     }
 
-    /// Answers a pull with the data of its reads.
+    /// Answers a pull with the data of its reads, from where they lie.
     fn reply_pulled(&mut self, index: usize, id: ConnectionId, header: &MessageHeader, data: &PulledData) {
         let Some(member) = self.members[index].as_mut() else { return };
         let buffers: Vec<Buffer> = data.reads.iter().filter_map(|io| member.take_read(*io)).collect();
         let Some(peer) = self.peers.get_mut(&id) else { return };
-        // A copy, because clients over RDMA have keys to the buffers: what is looked at must not change.
-        self.looked_at.clear();
-        for buffer in &buffers {
-            buffer.copy_out(0, buffer.length(), &mut self.looked_at);
-        }
-        let mut rest = self.looked_at.as_slice();
-        let found: Vec<&[u8]> = buffers
-            .iter()
-            .map(|buffer| {
-                let (found, behind) = rest.split_at(buffer.length().min(rest.len()));
-                rest = behind;
-                found
-            })
-            .collect();
         let mut header = *header;
-        let body = (header.status == Status::Ok).then(|| data.encode(&found));
+        let (mut zeroes, mut full): (Vec<bool>, Vec<Segment>) = (Vec::new(), Vec::new());
+        for buffer in &buffers {
+            let (memory, first) = (buffer.segment(), zeroes.len());
+            zeroes.extend(buffer.zero_blocks());
+            let mut at = 0;
+            for run in zeroes[first..].chunk_by(PartialEq::eq) {
+                let length = run.len() * MIN_BUFFER;
+                full.extend((!run[0]).then(|| memory.part(at, length)));
+                at += length;
+            }
+        }
+        let most = self.buffers.total_bytes() / PULLS_PART;
+        let sending = Sending::Several(buffers);
+        if header.status == Status::Ok && zeroes.len() != data.blocks.len() {
+            header.status = Status::IoError;
+        } else if peer.sending_bytes > 0 && peer.sending_bytes + sending.bytes() > most {
+            // A node that does not take its answers keeps no buffers from guests.
+            header.status = Status::Limit;
+        }
+        let body = (header.status == Status::Ok).then(|| data.encode(&zeroes));
         header.payload = body.as_ref().map_or(0, |b| u32::try_from(b.len()).unwrap_or(u32::MAX));
+        let mut sent = HEADER_SIZE as u64 + u64::from(header.payload);
+        let there: usize = full.iter().map(Segment::length).sum();
+        if header.status == Status::Ok && there > 0 {
+            let payload = u32::try_from(there).unwrap_or(u32::MAX);
+            let data = MessageHeader { kind: Kind::PullData, payload, ..header };
+            let tag = tag_for(&mut self.free_tags, &mut self.sending);
+            peer.sending_bytes += sending.bytes();
+            self.sending[tag as usize] = Some(sending);
+            peer.wire.queue_data(&data, Some(tag), &mut |segments| segments.append(&mut full));
+            peer.sending.push_back(tag);
+            sent += u64::from(payload) + if peer.wire.is_rdma() { 0 } else { HEADER_SIZE as u64 };
+        }
         peer.wire.queue(&header, body);
         if let Some(member) = &mut self.members[index] {
-            member.resync_sent += HEADER_SIZE as u64 + u64::from(header.payload);
+            member.resync_sent += sent;
         }
         self.queue(id);
     }
@@ -806,7 +858,7 @@ impl Shard {
             // Data is sent in the order in which it was queued.
             let first = peer.sending.pop_front();
             debug_assert_eq!(first, Some(tag), "tags come back in order");
-            peer.sending_bytes -= self.sending[tag as usize].take().map_or(0, |buffer| buffer.length());
+            peer.sending_bytes -= self.sending[tag as usize].take().map_or(0, |sending| sending.bytes());
             self.free_tags.push(tag);
         }
         match sent {
@@ -1109,6 +1161,10 @@ impl Shard {
                 Err(error) => match error.kind() {
                     ErrorKind::WouldBlock => return,
                     ErrorKind::ConnectionRefused => continue,
+                    ErrorKind::AddrNotAvailable => {
+                        tracing::error!("no clients come over RDMA until the device is back: {error}");
+                        return;
+                    }
                     // It went away before it was accepted, or is no peer.
                     ErrorKind::ConnectionAborted | ErrorKind::Interrupted => {
                         tracing::warn!("a connection was not accepted: {error}");
@@ -1170,7 +1226,8 @@ impl Shard {
         tracing::debug!(client = %peer.address, "connection closed: {reason}");
         self.by_descriptor.remove(&peer.descriptor);
         let windows = self.windows.remove(&id);
-        if peer.parts && windows.is_none() {
+        // Data that is on its way would go on from buffers that are somebody else's by then.
+        if peer.parts && windows.is_none() && peer.sending.is_empty() {
             peer.wire.part();
         } else {
             peer.wire.shut_down();
@@ -1199,6 +1256,9 @@ impl Shard {
         }
         if !self.listens {
             self.listen(true);
+        }
+        if self.listeners.iter_mut().filter_map(|l| l.revive().then_some(())).count() > 0 {
+            tracing::info!(shard = self.index, "the RDMA device is back, and clients may come over it again");
         }
         let (config, now) = (&self.shared.config, self.now);
         let silent = (config.leg_timeout * SILENT_LEG_TIMEOUTS).max(SHORTEST_SILENCE);

@@ -57,7 +57,8 @@ impl SourceLink {
     /// Hands what arrived to the member.
     pub(super) fn receive(&mut self, member: &mut Member, now: Time) -> Result<(), String> {
         let (opener, is_greeted) = (&mut self.opener, &mut self.is_greeted);
-        let mut sink = Sink { member, opener, is_greeted, proof: None, error: None, now };
+        let is_remote = self.wire.is_rdma();
+        let mut sink = Sink { member, opener, is_greeted, is_remote, proof: None, error: None, now };
         let received = self.wire.receive(&mut sink);
         let (error, proof) = (sink.error.take(), sink.proof.take());
         if let Some((header, body)) = proof {
@@ -71,6 +72,8 @@ struct Sink<'a> {
     member: &'a mut Member,
     opener: &'a mut Opener,
     is_greeted: &'a mut bool,
+    /// The source writes pulled data to its place by itself.
+    is_remote: bool,
     /// What the node asked for before it answers the hello.
     proof: Option<(MessageHeader, Vec<u8>)>,
     error: Option<String>,
@@ -78,9 +81,14 @@ struct Sink<'a> {
 }
 
 impl Receiver for Sink<'_> {
-    fn place(&mut self, _header: &MessageHeader, _segments: &mut Vec<Segment>) -> Place {
-        // What a source sends are bodies.
-        Place::Discard
+    fn place(&mut self, header: &MessageHeader, segments: &mut Vec<Segment>) -> Place {
+        let memory = if header.kind == Kind::PullData { self.member.pulls.place(header) } else { None };
+        if memory.is_none() {
+            self.error = Some(format!("protocol error: {:?} with data for no pull", header.kind));
+            return Place::Discard;
+        }
+        segments.extend(memory);
+        Place::Data
     }
 
     fn longest_body(&self) -> u32 {
@@ -88,8 +96,23 @@ impl Receiver for Sink<'_> {
     }
 
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
-        if *self.is_greeted {
+        if self.error.is_some() {
+            // The link is over; what it says now is of no use.
+        } else if *self.is_greeted && header.kind == Kind::PullData {
+            // Whose it is says the answer behind it.
+            self.member.resync_received += (HEADER_SIZE + header.payload as usize) as u64;
+        } else if *self.is_greeted {
             self.member.resync_received += (HEADER_SIZE + body.len()) as u64;
+            if header.kind == Kind::PullReply {
+                match self.member.pulls.answered(header, body, self.is_remote) {
+                    Ok(data) if self.is_remote => self.member.resync_received += data as u64,
+                    Ok(_) => {}
+                    Err(error) => {
+                        self.error = Some(format!("protocol error: {error}"));
+                        return;
+                    }
+                }
+            }
             self.member.replica.apply(Event::PeerMessage(header, body), self.now);
         } else if matches!(header.kind, Kind::Challenge | Kind::HelloReply) && header.status == Status::Ok {
             match self.opener.take(header, body) {

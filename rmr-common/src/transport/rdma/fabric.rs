@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::endpoint::Keys;
-use super::verbs::{Domain, MemoryRegion};
+use super::verbs::{self, Domain, MemoryRegion, Place};
 use super::{Exposure, RdmaError, ReadMode};
 use crate::buffer::Segment;
 
@@ -18,6 +18,8 @@ pub struct Fabric(Arc<Shared>);
 
 struct Shared {
     read_mode: ReadMode,
+    /// A device without memory windows is used all the same, by copying.
+    may_copy: bool,
     state: Mutex<State>,
     /// What connections look into; replaced as a whole with each change.
     table: RwLock<Arc<Table>>,
@@ -27,14 +29,15 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    domains: Vec<Arc<Domain>>,
+    /// Those whose device was removed leave their place empty: connections know theirs by number.
+    domains: Vec<Option<Arc<Domain>>>,
     memory: Vec<Memory>,
     next: u64,
 }
 
 impl State {
-    fn domain_of(&self, context: *mut rdma_sys::ibv_context) -> Option<Arc<Domain>> {
-        self.domains.iter().find(|domain| domain.is_of(context)).map(Arc::clone)
+    fn domain_of(&self, place: &Place) -> Option<Arc<Domain>> {
+        self.domains.iter().flatten().find(|domain| domain.is_of(place)).map(Arc::clone)
     }
 
     /// Memory that has no entry in `pinned`, by its identity.
@@ -53,7 +56,7 @@ struct Memory {
     segment: Segment,
     exposure: Exposure,
     /// One for each domain, in their order. Before `owner`, though each holds it as well.
-    regions: Vec<MemoryRegion>,
+    regions: Vec<Option<MemoryRegion>>,
     owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -64,15 +67,27 @@ struct Table(Vec<Entry>);
 struct Entry {
     base: usize,
     length: usize,
-    keys: Vec<Keys>,
+    keys: Vec<Option<Keys>>,
 }
 
 impl Fabric {
     /// A fabric without devices; they are opened when connections need them.
     #[must_use]
     pub fn new(read_mode: ReadMode) -> Self {
+        Self::with(read_mode, false)
+    }
+
+    /// The fabric of a node: no peer is ever told a key that reaches more than what it is to write. On a device without
+    /// memory windows, data that the node pulls is copied for that.
+    #[must_use]
+    pub fn for_nodes() -> Self {
+        Self::with(ReadMode::Window, true)
+    }
+
+    fn with(read_mode: ReadMode, may_copy: bool) -> Self {
         Self(Arc::new(Shared {
             read_mode,
+            may_copy,
             state: Mutex::default(),
             table: RwLock::default(),
             generation: AtomicU64::new(0),
@@ -83,6 +98,16 @@ impl Fabric {
     #[must_use]
     pub fn read_mode(&self) -> ReadMode {
         self.0.read_mode
+    }
+
+    /// How reads are done on connections over a device.
+    pub(super) fn mode_on(&self, domain: &Domain) -> Result<ReadMode, RdmaError> {
+        match self.0.read_mode {
+            ReadMode::Window if domain.limits.has_windows => Ok(ReadMode::Window),
+            ReadMode::Window if self.0.may_copy => Ok(ReadMode::Bounce),
+            ReadMode::Window => Err(RdmaError::NoWindows { device: domain.device.clone() }),
+            mode => Ok(mode),
+        }
     }
 
     /// Who may write to memory that reads of connections from here go to.
@@ -110,7 +135,9 @@ impl Fabric {
         let regions = state
             .domains
             .iter()
-            .map(|domain| domain.register(segment, Arc::clone(&owner), exposure))
+            .map(|domain| {
+                domain.as_ref().map(|d| d.register(segment, Arc::clone(&owner), exposure)).transpose()
+            })
             .collect::<Result<_, _>>()?;
         let id = state.next;
         state.next += 1;
@@ -120,11 +147,12 @@ impl Fabric {
     }
 
     /// The domain of a device, with all memory registered.
-    pub(super) fn domain_of(&self, context: *mut rdma_sys::ibv_context) -> Result<Arc<Domain>, RdmaError> {
-        if let Some(domain) = self.state().domain_of(context) {
+    pub(super) fn domain_of(&self, place: &Place) -> Result<Arc<Domain>, RdmaError> {
+        self.let_go();
+        if let Some(domain) = self.state().domain_of(place) {
             return Ok(domain);
         }
-        let domain = Arc::new(Domain::new(context)?);
+        let domain = Arc::new(Domain::new(place)?);
         let mut pinned: HashMap<u64, MemoryRegion> = HashMap::new();
         loop {
             let missing = self.state().missing(&pinned);
@@ -133,7 +161,7 @@ impl Fabric {
                 pinned.insert(id, domain.register(segment, owner, exposure)?);
             }
             let mut state = self.state();
-            if let Some(other) = state.domain_of(context) {
+            if let Some(other) = state.domain_of(place) {
                 // Another thread was faster. What this one pinned goes after the lock.
                 drop(state);
                 return Ok(other);
@@ -142,10 +170,10 @@ impl Fabric {
                 continue;
             }
             for memory in &mut state.memory {
-                memory.regions.extend(pinned.remove(&memory.id));
+                memory.regions.push(pinned.remove(&memory.id));
             }
             tracing::info!(device = %domain.device, limits = ?domain.limits, "RDMA device in use");
-            state.domains.push(Arc::clone(&domain));
+            state.domains.push(Some(Arc::clone(&domain)));
             self.publish(&state);
             // Before what was pinned, and deregistered by its owner meanwhile.
             drop(state);
@@ -153,10 +181,34 @@ impl Fabric {
         }
     }
 
+    /// Lets go of devices that were removed. Their connections hear of it themselves; what they hold goes with them.
+    pub(super) fn let_go(&self) {
+        let mut state = self.state();
+        let gone = |domain: &Option<Arc<Domain>>| domain.as_ref().is_some_and(|domain| domain.is_gone());
+        let gone: Vec<usize> = (0..state.domains.len()).filter(|n| gone(&state.domains[*n])).collect();
+        if gone.is_empty() {
+            drop(state);
+            return verbs::forget_unused_devices();
+        }
+        let (mut domains, mut regions) = (Vec::new(), Vec::new());
+        for number in gone {
+            domains.extend(state.domains[number].take());
+            regions.extend(state.memory.iter_mut().filter_map(|memory| memory.regions[number].take()));
+        }
+        self.publish(&state);
+        drop(state);
+        // Unpinning takes its time; nobody waits for the lock meanwhile.
+        drop(regions);
+        for domain in domains {
+            tracing::warn!(device = %domain.device, "the RDMA device was removed, and its memory is not pinned any more");
+            domain.retire();
+        }
+    }
+
     /// The keys of a domain, for a connection.
     pub(super) fn keyring(&self, domain: &Arc<Domain>) -> Result<Keyring, RdmaError> {
-        let index =
-            self.state().domains.iter().position(|d| Arc::ptr_eq(d, domain)).ok_or(RdmaError::NoDevice)?;
+        let is_it = |other: &Option<Arc<Domain>>| other.as_ref().is_some_and(|o| Arc::ptr_eq(o, domain));
+        let index = self.state().domains.iter().position(is_it).ok_or(RdmaError::Removed)?;
         let mut keyring =
             Keyring { fabric: self.clone(), domain: index, generation: u64::MAX, table: Arc::default() };
         keyring.refresh();
@@ -175,7 +227,7 @@ impl Fabric {
             .map(|m| Entry {
                 base: m.segment.base() as usize,
                 length: m.segment.length(),
-                keys: m.regions.iter().map(MemoryRegion::keys).collect(),
+                keys: m.regions.iter().map(|region| region.as_ref().map(MemoryRegion::keys)).collect(),
             })
             .collect();
         entries.sort_by_key(|entry| entry.base);
@@ -238,7 +290,7 @@ impl Keyring {
         let entries = &self.table.0;
         let entry = entries[..entries.partition_point(|entry| entry.base <= base)].last()?;
         let within = base - entry.base <= entry.length && length <= entry.length - (base - entry.base);
-        entry.keys.get(self.domain).copied().filter(|_| within)
+        entry.keys.get(self.domain).copied().flatten().filter(|_| within)
     }
 
     fn refresh(&mut self) {
@@ -252,7 +304,7 @@ impl Keyring {
         let fabric = Fabric::new(ReadMode::Direct);
         let mut entries: Vec<Entry> = memory
             .iter()
-            .map(|(s, keys)| Entry { base: s.base() as usize, length: s.length(), keys: vec![*keys] })
+            .map(|(s, keys)| Entry { base: s.base() as usize, length: s.length(), keys: vec![Some(*keys)] })
             .collect();
         entries.sort_by_key(|entry| entry.base);
         *fabric.0.table.write().unwrap() = Arc::new(Table(entries));

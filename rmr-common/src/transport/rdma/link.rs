@@ -66,9 +66,9 @@ enum Content {
     Plain { body: Vec<u8>, posted: Option<usize> },
     /// Data for a slot.
     Write(Vec<Segment>),
-    /// Memory for the data of a read.
+    /// Memory for the data of a read or a pull.
     Read(Vec<Segment>),
-    /// Data for the memory of a read.
+    /// Data for the memory of a read or a pull.
     Data(Vec<Segment>, Option<u32>),
 }
 
@@ -105,7 +105,7 @@ enum ReadState {
 /// What is over, but for its keys.
 enum Ended {
     /// A read with its answer, unless nobody waits for that.
-    Read { header: Option<MessageHeader>, read: ReadUnderWay },
+    Read { answer: Option<(MessageHeader, Vec<u8>)>, read: ReadUnderWay },
     /// A window that the peer has given back.
     Lent { number: u16, bound: Bound },
 }

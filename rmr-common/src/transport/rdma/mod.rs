@@ -5,6 +5,7 @@
 //!
 //! * `verbs` — rdma-core as owned types; all the `unsafe` of it.
 //! * `endpoint` — what a connection needs of that, as a trait, so that tests can play the card.
+//! * `trial` — whether a card keeps to what memory windows promise.
 //! * `link` — one connection: credits, slots, posted work. `packet` — what it sends.
 
 mod endpoint;
@@ -13,6 +14,7 @@ mod link;
 mod memory;
 mod packet;
 mod slots;
+mod trial;
 mod verbs;
 
 use std::io;
@@ -28,7 +30,8 @@ use self::endpoint::QueueSizes;
 use self::fabric::Keyring;
 use self::link::{Link, Role};
 use self::packet::Introduction;
-pub use super::rdma_terms::{Exposure, MAX_IO, MAX_WINDOW, MIN_WINDOW, ReadMode};
+pub use self::trial::try_key;
+pub use super::rdma_terms::{Exposure, KeyOutcome, KeyUse, MAX_IO, MAX_WINDOW, MIN_WINDOW, ReadMode};
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
 use crate::wire::MessageHeader;
@@ -88,6 +91,19 @@ pub enum RdmaError {
         /// Why not.
         source: io::Error,
     },
+    /// There is no queue pair like this.
+    #[error("making a queue pair: {source}; asked for {asked}")]
+    QueuePair {
+        /// What it was to be.
+        asked: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A peer could not be accepted.
+    #[error(
+        "the peer seems to have given up before it was accepted, which it does within its leg timeout: {0}"
+    )]
+    GivenUp(Box<RdmaError>),
     /// The connection manager says so.
     #[error("{0}")]
     Event(String),
@@ -97,6 +113,9 @@ pub enum RdmaError {
     /// The peer is something else.
     #[error("the peer at this address: {0}")]
     Stranger(String),
+    /// Its device is gone.
+    #[error("the RDMA device was removed")]
+    Removed,
     /// There are as many connections as there may be.
     #[error("a peer was refused: there is no room for another connection")]
     Full,
@@ -134,17 +153,16 @@ impl RdmaConnection {
         };
         let own = introduction(sizes).encode();
         let offer = verbs::Offer { private: &own, sizes, dead_after };
-        let needs_windows = fabric.read_mode() == ReadMode::Window;
-        let (endpoint, private) = verbs::connect(address, &offer, &mut |context| {
-            let domain = fabric.domain_of(context)?;
-            if needs_windows && !domain.limits.has_windows {
-                return Err(RdmaError::NoWindows { device: domain.device.clone() });
-            }
-            Ok(domain)
+        // Whatever the address is on now, the kernel may wait for that.
+        fabric.let_go();
+        let (endpoint, private) = verbs::connect(address, &offer, &mut |place| {
+            let domain = fabric.domain_of(place)?;
+            fabric.mode_on(&domain).map(|_| domain)
         })?;
         let peer = Introduction::decode(&private).map_err(RdmaError::Stranger)?;
         let keyring = fabric.keyring(&endpoint.domain)?;
-        let link = Link::new(endpoint, keyring, Role::Opener(fabric.read_mode()), peer)?;
+        let mode = fabric.mode_on(&endpoint.domain)?;
+        let link = Link::new(endpoint, keyring, Role::Opener(mode), peer)?;
         Ok(Self { link })
     }
 
@@ -275,9 +293,9 @@ impl RdmaListener {
     /// When no device has the address, or somebody listens there already.
     pub fn bind(fabric: &Fabric, address: SocketAddr, dead_after: Duration) -> Result<Self, RdmaError> {
         let listener = verbs::Listener::bind(address, BACKLOG)?;
-        if !listener.context().is_null() {
+        if let Some(place) = listener.place() {
             // Before the first connection, which should not wait until memory is pinned.
-            fabric.domain_of(listener.context())?;
+            fabric.domain_of(&place)?;
         }
         Ok(Self { listener, fabric: fabric.clone(), dead_after })
     }
@@ -288,10 +306,29 @@ impl RdmaListener {
         self.listener.local()
     }
 
+    /// To be called about once a second: lets go of devices that were removed, and listens again when the one of the address
+    /// is back. True if it does so just now.
+    pub fn revive(&mut self) -> bool {
+        self.fabric.let_go();
+        if self.listener.is_listening() {
+            return false;
+        }
+        let listens = self.listener.listen().and_then(|()| match self.listener.place() {
+            Some(place) => self.fabric.domain_of(&place).map(drop),
+            None => Ok(()),
+        });
+        if let Err(error) = &listens {
+            tracing::debug!("not listening again: {error}");
+            self.listener.stop();
+        }
+        listens.is_ok()
+    }
+
     /// The next connection, if a peer waits for one.
     ///
     /// # Errors
-    /// When the peer could not be accepted; the listener goes on, unless its device is gone.
+    /// When the peer could not be accepted; the listener goes on. [`RdmaError::Removed`]: when its device is back, with the
+    /// next [`RdmaListener::revive`].
     pub fn accept(&mut self) -> Result<Option<(RdmaConnection, SocketAddr)>, RdmaError> {
         self.accept_if(&mut |_| true)
     }
@@ -318,7 +355,7 @@ impl RdmaListener {
             request.reject();
             return Err(RdmaError::Full);
         }
-        let domain = self.fabric.domain_of(request.context())?;
+        let domain = self.fabric.domain_of(&request.place())?;
         let keyring: Keyring = self.fabric.keyring(&domain)?;
         let sizes = QueueSizes {
             sends: SENDS,

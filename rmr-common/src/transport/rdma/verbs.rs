@@ -13,9 +13,10 @@ mod queues;
 use std::ffi::{CStr, c_int};
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(super) use device::{Domain, MemoryRegion};
-pub(super) use manager::{Listener, Offer, connect};
+pub(super) use manager::{Listener, Offer, Place, connect};
 pub(super) use queues::Endpoint;
 
 use super::RdmaError;
@@ -43,6 +44,30 @@ pub(super) fn device_present() -> Result<(), RdmaError> {
         unsafe { rdma_sys::ibv_free_device_list(list) };
     }
     if list.is_null() || count == 0 { Err(RdmaError::NoDevice) } else { Ok(()) }
+}
+
+/// librdmacm was asked for its devices, and has opened all there were.
+static HAS_ALL_OPEN: AtomicBool = AtomicBool::new(false);
+
+/// Has librdmacm look which devices there are. Of those that were removed it closes the ones that nobody uses any more, for
+/// which some drivers let the kernel wait; it does so only while there is another device, and opens all others.
+fn forget_removed_devices() {
+    HAS_ALL_OPEN.store(true, Ordering::Relaxed);
+    let mut count = 0;
+    // SAFETY: the pointer is to a number on this stack; the list is given back, and no device of it is used.
+    unsafe {
+        let list = rdma_sys::rdma_get_devices(&mut count);
+        if !list.is_null() {
+            rdma_sys::rdma_free_devices(list);
+        }
+    }
+}
+
+/// To be called now and then: closes devices that were removed and that librdmacm has open although nobody here uses them.
+pub(super) fn forget_unused_devices() {
+    if HAS_ALL_OPEN.load(Ordering::Relaxed) {
+        forget_removed_devices();
+    }
 }
 
 /// All devices of this machine that can be opened, by name, and whether they have memory windows of type 2B.

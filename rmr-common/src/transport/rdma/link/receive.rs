@@ -8,7 +8,7 @@ use crate::buffer::{copy_from_segments, copy_segment};
 use crate::transport::rdma::endpoint::{Completion, Done, LinkEvent, Verbs};
 use crate::transport::rdma::packet::{Packet, PacketKind, TAIL, Target, UNIT};
 use crate::transport::{ConnectionError, Place, Receiver};
-use crate::wire::{HEADER_SIZE, Kind, MessageHeader, WireError};
+use crate::wire::{HEADER_SIZE, Kind, MessageHeader, PullReply, WireError};
 
 impl<V: Verbs> Link<V> {
     /// Takes in what has arrived and what has completed.
@@ -231,6 +231,7 @@ impl<V: Verbs> Link<V> {
         let expected = match header.kind {
             Kind::IoReply => 0,
             Kind::Write => return Err(broken("a write outside of any slot")),
+            Kind::PullData => return Err(broken("pulled data outside of the places for it")),
             _ => header.payload as usize,
         };
         if packet.total as usize != HEADER_SIZE + 16 * targets.len() + expected || body.len() > expected {
@@ -261,22 +262,24 @@ impl<V: Verbs> Link<V> {
     ) -> Result<(), ConnectionError> {
         let name = (header.slot.0, header.sequence.0);
         match (self.role, header.kind) {
-            (Role::Acceptor, Kind::Read) => {
+            (Role::Acceptor, Kind::Read | Kind::Pull) => {
                 let wanted: u64 = targets.iter().map(|t| u64::from(t.length)).sum();
-                if wanted != u64::from(header.length) || self.targets.len() >= MAX_READS {
+                // How much of its range a pull finds missed, nobody knows before.
+                let fits = header.kind == Kind::Pull || wanted == u64::from(header.length);
+                if !fits || self.targets.len() >= MAX_READS {
                     return Err(broken("a read whose places have another length, or one too many"));
                 }
                 self.targets.insert(name, targets);
             }
             _ if !targets.is_empty() => return Err(broken("places for data of what is no read")),
-            (Role::Opener(_), Kind::IoReply) => match self.reads.remove(&name) {
+            (Role::Opener(_), Kind::IoReply | Kind::PullReply) => match self.reads.remove(&name) {
                 Some(ReadState::UnderWay(read)) if !read.windows.is_empty() => {
                     self.reads.insert(name, ReadState::Ending);
-                    self.end_read(Some(*header), read);
+                    self.end_read(Some((*header, body.to_vec())), read);
                     return Ok(());
                 }
                 Some(ReadState::UnderWay(ReadUnderWay { staged: Some(staged), .. })) => {
-                    self.unpack(header, staged, receiver);
+                    self.unpack(header, body, staged, receiver);
                 }
                 // Whoever asked would take it for the answer, while the peer may still write there.
                 Some(ReadState::Ending) => return Err(broken("a read was answered twice")),
@@ -291,30 +294,45 @@ impl<V: Verbs> Link<V> {
     /// The peer can write nothing more to what it gave back, or for a read that was answered: whoever asked hears of it.
     fn finish(&mut self, ended: Ended, receiver: &mut dyn Receiver) {
         self.free_windows(&ended);
-        let (header, read) = match ended {
-            Ended::Read { header, read } => (header, read),
+        let (answer, read) = match ended {
+            Ended::Read { answer, read } => (answer, read),
             Ended::Lent { number, .. } => return self.returned.push(number),
         };
-        let name = header.map(|header| (header.slot.0, header.sequence.0));
         // Another one of its name may have been sent since; nobody waits for this one then.
-        let waits = name.is_some_and(|name| matches!(self.reads.get(&name), Some(ReadState::Ending)));
-        if let (Some(header), Some(name), true) = (header, name, waits) {
+        let waits = |header: &MessageHeader| {
+            let name = (header.slot.0, header.sequence.0);
+            matches!(self.reads.get(&name), Some(ReadState::Ending)).then_some(name)
+        };
+        let waits = answer.as_ref().and_then(|(header, _)| waits(header));
+        if let (Some((header, body)), Some(name)) = (answer, waits) {
             self.reads.remove(&name);
             if let Some(staged) = read.staged {
-                self.unpack(&header, staged, receiver);
+                self.unpack(&header, &body, staged, receiver);
             }
-            receiver.deliver(&header, &[]);
+            receiver.deliver(&header, &body);
         } else if let Some(staged) = read.staged {
             self.unstage(staged);
         }
     }
 
-    /// Copies the data of a read to whoever asked for it.
-    pub(super) fn unpack(&mut self, header: &MessageHeader, staged: Staged, receiver: &mut dyn Receiver) {
+    /// Copies the data of a read or a pull to whoever asked for it.
+    pub(super) fn unpack(
+        &mut self,
+        header: &MessageHeader,
+        body: &[u8],
+        staged: Staged,
+        receiver: &mut dyn Receiver,
+    ) {
+        let mut header = *header;
+        if header.kind == Kind::PullReply {
+            let pulled = PullReply::decode(body).map_or(0, |reply| reply.data_bytes());
+            header.kind = Kind::PullData;
+            header.payload = u32::try_from(pulled).unwrap_or(u32::MAX);
+        }
         let length = header.payload as usize;
         if length > 0 && length <= staged.length {
             self.segments.clear();
-            if receiver.place(header, &mut self.segments) == Place::Data
+            if receiver.place(&header, &mut self.segments) == Place::Data
                 && let Some((slab, _)) = self.staging.get(staged.slab)
             {
                 // The peer can write there still, if it breaks the rules: bytes that change are copied, and never looked at.

@@ -65,9 +65,9 @@ impl<V: Verbs> Link<V> {
         }
     }
 
-    /// An answer without data ends a read that named places for it.
+    /// An answer without data ends a read that named places for it, and a pull.
     pub(super) fn forget_read(&mut self, header: &MessageHeader) {
-        if header.kind == Kind::IoReply && !self.targets.is_empty() {
+        if matches!(header.kind, Kind::IoReply | Kind::PullReply) && !self.targets.is_empty() {
             self.targets.remove(&(header.slot.0, header.sequence.0));
         }
     }
@@ -174,7 +174,8 @@ impl<V: Verbs> Link<V> {
         segments: Vec<Segment>,
     ) -> Result<Option<Vec<Segment>>, ConnectionError> {
         let length: usize = segments.iter().map(Segment::length).sum();
-        if length != header.length as usize || length == 0 || length > MAX_WINDOW as usize {
+        let fits = header.kind == Kind::Pull || length == header.length as usize;
+        if !fits || length == 0 || length > MAX_WINDOW as usize {
             return Err(broken("a read whose memory has another length"));
         }
         let mode = if let Role::Opener(mode) = self.role { mode } else { ReadMode::Bounce };
@@ -263,7 +264,7 @@ impl<V: Verbs> Link<V> {
         Some(ranges)
     }
 
-    /// Data into the memory that the read named, and behind it the answer.
+    /// Data into the memory that the read named, and behind it the answer. That of a pull follows as a message of its own.
     pub(super) fn send_data(
         &mut self,
         header: &MessageHeader,
@@ -286,7 +287,8 @@ impl<V: Verbs> Link<V> {
             return Err(broken("data of a read in memory that is not registered"));
         };
         let there: u64 = pieces.iter().map(|p| u64::from(p.length)).sum();
-        if wanted != there {
+        let is_pulled = header.kind == Kind::PullData;
+        if wanted != there && (!is_pulled || wanted < there) || there == 0 {
             return Err(broken("data of a read that has another length than its places"));
         }
         let targets = self.targets.remove(&name).unwrap_or_default();
@@ -309,7 +311,7 @@ impl<V: Verbs> Link<V> {
                         key: piece.key,
                     })
                 };
-                if now.len() == self.verbs.max_pieces() || left == 0 {
+                if now.len() == self.verbs.max_pieces() || left == 0 || current.is_none() {
                     let written: u64 = now.iter().map(|p| u64::from(p.length)).sum();
                     self.push(Operation::Write { address: at, key: target.key }, &now, None, false);
                     self.counters.writes += 1;
@@ -318,13 +320,15 @@ impl<V: Verbs> Link<V> {
                 }
             }
         }
-        let affairs = self.affairs();
-        self.scratch.clear();
-        let total = u32::try_from(HEADER_SIZE).unwrap_or(u32::MAX);
-        packet::begin(PacketKind::Message, &affairs, total, 0, &mut self.scratch);
-        self.scratch.extend_from_slice(&header.encode());
-        if self.post_packet()? == Step::Blocked {
-            return Err(broken("no buffer for an answer, though there was one"));
+        if !is_pulled {
+            let affairs = self.affairs();
+            self.scratch.clear();
+            let total = u32::try_from(HEADER_SIZE).unwrap_or(u32::MAX);
+            packet::begin(PacketKind::Message, &affairs, total, 0, &mut self.scratch);
+            self.scratch.extend_from_slice(&header.encode());
+            if self.post_packet()? == Step::Blocked {
+                return Err(broken("no buffer for an answer, though there was one"));
+            }
         }
         if let Some(tag) = tag {
             self.hold(self.next_number - 1, Held::Tag(tag));

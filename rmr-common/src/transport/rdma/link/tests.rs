@@ -36,6 +36,8 @@ struct Side {
     refuses_invalidation: bool,
     is_closed: bool,
     is_broken: bool,
+    /// The call that fails from now on.
+    refuses: Option<&'static str>,
     /// The work after so many more fails, with these words.
     fails_after: Option<(usize, &'static str)>,
     posted: Vec<WorkRequest>,
@@ -66,6 +68,7 @@ impl Side {
             refuses_invalidation: false,
             is_closed: false,
             is_broken: false,
+            refuses: None,
             fails_after: None,
             posted: Vec::new(),
             given_back: Vec::new(),
@@ -75,6 +78,12 @@ impl Side {
             completed: 0,
             wake: [wake(), wake()],
         }
+    }
+
+    /// Fails if it was told to.
+    fn called(&self, what: &'static str) -> Result<(), RdmaError> {
+        let source = std::io::Error::from_raw_os_error(libc::EIO);
+        if self.refuses == Some(what) { Err(RdmaError::Call { what, source }) } else { Ok(()) }
     }
 
     fn fail(&mut self, number: u64, status: &str, flushed: bool) {
@@ -179,6 +188,7 @@ impl Verbs for Card {
     fn slab(&mut self, length: usize, exposure: Exposure) -> Result<Slab, RdmaError> {
         let pages = Arc::new(Pages::new(length).unwrap());
         self.with(|side| {
+            side.called("slab")?;
             side.next_key += 1;
             match exposure {
                 Exposure::Local => {}
@@ -196,6 +206,7 @@ impl Verbs for Card {
     fn expose(&mut self, memory: &Segment) -> Result<(u32, Box<dyn Any + Send + Sync>), RdmaError> {
         let kept = Arc::new(());
         self.with(|side| {
+            side.called("expose")?;
             side.next_key += 1;
             side.exposed.push((side.next_key, *memory));
             side.registrations.push((side.next_key, Arc::downgrade(&kept)));
@@ -273,8 +284,11 @@ impl Verbs for Card {
     }
 
     fn post_receive(&mut self, number: u32) -> Result<(), RdmaError> {
-        self.with(|side| side.receives.push_back(number));
-        Ok(())
+        self.with(|side| {
+            side.called("post_receive")?;
+            side.receives.push_back(number);
+            Ok(())
+        })
     }
 
     fn give_back(&mut self, number: u32) {
@@ -290,6 +304,7 @@ impl Verbs for Card {
 
     fn poll(&mut self, completions: &mut Vec<Completion>) -> Result<usize, RdmaError> {
         self.with(|side| {
+            side.called("poll")?;
             let count = side.completions.len().min(5);
             for completion in side.completions.drain(..count) {
                 if completion.done == Done::Sent {
@@ -304,11 +319,11 @@ impl Verbs for Card {
     fn quench(&mut self) {}
 
     fn arm(&mut self) -> Result<(), RdmaError> {
-        Ok(())
+        self.with(|side| side.called("arm"))
     }
 
     fn event(&mut self) -> Result<Option<LinkEvent>, RdmaError> {
-        Ok(self.with(|side| side.events.pop_front()))
+        self.with(|side| side.called("event").map(|()| side.events.pop_front()))
     }
 
     fn close(&mut self) {
@@ -364,6 +379,8 @@ struct Pair {
 }
 
 mod lent;
+mod pulls;
+mod refusals;
 mod windows;
 
 const GUEST: usize = 4 << 20;

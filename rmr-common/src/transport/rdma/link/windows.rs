@@ -91,14 +91,14 @@ impl<V: Verbs> Link<V> {
     }
 
     /// A read is over, or given up for another of its name: its keys are to be made invalid before anybody hears of it.
-    pub(super) fn end_read(&mut self, header: Option<MessageHeader>, read: ReadUnderWay) {
+    pub(super) fn end_read(&mut self, answer: Option<(MessageHeader, Vec<u8>)>, read: ReadUnderWay) {
         if read.windows.is_empty() {
             if let Some(staged) = read.staged {
                 self.unstage(staged);
             }
             return;
         }
-        self.ending.push_back(Ended::Read { header, read });
+        self.ending.push_back(Ended::Read { answer, read });
     }
 
     /// Binds a window to each piece of memory that is to be lent, as far as the send queue has room; what tells the peer of

@@ -6,11 +6,12 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_int};
 use std::io;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rdma_sys::{ibv_access_flags as access, ibv_device_cap_flags as capability, ibv_mw_type};
 
+use super::manager::{Anchor, Place};
 use super::{call, check};
 use crate::buffer::Segment;
 use crate::transport::rdma::endpoint::{Keys, QueueSizes, Slab};
@@ -51,8 +52,10 @@ pub(super) fn has_windows(context: *mut rdma_sys::ibv_context) -> Result<bool, R
 /// A protection domain on a device: what memory is registered with.
 pub(in crate::transport::rdma) struct Domain {
     pub(super) pd: NonNull<rdma_sys::ibv_pd>,
-    /// librdmacm keeps its devices open until the process ends.
+    /// Open as long as `anchor` lives.
     pub(super) context: *mut rdma_sys::ibv_context,
+    anchor: Option<Anchor>,
+    is_gone: AtomicBool,
     pub(in crate::transport::rdma) limits: DeviceLimits,
     pub(in crate::transport::rdma) device: String,
     /// Receives that all accepted connections share, made when the first is accepted.
@@ -67,10 +70,12 @@ unsafe impl Send for Domain {}
 unsafe impl Sync for Domain {}
 
 impl Domain {
-    pub(in crate::transport::rdma) fn new(context: *mut rdma_sys::ibv_context) -> Result<Self, RdmaError> {
+    pub(in crate::transport::rdma) fn new(place: &Place) -> Result<Self, RdmaError> {
+        let context = place.context;
         if context.is_null() {
             return Err(RdmaError::NoDevice);
         }
+        let anchor = Anchor::new(place)?;
         let found = query(context)?;
         // SAFETY: the context and its device are valid; the name is a text inside the device.
         let device = unsafe { CStr::from_ptr(rdma_sys::ibv_get_device_name((*context).device)) };
@@ -86,11 +91,34 @@ impl Domain {
             max_shared_receives: if found.max_srq > 0 { positive(found.max_srq_wr) } else { 0 },
             has_windows: windows_of(&found),
         };
-        Ok(Self { pd, context, limits, device, shared: Mutex::new(None), regions: Mutex::default() })
+        Ok(Self {
+            pd,
+            context,
+            anchor: Some(anchor),
+            is_gone: AtomicBool::new(false),
+            limits,
+            device,
+            shared: Mutex::new(None),
+            regions: Mutex::default(),
+        })
     }
 
-    pub(in crate::transport::rdma) fn is_of(&self, context: *mut rdma_sys::ibv_context) -> bool {
-        self.context == context
+    pub(in crate::transport::rdma) fn is_of(&self, place: &Place) -> bool {
+        self.context == place.context
+    }
+
+    /// Whether the device was removed. It is then to be let go of: the kernel waits for that.
+    pub(in crate::transport::rdma) fn is_gone(&self) -> bool {
+        if self.anchor.as_ref().is_some_and(Anchor::hears_of_removal) {
+            self.is_gone.store(true, Ordering::Relaxed);
+        }
+        self.is_gone.load(Ordering::Relaxed)
+    }
+
+    /// Lets go of what all connections share, which would keep the domain. No connection is made on it any more.
+    pub(in crate::transport::rdma) fn retire(&self) {
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(shared);
     }
 
     /// Registers memory; `owner` is kept until the registration is gone.
@@ -163,9 +191,13 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
-        // Shared receives hold the domain as well: once there are any, it stays for the life of the process.
-        // SAFETY: regions, queues and identities hold the domain, so none of them is left.
+        // Shared receives hold the domain as well: once there are any, it stays until it is retired.
+        // SAFETY: regions, queues and identities hold the domain, so none of them is left; the anchor keeps the device open.
         unsafe { rdma_sys::ibv_dealloc_pd(self.pd.as_ptr()) };
+        self.anchor = None;
+        if *self.is_gone.get_mut() {
+            super::forget_removed_devices();
+        }
     }
 }
 

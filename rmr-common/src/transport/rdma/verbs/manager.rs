@@ -3,7 +3,7 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -32,7 +32,7 @@ pub(in crate::transport::rdma) struct Offer<'a> {
 pub(in crate::transport::rdma) fn connect(
     address: SocketAddr,
     offer: &Offer<'_>,
-    domain_of: &mut dyn FnMut(*mut rdma_sys::ibv_context) -> Result<Arc<Domain>, RdmaError>,
+    domain_of: &mut dyn FnMut(&Place) -> Result<Arc<Domain>, RdmaError>,
 ) -> Result<(Endpoint, Vec<u8>), RdmaError> {
     let deadline = Instant::now() + offer.dead_after;
     let channel = Arc::new(EventChannel::new()?);
@@ -49,7 +49,7 @@ pub(in crate::transport::rdma) fn connect(
     // SAFETY: the identity is valid.
     check("looking for a route", unsafe { rdma_sys::rdma_resolve_route(id.raw.as_ptr(), milliseconds) })?;
     expect(&channel, deadline, cm::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
-    let domain = domain_of(id.context())?;
+    let domain = domain_of(&id.place())?;
     let endpoint = Endpoint::new(id, domain, offer.sizes, false)?;
     let mut parameters = parameters(offer.private);
     // Memory may have been pinned meanwhile, which takes its time; the network gets its own.
@@ -80,9 +80,48 @@ fn expect(channel: &EventChannel, deadline: Instant, kind: cm::Type) -> Result<V
     if event.kind == kind { Ok(event.private) } else { Err(RdmaError::Event(event.words())) }
 }
 
+/// A device, and an address that it has.
+#[derive(Clone, Copy)]
+pub(in crate::transport::rdma) struct Place {
+    pub(super) context: *mut rdma_sys::ibv_context,
+    local: Option<SocketAddr>,
+}
+
+/// Keeps librdmacm from closing a device, and hears of its removal.
+pub(super) struct Anchor {
+    id: Id,
+}
+
+impl Anchor {
+    pub(super) fn new(place: &Place) -> Result<Self, RdmaError> {
+        let id = Id::new(&Arc::new(EventChannel::new()?))?;
+        let mut address = place.local.ok_or(RdmaError::NoDevice)?;
+        address.set_port(0);
+        id.bind(address)?;
+        if id.context() != place.context {
+            return Err(RdmaError::Event("the address moved to another device".to_owned()));
+        }
+        Ok(Self { id })
+    }
+
+    /// Whether the device was removed since this was last asked.
+    pub(super) fn hears_of_removal(&self) -> bool {
+        while let Ok(Some(event)) = self.id.channel.next() {
+            if event.kind == cm::RDMA_CM_EVENT_DEVICE_REMOVAL {
+                return true;
+            }
+        }
+        false
+    }
+}
+
 /// Where peers connect to.
 pub(in crate::transport::rdma) struct Listener {
-    id: Id,
+    channel: Arc<EventChannel>,
+    address: SocketAddr,
+    backlog: c_int,
+    /// `None` when its device was removed.
+    id: Option<Id>,
 }
 
 /// A peer that wants to connect.
@@ -95,40 +134,59 @@ pub(in crate::transport::rdma) struct Request {
 impl Listener {
     pub(in crate::transport::rdma) fn bind(address: SocketAddr, backlog: c_int) -> Result<Self, RdmaError> {
         let channel = Arc::new(EventChannel::new()?);
-        let id = Id::new(&channel)?;
-        let mut storage = to_storage(address);
-        // SAFETY: identity and address are valid; the address is copied by the call.
-        let returned = unsafe { rdma_sys::rdma_bind_addr(id.raw.as_ptr(), (&raw mut storage).cast()) };
-        check("binding the address to an RDMA device", returned)?;
+        let mut listener = Self { channel, address, backlog, id: None };
+        listener.listen()?;
+        listener.address = listener.local().unwrap_or(address);
+        Ok(listener)
+    }
+
+    /// Listens, perhaps again: events come to the same descriptor.
+    pub(in crate::transport::rdma) fn listen(&mut self) -> Result<(), RdmaError> {
+        let id = Id::new(&self.channel)?;
+        id.bind(self.address)?;
         // SAFETY: the identity is valid.
-        check("listening", unsafe { rdma_sys::rdma_listen(id.raw.as_ptr(), backlog) })?;
-        Ok(Self { id })
+        check("listening", unsafe { rdma_sys::rdma_listen(id.raw.as_ptr(), self.backlog) })?;
+        self.id = Some(id);
+        Ok(())
+    }
+
+    /// Stops listening, until it is told to again.
+    pub(in crate::transport::rdma) fn stop(&mut self) {
+        self.id = None;
+    }
+
+    pub(in crate::transport::rdma) fn is_listening(&self) -> bool {
+        self.id.is_some()
     }
 
     pub(in crate::transport::rdma) fn descriptor(&self) -> RawFd {
-        self.id.channel.descriptor()
+        self.channel.descriptor()
     }
 
     pub(in crate::transport::rdma) fn local(&self) -> Option<SocketAddr> {
-        self.id.local()
+        self.id.as_ref().and_then(Id::local)
     }
 
-    /// The device that it is bound to; null when it listens on all.
-    pub(in crate::transport::rdma) fn context(&self) -> *mut rdma_sys::ibv_context {
-        self.id.context()
+    /// The device that it is bound to, unless it listens on all.
+    pub(in crate::transport::rdma) fn place(&self) -> Option<Place> {
+        self.id.as_ref().map(Id::place).filter(|place| !place.context.is_null())
     }
 
     /// The next peer that wants to connect.
     pub(in crate::transport::rdma) fn next(&mut self) -> Result<Option<Request>, RdmaError> {
-        while let Some(event) = self.id.channel.next()? {
+        while let Some(event) = self.channel.next()? {
+            let is_own = self.id.as_ref().is_some_and(|id| id.raw.as_ptr() == event.id);
             match event.kind {
                 cm::RDMA_CM_EVENT_CONNECT_REQUEST => {
                     let Some(raw) = NonNull::new(event.id) else { continue };
-                    let id = Id { raw, has_queue_pair: false, channel: Arc::clone(&self.id.channel) };
+                    let id = Id { raw, has_queue_pair: false, channel: Arc::clone(&self.channel) };
                     let peer = id.peer();
                     return Ok(Some(Request { id, private: event.private, peer }));
                 }
-                cm::RDMA_CM_EVENT_DEVICE_REMOVAL => return Err(RdmaError::Event(event.words())),
+                cm::RDMA_CM_EVENT_DEVICE_REMOVAL if is_own => {
+                    self.stop();
+                    return Err(RdmaError::Removed);
+                }
                 // About a peer that went away before it was accepted: its identity is gone with it.
                 _ => {}
             }
@@ -138,8 +196,8 @@ impl Listener {
 }
 
 impl Request {
-    pub(in crate::transport::rdma) fn context(&self) -> *mut rdma_sys::ibv_context {
-        self.id.context()
+    pub(in crate::transport::rdma) fn place(&self) -> Place {
+        self.id.place()
     }
 
     /// Accepts the peer.
@@ -150,7 +208,13 @@ impl Request {
     ) -> Result<Endpoint, RdmaError> {
         self.id.migrate(Arc::new(EventChannel::new()?))?;
         self.id.set_ack_timeout(offer.dead_after);
-        let endpoint = Endpoint::new(self.id, domain, offer.sizes, true)?;
+        let endpoint = Endpoint::new(self.id, domain, offer.sizes, true).map_err(|error| match error {
+            // The connection manager has forgotten a peer that does not wait any longer, and says so in this way alone.
+            RdmaError::QueuePair { ref source, .. } if source.raw_os_error() == Some(libc::EINVAL) => {
+                RdmaError::GivenUp(Box::new(error))
+            }
+            other => other,
+        })?;
         let mut parameters = parameters(offer.private);
         parameters.srq = u8::from(endpoint.is_shared());
         // SAFETY: identity and parameters are valid; the private data is copied by the call.
@@ -311,6 +375,17 @@ impl Id {
         unsafe { self.raw.as_ref() }.verbs
     }
 
+    fn place(&self) -> Place {
+        Place { context: self.context(), local: self.local() }
+    }
+
+    fn bind(&self, address: SocketAddr) -> Result<(), RdmaError> {
+        let mut storage = to_storage(address);
+        // SAFETY: identity and address are valid; the address is copied by the call.
+        let returned = unsafe { rdma_sys::rdma_bind_addr(self.raw.as_ptr(), (&raw mut storage).cast()) };
+        check("binding the address to an RDMA device", returned)
+    }
+
     /// How long the card waits for an acknowledgement before it sends again: so that seven attempts fit `dead_after`.
     fn set_ack_timeout(&self, dead_after: Duration) {
         // 4.096 µs << exponent; cards wait up to four times as long.
@@ -409,7 +484,9 @@ fn from_storage(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
         libc::AF_INET6 => {
             // SAFETY: as above.
             let plain = unsafe { ptr::from_ref(storage).cast::<libc::sockaddr_in6>().read() };
-            Some(SocketAddr::new(IpAddr::from(plain.sin6_addr.s6_addr), u16::from_be(plain.sin6_port)))
+            let (ip, port) = (plain.sin6_addr.s6_addr.into(), u16::from_be(plain.sin6_port));
+            // A link-local address is none without its scope.
+            Some(SocketAddrV6::new(ip, port, 0, plain.sin6_scope_id).into())
         }
         _ => None,
     }

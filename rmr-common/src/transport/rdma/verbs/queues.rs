@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::ffi::{CStr, c_int};
+use std::io;
 use std::os::fd::RawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -76,12 +77,15 @@ impl Endpoint {
             // SAFETY: identity, domain and attributes are valid, and the identity is of the domain's device.
             let returned =
                 unsafe { rdma_sys::rdma_create_qp(id.raw.as_ptr(), domain.pd.as_ptr(), &mut wanted) };
-            match check("making a queue pair", returned) {
-                Ok(()) => break,
-                // Cards differ in what they send inline; without it, it is copied by the card instead.
-                Err(_) if sizes.inline > 0 => sizes.inline /= 2,
-                Err(error) => return Err(error),
+            if returned == 0 {
+                break;
             }
+            let source = io::Error::last_os_error();
+            if sizes.inline == 0 {
+                return Err(refused(&sizes, shared.is_some(), most_pieces, &domain, source));
+            }
+            // Cards differ in what they send inline; without it, it is copied by the card instead.
+            sizes.inline = if sizes.inline > 64 { sizes.inline / 2 } else { 0 };
         }
         id.has_queue_pair = true;
         let receives = match shared {
@@ -417,6 +421,24 @@ fn completion(found: &rdma_sys::ibv_wc) -> Completion {
         Done::Received { length: found.byte_len }
     };
     Completion { is_receive, number, done }
+}
+
+/// What was asked for in vain, beside what the device has.
+fn refused(
+    sizes: &QueueSizes,
+    is_shared: bool,
+    pieces: u32,
+    domain: &Domain,
+    source: io::Error,
+) -> RdmaError {
+    let receives =
+        if is_shared { "shared receives".to_owned() } else { format!("{} receives", sizes.receives) };
+    let (device, limits) = (&domain.device, &domain.limits);
+    let asked = format!(
+        "{} sends of {pieces} pieces and {receives}, where {device} has at most {} of {} pieces",
+        sizes.sends, limits.max_work, limits.max_pieces
+    );
+    RdmaError::QueuePair { asked, source }
 }
 
 /// Where receives are posted.
