@@ -382,7 +382,9 @@ impl World<'_> {
             // Nobody promised this client anything of what others had not flushed.
             self.give_up_unflushed(view.clean())?;
         }
-        if let Some(last) = self.committed.as_ref().filter(|last| last.epoch >= view.epoch) {
+        // A view that was forced is the present one of its branch already.
+        let is_taken = |last: &&View| last.epoch >= view.epoch && **last != view;
+        if let Some(last) = self.committed.as_ref().filter(is_taken) {
             return Err(format!("client {host} attached with {view} after {last}: the epoch is not its own"));
         }
         self.check_agreement(&view)?;
