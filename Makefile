@@ -61,7 +61,7 @@ sim: ## simulated pools with faults: SEEDS=20000 runs from seed START=1 (docs/si
 	RMR_SIM_SEEDS=$(SEEDS) RMR_SIM_START=$(START) \
 		$(CARGO) test $(LOCKED) --release -p rmr-common --test simulation -- --nocapture
 
-sim-mutants: ## makes deliberate mistakes in the protocol, each of which the simulator must find (docs/simulator.md)
+sim-mutants: ## makes deliberate mistakes in the protocol, each of which the simulator must find; prints what found which (docs/simulator.md)
 	$(CARGO) test $(LOCKED) --release -p rmr-common --features mutants --test mutants
 
 model: ## the model checker further than in the tests (docs/model.md); minutes, and some GiB of memory

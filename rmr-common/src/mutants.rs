@@ -98,6 +98,8 @@ mutants! {
     AdditionsIgnored,
     /// A view clears the maps of members that are Syncing in it
     SyncingMapCleared,
+    /// A Syncing member takes over maps with every view, without a barrier
+    HandoverWithEachView,
     /// A detach clears intents without a flush
     DetachWithoutFlush,
 
@@ -148,6 +150,14 @@ mutants! {
     // After a client's death.
     /// No member is brought in line after a client died
     NotReconciled,
+    /// Writes that a member's disk failed are not told to the next client
+    FailedWriteNotTold,
+    /// A write that a member's disk failed counts as one that it has
+    FailedCountsAsWritten,
+    /// A Syncing member that has not heard of the last view stays Syncing
+    BehindStays,
+    /// That a new store has nothing is not told again after a view that was given up half-way
+    NewStoreNotTold,
     /// A member that lost power, and its cache with it, is the reference
     PowerLossIgnored,
     /// Writes that only the other member has are not brought in line
@@ -186,7 +196,7 @@ mutants! {
     ReadPassesBarrier,
     /// The watermark passes writes in flight
     WatermarkTooHigh,
-    /// The watermark passes a write that was given up
+    /// The watermark passes a write that was given up, and members take it from a view that is not committed
     UnsettledForgotten,
     /// A flush completes with the first answer
     FlushByOneLeg,

@@ -290,7 +290,7 @@ impl Client {
         // So did one that was given up with a new store in it: the store has nothing, and some do not know that.
         let is_news = |m: &&MemberView| replies.iter().any(|(_, r)| !r.view.has_store(m.id, m.store));
         let new: MemberSet = best.members.iter().filter(is_news).map(|m| m.id).collect();
-        if !new.is_empty() {
+        if !new.is_empty() && !mutant!(NewStoreNotTold) {
             additions.push(DirtyAddition { members: new, offset: 0, length: spec.size });
         }
         // And one that was given up with a larger pool, of which some know nothing.

@@ -53,7 +53,9 @@ impl Client {
         for (member, reply) in replies.iter().filter(|(m, _)| m != reference) {
             let mut missed: Vec<(u64, u64)> = Vec::new();
             let (ours, theirs) = (open(*reference, source), open(*member, reply));
-            let differs = |a: &SlotEntry, others: &[SlotEntry]| a.failed || !others.contains(a);
+            let differs = |a: &SlotEntry, others: &[SlotEntry]| {
+                a.failed && !mutant!(FailedCountsAsWritten) || !others.contains(a)
+            };
             missed.extend(ours.iter().filter(|s| differs(s, &theirs)).map(range));
             if !mutant!(OnlyReferenceCounts) {
                 missed.extend(theirs.iter().filter(|s| differs(s, &source.slots)).map(range));

@@ -66,6 +66,7 @@ pub fn is_displaced(own: &[Epoch], latest: Epoch) -> bool {
 #[must_use]
 pub fn lost_in_attach(latest: &View, attached: MemberSet, stale: MemberSet, behind: MemberSet) -> MemberSet {
     let behind = behind.intersection(latest.in_state(MemberState::Syncing));
+    let behind = if mutant!(BehindStays) { MemberSet::EMPTY } else { behind };
     latest.active().without(attached).union(stale).union(behind)
 }
 

@@ -1,7 +1,7 @@
 //! Unit tests of the machine; the simulator tests it together with replicas.
 
 use super::*;
-use crate::pool::{BootId, ChunkSize, CommandReply, MemberSpec, MemberState, StoreId};
+use crate::pool::{BootId, ChunkSize, CommandReply, MemberSpec, MemberState, StoreId, ViewStep};
 use crate::wire::{DirtyAddition, Kind, Limits, SetView, SlotEntry, Status};
 
 const SECOND: u64 = 1_000_000_000;
@@ -359,6 +359,22 @@ fn what_a_member_has_of_an_earlier_attachment_is_looked_at_again_after_a_rejoin_
     assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
     let missed = DirtyAddition { members: MemberSet::only(member(1)), offset: 3 * 4096, length: 4096 };
     assert_eq!(bench.additions, [missed]);
+}
+
+#[test]
+fn a_client_that_waits_for_a_member_finds_out_that_another_one_took_it_out() {
+    let mut bench = Bench::new(2, |_| ());
+    bench.up[1] = false;
+    bench.start_client(|_| ());
+    bench.pass(Duration::from_secs(3));
+    assert!(!bench.client.is_active(), "member 1 is Clean, and may know of more");
+    // Somebody who reached both goes on without member 1, whose disk is then replaced.
+    let next = bench.views[0].step(ViewStep::Lose(MemberSet::only(member(1))), bench.epochs[0].next());
+    bench.views[0] = next.unwrap();
+    bench.epochs[0] = bench.epochs[0].next();
+    bench.pass(Duration::from_secs(3));
+    assert!(bench.client.is_active());
+    assert_eq!(bench.state(member(1)), Some(MemberState::Out));
 }
 
 #[test]

@@ -233,7 +233,9 @@ impl Replica {
             return self.answer(connection, &header, Kind::AttachReply, Status::IoError, text);
         }
         let mut slots: Vec<_> = self.slots.iter().filter(|s| s.sequence > Sequence(0)).copied().collect();
-        slots.extend(&self.failed_writes);
+        if !mutant!(FailedWriteNotTold) {
+            slots.extend(&self.failed_writes);
+        }
         if slots.len() > usize::from(MAX_SLOTS) {
             // More than can be told: as if nothing were known, but for how far the sequences have come.
             slots.sort_unstable_by_key(|s| std::cmp::Reverse(s.sequence));
@@ -378,7 +380,8 @@ impl Replica {
         } else {
             next.number == self.view.number.next() && self.resync.is_none()
         };
-        next.state(self.member) == Some(MemberState::Syncing) && !(was_syncing && is_in_step)
+        let is_known = was_syncing && is_in_step && !mutant!(HandoverWithEachView);
+        next.state(self.member) == Some(MemberState::Syncing) && !is_known
     }
 
     /// The maps are taken over.
@@ -462,6 +465,9 @@ impl Replica {
         if pending.view.epoch > self.view.epoch {
             // Not before: an attach may be given up half-way.
             self.watermark = Sequence(0);
+            if mutant!(UnsettledForgotten) {
+                self.watermark = pending.header.watermark;
+            }
         }
         self.epoch = pending.view.epoch;
         self.view = pending.view.clone();

@@ -40,12 +40,21 @@ impl World<'_> {
 
     pub(super) fn cover_message(&mut self, index: usize, header: &MessageHeader) {
         let node = &mut self.nodes[index];
+        let Some(view) = node.replica.as_ref().map(replica::Replica::view) else { return };
+        let is_syncing = view.state(node.member) == Some(MemberState::Syncing);
+        let is_skipped = header.view > view.number.next();
         match header.kind {
+            Kind::Attach if view.epoch < header.epoch && node.answered == header.epoch => {
+                self.coverage.hit("rejoin anew after one that broke off");
+            }
             Kind::Attach if node.disk.running.values().any(super::disk::Running::is_write) => {
                 self.coverage.hit("attach waits for disk requests of the one before");
             }
             Kind::SetView if std::mem::replace(&mut node.has_pending_view, true) => {
                 self.coverage.hit("second view while the first is pending");
+                if is_syncing && is_skipped {
+                    self.coverage.hit("Syncing member never gets to see a view");
+                }
             }
             _ => {} // Not a situation that is counted.
         }
@@ -64,6 +73,7 @@ impl World<'_> {
                     return Err(format!("node {index} answers epoch {} before it is durable", header.epoch));
                 }
                 node.answered = node.answered.max(header.epoch);
+                node.has_pending_view = false;
             }
             (Kind::AttachReply, Status::StaleEpoch) => self.coverage.hit("attach refused: stale epoch"),
             (Kind::SetViewReply, Status::Ok) => {
@@ -340,6 +350,7 @@ impl World<'_> {
     }
 
     fn attached(&mut self, host: usize, view: View) -> Check {
+        self.cover_attached(&view);
         self.join(host, &view)?;
         if self.hosts[host].is_fenced {
             return Err(format!("client {host} attached again after another one had attached"));
@@ -371,11 +382,17 @@ impl World<'_> {
             // Nobody promised this client anything of what others had not flushed.
             self.give_up_unflushed(view.clean())?;
         }
+        // A view that was forced is the present one of its branch already.
+        let is_taken = |last: &&View| last.epoch >= view.epoch && **last != view;
+        if let Some(last) = self.committed.as_ref().filter(is_taken) {
+            return Err(format!("client {host} attached with {view} after {last}: the epoch is not its own"));
+        }
         self.check_agreement(&view)?;
         self.view_committed(host, view)
     }
 
     fn view_committed(&mut self, host: usize, view: View) -> Check {
+        self.aim_committed();
         self.hosts[host].is_changing = false;
         self.hosts[host].committed = Some(view.clone());
         for connection in self.hosts[host].links.clone().into_iter().flatten() {
@@ -515,11 +532,16 @@ impl World<'_> {
         for sector in (request.first..request.first + request.count).filter(|&s| !self.oracle.is_open(s)) {
             let value = |index: usize| self.nodes[index].value(sector);
             // The content of memory that was changed in flight is not known, but it is the same everywhere.
-            if let Some(&other) = clean.iter().find(|&&i| value(i) != value(clean[0])) {
+            // One that answered and has lost its cache since then is on its way out: the view under way has on record what it
+            // had not flushed, which is looked at when that is committed.
+            let keeps = |&&index: &&usize| !self.nodes[index].disk.lost.contains(&sector);
+            let mut kept = clean.iter().filter(keeps);
+            let Some(&first) = kept.next() else { continue };
+            if let Some(&other) = kept.find(|&&i| value(i) != value(first)) {
                 return Err(format!(
                     "completed, and sector {sector} is {} on node {} and {} on node {other}",
-                    Oracle::name(value(clean[0])),
-                    clean[0],
+                    Oracle::name(value(first)),
+                    first,
                     Oracle::name(value(other))
                 ));
             }
@@ -533,7 +555,7 @@ impl World<'_> {
                 let is_stale =
                     view.state(member) == Some(MemberState::Syncing) && view.clean().iter().all(is_known);
                 // A read may have shown a later write elsewhere, which is not here yet.
-                let is_known = is_stale || self.oracle.is_open(sector);
+                let is_known = is_stale || self.oracle.is_open(sector) || node.disk.lost.contains(&sector);
                 if !is_known && !self.oracle.is_current(sector, value) {
                     return Err(format!(
                         "member {member} has {} in sector {sector}; possible: {}",

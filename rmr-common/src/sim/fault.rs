@@ -99,6 +99,7 @@ impl World<'_> {
         }
         // Most requests go to few places, so that they meet.
         let first = match self.rng.range(0, 9) {
+            _ if self.profile.spread => self.rng.index(sectors),
             0..=5 => self.rng.index(48),
             6..=7 => self.rng.pick(&[100, 120, 250, 380]) + self.rng.index(16),
             _ => self.rng.index(sectors),
@@ -168,7 +169,10 @@ impl World<'_> {
             13 => {
                 trace!(self, "the disk of node {node} has errors");
                 self.had_errors = true;
-                self.nodes[node].disk_errors = self.rng.pick(&[2, 20, 60]);
+                match self.rng.percent(70) {
+                    true => self.nodes[node].disk_errors = self.rng.pick(&[2, 20, 60]),
+                    false => self.nodes[node].flush_errors = 60,
+                }
                 let delay = self.rng.range(1, self.profile.fault_pause * 4);
                 self.after(delay, Event::ErrorsEnd(node));
             }
@@ -297,7 +301,7 @@ impl World<'_> {
             return Ok(());
         }
         let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
-        match self.rng.range(0, 10) {
+        match self.rng.range(0, 12) {
             0..=2 => self.cut_some(host, Some(node)),
             3..=4 => self.links_of(node).into_iter().for_each(|link| self.cut_peer(link)),
             5 => self.crash_node(node, false)?,
@@ -311,6 +315,13 @@ impl World<'_> {
                 self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 4, timeout * 2);
             }
             8 => self.cut_some(host, None),
+            11..=12 => {
+                // What it pulls stays in its cache.
+                self.had_errors = true;
+                self.nodes[node].flush_errors = 100;
+                let delay = self.rng.range(100, 1000) * MILLISECOND;
+                self.after(delay, Event::ErrorsEnd(node));
+            }
             9 if self.profile.client_crashes => {
                 self.burst(host)?;
                 if self.rng.percent(50) {
@@ -337,7 +348,10 @@ impl World<'_> {
             3 => self.nodes[stale].metadata_fails = true,
             _ => {
                 self.had_errors = true;
-                self.nodes[stale].disk_errors = self.rng.pick(&[20, 60]);
+                match self.rng.percent(50) {
+                    true => self.nodes[stale].disk_errors = self.rng.pick(&[20, 60]),
+                    false => self.nodes[stale].flush_errors = 60,
+                }
                 let delay = self.rng.range(1, self.profile.fault_pause * 4);
                 self.after(delay, Event::ErrorsEnd(stale));
             }
@@ -398,6 +412,7 @@ impl World<'_> {
         }
         for index in 0..self.nodes.len() {
             self.nodes[index].disk_errors = 0;
+            self.nodes[index].flush_errors = 0;
             self.nodes[index].disk.bad.clear();
             self.nodes[index].metadata_fails = false;
             if self.nodes[index].replica.as_ref().is_some_and(|r| r.status().broken) {

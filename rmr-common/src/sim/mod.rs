@@ -3,6 +3,7 @@
 //! One seed is one run: pool, requests, delays, faults and crashes all come from it. Every rule of `docs/simulator.md`
 //! is checked when it could be broken, and a run that breaks one ends with words that say which.
 
+mod aim;
 mod attach;
 mod check;
 mod coverage;
@@ -50,6 +51,8 @@ pub struct Violation {
     pub rule: String,
 }
 
+/// Seeds that leave the same remainder by this are runs of one kind: some are aimed at what chance comes to too seldom.
+pub const KINDS: u64 = 16;
 /// More events than any good run has.
 const MAX_STEPS: u64 = 2_000_000;
 /// Virtual time in which a pool must come to rest after the last fault, in nanoseconds.

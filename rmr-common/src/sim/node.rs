@@ -73,6 +73,8 @@ pub(super) struct Node {
     pub(super) host_boot: u8,
     /// Per cent of the disk requests that fail.
     pub(super) disk_errors: u64,
+    /// Per cent of the flushes that fail, beyond those.
+    pub(super) flush_errors: u64,
     /// The next metadata write fails.
     pub(super) metadata_fails: bool,
 }
@@ -113,6 +115,7 @@ impl Node {
             lost_power: false,
             host_boot: 1,
             disk_errors: 0,
+            flush_errors: 0,
             metadata_fails: false,
         }
     }

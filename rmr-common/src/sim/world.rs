@@ -106,6 +106,8 @@ pub(super) enum Event {
     },
     /// A client is about to die.
     Doom(usize),
+    /// What the run is aimed at.
+    Aimed(super::aim::Shot),
     Operate,
     /// An operator forces a member into use.
     Decide,
@@ -227,6 +229,9 @@ pub(super) struct Profile {
     pub(super) resync: replica::ResyncLimits,
     pub(super) network_delay: u64,
     pub(super) disk_delay: u64,
+    metadata_delay: u64,
+    /// Requests go anywhere, and not to few places.
+    pub(super) spread: bool,
     pub(super) requests: u64,
     /// Per cent of the requests that read, of those that are neither flush, discard nor zeroes.
     pub(super) reads: u64,
@@ -269,6 +274,7 @@ pub(super) struct World<'a> {
     pub(super) stalled: BTreeMap<(usize, usize), u64>,
     pub(super) resyncs: super::resync::Resyncs,
     pub(super) audit: super::verify::Audit,
+    pub(super) aiming: super::aim::Aiming,
     pub(super) oracle: Oracle,
     pub(super) coverage: Coverage,
     pub(super) next_token: u64,
@@ -355,6 +361,15 @@ impl<'a> World<'a> {
         let limits =
             Limits { max_io, slots: rng.pick(&[2, 8, 32, 256]), max_bytes: max_io * rng.pick(&[1, 2, 8]) };
         let faults = if rng.percent(15) { 0 } else { rng.range(1, 20) };
+        let aiming = super::aim::Aiming::new(seed);
+        let is_scattered = aiming.aim == super::aim::Aim::Scattered;
+        let disk_delay = rng.pick(&[20_000, 500_000, 10 * MILLISECOND]);
+        // Slow, and no leg is lost for it alone.
+        let longest =
+            u64::try_from(client.leg_timeout.as_nanos() / 4).unwrap_or(u64::MAX).min(disk_delay * 20);
+        if is_scattered && client.data_digest == client::DataDigest::Off {
+            client.data_digest = client::DataDigest::Detect;
+        }
         let profile = Profile {
             limits,
             client,
@@ -364,7 +379,9 @@ impl<'a> World<'a> {
                 bytes_per_s: rng.pick(&[None, None, Some(1 << 18), Some(1 << 20), Some(16 << 20)]),
             },
             network_delay: rng.pick(&[20_000, 500_000, 5 * MILLISECOND]),
-            disk_delay: rng.pick(&[20_000, 500_000, 10 * MILLISECOND]),
+            disk_delay,
+            metadata_delay: if is_scattered { longest } else { 0 },
+            spread: is_scattered,
             requests: rng.range(10, 250),
             reads: rng.pick(&[40, 80]),
             burst: rng.pick(&[1, 4, 16]),
@@ -376,11 +393,11 @@ impl<'a> World<'a> {
                 400 * MILLISECOND,
                 1000 * MILLISECOND,
             ]),
-            client_crashes: rng.percent(40),
+            client_crashes: rng.percent(40) || aiming.aim != super::aim::Aim::Chance,
             audits: if rng.percent(35) { rng.range(1, 8) } else { 0 },
             rot: rng.percent(60),
             restless: rng.pick(&[0, 10, 50]),
-            damage: rng.pick(&[0, 0, 5]),
+            damage: if is_scattered { 60 } else { rng.pick(&[0, 0, 5]) },
         };
         let sectors = usize::try_from(size / SECTOR).unwrap_or(0);
         let operator = super::operator::Operator::new(&mut rng);
@@ -408,6 +425,7 @@ impl<'a> World<'a> {
             stalled: BTreeMap::new(),
             resyncs: super::resync::Resyncs::default(),
             audit: super::verify::Audit::default(),
+            aiming,
             oracle: Oracle::new(sectors),
             coverage: Coverage::default(),
             next_token: 1,
@@ -535,9 +553,10 @@ impl<'a> World<'a> {
                 }
             }
             Event::Heal { host, node } => self.hosts[host].partitioned[node] = false,
-            Event::ErrorsEnd(node) => self.nodes[node].disk_errors = 0,
+            Event::ErrorsEnd(node) => (self.nodes[node].disk_errors, self.nodes[node].flush_errors) = (0, 0),
             Event::Grown { node, life, from, to } => self.grown(node, life, from, to)?,
             Event::Doom(host) => self.doom(host),
+            Event::Aimed(shot) => self.shoot(shot)?,
             Event::Operate => self.operate()?,
             Event::Decide => self.decide()?,
             Event::NodeCrash(_) if self.is_calm => {} // Too late.
@@ -675,6 +694,7 @@ impl<'a> World<'a> {
         if header.kind == Kind::AttachReply && header.status == Status::Ok {
             self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
         }
+        self.note_told(node, &header, &message.body);
         self.check_answer(node, &header)?;
         self.check_attach_answer(node, connection, &header)?;
         if connection.0 >= FIRST_PEER {
@@ -716,7 +736,10 @@ impl<'a> World<'a> {
         }
         let is_read = matches!(operation, DiskOperation::Read | DiskOperation::Digest);
         let is_unreadable = is_read && self.nodes[index].disk.is_bad(offset, length);
-        let is_bad = self.rng.percent(self.nodes[index].disk_errors) || is_unreadable;
+        let is_flush = operation == DiskOperation::Flush;
+        let errors =
+            self.nodes[index].disk_errors + if is_flush { self.nodes[index].flush_errors } else { 0 };
+        let is_bad = self.rng.percent(errors) || is_unreadable;
         let no_space = self.rng.percent(30) && !is_read;
         let result = match (is_bad, no_space) {
             (false, _) => DiskResult::Done,
@@ -729,7 +752,8 @@ impl<'a> World<'a> {
             .map_err(|e| format!("node {index}: {e}"))?;
         let life = node.life;
         let most = self.profile.disk_delay * if self.rng.percent(2) && !self.is_calm { 20 } else { 1 };
-        let effect = self.rng.range(1, most);
+        let is_write = !is_read && operation != DiskOperation::Flush;
+        let effect = self.rng.range(1, most) + if is_write { self.slowness(index) } else { 0 };
         let done = effect + self.rng.range(1, most / 2);
         trace!(self, "node {index}: disk request {} {operation:?} at {offset}+{length} begins", io.0);
         self.after(effect, Event::DiskEffect { node: index, life, io: io.0 });
@@ -754,7 +778,9 @@ impl<'a> World<'a> {
         };
         queue.writing = Some((std::mem::take(&mut queue.waiting), content));
         let life = node.life;
-        let delay = self.rng.range(1, self.profile.disk_delay * 2);
+        let usual = self.profile.disk_delay * 2;
+        let most = if self.is_calm { usual } else { self.profile.metadata_delay.max(usual) };
+        let delay = self.rng.range(1, most);
         self.after(delay, Event::MetadataDone { node: index, life, target });
         Ok(())
     }
@@ -1141,6 +1167,7 @@ impl<'a> World<'a> {
         });
         let host = self.hosts.len() - 1;
         trace!(self, "client {host} starts as {id}, takeover: {takeover}");
+        self.aim_at_new(host);
         self.client_outputs(host).unwrap_or_default();
     }
 
@@ -1196,6 +1223,7 @@ impl<'a> World<'a> {
         if let Some(connection) = connection {
             self.tempt_fate(host, self.connections[connection].node, &header);
             self.tempt_operator(host, self.connections[connection].node, &header);
+            self.take_aim(host, self.connections[connection].node, &header);
             self.tempt_force(host, self.connections[connection].node, &header);
         }
         match payload {

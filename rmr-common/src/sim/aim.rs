@@ -1,0 +1,304 @@
+//! Aimed runs: what must come together for some situations is so much that faults at random moments hardly ever bring it
+//! about. A run in three is aimed at one of them: it arranges what is needed, and leaves everything else to chance.
+
+use super::world::{Check, Event, World, trace};
+use crate::client::Operation;
+use crate::pool::{Epoch, MemberState, Sequence, View};
+use crate::wire::{AttachReply, Kind, MessageHeader, Status};
+
+/// What a run is aimed at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Aim {
+    /// Nothing in particular.
+    Chance,
+    /// A view becomes durable on some of its members, and then its client, or they, cannot be reached.
+    HalfViews,
+    /// Two clients propose one epoch.
+    Rivals,
+    /// A client dies, and each member has writes that the others have not.
+    Scattered,
+    /// The last writes of a client that dies are on a Syncing member only, and that one is not there for the next client.
+    Orphans,
+    /// Reads show a write that another leg is slow to carry out, and then the leg that they came from is lost.
+    SlowLeg,
+}
+
+impl Aim {
+    /// By the seed alone, so that one can look for runs of a kind.
+    pub(super) const fn of(seed: u64) -> Self {
+        match seed % super::KINDS {
+            1 => Self::HalfViews,
+            4 => Self::Rivals,
+            7 => Self::Scattered,
+            10 => Self::Orphans,
+            13 => Self::SlowLeg,
+            _ => Self::Chance,
+        }
+    }
+}
+
+/// Something that was arranged, and happens now.
+pub(super) enum Shot {
+    /// Another client wants the pool.
+    Rival(u8),
+    /// A client reaches this node only from now on, writes, and dies.
+    Orphan { host: usize, node: usize },
+    /// What writes in flight change is read.
+    Reread(usize),
+    /// The connection to a node breaks, or all do.
+    Cut { host: usize, node: Option<usize> },
+    /// The connections to all other nodes break.
+    CutOthers { host: usize, node: usize },
+}
+
+/// What a node told the client that attached last.
+struct Told {
+    epoch: Epoch,
+    view: View,
+    /// The writes in its slot table above its watermark.
+    open: Vec<Sequence>,
+    watermark: Sequence,
+    tables_lost: bool,
+}
+
+/// What an aimed run has arranged.
+pub(super) struct Aiming {
+    pub(super) aim: Aim,
+    /// How often it may interfere.
+    left: u64,
+    /// The node that the next client cannot reach at first.
+    absent: Option<usize>,
+    /// Disk writes of these nodes are slow until then.
+    slow: Vec<(usize, u64)>,
+    last_commit: super::oracle::Step,
+    told: std::collections::BTreeMap<usize, Told>,
+}
+
+impl Aiming {
+    pub(super) fn new(seed: u64) -> Self {
+        let (left, last_commit) = (16, super::oracle::Step::MAX);
+        let told = std::collections::BTreeMap::new();
+        Self { aim: Aim::of(seed), left, absent: None, slow: Vec::new(), last_commit, told }
+    }
+}
+
+impl World<'_> {
+    fn timeout(&self) -> u64 {
+        u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// A client sends something: the moment may be the one that the run is aimed at.
+    pub(super) fn take_aim(&mut self, host: usize, node: usize, header: &MessageHeader) {
+        if self.aiming.aim == Aim::Chance || self.aiming.left == 0 || self.is_calm {
+            return;
+        }
+        let network = self.profile.network_delay;
+        let is_write = matches!(header.kind, Kind::Write | Kind::WriteZeroes | Kind::Discard);
+        match (self.aiming.aim, header.kind) {
+            (Aim::HalfViews | Aim::Orphans, Kind::SetView) => self.halve_view(host, node, header),
+            (Aim::Rivals, Kind::Attach) if self.hosts[host].stalled_until[node] <= self.now => {
+                let is_attaching = self.hosts[host].client.status().state == "attaching";
+                if is_attaching && self.rng.percent(60) {
+                    self.aiming.left -= 1;
+                    let until = self.now + self.rng.range(network * 4, (network * 5).max(self.timeout() / 2));
+                    self.hosts[host].stalled_until.iter_mut().for_each(|s| *s = until);
+                    let id = self.hosts[host].id % 3 + 1;
+                    self.after(1, Event::Aimed(Shot::Rival(id)));
+                }
+            }
+            (Aim::Scattered, _) if is_write && self.rng.percent(4) => {
+                self.aiming.left -= 1;
+                self.after(1, Event::Burst(host));
+                let delay = self.rng.range(network / 2, network * 3);
+                self.after(delay, Event::HostCrash(host));
+                if self.rng.percent(40) {
+                    // What the disk fails it may carry out in part, and nobody else hears of it.
+                    self.had_errors = true;
+                    let end = delay + network * 2 + self.profile.disk_delay;
+                    for node in 0..self.nodes.len() {
+                        self.nodes[node].disk_errors = self.rng.pick(&[0, 60]);
+                        self.after(end, Event::ErrorsEnd(node));
+                    }
+                }
+            }
+            (Aim::Orphans, _) if self.is_syncing_for(host, node) => {
+                let is_busy = matches!(header.kind, Kind::ClearDirty | Kind::Flush | Kind::Ping) || is_write;
+                if is_busy && self.rng.percent(if is_write { 5 } else { 20 }) {
+                    self.aiming.left -= 1;
+                    self.after(1, Event::Aimed(Shot::Orphan { host, node }));
+                }
+            }
+            (Aim::SlowLeg, _) if is_write && !self.is_syncing_for(host, node) && self.rng.percent(5) => {
+                self.aiming.left -= 1;
+                self.slow_down(host, node);
+            }
+            _ => {} // Nothing that the run is aimed at.
+        }
+    }
+
+    fn is_syncing_for(&self, host: usize, node: usize) -> bool {
+        let view = self.hosts[host].committed.as_ref();
+        view.and_then(|v| v.state(self.nodes[node].member)) == Some(MemberState::Syncing)
+    }
+
+    /// A view is sent to a node, which may not get it, or be the last that does.
+    fn halve_view(&mut self, host: usize, node: usize, header: &MessageHeader) {
+        let (network, timeout) = (self.profile.network_delay, self.timeout());
+        let is_attach = self.hosts[host].committed.as_ref().is_none_or(|v| v.epoch < header.epoch);
+        let all = if is_attach { 70 } else { 100 };
+        match self.rng.range(0, all) {
+            0..=11 => self.cut_some(host, Some(node)),
+            12..=27 => {
+                // The others have the time to make it durable.
+                self.hosts[host].stalled_until[node] = self.now + timeout * 2;
+                let delay = self.rng.range(network * 4, (network * 8).max(timeout * 3 / 4));
+                let node = self.rng.percent(60).then_some(node);
+                self.after(delay, Event::Aimed(Shot::Cut { host, node }));
+            }
+            28..=35 => {
+                let most = self.rng.pick(&[network * 2, network * 20]) + self.profile.disk_delay;
+                let delay = self.rng.range(1, most);
+                self.after(delay, Event::HostCrash(host));
+            }
+            _ => return, // It may arrive.
+        }
+        self.aiming.left -= 1;
+    }
+
+    /// Writes to a node's disk are slow for a while. What another leg has of them is read, and that leg is lost.
+    fn slow_down(&mut self, host: usize, node: usize) {
+        let (network, timeout) = (self.profile.network_delay, self.timeout());
+        trace!(self, "the disk of node {node} is slow");
+        self.aiming.slow.retain(|(slow, _)| *slow != node);
+        self.aiming.slow.push((node, self.now + timeout / 2));
+        let first = self.rng.range(network * 2, network * 4);
+        self.after(first, Event::Aimed(Shot::Reread(host)));
+        let mut at = first + self.rng.range(network * 2, network * 6);
+        self.after(at, Event::Aimed(Shot::CutOthers { host, node }));
+        for _ in 0..4 {
+            at += self.rng.range(network, (network * 2).max(timeout / 6));
+            self.after(at, Event::Aimed(Shot::Reread(host)));
+        }
+    }
+
+    /// How much later than usual a disk write of a node takes effect.
+    pub(super) fn slowness(&mut self, node: usize) -> u64 {
+        let until = self.aiming.slow.iter().find(|(slow, _)| *slow == node).map_or(0, |(_, until)| *until);
+        if self.is_calm || until <= self.now { 0 } else { self.rng.range(1, until - self.now) }
+    }
+
+    /// A client was started: the run may be aimed at what it cannot reach.
+    pub(super) fn aim_at_new(&mut self, host: usize) {
+        let timeout = self.timeout();
+        let absent = match self.aiming.aim {
+            Aim::HalfViews if !self.is_calm && self.rng.percent(40) => Some(self.rng.index(self.nodes.len())),
+            _ => self.aiming.absent.take(),
+        };
+        if let Some(node) = absent.filter(|_| !self.is_calm) {
+            trace!(self, "client {host} cannot reach node {node}");
+            self.hosts[host].partitioned[node] = true;
+            let delay = self.rng.range(timeout, timeout * 6);
+            self.after(delay, Event::Heal { host, node });
+            if self.aiming.aim == Aim::Orphans && self.rng.percent(40) {
+                // Nor does the one after that find it as this one left the others.
+                let delay = self.rng.range(delay / 4, delay);
+                self.after(delay, Event::HostCrash(host));
+            }
+        }
+    }
+
+    pub(super) fn shoot(&mut self, shot: Shot) -> Check {
+        if self.is_calm {
+            return Ok(());
+        }
+        match shot {
+            Shot::Rival(id) => {
+                let live = self.hosts.iter().filter(|h| h.is_live()).count();
+                if live < 4 {
+                    self.start_host(id, true);
+                }
+            }
+            Shot::Orphan { host, node } if self.hosts[host].is_live() => {
+                let others: Vec<_> = (0..self.nodes.len()).filter(|&n| n != node).collect();
+                others.into_iter().for_each(|n| self.cut_some(host, Some(n)));
+                self.burst(host)?;
+                self.aiming.absent = Some(node);
+                let delay = self.rng.range(1, self.profile.network_delay);
+                self.after(delay, Event::HostCrash(host));
+            }
+            Shot::Reread(host) if self.hosts[host].is_live() => self.reread(host)?,
+            Shot::Cut { host, node } => self.cut_some(host, node),
+            Shot::CutOthers { host, node } => {
+                let others: Vec<_> = (0..self.nodes.len()).filter(|&n| n != node).collect();
+                others.into_iter().for_each(|n| self.cut_some(host, Some(n)));
+            }
+            Shot::Orphan { .. } | Shot::Reread(_) => {} // Its client has ended.
+        }
+        Ok(())
+    }
+
+    fn reread(&mut self, host: usize) -> Check {
+        let is_write = |r: &&super::world::Request| r.write.is_some() && r.count > 0;
+        let in_flight = self.hosts[host].requests.values().filter(is_write);
+        let ranges: Vec<_> = in_flight.map(|r| (r.first, r.count.min(32), r.start)).take(2).collect();
+        for (first, count, start) in ranges {
+            if start < self.aiming.last_commit {
+                self.coverage.hit("read over a write that a view change caught");
+            }
+            self.submit(host, Operation::Read, first, count)?;
+        }
+        Ok(())
+    }
+
+    // What came of it --------------------------------------------------------------------------------------------
+
+    pub(super) const fn aim_committed(&mut self) {
+        self.aiming.last_commit = self.step;
+    }
+
+    /// A node answers an attach.
+    pub(super) fn note_told(&mut self, node: usize, header: &MessageHeader, body: &[u8]) {
+        if header.kind != Kind::AttachReply || header.status != Status::Ok {
+            return;
+        }
+        let Ok(reply) = AttachReply::decode(body) else { return };
+        let open: Vec<_> = reply.slots.iter().map(|s| s.sequence).filter(|s| *s > reply.watermark).collect();
+        if reply.slots.iter().any(|s| s.failed && s.sequence > reply.watermark) {
+            self.coverage.hit("attach tells of a write that the disk failed");
+        }
+        let is_out = |v: &View| v.state(self.nodes[node].member) == Some(MemberState::Out);
+        if self.committed.as_ref().is_some_and(is_out) && reply.view.epoch < header.epoch {
+            if !open.is_empty() {
+                self.coverage.hit("rejoin of a member with writes of an earlier client");
+            } else if reply.tables_lost {
+                self.coverage.hit("rejoin of a member that lost its table and writes of an earlier client");
+            }
+        }
+        let told = Told {
+            epoch: header.epoch,
+            view: reply.view,
+            open,
+            watermark: reply.watermark,
+            tables_lost: reply.tables_lost,
+        };
+        self.aiming.told.insert(node, told);
+    }
+
+    /// An attachment begins: which members had to be made to agree?
+    pub(super) fn cover_attached(&mut self, view: &View) {
+        let told: Vec<_> = self.aiming.told.values().filter(|t| t.epoch == view.epoch).collect();
+        let Some(latest) = told.iter().map(|t| t.view.order()).max() else { return };
+        let is_half = told.iter().any(|t| t.view.order() < latest && !t.open.is_empty());
+        let watermark = told.iter().map(|t| t.watermark).max().unwrap_or_default();
+        let has_alone = |a: &Told, b: &Told| {
+            !a.tables_lost && !b.tables_lost && a.open.iter().any(|s| *s > watermark && !b.open.contains(s))
+        };
+        let is_scattered = told.iter().any(|a| told.iter().any(|b| has_alone(a, b) && has_alone(b, a)));
+        if is_half {
+            self.coverage.hit("attached after a view that some had not heard of, with writes in flight");
+        }
+        if is_scattered {
+            self.coverage.hit("attached where each member has writes that the other has not");
+        }
+    }
+}
