@@ -140,6 +140,8 @@ mutants! {
     DisplacedGoesOn,
     /// A view is committed with its first answer
     CommitWithoutAll,
+    /// A Clean member that has not heard of a loss stays Clean, without a record of what the lost member misses
+    DeafStaysClean,
     /// A promotion that is not committed is kept in the next view
     PromotionKept,
     /// Writes in flight to a member that is lost are forgotten

@@ -1,5 +1,6 @@
 //! The attach protocol and view changes.
 
+use super::recovery::UnheardLosses;
 use super::{Client, LinkId, LinkState, Notice, Output, OverReason, Payload, State, recovery};
 use crate::pool::{
     Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Refusal, Sequence, View, ViewStep,
@@ -281,7 +282,17 @@ impl Client {
         }
         let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless);
         let stale = if is_all { stale } else { stale.union(powerless) };
-        let lost = recovery::lost_in_attach(&best, attached, stale, behind);
+        let mut lost = recovery::lost_in_attach(&best, attached, stale, behind);
+        if self.own_epochs.is_empty() && !mutant!(DeafStaysClean) {
+            let views: Vec<_> = replies.iter().map(|(m, r)| (*m, &r.view)).collect();
+            match recovery::unheard_losses(&best, lost, &views) {
+                UnheardLosses::None => {}
+                UnheardLosses::By(deaf) => lost = lost.union(deaf),
+                UnheardLosses::ByAll(members) => {
+                    additions.push(DirtyAddition { members, offset: 0, length: spec.size });
+                }
+            }
+        }
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
         if !self.own_epochs.is_empty() && !newly_out.is_empty() {

@@ -70,6 +70,35 @@ pub fn lost_in_attach(latest: &View, attached: MemberSet, stale: MemberSet, behi
     latest.active().without(attached).union(stale).union(behind)
 }
 
+/// Which Clean members have not heard that a member was lost, and so have not on record what it misses: that of its
+/// unflushed writes only the client knew, which is dead, and those that it told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum UnheardLosses {
+    /// Every Clean member has heard of every loss.
+    None,
+    /// These have not, and others that stay Clean have: they leave the view, and take over the maps when they rejoin.
+    By(MemberSet),
+    /// None that stays Clean has heard of the loss of these members, which may miss anything.
+    ByAll(MemberSet),
+}
+
+/// What was lost in `latest` without the knowledge of some of its Clean members; `lost` are those that leave it in any case,
+/// `views` what each attached member had adopted.
+#[must_use]
+pub fn unheard_losses(latest: &View, lost: MemberSet, views: &[(MemberId, &View)]) -> UnheardLosses {
+    let stays = latest.clean().without(lost);
+    let missing = |view: &View| latest.out().without(view.out());
+    let staying = || views.iter().filter(|(m, _)| stays.contains(*m));
+    let deaf: MemberSet = staying().filter(|(_, v)| !missing(v).is_empty()).map(|(m, _)| *m).collect();
+    if deaf.is_empty() {
+        UnheardLosses::None
+    } else if stays.without(deaf).is_empty() {
+        UnheardLosses::ByAll(staying().fold(MemberSet::EMPTY, |all, (_, v)| all.union(missing(v))))
+    } else {
+        UnheardLosses::By(deaf)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,6 +209,23 @@ mod tests {
                 > forced_epoch(first, Epoch(0), now - 100_000_000)
         );
         assert!(forced_epoch(Epoch(7), Epoch(0), u64::MAX).0 < 1 << 62, "a clock of the far future");
+    }
+
+    #[test]
+    fn who_has_not_heard_of_a_loss_does_not_stay_clean_beside_one_that_has() {
+        let before = view(1, 2, &[Clean, Clean, Clean]);
+        let after = view(1, 3, &[Clean, Clean, Out]);
+        let [a, b] = [MemberId::new(0).unwrap(), MemberId::new(1).unwrap()];
+        let found = |lost: &[u8], views: &[(MemberId, &View)]| unheard_losses(&after, members(lost), views);
+        assert_eq!(found(&[], &[(a, &after), (b, &after)]), UnheardLosses::None);
+        assert_eq!(found(&[], &[(a, &before), (b, &after)]), UnheardLosses::By(members(&[0])));
+        assert_eq!(found(&[0], &[(a, &before), (b, &after)]), UnheardLosses::None);
+        assert_eq!(found(&[1], &[(a, &before), (b, &after)]), UnheardLosses::ByAll(members(&[2])));
+        let more = view(1, 3, &[Clean, Out, Out]);
+        assert_eq!(
+            unheard_losses(&more, MemberSet::EMPTY, &[(a, &view(1, 2, &[Clean, Syncing, Out]))]),
+            UnheardLosses::ByAll(members(&[1]))
+        );
     }
 
     #[test]

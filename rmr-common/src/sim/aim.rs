@@ -47,6 +47,8 @@ pub(super) enum Shot {
     Reread(usize),
     /// The connection to a node breaks, or all do.
     Cut { host: usize, node: Option<usize> },
+    /// The power of a node fails.
+    Power(usize),
     /// The connections to all other nodes break.
     CutOthers { host: usize, node: usize },
 }
@@ -96,6 +98,11 @@ impl World<'_> {
         let is_write = matches!(header.kind, Kind::Write | Kind::WriteZeroes | Kind::Discard);
         match (self.aiming.aim, header.kind) {
             (Aim::HalfViews | Aim::Orphans, Kind::SetView) => self.halve_view(host, node, header),
+            (Aim::HalfViews, _) if is_write && self.rng.percent(2) => {
+                self.aiming.left -= 1;
+                let node = self.rng.index(self.nodes.len());
+                self.after(network * 2, Event::Aimed(Shot::Power(node)));
+            }
             (Aim::Rivals, Kind::Attach) if self.hosts[host].stalled_until[node] <= self.now => {
                 let is_attaching = self.hosts[host].client.status().state == "attaching";
                 if is_attaching && self.rng.percent(60) {
@@ -228,6 +235,7 @@ impl World<'_> {
             }
             Shot::Reread(host) if self.hosts[host].is_live() => self.reread(host)?,
             Shot::Cut { host, node } => self.cut_some(host, node),
+            Shot::Power(node) => self.crash_node(node, true)?,
             Shot::CutOthers { host, node } => {
                 let others: Vec<_> = (0..self.nodes.len()).filter(|&n| n != node).collect();
                 others.into_iter().for_each(|n| self.cut_some(host, Some(n)));

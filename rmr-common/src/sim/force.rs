@@ -480,10 +480,10 @@ impl World<'_> {
     pub(super) fn attached_astray(&mut self, host: usize, view: &View) {
         self.coverage.hit("force: a client attaches to an older branch");
         let clean: Vec<_> = view.clean().iter().map(|m| self.node_in(view, m)).collect();
-        let sectors = self.oracle_of(host).len();
+        let (sectors, step) = (self.oracle_of(host).len(), self.step);
         for sector in 0..sectors {
             let values: Vec<_> = clean.iter().map(|&n| self.nodes[n].value(sector)).collect();
-            self.oracle_of(host).settle(sector, &values);
+            self.oracle_of(host).settle(sector, &values, step);
         }
     }
 

@@ -130,10 +130,14 @@ impl Oracle {
         self.writes[place].end = self.writes[place].end.min(now);
     }
 
-    /// In an older branch, where a client attaches: a sector has one of these values, or one that is in flight.
-    pub(super) fn settle(&mut self, sector: usize, values: &[u64]) {
+    /// In an older branch, where a client attaches: a sector has one of these values from now on, or one that is in flight. A
+    /// read of that client which began before may have found what was there then.
+    pub(super) fn settle(&mut self, sector: usize, values: &[u64], now: Step) {
         let mut candidates = std::mem::take(&mut self.sectors[sector]);
-        candidates.retain(|c| self.of(c.write).end == NEVER);
+        for candidate in candidates.iter_mut().filter(|c| self.of(c.write).end != NEVER) {
+            candidate.removed = candidate.removed.min(now);
+            candidate.doubt = 0;
+        }
         let write = self.base;
         let settled = |&value: &u64| Candidate { write, value, observed: NEVER, removed: NEVER, doubt: 0 };
         candidates.extend(values.iter().map(settled));
