@@ -448,6 +448,45 @@ fn what_a_member_brought_back_counts_until_the_view_of_its_rejoin_is_committed()
 }
 
 #[test]
+fn after_a_death_in_a_view_change_only_those_stay_clean_that_heard_of_the_loss() {
+    let mut bench = Bench::new(3, |_| {});
+    let lost = MemberSet::only(member(2));
+    // What member 2 had not flushed was told to member 1, and then the client died.
+    bench.set_up(2, false);
+    bench.views[0] = View { number: ViewNumber(bench.views[0].number.0 - 1), ..bench.views[0].clone() };
+    bench.views[0].members[2].state = MemberState::Clean;
+    bench.prepares = false;
+    bench.start_client(|_| {});
+    assert!(bench.client.is_active());
+    let view = bench.client.view.clone().unwrap();
+    assert_eq!(view.state(member(1)), Some(MemberState::Clean));
+    assert_eq!(
+        view.state(member(0)),
+        Some(MemberState::Out),
+        "{view}: it does not know what member 2 misses"
+    );
+    assert!(!bench.additions.iter().any(|a| a.members.contains(member(0)) && a.length > 4096));
+
+    // When nobody is left who was told, member 2 may miss anything.
+    let mut bench = Bench::new(3, |_| {});
+    bench.set_up(2, false);
+    bench.views[0] = View { number: ViewNumber(bench.views[0].number.0 - 1), ..bench.views[0].clone() };
+    bench.views[0].members[2].state = MemberState::Clean;
+    // Member 0 is ahead, so that member 1 is brought in line with it.
+    bench.slots[0] = vec![written(900, 6)];
+    bench.prepares = false;
+    bench.additions.clear();
+    bench.start_client(|_| {});
+    let view = bench.client.view.clone().unwrap();
+    assert_eq!(
+        (view.state(member(0)), view.state(member(1))),
+        (Some(MemberState::Clean), Some(MemberState::Out))
+    );
+    let all = DirtyAddition { members: lost, offset: 0, length: bench.specs[0].size };
+    assert!(bench.additions.contains(&all), "{:?}", bench.additions);
+}
+
+#[test]
 fn a_member_whose_disk_failed_a_write_is_not_the_reference_when_another_one_carried_it_out() {
     let failed = SlotEntry { failed: true, ..written(7, 3) };
     let later = written(8, 4);
