@@ -15,6 +15,8 @@ use serde_json::Value;
 const MIB: u64 = 64;
 const LIMIT: Duration = Duration::from_secs(40);
 const LEG_TIMEOUT_MS: &str = "800";
+/// Well beyond that.
+const LOST: Duration = Duration::from_millis(2400);
 
 const HYPERVISOR: &str = "hv";
 const A: &str = "a";
@@ -41,6 +43,8 @@ fn a_guest_whose_copy_was_given_up_runs_on_until_that_copy_hears_of_it_and_is_fe
         // The operator sees both, and the guest that uses A.
         let said = refusal(&pool, &["1", GIVEN_UP])?;
         ensure!(said.contains("nothing was done") && said.contains("stop it first"), "{said}");
+        // B has to find out for itself that the guest is gone.
+        thread::sleep(LOST);
         // Then B alone.
         cut(&network, OPERATOR, A)?;
         cut(&network, A, B)?;

@@ -366,7 +366,7 @@ impl Client {
             return self.send_if_active(slot);
         }
         if part.operation.is_write() {
-            if !part.failed.is_subset(self.view_out()) && !mutant!(CompleteBeforeCommit) {
+            if !self.is_inactive(part.failed) && !mutant!(CompleteBeforeCommit) {
                 return; // Completes at the commit of the view that has them Out.
             }
             let (offset, length) = (part.offset, part.length);
@@ -375,6 +375,11 @@ impl Client {
             }
         }
         self.finish_part(slot, None);
+    }
+
+    /// Whether the committed view does not need these members any more: they are Out, or were removed since.
+    fn is_inactive(&self, members: MemberSet) -> bool {
+        members.intersection(self.view_active()).is_empty()
     }
 
     fn part_failed(&mut self, slot: Slot, error: IoError) {
@@ -537,8 +542,7 @@ impl Client {
     }
 
     fn flush_progress(&mut self) {
-        let done =
-            self.flush.as_ref().is_some_and(|f| f.pending.is_empty() && f.failed.is_subset(self.view_out()));
+        let done = self.flush.as_ref().is_some_and(|f| f.pending.is_empty() && self.is_inactive(f.failed));
         let by_one =
             mutant!(FlushByOneLeg) && self.flush.as_ref().is_some_and(|f| f.pending != self.view_active());
         if done || by_one {

@@ -418,6 +418,21 @@ fn a_write_that_was_given_up_holds_the_watermark_until_members_were_made_to_agre
     assert_eq!(bench.watermarks, vec![bench.client.sequence; 2]);
 }
 
+#[test]
+fn a_write_is_not_waiting_for_a_member_that_was_lost_and_then_removed() {
+    let mut bench = Bench::new(3, |_| {});
+    bench.submit(1, Operation::Write, 0, 4096);
+    bench.submit(2, Operation::Flush, 0, 0);
+    bench.set_up(1, false);
+    assert_eq!(bench.state(member(1)), Some(MemberState::Out));
+    bench.command(crate::pool::Command::Remove { member: member(1), store: None });
+    bench.pass(Duration::from_millis(300));
+    assert_eq!(bench.state(member(1)), None, "it is removed, with the write in flight to the others");
+    assert!(bench.done.is_empty());
+    bench.answer_all();
+    assert_eq!(bench.done, [(Token(1), Ok(())), (Token(2), Ok(()))]);
+}
+
 /// Both members were attached to by a client that died; these are their slot tables.
 fn after_a_death(slots: [Vec<SlotEntry>; 2]) -> Bench {
     let mut bench = Bench::new(2, |_| {});

@@ -12,13 +12,15 @@ use super::rng::Rng;
 use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::{Force, Operation};
 use crate::map::MapId;
-use crate::pool::{Address, Chunk, Epoch, FORCED_JUMP, MemberId, MemberSet, MemberState, View, ViewNumber};
+use crate::pool::{
+    Address, Chunk, Epoch, FORCED_JUMP, MemberId, MemberSet, MemberState, MemberView, View, ViewNumber,
+};
 use crate::wire::{HelloReply, Kind, MessageHeader, SetView};
 
 /// When the operator's clock was started.
 const CLOCK: u64 = 1_800_000_000;
-/// Between two decisions of operators there is more than a second, though a run may be shorter.
-const BETWEEN_DECISIONS: Duration = Duration::from_millis(1100);
+/// Between two decisions of operators there are seconds, though a run may be shorter; one that is carried out again counts as a second later.
+const BETWEEN_DECISIONS: Duration = Duration::from_secs(10);
 /// Most decisions of a run, with those that are repeated.
 const MOST_DECISIONS: u64 = 6;
 /// How often operators look at the pool before they let it be.
@@ -269,6 +271,24 @@ impl World<'_> {
         self.hosts[host].branch.is_some_and(|b| b != self.forces.main)
     }
 
+    /// Whether one of two clients is attached to the latest branch, which is whole, the other one to an older branch, and they have
+    /// no member in common, so that neither hears of the other.
+    pub(super) fn never_meet(&self, one: usize, other: usize) -> bool {
+        let (astray, main) = if self.is_astray(one) { (one, other) } else { (other, one) };
+        if !self.is_astray(astray) || self.is_astray(main) || !self.is_healed(main) {
+            return false;
+        }
+        let members = |host: usize| self.hosts[host].committed.iter().flat_map(|v| v.members.iter());
+        let is_common = |m: &MemberView| members(main).any(|o| o.store == m.store);
+        self.hosts[astray].client.is_active() && !members(astray).any(is_common)
+    }
+
+    pub(super) fn stop_astray(&mut self, one: usize, other: usize) {
+        let astray = if self.is_astray(one) { one } else { other };
+        trace!(self, "client {astray} of a branch with other members is given up");
+        self.crash_host(astray);
+    }
+
     /// Whether an answer is about the latest branch.
     pub(super) fn is_of_main(&self, view: &View) -> bool {
         self.forces.lineage.get(&view.order()).is_none_or(|&b| b == self.forces.main)
@@ -297,14 +317,16 @@ impl World<'_> {
             return Ok(());
         }
         let view = SetView::decode(body).map_err(|e| e.to_string())?.view;
-        if self.forces.lineage.contains_key(&view.order()) {
-            return Ok(());
-        }
         let client = &self.hosts[host].client;
         let Some(base) = client.view().cloned() else { return Err(format!("{view} follows no view")) };
+        let is_forced = view.number.0 >= base.number.0 + FORCED_JUMP;
+        let is_known = |b: &usize| is_forced || self.forces.branches[*b].is_durable;
+        if self.forces.lineage.get(&view.order()).is_some_and(is_known) {
+            return Ok(()); // Else it was a forced view of which nothing is left.
+        }
         let known = self.forces.lineage.get(&base.order()).copied();
         let parent = known.ok_or_else(|| format!("{view} follows {base}, which nobody proposed"))?;
-        let branch = if view.number.0 < base.number.0 + FORCED_JUMP {
+        let branch = if !is_forced {
             parent
         } else {
             let (member, decided) = self.hosts[host]

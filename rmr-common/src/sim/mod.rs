@@ -115,7 +115,10 @@ fn step(world: &mut World<'_>) -> Check {
         return Err("nothing is left to happen".into());
     }
     if world.step > MAX_STEPS {
-        return Err(format!("more than {MAX_STEPS} events"));
+        return Err(format!(
+            "more than {MAX_STEPS} events, with {} of {} requests and {} of {} faults, calm: {}",
+            world.submitted, world.profile.requests, world.faults, world.profile.faults, world.is_calm
+        ));
     }
     Ok(())
 }
@@ -134,6 +137,8 @@ fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
             [host] if world.is_astray(host) && world.hosts[host].client.is_active() => {
                 world.start_host(9, true);
             }
+            // Nor may one that is in use beside the latest. Its operator gives it up when that one is whole.
+            [one, other] if world.never_meet(one, other) => world.stop_astray(one, other),
             // What keeps a leg out that failed too often is a new attachment.
             [host] if world.leaves_a_leg_out(host) => world.client(host, client::Event::Detach)?,
             _ => {} // Not yet.
