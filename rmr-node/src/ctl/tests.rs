@@ -11,9 +11,9 @@ use super::*;
 use crate::admin::api::{ControlError, ErrorCode, StoreState, UnixMs};
 use crate::admin::fake::{FakeNode, client, pool_status, set_state};
 
-/// Runs a command line, with a short timeout and without what the environment says.
+/// Runs a command line, with a timeout that no answer takes and without what the environment says.
 fn rmrctl(args: &[&str]) -> Result<Outcome, String> {
-    rmrctl_within("5", args)
+    rmrctl_within("20", args)
 }
 
 /// The same with another timeout.

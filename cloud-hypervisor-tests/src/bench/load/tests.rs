@@ -115,7 +115,8 @@ fn a_stop_from_another_thread_ends_the_load_in_good_order() {
 #[test]
 fn a_disk_that_falls_silent_is_an_error_after_the_stall_timeout() {
     let disk = RamDisk::serve(SIZE, 1, true, Fault::SilentAfter { requests: 20 });
-    let load = LoadSpec { stall_timeout_ms: 200, ..spec(Pattern::RandWrite) };
+    // The answers of its attachment have as long.
+    let load = LoadSpec { stall_timeout_ms: 3000, ..spec(Pattern::RandWrite) };
     let error = run(disk.socket(), &load, Surroundings::default()).unwrap_err();
     assert!(matches!(error, LoadError::Disk(DiskError::Stalled { in_flight: 8, .. })), "{error}");
 }
