@@ -38,3 +38,8 @@ fn who_has_the_key_of_a_pool_is_let_in_nobody_else_is_and_the_key_is_changed_und
 -> Result<()> {
     run("pool-key")
 }
+
+#[test]
+fn a_daemon_that_stood_still_loses_no_leg_by_that_and_a_node_that_did_so_comes_back() -> Result<()> {
+    run("standstill")
+}

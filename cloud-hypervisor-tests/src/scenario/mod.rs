@@ -8,6 +8,7 @@ mod faults;
 mod keys;
 mod pool_key;
 pub mod recovery;
+mod standstill;
 mod system;
 mod writer;
 
@@ -60,7 +61,7 @@ pub struct Scenario {
 }
 
 /// All scenarios, the quick ones first.
-pub const ALL: [Scenario; 13] = [
+pub const ALL: [Scenario; 14] = [
     Scenario {
         name: "io",
         sentence: "every block that is read holds what was written, and all copies are the same",
@@ -115,6 +116,11 @@ pub const ALL: [Scenario; 13] = [
         name: "killed-everything",
         sentence: "everything killed at once comes back with all that was promised",
         run: recovery::killed_everything,
+    },
+    Scenario {
+        name: "standstill",
+        sentence: "a daemon that stood still loses no leg by that, and a node that did so comes back",
+        run: standstill::standstill,
     },
     Scenario {
         name: "cut",
