@@ -1,6 +1,6 @@
 //! Views, epochs and recovery, explored exhaustively to a bounded depth (`docs/model.md`).
 //!
-//! `make model` goes further: `RMR_MODEL=members,writes,crashes,cuts,epoch,view,takeover`.
+//! `make model` goes further: `RMR_MODEL=members,writes,crashes,cuts,power,epoch,view,takeover`.
 
 mod pool;
 
@@ -8,10 +8,13 @@ use pool::{Bug, Limits, Pool};
 use stateright::{Checker, HasDiscoveries, Model};
 
 const SMALL: Limits =
-    Limits { members: 2, writes: 1, crashes: 1, cuts: 0, epoch: 2, view: 5, takeover: true };
+    Limits { members: 2, writes: 1, crashes: 1, cuts: 0, power: 0, epoch: 2, view: 5, takeover: true };
+
+/// A client dies after one of three write-back members has lost power.
+const POWER: Limits = Limits { members: 3, power: 1, view: 4, takeover: false, ..SMALL };
 
 /// How the properties begin that must hold always.
-const RULES: [&str; 3] = ["one client", "a completed write", "whoever"];
+const RULES: [&str; 4] = ["one client", "a completed write", "what an absent member", "whoever"];
 
 fn check(bug: Bug, limits: Limits) -> impl Checker<Pool> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -82,18 +85,22 @@ mistakes! {
     a_promotion_that_is_not_committed_is_taken_back PromotionKept SMALL;
     an_attach_takes_back_what_a_clean_member_has_not_heard_of PromotionKeptByAttach SMALL;
     what_a_lost_member_missed_comes_with_the_view NothingRecorded SMALL;
+    a_member_that_has_not_heard_of_a_loss_does_not_stay_clean DeafStaysClean POWER;
 }
 
 #[test]
 #[ignore = "RMR_MODEL says how far: make model"]
 fn what_the_environment_asks_for() {
     let text =
-        std::env::var("RMR_MODEL").expect("RMR_MODEL: members,writes,crashes,cuts,epoch,view,takeover");
+        std::env::var("RMR_MODEL").expect("RMR_MODEL: members,writes,crashes,cuts,power,epoch,view,takeover");
     let numbers: Vec<u8> =
         text.split(',').map(|n| n.parse().expect("RMR_MODEL: a list of numbers")).collect();
-    let [members, writes, crashes, cuts, epoch, view, takeover] = numbers[..] else {
-        return assert_eq!(text, "", "RMR_MODEL: expected members,writes,crashes,cuts,epoch,view,takeover");
+    let [members, writes, crashes, cuts, power, epoch, view, takeover] = numbers[..] else {
+        return assert_eq!(
+            text, "",
+            "RMR_MODEL: expected members,writes,crashes,cuts,power,epoch,view,takeover"
+        );
     };
     let (epoch, view, takeover) = (epoch.into(), view.into(), takeover != 0);
-    assert_holds(&text, Limits { members, writes, crashes, cuts, epoch, view, takeover });
+    assert_holds(&text, Limits { members, writes, crashes, cuts, power, epoch, view, takeover });
 }

@@ -1,7 +1,7 @@
 //! The pool as the model checker sees it: members, two clients, and everything that can happen next. Views step by the
 //! real [`View`], and clients decide by the real [`recovery`].
 
-use rmr_common::client::recovery;
+use rmr_common::client::recovery::{self, UnheardLosses};
 use rmr_common::pool::{Epoch, MemberId, MemberSet, MemberState, StoreId, View, ViewStep};
 use stateright::{Model, Property};
 
@@ -25,6 +25,8 @@ pub(super) enum Bug {
     PromotionKeptByAttach,
     /// What a lost member missed is not recorded with the view.
     NothingRecorded,
+    /// A member that has not heard of a loss stays Clean beside one that has, when the next client attaches.
+    DeafStaysClean,
 }
 
 /// How far the checker goes.
@@ -35,6 +37,8 @@ pub(super) struct Limits {
     /// Crashes of members, and of the first client.
     pub(super) crashes: u8,
     pub(super) cuts: u8,
+    /// Members that lose power. Above zero all stores are write-back ones, flushed only when a client attaches.
+    pub(super) power: u8,
     pub(super) epoch: u64,
     /// Views that are more than so many steps from the first are not explored further.
     pub(super) view: u64,
@@ -55,8 +59,12 @@ pub(super) struct Member {
     tables_lost: bool,
     /// The newest write here. Writes are numbered in the order in which they were submitted.
     data: u8,
+    /// What of it a loss of power leaves.
+    flushed: u8,
     /// Whether a write was begun here that is not known complete everywhere.
     intent: bool,
+    /// Whether the intent is on disk: until the write is known complete, and flushed.
+    kept: bool,
     /// The members that missed something by this one's record; itself, while it is stale.
     dirty: MemberSet,
 }
@@ -79,6 +87,8 @@ pub(super) struct Client {
     view: View,
     /// A write that is not complete, and the members that have carried it out under the present view.
     write: Option<(u8, MemberSet)>,
+    /// Writes have completed in this attachment, and are not flushed.
+    is_unflushed: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -90,6 +100,7 @@ pub(super) struct State {
     writes: u8,
     crashes: u8,
     cuts: u8,
+    power: u8,
     /// The newest write that was acknowledged.
     acknowledged: u8,
     /// The latest view that was committed.
@@ -120,6 +131,7 @@ pub(super) enum Action {
     Pull(MemberId),
     Promote(usize, MemberId),
     Crash(MemberId),
+    PowerCut(MemberId),
     Start(MemberId),
     ClientCrash,
     Cut(usize, MemberId),
@@ -131,6 +143,13 @@ pub(super) struct Pool {
     pub(super) bug: Bug,
 }
 
+impl Member {
+    /// Whether by what it tells it may have a write that others have not, or the reverse.
+    const fn is_open(&self) -> bool {
+        if self.tables_lost { self.kept } else { self.intent }
+    }
+}
+
 impl State {
     fn member(&self, id: MemberId) -> &Member {
         &self.members[id.index()]
@@ -138,6 +157,12 @@ impl State {
 
     fn member_mut(&mut self, id: MemberId) -> &mut Member {
         &mut self.members[id.index()]
+    }
+
+    /// Whether a member has what was acknowledged, or lost it with its cache and will say so.
+    fn has_or_tells(&self, id: MemberId) -> bool {
+        let member = self.member(id);
+        member.data >= self.acknowledged || self.power > 0 && member.tables_lost && member.kept
     }
 
     fn is_linked(&self, client: usize, member: MemberId) -> bool {
@@ -176,8 +201,17 @@ impl std::fmt::Display for State {
         for (i, m) in self.members.iter().enumerate() {
             writeln!(
                 f,
-                "member {i}: {} epoch {} data {} dirty {} intent {} tables lost {} holder {:?} up {}",
-                m.view, m.epoch, m.data, m.dirty, m.intent, m.tables_lost, m.holder, m.is_up
+                "member {i}: {} epoch {} data {} flushed {} dirty {} intent {} {} tables lost {} holder {:?} up {}",
+                m.view,
+                m.epoch,
+                m.data,
+                m.flushed,
+                m.dirty,
+                m.intent,
+                m.kept,
+                m.tables_lost,
+                m.holder,
+                m.is_up
             )?;
         }
         for (i, c) in self.clients.iter().enumerate() {
@@ -251,6 +285,7 @@ impl Pool {
         s.reached.displaced |= is_held;
         let member = s.member_mut(m);
         (member.epoch, member.holder) = (epoch, Some(c));
+        member.flushed = member.data;
         waiting.remove(m);
         replied.insert(m);
         s.clients[c].phase = Phase::Attaching { waiting, replied };
@@ -283,7 +318,7 @@ impl Pool {
             let member = s.member(m);
             let is_open = |v: u8| Some(v) != own;
             if member.tables_lost || source.tables_lost {
-                member.intent || source.intent
+                member.kept || source.kept
             } else {
                 member.data != source.data && (is_open(member.data) || is_open(source.data))
             }
@@ -291,17 +326,27 @@ impl Pool {
         let others = attached.without(MemberSet::only(reference));
         let stale: MemberSet = others.iter().filter(|&m| differs(m)).collect();
         let behind = views.iter().filter(|(_, v)| *v != base).map(|(m, _)| *m).collect();
-        let lost = recovery::lost_in_attach(&base, attached, stale, behind);
+        let mut lost = recovery::lost_in_attach(&base, attached, stale, behind);
+        let is_first = s.clients[c].own_epochs.is_empty();
+        let mut unheard = MemberSet::EMPTY;
+        if is_first && self.bug != Bug::DeafStaysClean {
+            let views: Vec<_> = views.iter().map(|(m, v)| (*m, v)).collect();
+            match recovery::unheard_losses(&base, lost, &views) {
+                UnheardLosses::None => {}
+                UnheardLosses::By(deaf) => lost = lost.union(deaf),
+                UnheardLosses::ByAll(members) => unheard = members,
+            }
+        }
         let epoch = s.clients[c].epoch;
         let Ok(next) = base.step(ViewStep::Attach(lost), epoch) else { return s.gather(c) };
         // What those who are not there miss of writes in flight goes on record too.
-        let is_open = attached.iter().any(|m| s.member(m).intent);
+        let is_open = attached.iter().any(|m| s.member(m).is_open()) || s.clients[c].is_unflushed;
         let absent = if is_open || own.is_some() { base.out().union(lost) } else { MemberSet::EMPTY };
-        if !s.clients[c].own_epochs.is_empty() {
+        if !is_first {
             s.clients[c].own_epochs.push(epoch);
         }
         s.clients[c].view = base;
-        self.change(s, c, next, stale.union(absent), true);
+        self.change(s, c, next, stale.union(absent).union(unheard), true);
     }
 
     /// The view from which a new attachment goes on.
@@ -353,7 +398,7 @@ impl Pool {
         member.view = next.clone();
         member.tables_lost = false;
         if attach {
-            member.intent = false;
+            (member.intent, member.kept) = (false, false);
         }
         if self.bug != Bug::ViewNotDurable {
             member.durable = next.clone();
@@ -388,6 +433,7 @@ impl Pool {
         s.reached.lost |= !next.out().is_empty();
         s.reached.attached_after_crash |= attach && s.crashes > 0;
         client.own_epochs = vec![client.epoch];
+        client.is_unflushed &= !attach;
         client.view = next.clone();
         if !is_late {
             s.committed = next;
@@ -428,7 +474,8 @@ impl Pool {
                     Phase::Changing { additions, .. } => *additions,
                     _ => MemberSet::EMPTY,
                 };
-                self.change(s, c, next, missed.union(earlier), false);
+                let unflushed = if client.is_unflushed { MemberSet::only(m) } else { MemberSet::EMPTY };
+                self.change(s, c, next, missed.union(earlier).union(unflushed), false);
             }
             Err(_) => s.gather(c),
         }
@@ -466,7 +513,10 @@ impl Pool {
         }
         let member = s.member_mut(m);
         member.data = value;
-        member.intent = true;
+        if self.limits.power == 0 {
+            member.flushed = value;
+        }
+        (member.intent, member.kept) = (true, true);
         member.dirty = member.dirty.union(missing).without(MemberSet::only(m));
         done.insert(m);
         s.clients[c].write = Some((value, done));
@@ -482,11 +532,15 @@ impl Pool {
             return;
         }
         client.write = None;
+        client.is_unflushed = self.limits.power > 0;
         s.acknowledged = s.acknowledged.max(value);
         let view = client.view.clone();
         // The watermark passes it.
         for member in view.active().iter() {
-            s.member_mut(member).intent = false;
+            let member = s.member_mut(member);
+            member.intent = false;
+            // One that crashed meanwhile does not hear of it.
+            member.kept &= member.flushed != member.data || member.tables_lost;
         }
     }
 
@@ -506,10 +560,11 @@ impl Pool {
         if member.epoch == epoch && member.holder.is_some_and(|h| h != c) {
             return None;
         }
-        let is_left_behind = member.epoch < epoch && member.intent;
+        let is_left_behind = member.epoch < epoch && member.is_open();
         let next = view.step(ViewStep::Rejoin(m), epoch).ok()?;
         let member = s.member_mut(m);
         (member.epoch, member.holder) = (epoch, Some(c));
+        member.flushed = member.data;
         let additions = if is_left_behind { MemberSet::only(m) } else { MemberSet::EMPTY };
         self.change(s, c, next, additions, false);
         Some(())
@@ -535,7 +590,8 @@ impl Pool {
         let source = member.view.clean().iter().find(may_serve)?;
         let data = s.member(source).data;
         let member = s.member_mut(m);
-        member.data = data;
+        // It is flushed before it is reported.
+        (member.data, member.flushed) = (data, data);
         member.dirty.remove(m);
         Some(())
     }
@@ -565,6 +621,23 @@ impl Pool {
         member.holder = None;
         member.tables_lost = true;
         member.view = member.durable.clone();
+        Some(())
+    }
+
+    /// A member crashes, and what was not flushed is gone. If every Clean member has lost a completed write so, it is lost.
+    fn power_cut(&self, s: &mut State, m: MemberId) -> Option<()> {
+        if s.power >= self.limits.power || !s.member(m).is_up {
+            return None;
+        }
+        s.power += 1;
+        let member = s.member_mut(m);
+        member.is_up = false;
+        member.holder = None;
+        member.tables_lost = true;
+        member.view = member.durable.clone();
+        member.data = member.flushed;
+        let best = s.committed.clean().iter().map(|m| s.member(m).data).max();
+        s.acknowledged = s.acknowledged.min(best.unwrap_or(0));
         Some(())
     }
 
@@ -623,7 +696,9 @@ impl Model for Pool {
             holder: None,
             tables_lost: false,
             data: 0,
+            flushed: 0,
             intent: false,
+            kept: false,
             dirty: MemberSet::EMPTY,
         };
         let client = Client {
@@ -632,6 +707,7 @@ impl Model for Pool {
             own_epochs: Vec::new(),
             view: view.clone(),
             write: None,
+            is_unflushed: false,
         };
         vec![State {
             members: vec![member; self.limits.members.into()],
@@ -640,6 +716,7 @@ impl Model for Pool {
             writes: 0,
             crashes: 0,
             cuts: 0,
+            power: 0,
             acknowledged: 0,
             committed: view,
             broken: None,
@@ -649,7 +726,7 @@ impl Model for Pool {
 
     fn actions(&self, _: &State, actions: &mut Vec<Action>) {
         for m in ids(self.limits.members) {
-            actions.extend([Action::Pull(m), Action::Crash(m), Action::Start(m)]);
+            actions.extend([Action::Pull(m), Action::Crash(m), Action::PowerCut(m), Action::Start(m)]);
             for c in 0..2 {
                 actions.extend([
                     Action::Attach(c, m),
@@ -689,6 +766,7 @@ impl Model for Pool {
             Action::Pull(m) => self.pull(s, m),
             Action::Promote(c, m) => self.promote(s, c, m),
             Action::Crash(m) => self.crash(s, m),
+            Action::PowerCut(m) => self.power_cut(s, m),
             Action::Start(m) if !s.member(m).is_up => {
                 s.member_mut(m).is_up = true;
                 Some(())
@@ -715,9 +793,14 @@ impl Model for Pool {
             }),
             Property::always(
                 "a completed write is on every Clean member of the view in force",
+                |_, s: &State| s.committed.clean().iter().all(|m| s.has_or_tells(m)),
+            ),
+            Property::always(
+                "what an absent member misses is on record with each active one",
                 |_, s: &State| {
-                    let has = |m: MemberId| s.member(m).data >= s.acknowledged;
-                    s.committed.clean().iter().all(has)
+                    let missing = |m: &MemberId| s.member(*m).data < s.acknowledged;
+                    let is_on_record = |m| s.committed.active().iter().all(|k| s.member(k).dirty.contains(m));
+                    s.committed.out().iter().filter(missing).all(is_on_record)
                 },
             ),
             Property::always("whoever may attach finds every completed write", |pool: &Pool, s: &State| {
@@ -729,8 +812,7 @@ impl Model for Pool {
                     let Some(latest) = pool.latest(set(bits).map(|m| &s.member(m).durable)) else {
                         return true;
                     };
-                    let has = |m: MemberId| s.member(m).data >= s.acknowledged;
-                    !pool.may_attach(&latest, reachable) || latest.clean().iter().all(has)
+                    !pool.may_attach(&latest, reachable) || latest.clean().iter().all(|m| s.has_or_tells(m))
                 })
             }),
             Property::sometimes("a write completes while a member is Out", |_, s: &State| {
