@@ -311,6 +311,10 @@ impl Pool {
         if !is_late && next.clean().intersection(s.committed.clean()).is_empty() {
             s.broken = Some("a view was committed in which nobody is Clean who was so before");
         }
+        let record = |m: MemberId| s.member(m).dirty.intersection(next.out());
+        if attach && next.clean().iter().any(|m| next.clean().iter().any(|k| record(m) != record(k))) {
+            s.broken = Some("two Clean members differ in what absent ones miss");
+        }
         let client = client_mut(s, c);
         client.phase = Phase::Active;
         client.own_epochs = Epochs::only(client.epoch);
@@ -416,7 +420,11 @@ impl Pool {
         }
         client.write = None;
         client.is_unflushed = self.limits.power > 0;
-        s.acknowledged = s.acknowledged.max(value);
+        // What every Clean member has lost between its answer and the last one is lost, as in `power_cut`.
+        let clean = client.view.clean();
+        if s.power == 0 || clean.iter().any(|m| s.member(m).data >= value) {
+            s.acknowledged = s.acknowledged.max(value);
+        }
         // The watermark passes it. One that crashed meanwhile does not hear of it.
         for m in active.iter().filter(|&m| !s.member(m).tables_lost).collect::<MemberSet>().iter() {
             let member = s.member_mut(m);
@@ -441,7 +449,8 @@ impl Pool {
         if member.epoch == epoch && member.holder.is_some_and(|h| h != c) {
             return None;
         }
-        let is_left_behind = member.epoch < epoch && member.intent;
+        // One that has a view of this attachment was lost under it, and what it misses went on record then.
+        let is_left_behind = member.view.epoch != epoch && member.intent;
         let next = view.step(ViewStep::Rejoin(m), epoch).ok()?;
         let member = s.member_mut(m);
         (member.epoch, member.holder) = (epoch, Some(c));

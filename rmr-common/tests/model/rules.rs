@@ -189,9 +189,8 @@ impl Model for Pool {
             Property::always(
                 "what an absent member misses is on record with each active one",
                 |_, Nameless { state: s, .. }| {
-                    let missing = |m: &MemberId| s.member(*m).data < s.acknowledged;
                     let is_on_record = |m| s.committed.active().iter().all(|k| s.member(k).dirty.contains(m));
-                    s.committed.out().iter().filter(missing).all(is_on_record)
+                    s.committed.out().iter().all(|m| s.has_or_tells(m) || is_on_record(m))
                 },
             ),
             Property::always(
