@@ -42,7 +42,7 @@ fn assert_holds(name: &str, limits: Limits) {
         begun.elapsed().as_secs_f64()
     );
     assert_eq!(broken(&checker), None);
-    assert_eq!(checker.model().reached.surprises(&limits), [], "what this model can come to");
+    assert_eq!(checker.model().reached.missing(&limits), [], "what it can come to, and has not");
 }
 
 fn assert_found(bug: Bug, limits: Limits) {

@@ -193,14 +193,14 @@ impl Pool {
         }
         let source = *s.member(reference);
         let own = client(s, c).write.map(|(write, _)| write);
-        // By slot tables where they are left; else by the intent map, unless the write is one that is sent again.
+        // By slot tables where they are left, but for a write of this client's own, which is sent again; else by what is on
+        // disk of intents.
         let differs = |m: MemberId| {
             let member = s.member(m);
-            let is_open = |v: u8| Some(v) != own;
             if member.tables_lost || source.tables_lost {
                 member.kept || source.kept
             } else {
-                member.data != source.data && (is_open(member.data) || is_open(source.data))
+                member.data != source.data && Some(member.data) != own && Some(source.data) != own
             }
         };
         let others = attached.without(MemberSet::only(reference));
@@ -311,9 +311,9 @@ impl Pool {
         if !is_late && next.clean().intersection(s.committed.clean()).is_empty() {
             s.broken = Some("a view was committed in which nobody is Clean who was so before");
         }
-        let record = |m: MemberId| s.member(m).dirty.intersection(next.out());
-        if attach && next.clean().iter().any(|m| next.clean().iter().any(|k| record(m) != record(k))) {
-            s.broken = Some("two Clean members differ in what absent ones miss");
+        if attach && !is_late {
+            let own = client(s, c).write.map(|(write, _)| write);
+            s.broken = s.broken.or_else(|| s.disagreement(next, own));
         }
         let client = client_mut(s, c);
         client.phase = Phase::Active;

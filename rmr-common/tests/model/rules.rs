@@ -74,6 +74,7 @@ impl Event {
             }
             Self::LiveClientDisplaced => {
                 before.clients[0].phase == Phase::Active
+                    && matches!(before.clients[1].phase, Phase::Attaching { .. })
                     && before
                         .members
                         .iter()
@@ -118,11 +119,10 @@ impl Reached {
         }
     }
 
-    /// What the run should have come to by its limits and has not, and the reverse.
-    pub(super) fn surprises(&self, limits: &Limits) -> Vec<(Event, &'static str)> {
-        let seen = |e: Event| self.0.load(Ordering::Relaxed) & e.bit() != 0;
-        let text = |e: Event| if seen(e) { "reached, and not expected" } else { "not reached" };
-        Event::ALL.into_iter().filter(|e| seen(*e) != e.is_due(limits)).map(|e| (e, text(e))).collect()
+    /// What the run should have come to by its limits, and has not.
+    pub(super) fn missing(&self, limits: &Limits) -> Vec<Event> {
+        let seen = self.0.load(Ordering::Relaxed);
+        Event::ALL.into_iter().filter(|e| e.is_due(limits) && seen & e.bit() == 0).collect()
     }
 }
 

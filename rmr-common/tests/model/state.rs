@@ -244,6 +244,17 @@ impl State {
         member.data >= self.acknowledged || self.power > 0 && member.tables_lost && member.intent
     }
 
+    /// What Clean members differ in that have just begun to work for a client. Its own unfinished write is sent again.
+    pub(super) fn disagreement(&self, view: Known, own: Option<u8>) -> Option<&'static str> {
+        let of = |m: MemberId| (self.member(m).data, self.member(m).dirty.intersection(view.out()));
+        let pairs = || view.clean().iter().flat_map(|m| view.clean().iter().map(move |k| (of(m), of(k))));
+        let is_own = |data: u8| Some(data) == own;
+        if pairs().any(|(a, b)| a.0 != b.0 && !is_own(a.0) && !is_own(b.0)) {
+            return Some("two Clean members differ after an attach");
+        }
+        pairs().any(|(a, b)| a.1 != b.1).then_some("two Clean members differ in what absent ones miss")
+    }
+
     pub(super) fn is_linked(&self, client: u8, member: MemberId) -> bool {
         self.member(member).is_up && !self.clients[usize::from(client)].cut.contains(member)
     }
