@@ -16,8 +16,11 @@ use stateright::{Checker, HasDiscoveries, Model};
 const SMALL: Limits =
     Limits { members: 2, writes: 1, crashes: 1, cuts: 0, power: 0, epoch: 2, view: 5, takeover: true };
 
-/// A client dies after one of three write-back members has lost power.
-const POWER: Limits = Limits { members: 3, power: 1, view: 4, takeover: false, ..SMALL };
+/// A member or a client dies, and a link is cut.
+const CUT: Limits = Limits { cuts: 1, ..SMALL };
+
+/// One of three write-back members loses power, and another member or the client dies.
+const POWER: Limits = Limits { members: 3, power: 1, takeover: false, ..SMALL };
 
 fn explore(pool: Pool) -> impl Checker<Pool> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -62,6 +65,31 @@ fn two_members_and_two_clients_that_do_not() {
     assert_holds("2 members", Limits { takeover: false, ..SMALL });
 }
 
+#[test]
+fn two_members_with_a_crash_and_a_cut() {
+    assert_holds("2 members, cut", CUT);
+}
+
+#[test]
+fn two_members_with_two_cuts_and_no_crash() {
+    assert_holds("2 members, 2 cuts", Limits { crashes: 0, cuts: 2, ..SMALL });
+}
+
+#[test]
+fn two_members_with_a_loss_of_power_and_a_cut() {
+    assert_holds("2 members, power, cut", Limits { crashes: 0, cuts: 1, power: 1, ..SMALL });
+}
+
+#[test]
+fn three_members_with_a_crash_and_a_cut() {
+    assert_holds("3 members, cut", Limits { members: 3, view: 4, ..CUT });
+}
+
+#[test]
+fn three_members_with_a_loss_of_power() {
+    assert_holds("3 members, power", POWER);
+}
+
 macro_rules! mistakes {
     ($($test:ident $bug:ident $limits:expr;)+) => {
         $(#[test]
@@ -81,6 +109,7 @@ mistakes! {
     an_attach_takes_back_what_a_clean_member_has_not_heard_of PromotionKeptByAttach SMALL;
     what_a_lost_member_missed_comes_with_the_view NothingRecorded SMALL;
     a_member_that_has_not_heard_of_a_loss_does_not_stay_clean DeafStaysClean POWER;
+    what_was_started_anew_hands_out_nothing SourceStartedAnew POWER;
 }
 
 fn print(state: State) -> u64 {

@@ -29,6 +29,8 @@ pub(super) enum Bug {
     NothingRecorded,
     /// A member that has not heard of a loss stays Clean beside one that has, when the next client attaches.
     DeafStaysClean,
+    /// A member that was started anew hands out data before a client has attached to it.
+    SourceStartedAnew,
 }
 
 /// How far the checker goes.
@@ -106,7 +108,7 @@ impl Pool {
             Action::Submit(c) => self.submit(s, c),
             Action::Write(c, m) => self.write(s, c, m),
             Action::Rejoin(c, m) => self.rejoin(s, c, m),
-            Action::Pull(m, source) => pull(s, m, source),
+            Action::Pull(m, source) => self.pull(s, m, source),
             Action::Promote(c, m) => self.promote(s, c, m),
             Action::Crash(m) => self.crash(s, m),
             Action::PowerCut(m) => self.power_cut(s, m),
@@ -460,6 +462,31 @@ impl Pool {
         Some(())
     }
 
+    /// A Syncing member takes what it misses from a Clean one of the same attachment.
+    fn pull(&self, s: &mut State, m: MemberId, source: MemberId) -> Option<()> {
+        let member = s.member(m);
+        let is_due = member.is_up
+            && member.view.state(m) == Some(MemberState::Syncing)
+            && member.dirty.contains(m)
+            && member.holder.is_some()
+            && member.view.clean().contains(source);
+        let other = s.member(source);
+        let may_serve = other.is_up
+            && other.epoch == member.epoch
+            && other.view.order() >= member.view.order()
+            && other.view.state(source) == Some(MemberState::Clean)
+            && (!other.tables_lost || self.bug == Bug::SourceStartedAnew);
+        if !is_due || !may_serve {
+            return None;
+        }
+        let data = other.data;
+        let member = s.member_mut(m);
+        // It is flushed before it is reported.
+        (member.data, member.flushed) = (data, data);
+        member.dirty.remove(m);
+        Some(())
+    }
+
     fn promote(&self, s: &mut State, c: u8, m: MemberId) -> Option<()> {
         let client = client(s, c);
         let is_due = client.phase == Phase::Active
@@ -525,30 +552,6 @@ fn client(s: &State, c: u8) -> &Client {
 
 fn client_mut(s: &mut State, c: u8) -> &mut Client {
     &mut s.clients[usize::from(c)]
-}
-
-/// A Syncing member takes what it misses from a Clean one of the same attachment.
-fn pull(s: &mut State, m: MemberId, source: MemberId) -> Option<()> {
-    let member = s.member(m);
-    let is_due = member.is_up
-        && member.view.state(m) == Some(MemberState::Syncing)
-        && member.dirty.contains(m)
-        && member.holder.is_some()
-        && member.view.clean().contains(source);
-    let other = s.member(source);
-    let may_serve = other.is_up
-        && other.epoch == member.epoch
-        && other.view.order() >= member.view.order()
-        && other.view.state(source) == Some(MemberState::Clean);
-    if !is_due || !may_serve {
-        return None;
-    }
-    let data = other.data;
-    let member = s.member_mut(m);
-    // It is flushed before it is reported.
-    (member.data, member.flushed) = (data, data);
-    member.dirty.remove(m);
-    Some(())
 }
 
 /// What is volatile is lost. Of intents the ones on disk are left.
