@@ -269,7 +269,7 @@ impl Pool {
             s.broken = Some("a member refused a view of the attached client");
             return (source == m).then_some(());
         }
-        let mut dirty = member.dirty;
+        let (mut dirty, mut struck_off) = (member.dirty, member.struck_off);
         let was = member.view.state(m);
         let is_in_step = next.number == member.view.number.next() && next.epoch == member.view.epoch;
         let is_syncing = next.state(m) == Some(MemberState::Syncing);
@@ -278,12 +278,15 @@ impl Pool {
             if !client(s, c).view.clean().contains(source) || !s.is_attached(c, source) {
                 return None;
             }
-            dirty = s.member(source).dirty;
+            (dirty, struck_off) = (s.member(source).dirty, s.member(source).struck_off);
         } else if source != m {
             return None;
         }
+        dirty = dirty.union(additions);
+        struck_off = struck_off.without(additions).union(dirty.intersection(next.clean()));
         let member = s.member_mut(m);
-        member.dirty = dirty.union(additions).without(next.clean());
+        member.dirty = dirty.without(next.clean());
+        member.struck_off = struck_off.without(MemberSet::only(m));
         member.view = next;
         member.tables_lost = false;
         if attach {
@@ -327,6 +330,10 @@ impl Pool {
         }
         if !is_late {
             s.committed = next;
+            for m in next.active().iter() {
+                let member = s.member_mut(m);
+                member.struck_off = member.struck_off.without(next.clean());
+            }
         }
         self.try_complete(s, c);
     }
@@ -406,6 +413,7 @@ impl Pool {
         }
         (member.intent, member.kept) = (true, true);
         member.dirty = member.dirty.union(client.view.out()).without(MemberSet::only(m));
+        member.struck_off = member.struck_off.without(client.view.out());
         done.insert(m);
         client_mut(s, c).write = Some((value, done));
         self.try_complete(s, c);

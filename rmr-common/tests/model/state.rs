@@ -93,6 +93,9 @@ pub(super) struct Member {
     pub(super) kept: bool,
     /// The members that missed something by this one's record; itself, while it is stale.
     pub(super) dirty: MemberSet,
+    /// The others that were struck off that record because a view has them Clean which is not known to be committed. They
+    /// missed nothing any more, so another member that still has them on record knows no better.
+    pub(super) struck_off: MemberSet,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -202,6 +205,7 @@ impl State {
             intent: false,
             kept: false,
             dirty: MemberSet::EMPTY,
+            struck_off: MemberSet::EMPTY,
         };
         let client = Client {
             phase: Phase::Gathering,
@@ -246,13 +250,18 @@ impl State {
 
     /// What Clean members differ in that have just begun to work for a client. Its own unfinished write is sent again.
     pub(super) fn disagreement(&self, view: Known, own: Option<u8>) -> Option<&'static str> {
-        let of = |m: MemberId| (self.member(m).data, self.member(m).dirty.intersection(view.out()));
-        let pairs = || view.clean().iter().flat_map(|m| view.clean().iter().map(move |k| (of(m), of(k))));
+        let clean = || view.clean().iter().map(|m| self.member(m));
+        let pairs = || clean().flat_map(|a| clean().map(move |b| (a, b)));
         let is_own = |data: u8| Some(data) == own;
-        if pairs().any(|(a, b)| a.0 != b.0 && !is_own(a.0) && !is_own(b.0)) {
+        let differ = |a: &Member, b: &Member| a.data != b.data && !is_own(a.data) && !is_own(b.data);
+        if pairs().any(|(a, b)| differ(a, b)) {
             return Some("two Clean members differ after an attach");
         }
-        pairs().any(|(a, b)| a.1 != b.1).then_some("two Clean members differ in what absent ones miss")
+        let knows = |a: &Member| a.dirty.union(a.struck_off);
+        let is_less = |(a, b): (&Member, &Member)| !b.dirty.intersection(view.out()).is_subset(knows(a));
+        pairs()
+            .any(is_less)
+            .then_some("a Clean member has not on record what another has that an absent one misses")
     }
 
     pub(super) fn is_linked(&self, client: u8, member: MemberId) -> bool {
@@ -310,6 +319,7 @@ impl State {
                 view: member.view.renamed(names),
                 durable: member.durable.renamed(names),
                 dirty: renamed(member.dirty, names),
+                struck_off: renamed(member.struck_off, names),
                 ..*member
             };
         }
@@ -384,12 +394,13 @@ impl fmt::Display for State {
         for (i, m) in self.members.iter().take(self.count.into()).enumerate() {
             writeln!(
                 f,
-                "member {i}: {} epoch {} data {} flushed {} dirty {} intent {} {} tables lost {} holder {:?} up {}",
+                "member {i}: {} epoch {} data {} flushed {} dirty {} without {} intent {} {} tables lost {} holder {:?} up {}",
                 *m.view,
                 m.epoch,
                 m.data,
                 m.flushed,
                 m.dirty,
+                m.struck_off,
                 m.intent,
                 m.kept,
                 m.tables_lost,
