@@ -433,6 +433,7 @@ impl World<'_> {
             }
         }
         self.check_spec(host, &view)?;
+        self.aim_agreed(&view);
         self.committed = Some(view);
         self.check_stale()
     }

@@ -4,6 +4,7 @@
 //! is checked when it could be broken, and a run that breaks one ends with words that say which.
 
 mod aim;
+mod ambush;
 mod attach;
 mod check;
 mod coverage;

@@ -92,6 +92,11 @@ impl Oracle {
         u64::from(id) << 24 | index as u64
     }
 
+    /// Whether a write gave a sector this value, and the guest has not changed it meanwhile.
+    pub(super) fn is_of(id: WriteId, value: u64) -> bool {
+        value >> 24 == u64::from(id)
+    }
+
     /// A write whose values may be seen from now on. `zero` for one that makes its range read as zeroes.
     pub(super) fn begin(&mut self, first: usize, count: usize, zero: bool, now: Step) -> WriteId {
         let id = self.reserve(now);
