@@ -168,12 +168,6 @@ mutants! {
     AbsentNotTold,
     /// What a member has of an earlier attachment is not looked at when it rejoins
     LeftBehindIgnored,
-    /// What a member has of an earlier attachment is not looked at again when a rejoin broke off
-    LeftBehindOnce,
-    /// A member tells what earlier clients left with it no longer than until it adopts a view
-    ToldUntilView,
-    /// What a Syncing member has of earlier clients is compared by the watermark of the others
-    SyncingByOthers,
     /// What a view said that was given up half-way is not told again
     GivenUpViewForgotten,
 

@@ -30,7 +30,7 @@ impl Client {
         // One that is Syncing may be so in a view of which no Clean member has heard, and have alone on record what it has of
         // earlier clients. Its own watermark passes that when the view is committed.
         let open = |m: MemberId, r: &AttachReply| -> Vec<SlotEntry> {
-            let is_clean = best.clean().contains(m) || mutant!(SyncingByOthers);
+            let is_clean = best.clean().contains(m);
             let known = if is_clean { watermark } else { watermark.min(r.watermark) };
             r.slots.iter().filter(|s| s.sequence > known && !self.sends_again(s)).copied().collect()
         };

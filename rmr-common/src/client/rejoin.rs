@@ -129,7 +129,7 @@ impl Client {
         match AttachReply::decode(body) {
             Ok(reply) if header.status == Status::Ok && self.is_active() => {
                 self.go_on_above(&reply);
-                let ranges = self.left_behind(member, &reply);
+                let ranges = self.left_behind(&reply);
                 let members = MemberSet::only(member);
                 let addition = |&(offset, length): &(u64, u64)| DirtyAddition { members, offset, length };
                 if let Some(rejoin) = &mut self.stale.rejoin {
@@ -178,12 +178,8 @@ impl Client {
     /// flight when that ended, and what was not flushed. A member that was lost under the present one has nothing of the
     /// kind: all of it went on record when it was lost. That is one that has a view of the present epoch. The epoch alone it
     /// may have from a rejoin that was given up before its view, and what that one had found is forgotten.
-    fn left_behind(&self, member: MemberId, reply: &AttachReply) -> Vec<(u64, u64)> {
+    fn left_behind(&self, reply: &AttachReply) -> Vec<(u64, u64)> {
         if reply.view.epoch == self.epoch || mutant!(LeftBehindIgnored) {
-            return Vec::new();
-        }
-        let has_epoch = || self.ready(member).is_some_and(|r| r.epoch == self.epoch);
-        if mutant!(LeftBehindOnce) && has_epoch() {
             return Vec::new();
         }
         if reply.tables_lost {

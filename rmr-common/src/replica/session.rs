@@ -474,10 +474,6 @@ impl Replica {
         let old = std::mem::replace(&mut self.spec, pending.spec.clone());
         self.room.fit(old.size, self.spec.size);
         self.view_session = self.session;
-        let header = pending.header;
-        if mutant!(ToldUntilView) {
-            self.note_committed(&header);
-        }
         self.persist_state(Waiter::View(self.view.number));
         if mutant!(ViewBeforeDurable) {
             self.view_durable(self.view.number);
