@@ -28,6 +28,8 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(30);
 const MISMATCHES: &str = "rmr_store_digest_mismatches_total";
 /// What the daemon says when it goes on without a leg. The resync after that would hide what these tests look for.
 const LEG_LOST: &str = "members lost";
+/// A node is not given up because the machine is crowded.
+const LEGS_ARE_KEPT: [&str; 2] = ["--leg-timeout-ms", "60000"];
 
 #[test]
 fn buffers_that_change_in_flight_leave_equal_stores_with_digests_and_different_ones_without() -> Result<()> {
@@ -289,7 +291,11 @@ fn reap(disk: &mut Frontend, queue: usize, buffer: impl Fn(u16) -> Buffer) -> Re
 fn start(lab: &Lab, nodes: &[Node; 2], mode: &str, queues: u16) -> Result<(Pool, Daemon)> {
     let [a, b] = nodes;
     let pool = PoolBuilder::new(mode).size_mib(POOL_MIB).block_size(512).member(a).member(b).create(lab)?;
-    let daemon = DaemonBuilder::new(&pool).queues(queues).arguments(["--data-digest", mode]).start(lab)?;
+    let daemon = DaemonBuilder::new(&pool)
+        .queues(queues)
+        .arguments(LEGS_ARE_KEPT)
+        .arguments(["--data-digest", mode])
+        .start(lab)?;
     Ok((pool, daemon))
 }
 

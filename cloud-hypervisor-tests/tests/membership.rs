@@ -276,10 +276,17 @@ impl Interrupted<'_> {
         let begin = Instant::now();
         if !matches!(victim, Victim::None) {
             let mut child = spawn(self.asked.operator(command, arguments)?)?;
-            let usual = self.usual.get(command).context("a command that was not measured")?;
-            thread::sleep(*usual * percent / 100);
+            let usual = *self.usual.get(command).context("a command that was not measured")?;
+            while child.try_wait()?.is_none() && begin.elapsed() < usual * percent / 100 {
+                thread::sleep(Duration::from_millis(1));
+            }
             self.kills += 1;
-            self.hits += u32::from(child.try_wait()?.is_none());
+            if child.try_wait()?.is_none() {
+                self.hits += 1;
+            } else {
+                // The machine was more crowded when the command was measured than it is now.
+                self.usual.insert(command.to_owned(), begin.elapsed());
+            }
             match victim {
                 Victim::None => {}
                 Victim::Rmrctl => child.kill()?,

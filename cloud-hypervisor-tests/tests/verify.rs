@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use cloud_hypervisor_tests::bench::verify::{Promises, Unwritten};
 use cloud_hypervisor_tests::lab::{
     self, DaemonBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder, wait_until,
@@ -83,24 +83,44 @@ fn check_under_load(pool: &Pool, node: &Node) -> Result<()> {
     pool.wait_for_level("safe", LIMIT)?;
 
     // One that is interrupted says where to go on.
-    let (exit, begun) = pool.rmrctl_pool("verify", &["--rate", "1M"])?;
-    ensure!(exit == 0 && begun.pointer("/report/state/name") == Some(&json!("running")), "{exit} {begun}");
-    ensure!(
-        begun.pointer("/report/yielding") == Some(&json!(true)),
-        "the guest writes, and it does not yield: {begun}"
-    );
+    let started = begin_yielding(pool)?;
     let (exit, second) = pool.rmrctl_pool("verify", &[])?;
     ensure!(exit == 1, "a second verify at the same time was not refused: {second}");
-    thread::sleep(Duration::from_millis(1500));
+    thread::sleep(Duration::from_millis(2500));
     let (_, cancelled) = pool.rmrctl_pool("verify-cancel", &[])?;
+    let most = started.elapsed().as_secs() + 3;
     let report = &cancelled["report"];
     ensure!(report.pointer("/state/name") == Some(&json!("cancelled")), "{report}");
     let (next, compared) = (report["next_chunk"].as_u64(), report["bytes_compared"].as_u64());
-    ensure!(next.is_some_and(|chunk| (1..8).contains(&chunk)), "at 1 MiB per second: {report}");
-    ensure!(compared.is_some_and(|bytes| bytes <= 4 << 20), "faster than was allowed: {report}");
+    ensure!(next.is_some_and(|chunk| (1..=most).contains(&chunk)), "at 1 MiB per second: {report}");
+    ensure!(
+        compared.is_some_and(|bytes| bytes <= most << 20),
+        "more than {most} MiB, faster than was allowed: {report}"
+    );
     let rest = verify(pool, &["--from-chunk", "31"], 0)?;
     ensure!(rest["bytes_compared"] == 1 << 20, "{rest}");
     Ok(())
+}
+
+/// Begins a slow verify that yields to the guest; returns when it was begun.
+///
+/// A guest is quiet for it after a twentieth of a second without a request, which a crowded machine makes it now and then.
+fn begin_yielding(pool: &Pool) -> Result<Instant> {
+    let mut begun = Value::Null;
+    for _ in 0..20 {
+        let started = Instant::now();
+        let exit;
+        (exit, begun) = pool.rmrctl_pool("verify", &["--rate", "1M"])?;
+        ensure!(
+            exit == 0 && begun.pointer("/report/state/name") == Some(&json!("running")),
+            "{exit} {begun}"
+        );
+        if begun.pointer("/report/yielding") == Some(&json!(true)) {
+            return Ok(started);
+        }
+        pool.rmrctl_pool("verify-cancel", &[])?;
+    }
+    bail!("the guest writes, and it does not yield: {begun}")
 }
 
 /// A verify to its end; its report.

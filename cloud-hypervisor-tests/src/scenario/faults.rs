@@ -15,7 +15,7 @@ use crate::lab::{Daemon, DaemonBuilder, Lab, Node, NodeBuilder, Transport};
 /// The leg timeout of both sides. Making a connection takes most of a second on an emulated processor.
 const LEG_TIMEOUT: Duration = Duration::from_secs(3);
 /// By when a lost leg has to be noticed, on a machine that may be crowded.
-const NOTICED: Duration = Duration::from_secs(9);
+const NOTICED: Duration = Duration::from_secs(20);
 /// What the daemon says when it has lost a leg.
 const LOST: &str = "members lost";
 
