@@ -182,8 +182,7 @@ impl World<'_> {
                     continue;
                 }
                 // The other one may be a step ahead: its next write to the sector is in flight.
-                let is_excused =
-                    !self.oracle.has_failed(value) && self.oracle.may_be_unfinished(sector, other);
+                let is_excused = self.oracle.may_be_overtaken(sector, value, other);
                 let is_known = [(index, member), (other_index, node.member)]
                     .into_iter()
                     .any(|(keeper, stale)| self.has_record(keeper, stale, sector));
@@ -393,6 +392,7 @@ impl World<'_> {
             return Err(format!("client {host} attached with {view} after {last}: the epoch is not its own"));
         }
         self.check_agreement(&view)?;
+        self.oracle.agree(self.step);
         self.view_committed(host, view)
     }
 

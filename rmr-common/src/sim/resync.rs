@@ -480,6 +480,11 @@ impl World<'_> {
         self.nodes[index].replica.as_ref().map_or(0, |r| r.maps().missed(r.member()).0)
     }
 
+    /// How many blocks the pool has by the maps of a node.
+    pub(super) fn blocks_at(&self, index: usize) -> u64 {
+        self.nodes[index].replica.as_ref().map_or(0, |r| r.maps().block_count())
+    }
+
     pub(super) fn cover_disk_done(&mut self, index: usize, running: &Running, stale_before: u64) {
         let Some(replica) = &self.nodes[index].replica else { return };
         if replica.view().state(replica.member()) != Some(MemberState::Syncing) {

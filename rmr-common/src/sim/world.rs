@@ -593,12 +593,12 @@ impl<'a> World<'a> {
     /// Gives an event to a replica, and carries out what it asks for.
     pub(super) fn replica(&mut self, node: usize, event: replica::Event<'_>) -> Check {
         let now = Time(self.now);
-        let stale = self.own_stale(node);
+        let (stale, blocks) = (self.own_stale(node), self.blocks_at(node));
         let may_freshen = matches!(event, replica::Event::Disk(..) | replica::Event::PeerMessage(..));
         let Some(replica) = &mut self.nodes[node].replica else { return Ok(()) };
         replica.apply(event, now);
-        // A member of an older branch may lose blocks beyond the end of the pool.
-        let is_smaller = self.has_branches() && self.nodes[node].durable.spec.size > self.committed_spec.size;
+        // A member that comes to another branch loses what lies beyond the end that the pool has there.
+        let is_smaller = self.has_branches() && self.blocks_at(node) < blocks;
         if !may_freshen && !is_smaller && self.own_stale(node) < stale && !self.is_clean_at(node) {
             return Err(format!(
                 "node {node} takes a stale block for current before its disk has written it"
