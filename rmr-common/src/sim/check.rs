@@ -321,9 +321,13 @@ impl World<'_> {
         let pause = self.rng.range(1, 3000) * super::world::MILLISECOND;
         self.after(pause, super::world::Event::GuestReset(host));
         for member in members.iter() {
-            let node = &self.nodes[self.node_index(member)];
-            if !node.disk.write_back || self.hosts[host].host_boots[self.node_index(member)] == node.host_boot
-            {
+            // A client of an older branch may have another store as this member than the latest one has.
+            let index = match &self.hosts[host].committed {
+                Some(view) => self.node_in(view, member),
+                None => self.node_index(member),
+            };
+            let node = &self.nodes[index];
+            if !node.disk.write_back || self.hosts[host].host_boots[index] == node.host_boot {
                 return Err(format!(
                     "client {host} says that member {member} lost writes, whose machine ran on"
                 ));
