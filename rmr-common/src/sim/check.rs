@@ -391,6 +391,15 @@ impl World<'_> {
             // Nobody promised this client anything of what others had not flushed.
             self.give_up_unflushed(view.clean())?;
         }
+        // Its answers came late: another client has attached since, and its connections are closed.
+        if self.hosts[host].committed.is_none()
+            && self.committed.as_ref().is_some_and(|last| last.epoch > view.epoch)
+        {
+            self.hosts[host].is_fenced = true;
+            let writes: Vec<_> = self.hosts[host].requests.values().filter_map(|r| r.write).collect();
+            writes.into_iter().for_each(|write| self.oracle_of(host).fail(write, step));
+            return self.view_committed(host, view);
+        }
         // A view that was forced is the present one of its branch already.
         let is_taken = |last: &&View| last.epoch >= view.epoch && **last != view;
         if let Some(last) = self.committed.as_ref().filter(is_taken) {
