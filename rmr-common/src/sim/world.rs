@@ -6,6 +6,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use super::coverage::Coverage;
+use super::disk::SECTORS_PER_BLOCK;
 use super::node::{Content, Node, Target};
 use super::oracle::{Oracle, SECTOR, Step, WriteId};
 use super::peers::{FIRST_PEER, Peer};
@@ -510,6 +511,10 @@ impl<'a> World<'a> {
                 trace!(self, "node {node}: disk request {io} {:?} {:?}", running.operation, running.result);
                 if running.result != DiskResult::Done {
                     self.nodes[node].reads.remove(&io);
+                    if running.operation == DiskOperation::Read {
+                        let end = (running.first + running.count).div_ceil(SECTORS_PER_BLOCK);
+                        self.nodes[node].disk.unread.extend(running.first / SECTORS_PER_BLOCK..end);
+                    }
                 }
                 let stale = self.own_stale(node);
                 self.disk_ended(node, io, &running)?;
