@@ -295,7 +295,7 @@ impl World<'_> {
     }
 
     fn reread(&mut self, host: usize) -> Check {
-        let is_write = |r: &&super::world::Request| r.write.is_some() && r.count > 0;
+        let is_write = |r: &&super::host::Request| r.write.is_some() && r.count > 0;
         let in_flight = self.hosts[host].requests.values().filter(is_write);
         let ranges: Vec<_> = in_flight.map(|r| (r.first, r.count.min(32), r.start)).take(2).collect();
         for (first, count, start) in ranges {

@@ -2,7 +2,9 @@
 //! dies, what is lost with a cache before anybody was told, and what is given up before members were compared.
 
 use super::aim::{Aim, Shot};
-use super::world::{Check, Event, MILLISECOND, Profile, Request, World, trace};
+use super::host::Request;
+use super::profile::Profile;
+use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::Operation;
 use crate::pool::{MemberSet, MemberState, View};
 use crate::wire::{Kind, MessageHeader};

@@ -4,8 +4,9 @@
 //! connection with a number of its own.
 
 use super::disk::SECTORS_PER_BLOCK;
+use super::network::Message;
 use super::oracle::SECTOR;
-use super::world::{Check, Event, Message, World, trace};
+use super::world::{Check, Event, World, trace};
 use crate::pool::Address;
 use crate::replica::{self, ConnectionId, PulledData};
 use crate::wire::{Kind, MAX_BODY, MessageHeader, Status};
