@@ -28,6 +28,8 @@ pub(super) struct Connection {
     pub(super) is_cut: bool,
     pub(super) client_closed: bool,
     node_closed: bool,
+    /// The client does not hear of its end before.
+    pub(super) silent_until: u64,
     /// The node was told, so that nothing of the connection may come up any more.
     is_forgotten: bool,
     last_to_node: u64,
@@ -249,6 +251,7 @@ impl World<'_> {
             is_cut: false,
             client_closed: false,
             node_closed: false,
+            silent_until: 0,
             is_forgotten: false,
             last_to_node: 0,
             last_to_client: 0,
@@ -270,7 +273,8 @@ impl World<'_> {
             return;
         }
         self.after(a, Event::NodeLoses(index));
-        self.after(b, Event::ClientLoses(index));
+        let heard = (self.now + b).max(self.connections[index].silent_until);
+        self.at(heard, Event::ClientLoses(index));
         trace!(self, "connection {index} is cut");
     }
 

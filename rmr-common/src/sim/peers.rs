@@ -136,6 +136,9 @@ impl World<'_> {
         if peer.is_cut || if to_source { peer.stale_closed } else { peer.source_closed } {
             return Ok(());
         }
+        if to_source && message.header.kind == Kind::Pull {
+            self.aim_at_pull(self.peers[index].stale, self.peers[index].source);
+        }
         let h = &message.header;
         trace!(
             self,

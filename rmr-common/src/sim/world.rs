@@ -211,7 +211,7 @@ impl<'a> World<'a> {
             members: (0..members).map(member).collect(),
         };
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
-        let all_write_back = rng.percent(40) || aiming.aim == super::aim::Aim::Caches;
+        let all_write_back = rng.percent(40) || aiming.aim.needs_caches();
         let state =
             DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None };
         let nodes: Vec<_> = spec
