@@ -15,7 +15,7 @@ const DIFFERENT: i32 = 5;
 
 /// Without a guest `rmrctl` finds the block and repairs it by the member that is trusted.
 pub(super) fn by_trust(lab: &Lab, effort: Effort) -> Result<Counts> {
-    let System { pool, nodes: _nodes, .. } = System::patient(lab, effort, 2, 0)?;
+    let System { pool, nodes: _nodes, .. } = System::patient(lab, halved(effort), 2, 0)?;
     let clean = verify(&pool, &[], 0)?;
     ensure!(clean["bytes_compared"] == pool.size(), "{clean}");
     pool.areas()?[1].flip_byte(77 * BLOCK + 5)?;
@@ -40,7 +40,7 @@ pub(super) fn by_trust(lab: &Lab, effort: Effort) -> Result<Counts> {
 
 /// Under load a verify finds the block that was damaged and no other, and the majority mends it.
 pub(super) fn by_majority(lab: &Lab, effort: Effort) -> Result<Counts> {
-    let mut system = System::patient(lab, effort, 3, 0)?;
+    let mut system = System::patient(lab, halved(effort), 3, 0)?;
     let daemon = system.patient_daemon(lab, "daemon")?;
     // In the half that is not damaged: it would see that where it reads.
     let writer = Writer { span: Some(system.pool.size() / 2), ..system.writer() };
@@ -56,6 +56,11 @@ pub(super) fn by_majority(lab: &Lab, effort: Effort) -> Result<Counts> {
         ("requests".to_owned(), report.requests),
         ("bytes_before_interruption".to_owned(), compared),
     ]))
+}
+
+/// The whole pool is compared again and again.
+fn halved(effort: Effort) -> Effort {
+    Effort { pool_mib: effort.pool_mib / 2, ..effort }
 }
 
 fn find_and_mend(pool: &Pool, node: &Node) -> Result<()> {
