@@ -34,3 +34,8 @@ fn a_daemon_killed_under_load_again_and_again_leaves_copies_that_agree() -> Resu
 fn everything_killed_at_once_comes_back_with_all_that_was_promised() -> Result<()> {
     scenario::test("killed-everything")
 }
+
+#[test]
+fn a_daemon_that_stood_still_loses_no_leg_by_that_and_a_node_that_did_so_comes_back() -> Result<()> {
+    run("standstill")
+}

@@ -300,9 +300,18 @@ impl Ring {
     }
 
     /// Sets the call descriptor; without one the guest polls.
+    ///
+    /// The guest is notified through it at once, which it takes well: what is on the used ring already may have been published
+    /// by a daemon that died before it notified, or through the descriptor that this one replaces. QEMU starts the rings with
+    /// one that nobody reads. A guest that missed a notification would wait for ever, because the next used element lies
+    /// behind its event index.
     pub fn set_call(&mut self, call: Option<File>) {
         self.has_call = call.is_some();
         self.vring.set_call(call);
+        if self.has_call {
+            // The only failure is a counter at its limit, and then the guest has a notification waiting.
+            let _ = self.vring.signal_used_queue();
+        }
     }
 
     /// Sets the descriptor that tells the front end that the ring failed.

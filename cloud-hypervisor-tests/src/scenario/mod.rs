@@ -16,6 +16,7 @@ mod keys;
 mod membership;
 mod pool_key;
 pub mod recovery;
+mod standstill;
 mod system;
 mod verify;
 mod writer;
@@ -69,7 +70,7 @@ const fn long(name: &'static str, sentence: &'static str, run: Run) -> Scenario 
 }
 
 /// All scenarios, those of single requests first.
-pub const ALL: [Scenario; 26] = [
+pub const ALL: [Scenario; 27] = [
     each_time("io", "every block that is read holds what was written, and all copies are the same", data::io),
     each_time(
         "counts",
@@ -172,6 +173,11 @@ pub const ALL: [Scenario; 26] = [
         "killed-everything",
         "everything killed at once comes back with all that was promised",
         recovery::killed_everything,
+    ),
+    each_time(
+        "standstill",
+        "a daemon that stood still loses no leg by that, and a node that did so comes back",
+        standstill::standstill,
     ),
     each_time(
         "cut",

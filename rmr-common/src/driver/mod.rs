@@ -5,6 +5,7 @@
 //! wake-up, which sends everything that was queued, one system call for each leg.
 
 mod bounce;
+mod clock;
 mod pool;
 mod traffic;
 
@@ -24,7 +25,6 @@ use crate::client::{
     Client, CommandToken, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason,
     Payload, PoolSelector, PoolStatus, Token,
 };
-use crate::clock::monotonic_now;
 use crate::pool::{Address, Command, CommandReply, PoolSpec};
 use crate::reactor::WatchChange;
 use crate::time::Time;
@@ -32,6 +32,7 @@ use crate::transport::connect::Connector;
 use crate::transport::{Connection, Counters, Place, Receiver, Wire as AnyConnection};
 use crate::wire::{Kind, MessageHeader, Status, data_digest};
 use bounce::Bounces;
+use clock::Clock;
 
 /// Slot memory that a connection over RDMA did not use for so long goes back.
 const BEAT: Duration = Duration::from_secs(1);
@@ -125,6 +126,7 @@ pub struct PoolDriver {
     traffic: Traffic,
     /// When a request was last sent or answered.
     last_request: Time,
+    clock: Clock,
     now: Time,
     /// `now` is of this wake-up.
     is_now: bool,
@@ -137,7 +139,8 @@ impl PoolDriver {
     /// When no eventfd can be made.
     pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
         let connector = Self::connector(&config)?;
-        Ok(Self::start(Client::new(config, selector, seeds, monotonic_now()), connector))
+        let clock = Clock::default();
+        Ok(Self::start(Client::new(config, selector, seeds, clock.now()), connector, clock))
     }
 
     /// Starts to attach to a pool whose specification is known from [`discover`].
@@ -146,14 +149,16 @@ impl PoolDriver {
     /// When no eventfd can be made.
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
         let connector = Self::connector(&config)?;
-        Ok(Self::start(Client::with_spec(config, spec, seeds, monotonic_now()), connector))
+        let clock = Clock::default();
+        Ok(Self::start(Client::with_spec(config, spec, seeds, clock.now()), connector, clock))
     }
 
     fn connector(config: &Config) -> io::Result<Connector> {
         Connector::new(config.leg_timeout, config.tls.clone(), config.fabric.clone())
     }
 
-    fn start(client: Client, connector: Connector) -> Self {
+    fn start(client: Client, connector: Connector, clock: Clock) -> Self {
+        let now = clock.now();
         let changes = vec![WatchChange::Add(connector.descriptor(), EventSet::IN)];
         let mut driver = Self {
             client,
@@ -171,10 +176,11 @@ impl PoolDriver {
             changes,
             closing: Vec::new(),
             closed: Counters::default(),
-            next_beat: monotonic_now() + BEAT,
+            next_beat: now + BEAT,
             traffic: Traffic::default(),
             last_request: Time(0),
-            now: monotonic_now(),
+            clock,
+            now,
             is_now: false,
         };
         driver.carry_out();
@@ -333,7 +339,7 @@ impl PoolDriver {
 
     fn look_at_clock(&mut self) {
         if !self.is_now {
-            self.now = monotonic_now();
+            self.now = self.clock.look(self.client.deadline());
             self.is_now = true;
         }
     }
@@ -341,7 +347,7 @@ impl PoolDriver {
     /// How long the loop may wait before it calls [`PoolDriver::upkeep`] again.
     #[must_use]
     pub fn timeout(&self) -> Duration {
-        let now = monotonic_now();
+        let now = self.clock.now();
         // Once it is quiet, all links are watched.
         let is_deaf = |wire: &Wire| !wire.watched.contains(EventSet::IN);
         let deadline = self.client.deadline();
@@ -703,7 +709,7 @@ mod tests {
         driver.upkeep();
         let pause = Duration::from_millis(50);
         std::thread::sleep(pause);
-        let before = monotonic_now();
+        let before = driver.clock.now();
         driver.submit(Token(1), Operation::Flush, 0, 0, &[]);
         assert!(driver.now >= before, "the driver's time is {:?} old", before - driver.now);
     }

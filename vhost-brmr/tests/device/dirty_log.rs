@@ -5,14 +5,15 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::*;
@@ -23,29 +24,33 @@ const IOERR: u8 = 1;
 /// Bytes of a log for all of the guest's memory, and as much again for a used ring that is to be logged elsewhere.
 const LOG_SIZE: u64 = (GUEST_BASE + 2 * MEMORY_SIZE) / PAGE / 8;
 
-/// A log of the front end's.
-struct Log(File);
+/// A log of the front end's, and how the front end sees it.
+struct Log {
+    file: File,
+    map: MmapRegion,
+}
 
 impl Log {
     fn new(size: u64) -> Self {
         let file = tempfile::tempfile().unwrap();
         file.set_len(size).unwrap();
-        Self(file)
+        let shared = FileOffset::new(file.try_clone().unwrap(), 0);
+        let map = MmapRegion::from_file(shared, usize::try_from(size.max(1)).unwrap()).unwrap();
+        Self { file, map }
     }
 
     fn region(&self, size: u64) -> Option<VhostUserDirtyLogRegion> {
-        Some(VhostUserDirtyLogRegion { mmap_size: size, mmap_offset: 0, mmap_handle: self.0.as_raw_fd() })
+        Some(VhostUserDirtyLogRegion { mmap_size: size, mmap_offset: 0, mmap_handle: self.file.as_raw_fd() })
     }
 
-    /// Takes all marked pages, as offsets in guest memory.
+    /// Takes all marked pages, as offsets in guest memory; one that is marked meanwhile is taken now or the next time.
     fn take(&self) -> BTreeSet<u64> {
-        let mut bytes = vec![0; usize::try_from(self.0.metadata().unwrap().len()).unwrap()];
-        self.0.read_exact_at(&mut bytes, 0).unwrap();
+        let bytes = self.map.as_volatile_slice();
+        let taken = (0..bytes.len())
+            .map(|at| bytes.get_atomic_ref::<AtomicU8>(at).unwrap().swap(0, Ordering::SeqCst));
         let bits = |byte: u8| (0..8).filter(move |bit| byte & 1 << bit != 0);
-        let pages = (0u64..).zip(&bytes).flat_map(|(at, byte)| bits(*byte).map(move |bit| at * 8 + bit));
-        let pages: BTreeSet<_> = pages.map(|page| (page * PAGE).wrapping_sub(GUEST_BASE)).collect();
-        self.0.write_all_at(&vec![0; bytes.len()], 0).unwrap();
-        pages
+        let pages = (0u64..).zip(taken).flat_map(|(at, byte)| bits(byte).map(move |bit| at * 8 + bit));
+        pages.map(|page| (page * PAGE).wrapping_sub(GUEST_BASE)).collect()
     }
 }
 
@@ -247,8 +252,11 @@ fn logs_that_make_no_sense_are_refused_and_the_next_session_goes_on() {
     ] {
         let (daemon, mut guest) = Setup::default().boot();
         let log = Log::new(length);
-        let region =
-            VhostUserDirtyLogRegion { mmap_size: size, mmap_offset: offset, mmap_handle: log.0.as_raw_fd() };
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: size,
+            mmap_offset: offset,
+            mmap_handle: log.file.as_raw_fd(),
+        };
         assert_eq!(
             guest.frontend.set_log_base(0, Some(region)).is_ok(),
             fits,

@@ -262,6 +262,23 @@ fn without_event_indices_the_flag_of_the_avail_ring_is_respected() {
 }
 
 #[test]
+fn what_is_used_before_a_call_descriptor_comes_is_notified_through_it() {
+    for features in [ALL, ALL & !bit(29)] {
+        let (_daemon, mut guest) = Setup { features, ..Setup::default() }.boot();
+        if guest.event_idx {
+            guest.set_used_event(0, 0);
+        }
+        guest.submit(0, 0, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+        guest.kick(0);
+        // As QEMU does after each start of a ring: the first descriptor is one that no interrupt of the guest hangs on.
+        eventually("the request is used", || guest.used_index(0) == 1);
+        guest.rings[0].replace_call();
+        guest.frontend.set_vring_call(0, &guest.rings[0].call).unwrap();
+        assert!(guest.rings[0].wait_call(PATIENCE), "the guest waits for ever");
+    }
+}
+
+#[test]
 fn get_vring_base_drains_keeps_the_index_and_the_ring_goes_on_from_there() {
     let (daemon, mut guest) = Setup { queues: 2, ..Setup::default() }.boot();
     for _ in 0..3 {

@@ -239,6 +239,7 @@ impl Guest {
         self.frontend.set_vring_addr(queue, &self.addresses(queue, None)).unwrap();
         let ring = &self.rings[queue];
         self.frontend.set_vring_call(queue, &ring.call).unwrap();
+        ring.call.read().expect("the guest is notified of what may be used already");
         self.frontend.set_vring_err(queue, &ring.error).unwrap();
     }
 
@@ -460,12 +461,21 @@ impl Guest {
 
 impl Ring {
     pub(crate) fn new(size: u16) -> Self {
-        let call = EventFd::new(EFD_NONBLOCK).unwrap();
-        let calls = Epoll::new().unwrap();
-        let event = EpollEvent::new(EventSet::IN, 0);
-        calls.ctl(ControlOperation::Add, call.as_raw_fd(), event).unwrap();
+        let (call, calls) = Self::watched_call();
         let (kick, error) = (EventFd::new(EFD_NONBLOCK).unwrap(), EventFd::new(EFD_NONBLOCK).unwrap());
         Self { size, avail: 0, seen: 0, kick, call, error, calls }
+    }
+
+    fn watched_call() -> (EventFd, Epoll) {
+        let (call, calls) = (EventFd::new(EFD_NONBLOCK).unwrap(), Epoll::new().unwrap());
+        let event = EpollEvent::new(EventSet::IN, 0);
+        calls.ctl(ControlOperation::Add, call.as_raw_fd(), event).unwrap();
+        (call, calls)
+    }
+
+    /// Another call descriptor, which the device does not know yet.
+    pub(crate) fn replace_call(&mut self) {
+        (self.call, self.calls) = Self::watched_call();
     }
 
     /// Waits for a notification and takes it.
