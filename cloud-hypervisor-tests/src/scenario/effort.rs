@@ -27,8 +27,7 @@ pub struct Effort {
     /// Leg timeout of both sides where a silent leg has to be noticed. Making a connection takes most of a second on an
     /// emulated processor.
     pub leg_timeout: Duration,
-    /// Leg timeout where nobody is silent for long, and a leg that is lost because the machine is crowded would be an error. Not
-    /// longer than that: a packet that Soft-RoCE loses is sent again after an eighth of it.
+    /// Leg timeout where nobody is silent for long, and a leg that is lost because the machine is crowded would be an error.
     pub patience: Duration,
 }
 
@@ -59,6 +58,6 @@ impl Effort {
         rounds: 1,
         slow_bytes_per_s: 256 << 10,
         leg_timeout: Duration::from_secs(3),
-        patience: Duration::from_secs(10),
+        patience: Duration::from_secs(20),
     };
 }

@@ -123,7 +123,7 @@ pub const ALL: [Scenario; 27] = [
         "a front end that vanishes with a full queue again and again costs nothing",
         failures::vanishing_front_end,
     ),
-    each_time(
+    long(
         "verify-majority",
         "under load a verify finds the block that was damaged and no other, and the majority mends it",
         verify::by_majority,
