@@ -66,13 +66,11 @@ impl World<'_> {
         let first = clean.first().copied().unwrap_or(0);
         for sector in 0..self.sectors() {
             let expected = self.nodes[first].value(sector);
-            // What this client had sent before, and sends again.
-            if self.oracle.is_in_flight(sector) {
-                continue;
-            }
             for &index in &clean {
                 let value = self.nodes[index].value(sector);
-                if value != expected || !self.oracle.is_current(sector, value) {
+                let is_wrong = value != expected || !self.oracle.is_current(sector, value);
+                // What is in flight this client had sent before, and sends again.
+                if is_wrong && !self.oracle.is_in_flight(sector) {
                     return Err(format!(
                         "{view}: a client attached, and sector {sector} is {} on node {first} and {} on node {index}; \
                          possible: {}",

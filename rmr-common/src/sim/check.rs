@@ -143,14 +143,14 @@ impl World<'_> {
 
     /// A bit may be cleared only for what is the same on all members and survives a power cut here.
     pub(super) fn check_page(&mut self, index: usize, page: MapPage, bytes: &PageBytes) -> Check {
+        if page.map != MapId::Intent {
+            return Ok(()); // Judged when a bit is cleared in memory: see `check_stale`.
+        }
         let Some(old) = self.nodes[index].pages.get(&page) else { return Ok(()) };
         let first = u64::from(page.page) * crate::map::MAP_PAGE_BITS;
         let last = (first + crate::map::MAP_PAGE_BITS).min(self.committed_spec.chunk_count());
         let cleared: Vec<_> = (first..last).map(Chunk).filter(|&c| bit(old, c) && !bit(bytes, c)).collect();
         for chunk in cleared {
-            if page.map != MapId::Intent {
-                continue; // Judged when it is cleared in memory: see `check_stale`.
-            }
             self.coverage.hit("intent cleared");
             self.check_cleared(index, chunk)?;
         }
@@ -165,6 +165,8 @@ impl World<'_> {
         }
         let per_chunk = usize::try_from(self.spec.chunk_size.bytes() / SECTOR).unwrap_or(0);
         let start = usize::try_from(chunk.0).unwrap_or(0) * per_chunk;
+        let others: Vec<_> =
+            active.iter().filter(|&m| m != node.member).map(|m| (m, self.node_index(m))).collect();
         for sector in start..(start + per_chunk).min(self.sectors()) {
             // What was pulled is on record as missed until it is flushed.
             if node.disk.unflushed_since[sector] != 0 && !node.disk.pulled[sector] {
@@ -173,20 +175,23 @@ impl World<'_> {
                 ));
             }
             let value = node.disk.sectors[sector];
-            for member in active.iter().filter(|&m| m != node.member) {
-                let other = self.nodes[self.node_index(member)].value(sector);
+            for &(member, other_index) in &others {
+                let theirs = &self.nodes[other_index];
+                let other = theirs.value(sector);
+                if other == value {
+                    continue;
+                }
                 // The other one may be a step ahead: its next write to the sector is in flight.
                 let is_excused =
                     !self.oracle.has_failed(value) && self.oracle.may_be_unfinished(sector, other);
-                let is_known = [(index, member), (self.node_index(member), node.member)]
+                let is_known = [(index, member), (other_index, node.member)]
                     .into_iter()
                     .any(|(keeper, stale)| self.has_record(keeper, stale, sector));
                 // A member that came back meanwhile has no part in what a client that died left behind; the other one keeps
                 // its intent. So does one that lost its cache: it is stale for its intents when a client attaches next.
-                let theirs = &self.nodes[self.node_index(member)];
                 let is_kept = (self.oracle.is_undecided(sector) || theirs.disk.lost.contains(&sector))
                     && theirs.has_bit(MapId::Intent, chunk);
-                if other != value && !is_excused && !is_known && !is_kept {
+                if !is_excused && !is_known && !is_kept {
                     return Err(format!(
                         "node {index} clears the intent of chunk {chunk}, whose sector {sector} is {} here and {} on \
                          member {member}",
@@ -547,16 +552,20 @@ impl World<'_> {
             }
         }
         for member in view.active().iter() {
-            let node = &self.nodes[self.node_index(member)];
+            let index = self.node_index(member);
+            let node = &self.nodes[index];
             for sector in request.first..request.first + request.count {
                 let value = node.value(sector);
+                if self.oracle.is_current(sector, value) {
+                    continue;
+                }
                 // A part of the request may have completed before the member was brought back in.
                 let is_known = |k: crate::pool::MemberId| self.has_record(self.node_index(k), member, sector);
                 let is_stale =
                     view.state(member) == Some(MemberState::Syncing) && view.clean().iter().all(is_known);
                 // A read may have shown a later write elsewhere, which is not here yet.
                 let is_known = is_stale || self.oracle.is_open(sector) || node.disk.lost.contains(&sector);
-                if !is_known && !self.oracle.is_current(sector, value) {
+                if !is_known {
                     return Err(format!(
                         "member {member} has {} in sector {sector}; possible: {}",
                         Oracle::name(value),
@@ -565,15 +574,14 @@ impl World<'_> {
                 }
             }
             for absent in view.out().iter() {
-                let disk = &self.nodes[self.node_index(absent)].disk;
+                let theirs = &self.nodes[self.node_index(absent)];
                 let misses = |&sector: &usize| {
-                    disk.unflushed_since[sector] > 0
-                        || !self.oracle.is_current(sector, self.nodes[self.node_index(absent)].value(sector))
+                    theirs.disk.unflushed_since[sector] > 0
+                        || !self.oracle.is_current(sector, theirs.value(sector))
                 };
+                let is_dropped = view.member(absent).is_some_and(|m| self.has_dropped(index, m));
                 for sector in (request.first..request.first + request.count).filter(misses) {
                     let chunk = self.spec.chunk_size.chunk_of(sector as u64 * SECTOR);
-                    let is_dropped =
-                        view.member(absent).is_some_and(|m| self.has_dropped(self.node_index(member), m));
                     if !node.has_bit(MapId::Dirty(absent), chunk) && !is_dropped {
                         return Err(format!(
                             "member {member} has no durable record that {absent} misses sector {sector}, chunk {chunk}"
@@ -594,9 +602,9 @@ impl World<'_> {
     pub(super) fn check_data(&self) -> Check {
         let view = self.committed.as_ref().ok_or("no client ever attached")?;
         let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
+        let absent: Vec<_> = view.out().iter().map(|m| (m, self.node_index(m))).collect();
         for sector in 0..self.sectors() {
             let expected = self.nodes[clean[0]].value(sector);
-            let is_undecided = self.oracle.is_undecided(sector);
             for &index in &clean {
                 let value = self.nodes[index].value(sector);
                 if !self.oracle.is_current(sector, value) {
@@ -615,9 +623,8 @@ impl World<'_> {
                     ));
                 }
             }
-            for out in view.out().iter().filter(|_| !is_undecided) {
-                let value = self.nodes[self.node_index(out)].value(sector);
-                if value == expected {
+            for &(out, index) in &absent {
+                if self.nodes[index].value(sector) == expected || self.oracle.is_undecided(sector) {
                     continue;
                 }
                 let records =

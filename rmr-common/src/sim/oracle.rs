@@ -14,6 +14,9 @@ pub(super) type Step = u64;
 
 const NEVER: Step = Step::MAX;
 
+/// No write has this value.
+const NO_VALUE: u64 = u64::MAX;
+
 struct Write {
     start: Step,
     end: Step,
@@ -42,6 +45,8 @@ pub(super) struct Oracle {
     base: WriteId,
     writes: Vec<Write>,
     sectors: Vec<Vec<Candidate>>,
+    /// For each sector the newest of the values that it may hold now, so that most questions are one comparison.
+    present: Vec<u64>,
 }
 
 impl Oracle {
@@ -51,6 +56,7 @@ impl Oracle {
             base: 0,
             writes: vec![Write { start: 0, end: 0, failed: false }],
             sectors: vec![vec![genesis]; sectors],
+            present: vec![0; sectors],
         }
     }
 
@@ -58,11 +64,13 @@ impl Oracle {
     pub(super) fn branch(number: usize, values: impl Iterator<Item = u64>, now: Step) -> Self {
         let base = u32::try_from(number).unwrap_or(0) * WRITES_PER_BRANCH;
         let decided =
-            |value| vec![Candidate { write: base, value, observed: NEVER, removed: NEVER, doubt: 0 }];
+            |&value: &u64| vec![Candidate { write: base, value, observed: NEVER, removed: NEVER, doubt: 0 }];
+        let present: Vec<_> = values.collect();
         Self {
             base,
             writes: vec![Write { start: now, end: now, failed: false }],
-            sectors: values.map(decided).collect(),
+            sectors: present.iter().map(decided).collect(),
+            present,
         }
     }
 
@@ -85,6 +93,13 @@ impl Oracle {
     pub(super) fn grow(&mut self, sectors: usize) {
         let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER, doubt: 0 };
         self.sectors.resize(sectors, vec![genesis]);
+        self.present.resize(sectors, 0);
+    }
+
+    /// The candidates of a sector have changed.
+    fn renew(&mut self, sector: usize) {
+        let present = self.sectors[sector].iter().rev().find(|c| c.removed == NEVER);
+        self.present[sector] = present.map_or(NO_VALUE, |c| c.value);
     }
 
     /// The value that write `id` gives to the `index`-th sector of its range.
@@ -104,6 +119,7 @@ impl Oracle {
                 removed: NEVER,
                 doubt: 0,
             });
+            self.present[first + i] = value;
         }
         id
     }
@@ -117,8 +133,15 @@ impl Oracle {
     /// A write that was begun in another branch, by a client that attaches to this one. Only what is within the pool here counts.
     pub(super) fn adopt(&mut self, first: usize, values: &[u64], now: Step) -> WriteId {
         let id = self.reserve(now);
-        for (sector, &value) in self.sectors.iter_mut().skip(first).zip(values) {
-            sector.push(Candidate { write: id, value, observed: NEVER, removed: NEVER, doubt: 0 });
+        for (sector, &value) in (first..self.len()).zip(values) {
+            self.sectors[sector].push(Candidate {
+                write: id,
+                value,
+                observed: NEVER,
+                removed: NEVER,
+                doubt: 0,
+            });
+            self.present[sector] = value;
         }
         id
     }
@@ -126,6 +149,7 @@ impl Oracle {
     /// A write whose client has attached to another branch: it is not seen in this one.
     pub(super) fn disown(&mut self, id: WriteId, now: Step) {
         self.sectors.iter_mut().for_each(|s| s.retain(|c| c.write != id));
+        (0..self.len()).for_each(|sector| self.renew(sector));
         let place = self.place(id);
         self.writes[place].end = self.writes[place].end.min(now);
     }
@@ -142,6 +166,7 @@ impl Oracle {
         let settled = |&value: &u64| Candidate { write, value, observed: NEVER, removed: NEVER, doubt: 0 };
         candidates.extend(values.iter().map(settled));
         self.sectors[sector] = candidates;
+        self.renew(sector);
     }
 
     /// The write was acknowledged.
@@ -162,6 +187,7 @@ impl Oracle {
             sector.retain(|c| c.removed > oldest || (c.doubt != 0 && self.of(c.doubt).end == NEVER));
         }
         self.sectors = sectors;
+        (first..first + count).for_each(|sector| self.renew(sector));
     }
 
     /// The write ended with an error, or its client is gone: it may have happened or not.
@@ -181,10 +207,11 @@ impl Oracle {
         }
         self.fail(id, now);
         let range = first.min(self.len())..(first + count).min(self.len());
-        for candidate in self.sectors[range].iter_mut().flatten().filter(|c| c.doubt == id) {
+        for candidate in self.sectors[range.clone()].iter_mut().flatten().filter(|c| c.doubt == id) {
             candidate.removed = NEVER;
             candidate.doubt = 0;
         }
+        range.for_each(|sector| self.renew(sector));
     }
 
     /// Every member has lost what was written to the sector last, or may have: this value is back, or one of those that were
@@ -199,10 +226,11 @@ impl Oracle {
         let candidates = &mut self.sectors[sector];
         if let Some(back) = candidates.iter_mut().find(|c| c.value == value) {
             (back.removed, back.observed) = (NEVER, NEVER);
-            return;
+        } else {
+            let write = u32::try_from(value >> 24).unwrap_or(0);
+            candidates.push(Candidate { write, value, observed: NEVER, removed: NEVER, doubt: 0 });
         }
-        let write = u32::try_from(value >> 24).unwrap_or(0);
-        candidates.push(Candidate { write, value, observed: NEVER, removed: NEVER, doubt: 0 });
+        self.renew(sector);
     }
 
     /// The guest has changed what a write that is in flight writes to a sector: it may become either.
@@ -211,14 +239,23 @@ impl Oracle {
         if self.sectors[sector].iter().any(|c| c.write == id) {
             let (observed, removed) = (NEVER, NEVER);
             self.sectors[sector].push(Candidate { write: id, value, observed, removed, doubt: 0 });
+            self.present[sector] = value;
         }
     }
 
     /// Checks what a read that began at `start` returned for a sector, and learns from it.
     pub(super) fn read(&mut self, sector: usize, value: u64, start: Step, now: Step) -> Result<(), String> {
+        if let [only] = &mut self.sectors[sector][..]
+            && only.value == value
+            && only.removed > start
+        {
+            only.observed = only.observed.min(now);
+            return Ok(());
+        }
         let mut candidates = std::mem::take(&mut self.sectors[sector]);
         let found = self.read_among(sector, &mut candidates, value, start, now);
         self.sectors[sector] = candidates;
+        self.renew(sector);
         found
     }
 
@@ -261,7 +298,13 @@ impl Oracle {
 
     /// Whether a Clean member may hold the value now.
     pub(super) fn is_current(&self, sector: usize, value: u64) -> bool {
-        self.sectors[sector].iter().any(|c| c.value == value && c.removed == NEVER)
+        value != NO_VALUE && self.present[sector] == value
+            || self.sectors[sector].iter().any(|c| c.value == value && c.removed == NEVER)
+    }
+
+    /// Values that a Clean member may hold now in some sectors, one of each. That it has others does not say that it may not.
+    pub(super) fn present(&self, sectors: std::ops::Range<usize>) -> &[u64] {
+        &self.present[sectors]
     }
 
     /// Whether the sector's value may change without a further request: a write of it is in flight or undecided.

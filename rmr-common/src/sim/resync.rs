@@ -13,6 +13,9 @@ use crate::wire::{ChunkList, Kind, MessageHeader, SetView, Status};
 
 const SECTORS_PER_BLOCK: usize = (BLOCK_SIZE / SECTOR) as usize;
 
+/// How much of a disk is compared at once where most of it is the same.
+const SECTORS_PER_LOOK: usize = 16 * SECTORS_PER_BLOCK;
+
 /// A resync that began with everything known.
 struct Started {
     link: usize,
@@ -162,40 +165,55 @@ impl World<'_> {
     }
 
     /// What a member that is not Clean misses is on record at each member that is active, and at itself while it syncs.
-    pub(super) fn check_stale(&mut self) -> Check {
-        let Some(view) = self.committed.clone() else { return Ok(()) };
+    pub(super) fn check_stale(&self) -> Check {
+        let Some(view) = &self.committed else { return Ok(()) };
         for stale in view.members.iter().filter(|m| m.state != MemberState::Clean) {
             let index = self.node_index(stale.id);
             let keepers: Vec<_> =
                 view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
-            let blocks = (0..self.sectors()).step_by(SECTORS_PER_BLOCK);
-            let unknown = blocks.filter(|&first| !self.is_well_known(&keepers, index, stale.id, first));
-            let sectors = unknown.flat_map(|first| first..(first + SECTORS_PER_BLOCK).min(self.sectors()));
-            for sector in sectors.filter(|&sector| self.is_missing(index, sector)) {
-                let has = |k: &usize| self.has_record(*k, stale.id, sector) || self.has_dropped(*k, stale);
-                let is_kept = keepers.iter().all(has);
-                let own = self.nodes[index].replica.as_ref();
-                let own = own
-                    .filter(|r| r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == view);
-                if !is_kept || own.is_some() && !self.is_stale(index, sector) {
-                    let silent: Vec<_> = keepers.iter().filter(|k| !has(k)).collect();
-                    return Err(format!(
-                        "{view}: member {} misses sector {sector} ({}), on record everywhere but on nodes {silent:?}, \
-                         and on itself: {}; possible: {}",
-                        stale.id,
-                        Oracle::name(self.nodes[index].disk.sectors[sector]),
-                        self.is_stale(index, sector),
-                        self.oracle.describe(sector)
-                    ));
-                }
+            let own = self.nodes[index].replica.as_ref();
+            let knows_itself = own.is_some_and(|r| {
+                r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == *view
+            });
+            let has = |k: &usize, sector: usize| {
+                self.has_record(*k, stale.id, sector) || self.has_dropped(*k, stale)
+            };
+            // Records are by block: where everybody has one, it does not matter what is in it.
+            let is_unknown = |&first: &usize| {
+                !keepers.iter().all(|k| has(k, first)) || knows_itself && !self.is_stale(index, first)
+            };
+            let unknown = self.blocks_in_doubt(index).filter(is_unknown);
+            let mut sectors =
+                unknown.flat_map(|first| first..(first + SECTORS_PER_BLOCK).min(self.sectors()));
+            if let Some(sector) = sectors.find(|&sector| self.is_missing(index, sector)) {
+                let silent: Vec<_> = keepers.iter().filter(|k| !has(k, sector)).collect();
+                return Err(format!(
+                    "{view}: member {} misses sector {sector} ({}), on record everywhere but on nodes {silent:?}, \
+                     and on itself: {}; possible: {}",
+                    stale.id,
+                    Oracle::name(self.nodes[index].disk.sectors[sector]),
+                    self.is_stale(index, sector),
+                    self.oracle.describe(sector)
+                ));
             }
         }
         Ok(())
     }
 
-    /// Whether everybody has the block of a sector on record as missed, so that it does not matter what is in it.
-    fn is_well_known(&self, keepers: &[usize], index: usize, member: MemberId, sector: usize) -> bool {
-        keepers.iter().all(|&k| self.has_record(k, member, sector)) && self.is_stale(index, sector)
+    /// The first sectors of all blocks in which a node may have something else than the pool.
+    fn blocks_in_doubt(&self, index: usize) -> impl Iterator<Item = usize> {
+        let node = &self.nodes[index];
+        let room = usize::try_from(node.room / SECTOR).unwrap_or(usize::MAX);
+        let end = self.sectors();
+        let is_present = move |first: &usize, length: usize| {
+            let last = (first + length).min(end);
+            last <= room && node.disk.sectors[*first..last] == *self.oracle.present(*first..last)
+        };
+        (0..end)
+            .step_by(SECTORS_PER_LOOK)
+            .filter(move |first| !is_present(first, SECTORS_PER_LOOK))
+            .flat_map(move |first| (first..(first + SECTORS_PER_LOOK).min(end)).step_by(SECTORS_PER_BLOCK))
+            .filter(move |first| !is_present(first, SECTORS_PER_BLOCK))
     }
 
     /// Whether a node has a later view than the committed one, in which the store is no member any more.
@@ -276,7 +294,7 @@ impl World<'_> {
             let value = self.nodes[index].value(sector);
             let differs = |&k: &usize| self.nodes[k].value(sector) != value;
             let is_known = |&k: &usize| self.has_record(k, member, sector);
-            if !self.oracle.is_in_flight(sector) && clean.iter().any(differs) && !clean.iter().all(is_known) {
+            if clean.iter().any(differs) && !self.oracle.is_in_flight(sector) && !clean.iter().all(is_known) {
                 return Err(format!(
                     "{view}: member {member} came back with {} in sector {sector}, which is not on record; possible: {}",
                     Oracle::name(value),
@@ -291,15 +309,16 @@ impl World<'_> {
     fn check_promotion(&mut self, member: MemberId, view: &View) -> Check {
         let index = self.node_index(member);
         let disk = &self.nodes[index].disk;
+        let others = view.clean().without(MemberSet::only(member));
+        let others: Vec<_> = others.iter().map(|m| self.node_index(m)).collect();
         for sector in 0..self.sectors() {
             let value = self.nodes[index].value(sector);
             if disk.pulled[sector] && disk.unflushed_since[sector] > 0 {
                 return Err(format!("member {member} is promoted with pulled sector {sector} unflushed"));
             }
-            let is_open = self.oracle.is_in_flight(sector);
-            let others = view.clean().without(MemberSet::only(member));
-            let differs = |m: &MemberId| self.nodes[self.node_index(*m)].value(sector) != value;
-            if !is_open && (!self.oracle.is_current(sector, value) || others.iter().any(|m| differs(&m))) {
+            let differs = |&other: &usize| self.nodes[other].value(sector) != value;
+            let is_wrong = !self.oracle.is_current(sector, value) || others.iter().any(differs);
+            if is_wrong && !self.oracle.is_in_flight(sector) {
                 return Err(format!(
                     "member {member} is promoted with {} in sector {sector}; possible: {}",
                     Oracle::name(value),

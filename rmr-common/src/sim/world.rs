@@ -1304,8 +1304,8 @@ impl<'a> World<'a> {
         }
         match request.operation {
             Operation::Read => {
+                let oracle = self.oracle_of(host);
                 for (i, &value) in request.memory.iter().enumerate() {
-                    let oracle = self.oracle_of(host);
                     oracle.read(request.first + i, value, request.start, step).map_err(described)?;
                 }
                 if self.is_astray(host) {
@@ -1334,6 +1334,7 @@ impl<'a> World<'a> {
 
 /// The digest of sectors.
 fn digest_of(sectors: &[u64]) -> u32 {
-    let bytes: Vec<u8> = sectors.iter().flat_map(|s| s.to_le_bytes()).collect();
+    let mut bytes = Vec::with_capacity(std::mem::size_of_val(sectors));
+    sectors.iter().for_each(|s| bytes.extend_from_slice(&s.to_le_bytes()));
     crate::wire::data_digest(&bytes)
 }

@@ -5,15 +5,17 @@
 
 mod auth;
 mod body;
+mod codec;
 mod frame;
 mod header;
 mod verify;
 
 pub use auth::{Challenge, MAX_PROOFS, NONCE_SIZE, PROOF_SIZE, Proof};
 pub use body::{
-    Attach, AttachReply, ChunkList, Decoder, DirtyAddition, Encoder, Hello, HelloReply, Limits, Prepare,
-    PullReply, Role, SetView, SlotEntry,
+    Attach, AttachReply, ChunkList, DirtyAddition, Hello, HelloReply, Limits, Prepare, PullReply, Role,
+    SetView, SlotEntry,
 };
+pub use codec::{Decoder, Encoder};
 pub use frame::{
     FRAME_HEADER_SIZE, FRAME_MAGIC, FrameHeader, MAX_FRAME_MESSAGES, frame_crc, frame_crc as data_digest,
 };
