@@ -37,5 +37,5 @@ fn everything_killed_at_once_comes_back_with_all_that_was_promised() -> Result<(
 
 #[test]
 fn a_daemon_that_stood_still_loses_no_leg_by_that_and_a_node_that_did_so_comes_back() -> Result<()> {
-    run("standstill")
+    scenario::test("standstill")
 }

@@ -25,7 +25,7 @@ pub struct Effort {
     /// Bytes per second of a resync or verify that is to be met under way.
     pub slow_bytes_per_s: u64,
     /// Leg timeout of both sides where a silent leg has to be noticed. Making a connection takes most of a second on an
-    /// emulated processor.
+    /// emulated processor, and a crowded machine forgets a process for as long.
     pub leg_timeout: Duration,
     /// Leg timeout where nobody is silent for long, and a leg that is lost because the machine is crowded would be an error.
     pub patience: Duration,
@@ -42,8 +42,8 @@ impl Effort {
         large_blocks: 256,
         rate: 3000,
         rounds: 5,
-        slow_bytes_per_s: 1 << 20,
-        leg_timeout: Duration::from_millis(800),
+        slow_bytes_per_s: 512 << 10,
+        leg_timeout: Duration::from_secs(3),
         patience: Duration::from_secs(5),
     };
     /// For the emulated processor of a guest.
