@@ -1,6 +1,6 @@
 //! The operator's override, `rmrctl pool force-from`, with real programs: what it refuses, that it waits until the other members
 //! have heard of it, and what becomes of a guest whose copy was decided against. Each machine is a network namespace of its
-//! own, but for one scenario that needs none. Skipped, loudly, where those cannot be made.
+//! own. Skipped, loudly, where those cannot be made.
 
 use std::process::{Output, Stdio};
 use std::thread;
@@ -10,7 +10,6 @@ use anyhow::{Context, Result, ensure};
 use cloud_hypervisor_tests::lab::{
     self, Daemon, DaemonBuilder, FrontendBuilder, Lab, Network, Node, NodeBuilder, Pool, PoolBuilder, Status,
 };
-use cloud_hypervisor_tests::scenario;
 use serde_json::Value;
 
 const MIB: u64 = 64;
@@ -142,12 +141,6 @@ fn forcing_waits_for_a_while_until_every_member_that_was_seen_has_heard_of_it() 
         pool.operate("resync", &[])?;
         pool.assert_identical()
     })
-}
-
-#[test]
-fn a_guest_that_nobody_sees_is_fenced_when_it_comes_back_to_a_pool_that_went_on_without_its_copy()
--> Result<()> {
-    scenario::test("older-branch")
 }
 
 fn pool(lab: &Lab, network: &Network) -> Result<([Node; 2], Pool)> {

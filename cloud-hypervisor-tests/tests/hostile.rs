@@ -20,6 +20,8 @@ const PATTERN: u8 = 0x5a;
 const EVIL: u8 = 0x66;
 /// How long an attack may wait for a completion that may rightly never come.
 const PATIENCE: Duration = Duration::from_millis(300);
+/// Longest wait for an error that has to come.
+const ERROR_LIMIT: Duration = Duration::from_secs(30);
 /// Most processor time that a daemon may use during and after one attack: far from a spin, far above its work.
 const CPU_LIMIT: Duration = Duration::from_millis(200);
 
@@ -92,7 +94,8 @@ fn survive(attack: &Attack, socket: &std::path::Path, process: &Process) -> Resu
         disk.put(DATA, &[EVIL; 8192])?;
         disk.put(HEADER, &header(request::OUT, 0))?;
         (attack.play)(&mut disk)?;
-        let used = disk.wait_used(0, PATIENCE)?;
+        let patience = if attack.allowed == Allowed::Error { ERROR_LIMIT } else { PATIENCE };
+        let used = disk.wait_used(0, patience)?;
         let status = Status::from(disk.get(STATUS, 1)?[0]);
         let found = match (used, status) {
             (None, Status::Other(0xee)) | (Some(_), Status::Other(0xee)) => "silence",

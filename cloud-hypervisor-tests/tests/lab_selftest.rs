@@ -83,11 +83,13 @@ fn the_driver_without_a_guest_does_every_request_on_a_foreign_back_end() -> Resu
         let data: Vec<u8> = (0..65536_u32).flat_map(u32::to_le_bytes).collect();
         for queue in 0..2 {
             let sector = 1000 * (queue as u64 + 1);
+            disk.calls(queue)?;
             ensure!(disk.write(queue, sector, &data)? == Status::Ok);
             ensure!(disk.flush(queue)? == Status::Ok);
             let (status, read) = disk.read(queue, sector, u32::try_from(data.len())?)?;
             ensure!(status == Status::Ok && read == data, "{status:?}");
-            ensure!(disk.calls(queue)? > 0, "the device completed without a call");
+            // It calls when the answers can be seen already.
+            lab::wait_until("a call of the device", Duration::from_secs(30), || Ok(disk.calls(queue)? > 0))?;
         }
         ensure!(disk.write_zeroes(0, 1008, 8, false)? == Status::Ok);
         ensure!(disk.read(0, 1008, 4096)? == (Status::Ok, vec![0; 4096]));
@@ -102,6 +104,6 @@ fn the_driver_without_a_guest_does_every_request_on_a_foreign_back_end() -> Resu
         let (status, read) = next.read(0, 1000, 4096)?;
         ensure!(status == Status::Ok && read == data[..4096]);
         daemon.process().kill()?;
-        lab::wait_until("the driver to notice the end", Duration::from_secs(10), || Ok(next.is_hung_up()))
+        lab::wait_until("the driver to notice the end", Duration::from_secs(60), || Ok(next.is_hung_up()))
     })
 }

@@ -14,7 +14,7 @@ use vhost::VhostBackend;
 
 /// Longest migration; on an idle machine it takes ten seconds.
 const MIGRATION_LIMIT: Duration = Duration::from_secs(120);
-const END_LIMIT: Duration = Duration::from_secs(10);
+const END_LIMIT: Duration = Duration::from_secs(60);
 /// Exit code of a daemon whose pool was taken over.
 const DISPLACED: i32 = 3;
 /// Memory that is not sent yet when a migration has gone far enough to look at it.

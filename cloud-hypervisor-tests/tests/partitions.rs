@@ -16,12 +16,14 @@ const WRITER: Writer = Writer { depth: 16, rate: 1500, span: None };
 const LIMIT: Duration = Duration::from_secs(40);
 /// The daemon drops a leg that is silent for so long, a node gives a connection up.
 const LEG_TIMEOUT_MS: &str = "800";
-/// So slow that what is missed in a cut takes about a second, and a resync can be met under way.
-const RESYNC_BYTES_PER_S: u64 = 6 << 20;
+/// So slow that what is missed in a cut takes some seconds, and a resync can be met under way.
+const RESYNC_BYTES_PER_S: u64 = 3 << 20;
 /// Well beyond the timeout.
-const LOST: Duration = Duration::from_millis(1600);
+const LOST: Duration = Duration::from_millis(2400);
 /// Well within.
 const UNNOTICED: Duration = Duration::from_millis(250);
+/// How often a cut of that length is tried: on a crowded machine what makes it may take longer than the timeout.
+const TRIES: u32 = 10;
 
 const HYPERVISOR: &str = "hv";
 const A: &str = "a";
@@ -66,9 +68,16 @@ impl Cuts<'_> {
     fn all(&self) -> Result<()> {
         self.pool.wait_for_level("safe", LIMIT)?;
         let both = |x: &'static str, y: &'static str| [(x, y), (y, x)];
-        let view = self.view()?;
-        self.named("too short to be noticed", || self.during(&both(HYPERVISOR, B), || rest(UNNOTICED)))?;
-        ensure!(self.view()? == view, "a cut of {UNNOTICED:?} was noticed: {view} became {}", self.view()?);
+        let mut unnoticed = false;
+        for _ in 0..TRIES {
+            let view = self.view()?;
+            self.named("too short to be noticed", || self.during(&both(HYPERVISOR, B), || rest(UNNOTICED)))?;
+            unnoticed = self.view()? == view;
+            if unnoticed {
+                break;
+            }
+        }
+        ensure!(unnoticed, "{TRIES} times a cut of {UNNOTICED:?} was noticed");
         for node in [B, A] {
             self.named(&format!("daemon and node {node}"), || {
                 self.during(&both(HYPERVISOR, node), || self.becomes("degraded"))

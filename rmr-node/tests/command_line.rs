@@ -141,7 +141,7 @@ fn an_interrupted_creation_is_rolled_back() {
         .stdout(Stdio::piped())
         .spawn()
         .expect("the program starts");
-    let next = || requests.recv_timeout(Duration::from_secs(20)).expect("a request comes");
+    let next = || requests.recv_timeout(Duration::from_secs(60)).expect("a request comes");
     while !next().starts_with("POST /v1/stores") {}
     let pid = child.id().to_string();
     assert!(Command::new("kill").args(["-INT", &pid]).status().expect("kill runs").success());

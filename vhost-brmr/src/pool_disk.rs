@@ -375,7 +375,7 @@ mod tests {
         disk.attach();
         submit(&mut disk, 7, 0);
         disk.detach();
-        let (mut done, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(5));
+        let (mut done, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(60));
         while done.is_empty() {
             assert!(Instant::now() < deadline, "the request is lost");
             std::thread::sleep(Duration::from_millis(5));

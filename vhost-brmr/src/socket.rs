@@ -11,6 +11,9 @@ use thiserror::Error;
 
 use crate::sys;
 
+/// The kernel's limit of a socket's name (unix(7)), without the zero at its end.
+const LONGEST_NAME: usize = 107;
+
 /// Why there is no socket to listen on.
 #[derive(Debug, Error)]
 pub enum SocketError {
@@ -58,11 +61,30 @@ impl SocketFile {
                 Err(error) => return Err(failed("find out whether somebody listens on it")(error)),
             },
         }
-        let listener = sys::with_mode(mode, || UnixListener::bind(path)).map_err(failed("listen on it"))?;
+        let listener = bind(path, mode).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => SocketError::InUse(path.to_owned()),
+            _ => failed("listen on it")(error),
+        })?;
         listener.set_nonblocking(true).map_err(failed("make it non-blocking"))?;
         let inode = fs::symlink_metadata(path).map_err(failed("look at it"))?.ino();
         Ok((Self { path: path.to_owned(), inode }, listener))
     }
+}
+
+/// Makes the socket under another name, and gives it its own when it listens: whoever waits for the file to be there can
+/// connect at once, and nobody takes it for a stale one.
+fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
+    let temporary = path.with_file_name(format!(".{}", std::process::id()));
+    if temporary.as_os_str().len() > LONGEST_NAME {
+        return sys::with_mode(mode, || UnixListener::bind(path));
+    }
+    // One that is there is of a process that was killed here, and had the same number.
+    let _ = fs::remove_file(&temporary);
+    let listener = sys::with_mode(mode, || UnixListener::bind(&temporary))?;
+    // Unlike a renamed file, a link takes no name from another daemon that starts at the same time.
+    let linked = fs::hard_link(&temporary, path);
+    let removed = fs::remove_file(&temporary);
+    linked.and(removed).map(|()| listener)
 }
 
 impl Drop for SocketFile {

@@ -173,6 +173,12 @@ impl Handle {
         lock(&self.state).waiting.len()
     }
 
+    /// The disk is attached, and no other client has taken it as far as it knows.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        lock(&self.state).attached
+    }
+
     /// The disk was told to detach, and waits for its requests.
     #[must_use]
     pub fn is_detaching(&self) -> bool {

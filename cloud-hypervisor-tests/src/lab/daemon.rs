@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use super::netns::command_on;
 use super::{FrontendBuilder, Host, Lab, Pool, Process, programs, wait_until};
 
-const START_LIMIT: Duration = Duration::from_secs(20);
-const STOP_LIMIT: Duration = Duration::from_secs(20);
+const START_LIMIT: Duration = Duration::from_secs(60);
+const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// A daemon to be.
 #[derive(Clone, Debug)]

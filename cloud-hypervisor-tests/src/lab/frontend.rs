@@ -92,11 +92,11 @@ const MAX_OWN_DATA: u64 = MEMORY_START + MEMORY_SIZE - OWN_DATA;
 /// What the status byte holds before the device writes it.
 const NO_STATUS: u8 = 0xee;
 /// Longest wait for an answer of the back end on the control socket.
-const CONTROL_LIMIT: Duration = Duration::from_secs(20);
+const CONTROL_LIMIT: Duration = Duration::from_secs(60);
 /// Longest time between a back end's making of its socket and its listening there.
-const LISTEN_LIMIT: Duration = Duration::from_secs(2);
+const LISTEN_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for a well-behaved request.
-const REQUEST_LIMIT: Duration = Duration::from_secs(30);
+const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 
 /// How a request ended (virtio 1.3 §5.2.6).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -223,16 +223,24 @@ mod tests {
     fn a_cut_loses_what_one_host_sends_to_one_other_and_nothing_stays_behind() -> Result<()> {
         let Some(network) = Network::new_or_say_not_run("cuts", &["a", "b", "c"])? else { return Ok(()) };
         let (a, b, c) = (network.host("a")?, network.host("b")?, network.host("c")?);
-        assert!(reaches(a, b)? && reaches(b, a)? && reaches(a, c)?);
+        // An answer may take its time on a crowded machine.
+        let all_reach = |pairs: &[(&Host, &Host)]| {
+            pairs.iter().try_for_each(|(from, to)| {
+                wait_until("an answer to arrive", Duration::from_secs(30), || reaches(from, to))
+            })
+        };
+        all_reach(&[(a, b), (b, a), (a, c)])?;
         network.cut("a", "b")?;
         // The question is lost one way and the answer the other.
-        assert!(!reaches(a, b)? && !reaches(b, a)? && reaches(a, c)? && reaches(c, b)?);
+        assert!(!reaches(a, b)? && !reaches(b, a)?);
+        all_reach(&[(a, c), (c, b)])?;
         network.heal("a", "b")?;
-        assert!(reaches(a, b)? && reaches(b, a)?);
+        all_reach(&[(a, b), (b, a)])?;
         network.plug("b", false)?;
-        assert!(!reaches(a, b)? && !reaches(c, b)? && reaches(a, c)?);
+        assert!(!reaches(a, b)? && !reaches(c, b)?);
+        all_reach(&[(a, c)])?;
         network.plug("b", true)?;
-        wait_until("the cable to carry again", Duration::from_secs(5), || reaches(a, b))?;
+        all_reach(&[(a, b)])?;
         assert!(network.cut("a", "z").unwrap_err().to_string().contains("no host 'z'"));
         let mine = network.switch.clone();
         drop(network);

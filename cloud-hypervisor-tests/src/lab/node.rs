@@ -15,10 +15,10 @@ use super::pool::rmrctl_on as rmrctl;
 use super::{Fabric, Host, Lab, Process, Transport, free_port, programs};
 
 /// How long an answer of the admin API may take.
-const ADMIN_LIMIT: Duration = Duration::from_secs(10);
-const START_LIMIT: Duration = Duration::from_secs(20);
+const ADMIN_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(60);
 /// The node's own bound for a graceful stop is 20 s.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// A node to be.
 #[derive(Clone, Debug)]

@@ -19,7 +19,7 @@ use super::{sys, wait_until};
 /// How much of a dead process' log its error carries.
 const ERROR_TAIL_BYTES: u64 = 2 << 10;
 /// How long a process that is dropped may take to end after SIGKILL; only the kernel's own work is left then.
-const REAP_LIMIT: Duration = Duration::from_secs(10);
+const REAP_LIMIT: Duration = Duration::from_secs(60);
 
 /// A running child process; killed with SIGKILL when dropped.
 #[derive(Debug)]
@@ -296,7 +296,7 @@ mod tests {
     fn a_process_that_dies_while_it_is_awaited_is_reported_with_its_last_words() -> Result<()> {
         workspace::run("dies", |lab| {
             let process = Process::spawn(lab, "short", shell("echo no such pool >&2; exit 3"))?;
-            let error = process.wait_for_log("ready", Duration::from_secs(10)).unwrap_err().to_string();
+            let error = process.wait_for_log("ready", Duration::from_secs(60)).unwrap_err().to_string();
             assert!(error.contains("exit status: 3") && error.contains("no such pool"), "{error}");
             Ok(())
         })
@@ -323,7 +323,7 @@ mod tests {
         workspace::run("busy", |lab| {
             let busy = Process::spawn(lab, "busy", shell("while :; do :; done"))?;
             let idle = Process::spawn(lab, "idle", shell("sleep 600"))?;
-            wait_until("processor time", Duration::from_secs(20), || {
+            wait_until("processor time", Duration::from_secs(60), || {
                 Ok(busy.cpu_time()? > Duration::from_millis(100))
             })?;
             assert!(idle.cpu_time()? < Duration::from_millis(100));
@@ -340,7 +340,7 @@ mod tests {
         workspace::run("stubborn", |lab| {
             let process =
                 Process::spawn(lab, "stubborn", shell("trap '' TERM; echo up; while :; do sleep 0.1; done"))?;
-            process.wait_for_log("up", Duration::from_secs(10))?;
+            process.wait_for_log("up", Duration::from_secs(60))?;
             let error = process.stop_cleanly(Duration::from_millis(200)).unwrap_err().to_string();
             assert!(error.contains("still runs after 0.2 s"), "{error}");
             process.kill()

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use super::{Lab, Process, programs};
 
-const START_LIMIT: Duration = Duration::from_secs(20);
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// A `qemu-storage-daemon` to be.
 #[derive(Clone, Debug)]

@@ -12,7 +12,7 @@ use crate::lab::{Daemon, Node};
 /// What a daemon says when it has left its pool.
 const DETACHED: &str = "detached";
 /// Longest wait for a page.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Counters by name, summed over everything that they are counted for.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]

@@ -44,7 +44,7 @@ impl Effort {
         rounds: 5,
         slow_bytes_per_s: 512 << 10,
         leg_timeout: Duration::from_secs(3),
-        patience: Duration::from_secs(5),
+        patience: Duration::from_secs(20),
     };
     /// For the emulated processor of a guest.
     pub const EMULATED: Self = Self {

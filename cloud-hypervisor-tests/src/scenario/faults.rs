@@ -17,7 +17,7 @@ const LOST: &str = "members lost";
 
 /// By when a lost leg has to be noticed, on a machine that may be crowded.
 fn noticed_by(effort: Effort) -> Duration {
-    effort.leg_timeout * 3
+    effort.leg_timeout * 7
 }
 
 /// Two nodes with these `settings` besides, each at the end of its own cable, with a daemon at the other ends.

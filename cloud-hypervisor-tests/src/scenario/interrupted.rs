@@ -91,12 +91,14 @@ impl Interrupted<'_> {
         let mut child = self.asked.operator(command, arguments)?;
         let mut child = child.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
         let usual = self.usual.get_mut(command).context("a command that was not measured")?;
-        let delay = *usual * percent / 100;
-        thread::sleep(delay);
+        let (began, delay) = (Instant::now(), *usual * percent / 100);
+        while child.try_wait()?.is_none() && began.elapsed() < delay {
+            thread::sleep(Duration::from_millis(1));
+        }
         let is_running = child.try_wait()?.is_none();
         if !is_running {
-            // The machine was busier when it was measured.
-            *usual = delay;
+            // The machine was more crowded when the command was measured than it is now.
+            *usual = began.elapsed();
         }
         self.kills += 1;
         self.hits += u64::from(is_running);

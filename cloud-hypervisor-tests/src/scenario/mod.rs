@@ -9,7 +9,6 @@ mod digests;
 mod effort;
 mod failures;
 mod faults;
-mod forced;
 mod growth;
 mod interrupted;
 mod keys;
@@ -70,7 +69,7 @@ const fn long(name: &'static str, sentence: &'static str, run: Run) -> Scenario 
 }
 
 /// All scenarios, those of single requests first.
-pub const ALL: [Scenario; 27] = [
+pub const ALL: [Scenario; 26] = [
     each_time("io", "every block that is read holds what was written, and all copies are the same", data::io),
     each_time(
         "counts",
@@ -148,11 +147,6 @@ pub const ALL: [Scenario; 27] = [
         "no-guest",
         "without a guest rmrctl changes the pool, brings copies up to date, goes on from one of them, and leaves",
         membership::no_guest,
-    ),
-    long(
-        "older-branch",
-        "a guest whose copy was given up is fenced when it comes back, and its copy becomes like the other one",
-        forced::older_branch,
     ),
     long(
         "killed-commands",

@@ -17,6 +17,8 @@ use crate::lab::{Daemon, Pool, wait_until};
 pub(super) const ENDLESS: u64 = 600_000;
 /// How long a writer is at work before something happens to it.
 const WARM_UP: Duration = Duration::from_millis(700);
+/// What the daemon says when it has the pool for its guest.
+const ATTACHED: &str = "attached with";
 
 /// Random requests of 4 KiB, three in ten of them reads.
 #[derive(Clone, Copy, Debug)]
@@ -92,8 +94,10 @@ impl Writer {
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let load = scope.spawn(|| self.run(daemon, promises, &stop));
+            // On a crowded machine all the time of the warm-up could pass before the first request.
+            let attached = daemon.process().wait_for_log(ATTACHED, LIMIT);
             thread::sleep(WARM_UP);
-            let outcome = kill();
+            let outcome = attached.and_then(|()| kill());
             // Without a request in flight it does not notice that its disk is gone.
             stop.store(true, Ordering::Relaxed);
             let ended = load.join().map_err(|_| anyhow::anyhow!("the writer panicked"))?;

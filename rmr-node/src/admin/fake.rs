@@ -22,9 +22,9 @@ pub(crate) fn member(index: u8) -> MemberId {
     MemberId::new(index).unwrap()
 }
 
-/// Limits small enough to be hit by a test.
+/// Limits small enough to be hit by a test, and large enough for a request on a crowded machine.
 pub(crate) fn limits() -> AdminLimits {
-    AdminLimits { max_connections: 8, max_body: 16 << 10, request_timeout: Duration::from_millis(500) }
+    AdminLimits { max_connections: 8, max_body: 16 << 10, request_timeout: Duration::from_secs(2) }
 }
 
 /// What a healthy, empty node says of itself.
@@ -220,7 +220,9 @@ impl FakeNode {
     pub(crate) fn start(name: &str) -> Self {
         let state = Arc::new(Mutex::new(FakeState::default()));
         let control = Arc::new(FakeControl { info: node_info(name), state: Arc::clone(&state) });
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        // On a host of this process alone: nobody else gets the port when the server has ended.
+        let [_, high, middle, low] = std::process::id().to_be_bytes();
+        let any = SocketAddr::from(([127, 64 | high, middle, low], 0));
         let server = AdminServer::start(any, limits(), control.clone()).unwrap();
         Self { server, control, state }
     }

@@ -30,7 +30,7 @@ fn run(nodes: &[&FakeNode], args: &[&str]) -> Result<super::Outcome, String> {
     let addresses: Vec<_> = nodes.iter().map(|node| node.address()).collect();
     let mut all: Vec<&str> = addresses.iter().flat_map(|a| ["--node", a]).collect();
     all.extend(args);
-    rmrctl_within("1", &all)
+    rmrctl_within("3", &all)
 }
 
 #[test]

@@ -55,6 +55,12 @@ impl Log {
 }
 
 impl Guest {
+    /// Takes all pages that were marked for what this guest has seen: the device answers first, and marks then.
+    fn take(&self, log: &Log) -> BTreeSet<u64> {
+        self.settle();
+        log.take()
+    }
+
     fn log(&self, on: bool) {
         let features = if on { self.features | LOG_ALL } else { self.features };
         self.frontend.set_features(features).unwrap();
@@ -97,23 +103,23 @@ fn exactly_what_the_device_writes_is_marked() {
         let status = (Guest::buffer(0, 0) + 31, 1);
         let data = Guest::buffer(0, 0) + 512;
         let log = guest.begin_log();
-        log.take();
+        guest.take(&log);
         assert_eq!(guest.write_disk(0, &[7; 8192]), OK);
-        assert_eq!(log.take(), pages(&[status]), "a write changes nothing but its status");
+        assert_eq!(guest.take(&log), pages(&[status]), "a write changes nothing but its status");
         assert_eq!(guest.flush(), OK);
-        assert_eq!(log.take(), pages(&[status]));
+        assert_eq!(guest.take(&log), pages(&[status]));
         assert_eq!(guest.read_disk(0, 512).status, OK);
-        assert_eq!(log.take(), pages(&[status, (data, 512)]));
+        assert_eq!(guest.take(&log), pages(&[status, (data, 512)]));
         assert_eq!(guest.request(0, VIRTIO_BLK_T_GET_ID, 0, &[], 20).status, OK);
-        assert_eq!(log.take(), pages(&[status, (data, 20)]));
+        assert_eq!(guest.take(&log), pages(&[status, (data, 20)]));
         assert_eq!(guest.request(0, VIRTIO_BLK_T_FLUSH + 100, 0, &[], 0).status, 2);
-        assert_eq!(log.take(), pages(&[status]), "a request that is refused");
+        assert_eq!(guest.take(&log), pages(&[status]), "a request that is refused");
         // At the edges of pages: the last byte of one, its whole, and one byte into the next.
         let room = 2 * 0x10_0000;
         for (at, length) in [(512, 3584), (0, 4096), (4095 - 511, 512), (4095, 512), (1, 8192)] {
             assert_eq!(read_to(&mut guest, room + at, length / 512 * 512), OK);
             assert_eq!(
-                log.take(),
+                guest.take(&log),
                 pages(&[status, (room + at, u64::from(length / 512 * 512))]),
                 "{length} at {at}"
             );
@@ -121,7 +127,7 @@ fn exactly_what_the_device_writes_is_marked() {
         // Whatever came of it: some of the data may be there.
         daemon.disk.fail_next(1);
         assert_eq!(read_to(&mut guest, room, 12288), IOERR);
-        assert_eq!(log.take(), pages(&[status, (room, 12288)]));
+        assert_eq!(guest.take(&log), pages(&[status, (room, 12288)]));
     }
 }
 
@@ -141,7 +147,7 @@ fn the_last_page_of_memory_and_pages_of_other_regions_are_marked() {
     let log = guest.begin_log();
     // Memory that comes while pages are logged is logged as well.
     guest.frontend.add_mem_region(&region).unwrap();
-    log.take();
+    guest.take(&log);
     let status = (Guest::buffer(0, 0) + 31, 1);
     for (at, length) in [
         (MEMORY_SIZE - 512, 512),
@@ -151,7 +157,7 @@ fn the_last_page_of_memory_and_pages_of_other_regions_are_marked() {
         (2 * MEMORY_SIZE - 4096, 4096),
     ] {
         assert_eq!(read_to(&mut guest, at, length), OK);
-        assert_eq!(log.take(), pages(&[status, (at, length.into())]), "{length} bytes at {at:#x}");
+        assert_eq!(guest.take(&log), pages(&[status, (at, length.into())]), "{length} bytes at {at:#x}");
     }
 }
 
@@ -163,23 +169,23 @@ fn what_is_in_flight_when_logging_begins_is_marked_and_what_is_written_after_it_
     guest.kick(0);
     eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
     let log = guest.begin_log();
-    log.take();
+    guest.take(&log);
     daemon.disk.hold(false);
     guest.used(0, 1);
     let (status, data) = ((Guest::buffer(0, 0) + 31, 1), (Guest::buffer(0, 0) + 512, 8192));
-    assert_eq!(log.take(), pages(&[status, data]));
+    assert_eq!(guest.take(&log), pages(&[status, data]));
     // A log of the same migration in place of the first: memory has grown.
     let next = guest.begin_log();
     assert_eq!(guest.read_disk(0, 8192).status, OK);
-    assert_eq!((log.take(), next.take()), (BTreeSet::new(), pages(&[status, data])));
+    assert_eq!((guest.take(&log), guest.take(&next)), (BTreeSet::new(), pages(&[status, data])));
     guest.log(false);
     assert_eq!(guest.read_disk(0, 8192).status, OK);
-    assert_eq!(next.take(), BTreeSet::new());
+    assert_eq!(guest.take(&next), BTreeSet::new());
     // The next migration.
     let log = guest.begin_log();
     assert_eq!(guest.read_disk(0, 512).status, OK);
-    assert_eq!(log.take(), pages(&[status, (data.0, 512)]));
-    assert_eq!(next.take(), BTreeSet::new());
+    assert_eq!(guest.take(&log), pages(&[status, (data.0, 512)]));
+    assert_eq!(guest.take(&next), BTreeSet::new());
     assert_eq!(daemon.disk.resets(), 1, "none of this is a reset of the device");
 }
 
@@ -217,7 +223,7 @@ fn a_session_that_begins_in_mid_migration_is_logged_from_its_first_request() {
     guest.frontend.set_vring_enable(0, true).unwrap();
     assert_eq!(guest.read_disk(0, 512).status, OK);
     let (status, data) = ((Guest::buffer(0, 0) + 31, 1), (Guest::buffer(0, 0) + 512, 512));
-    assert_eq!(log.take(), pages(&[status, data]));
+    assert_eq!(guest.take(&log), pages(&[status, data]));
 }
 
 #[test]
@@ -229,10 +235,10 @@ fn a_used_ring_is_marked_at_the_address_that_is_given_for_it() {
         let elsewhere = MEMORY_SIZE + PAGE - 8;
         let addresses = guest.addresses(0, Some(GUEST_BASE + elsewhere));
         guest.frontend.set_vring_addr(0, &addresses).unwrap();
-        log.take();
+        guest.take(&log);
         assert_eq!(guest.flush(), OK);
         let status = (Guest::buffer(0, 0) + 31, 1);
-        assert_eq!(log.take(), pages(&[status, (elsewhere, 6 + 8 * 64)]));
+        assert_eq!(guest.take(&log), pages(&[status, (elsewhere, 6 + 8 * 64)]));
     }
 }
 
@@ -265,7 +271,7 @@ fn logs_that_make_no_sense_are_refused_and_the_next_session_goes_on() {
         if fits {
             guest.log(true);
             assert_eq!(guest.read_disk(0, 512).status, OK);
-            assert!(!log.take().is_empty());
+            assert!(!guest.take(&log).is_empty());
         }
         drop(guest);
         daemon.join().unwrap();
@@ -290,9 +296,9 @@ fn memory_and_rings_beyond_the_log_are_refused_and_the_session_goes_on() {
     for beyond in [end, end - 8, u64::MAX] {
         assert!(guest.frontend.set_vring_addr(0, &guest.addresses(0, Some(beyond))).is_err());
     }
-    log.take();
+    guest.take(&log);
     assert_eq!(guest.read_disk(0, 512).status, OK);
-    assert!(!log.take().is_empty());
+    assert!(!guest.take(&log).is_empty());
     // Without a log there is nothing that it could be beyond.
     guest.log(false);
     guest.frontend.add_mem_region(&region).unwrap();

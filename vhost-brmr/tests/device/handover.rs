@@ -18,6 +18,12 @@ fn paused() -> (Daemon, Guest) {
     (daemon, guest)
 }
 
+/// Another client takes the disk; returns when the disk has noticed.
+fn displace(daemon: &Daemon) {
+    daemon.disk.displace();
+    eventually("the disk notices that it was taken", || !daemon.disk.is_attached());
+}
+
 fn attachments(daemon: &Daemon) -> usize {
     daemon.disk.log().iter().filter(|event| **event == Event::Attached).count()
 }
@@ -42,8 +48,7 @@ fn a_guest_that_runs_when_its_disk_is_taken_is_not_served_any_more() {
 #[test]
 fn a_paused_guest_whose_disk_was_taken_may_not_go_on() {
     let (daemon, mut guest) = paused();
-    daemon.disk.displace();
-    std::thread::sleep(std::time::Duration::from_millis(50));
+    displace(&daemon);
     assert!(!daemon.thread.as_ref().unwrap().is_finished(), "it waits for its front end");
     guest.submit(0, 0, virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT, 0, &[1; 512], 0);
     guest.configure_ring(0, 3);
@@ -61,8 +66,7 @@ fn a_paused_guest_whose_disk_was_taken_may_not_go_on() {
 #[test]
 fn a_paused_guest_whose_disk_was_taken_may_begin_anew() {
     let (daemon, mut guest) = paused();
-    daemon.disk.displace();
-    std::thread::sleep(std::time::Duration::from_millis(50));
+    displace(&daemon);
     // The driver of a guest that was reset writes its rings anew.
     guest.write(Guest::table(0), &vec![0; 0xb000]);
     (guest.rings[0].avail, guest.rings[0].seen) = (0, 0);
@@ -81,8 +85,7 @@ fn a_daemon_whose_guest_went_away_serves_the_next_one() {
     let mut guest = Guest::boot(UnixStream::connect(&path).unwrap(), &setup);
     assert_eq!(guest.flush(), 0);
     assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 1);
-    daemon.disk.displace();
-    std::thread::sleep(std::time::Duration::from_millis(50));
+    displace(&daemon);
     drop(guest);
     let mut guest = Guest::boot(UnixStream::connect(&path).unwrap(), &setup);
     assert_eq!(guest.flush(), 0);

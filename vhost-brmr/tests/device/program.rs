@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Output};
 
 use vhost_brmr::socket::{SocketError, SocketFile};
@@ -81,4 +81,28 @@ fn a_socket_is_made_with_its_mode_replaces_a_stale_one_and_is_removed() {
     let _other = UnixListener::bind(&path).unwrap();
     drop(file);
     assert!(path.exists());
+}
+
+#[test]
+fn a_socket_that_is_there_can_be_connected_to_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    for round in 0..300 {
+        let path = directory.path().join(round.to_string());
+        std::thread::scope(|scope| {
+            let client = scope.spawn(|| {
+                while !path.exists() {
+                    std::hint::spin_loop();
+                }
+                UnixStream::connect(&path)
+            });
+            let (_file, _listener) = SocketFile::listen(&path, 0o600).unwrap();
+            client.join().unwrap().unwrap_or_else(|error| panic!("round {round}: {error}"));
+        });
+    }
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "something was left behind");
+    // The longest name that the kernel takes leaves no room for another one before it.
+    let length = 107 - directory.path().as_os_str().len() - 1;
+    let path = directory.path().join("s".repeat(length));
+    let (_file, _listener) = SocketFile::listen(&path, 0o600).unwrap();
+    UnixStream::connect(&path).unwrap();
 }

@@ -330,7 +330,7 @@ fn a_drain_that_takes_too_long_cancels_and_still_answers() {
     eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
     let start = Instant::now();
     assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 2);
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < PATIENCE);
     // What completes too late is not given to a ring that was started anew.
     guest.start_ring(0, 2);
     daemon.disk.hold(false);
@@ -607,10 +607,9 @@ fn a_write_through_disk_answers_a_write_only_after_the_flush_behind_it() {
         eventually("all requests reach the disk", || daemon.disk.waiting() == 4);
         daemon.disk.hold(false);
         assert_eq!(guest.used(0, 4).len(), 4);
-        let log = daemon.disk.log();
-        let flushes =
-            log.iter().filter(|event| matches!(event, Event::Submitted(Operation::Flush, ..))).count();
-        assert_eq!(flushes, 1, "writes that complete together share one flush");
+        let flushed = |event: &&Event| matches!(event, Event::Submitted(Operation::Flush, ..));
+        let flushes = || daemon.disk.log().iter().filter(flushed).count();
+        assert_eq!(flushes(), 1, "writes that complete together share one flush");
         // A flush that fails fails the writes before it: the first failure is for the write, so let that pass.
         daemon.disk.hold(true);
         guest.submit(0, 0, VIRTIO_BLK_T_OUT, 0, &pattern(512, 1), 0);
@@ -618,7 +617,7 @@ fn a_write_through_disk_answers_a_write_only_after_the_flush_behind_it() {
         eventually("the write reaches the disk", || daemon.disk.waiting() == 1);
         let before = guest.used_index(0);
         daemon.disk.step();
-        eventually("the flush reaches the disk", || daemon.disk.waiting() == 1);
+        eventually("the flush reaches the disk", || flushes() == 2);
         assert_eq!(guest.used_index(0), before, "answered before the flush");
         daemon.disk.fail_next(1);
         daemon.disk.hold(false);
@@ -750,7 +749,7 @@ fn a_kick_for_nothing_does_not_make_a_polling_device_deaf() {
     for _ in 0..3 {
         guest.kick(0);
         std::thread::sleep(Duration::from_millis(20));
-        assert_eq!(guest.used_flags(0) & 1, 0, "the device sleeps and does not want to be kicked");
+        eventually("it sleeps, and wants to be kicked", || guest.used_flags(0) & 1 == 0);
         assert_eq!(guest.flush(), OK);
     }
 }
@@ -782,6 +781,8 @@ fn a_daemon_that_was_killed_is_followed_by_one_that_serves_what_was_in_flight_in
     first.disk.reverse(true);
     first.disk.step();
     assert_eq!(guest.used(0, 1), [(8, 1)]);
+    // The note is written after the used index that was just seen.
+    guest.settle();
     let mut noted = [0; 4];
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut noted, 12).unwrap();
     assert_eq!(noted, [8, 0, 2, 0], "last head and used index in the region");
@@ -899,6 +900,7 @@ fn told_to_stop_the_daemon_waits_for_requests_in_flight_and_detaches_the_disk() 
     guest.kick(0);
     eventually("the request reaches the disk", || disk.waiting() == 1);
     stop();
+    guest.settle();
     guest.submit(0, 1, VIRTIO_BLK_T_OUT, 0, &pattern(512, 2), 0);
     guest.kick(0);
     std::thread::sleep(Duration::from_millis(50));
@@ -913,7 +915,7 @@ fn told_to_stop_the_daemon_waits_for_requests_in_flight_and_detaches_the_disk() 
 #[test]
 fn a_stop_is_bounded_and_a_second_signal_ends_it_at_once() {
     for signals in [1, 2] {
-        let drain_timeout = Duration::from_millis(if signals == 1 { 100 } else { 60_000 });
+        let drain_timeout = if signals == 1 { Duration::from_millis(100) } else { PATIENCE * 2 };
         let setup = Setup { drain_timeout, ..Setup::default() };
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (disk, stop, thread) = with_signals(&setup, theirs);
@@ -925,13 +927,14 @@ fn a_stop_is_bounded_and_a_second_signal_ends_it_at_once() {
         eventually("the request reaches the disk", || disk.waiting() == 1);
         stop();
         if signals == 2 {
-            std::thread::sleep(Duration::from_millis(50));
+            // Two signals that it has not read yet are one.
+            guest.settle();
             assert!(!thread.is_finished());
             stop();
         }
         let start = Instant::now();
         thread.join().unwrap().unwrap();
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < PATIENCE);
     }
 }
 
@@ -979,11 +982,20 @@ fn a_listener_that_cannot_accept_is_left_alone_for_a_while() {
     let (socket, other) = UnixDatagram::pair().unwrap();
     other.send(b"x").unwrap();
     let daemon = Setup::default().serve(FrontEnds::Listener(UnixListener::from(OwnedFd::from(socket))));
-    std::thread::sleep(Duration::from_millis(100));
-    let before = cpu_time(daemon.thread.as_ref().unwrap());
-    std::thread::sleep(Duration::from_millis(400));
-    let spent = cpu_time(daemon.thread.as_ref().unwrap()) - before;
-    assert!(spent < Duration::from_millis(40), "{spent:?} of processor time in 400 ms");
+    comes_to_rest(&daemon, Duration::from_millis(40));
+}
+
+/// Waits for 400 ms in which the loop uses less processor time than `limit`. It may take a while to get to where it waits, and
+/// where it is woken again and again there are no such 400 ms.
+fn comes_to_rest(daemon: &Daemon, limit: Duration) {
+    let thread = daemon.thread.as_ref().unwrap();
+    let mut spent = Vec::new();
+    while spent.last().is_none_or(|spent| *spent >= limit) {
+        assert!(spent.len() < 20, "{spent:?} of processor time, each in 400 ms of waiting");
+        let before = cpu_time(thread);
+        std::thread::sleep(Duration::from_millis(400));
+        spent.push(cpu_time(thread) - before);
+    }
 }
 
 /// CPU time that a thread has used.
@@ -1011,10 +1023,7 @@ fn an_idle_device_uses_no_cpu_also_with_requests_in_flight_and_after_polling() {
         let frontend = guest.frontend.clone();
         let stopper = std::thread::spawn(move || frontend.get_vring_base(0).is_ok());
         std::thread::sleep(Duration::from_millis(50));
-        let before = cpu_time(daemon.thread.as_ref().unwrap());
-        std::thread::sleep(Duration::from_millis(400));
-        let used = cpu_time(daemon.thread.as_ref().unwrap()) - before;
-        assert!(used < Duration::from_millis(4), "{used:?} of CPU in 400 ms of waiting");
+        comes_to_rest(&daemon, Duration::from_millis(4));
         daemon.disk.hold(false);
         assert!(stopper.join().unwrap());
     }

@@ -42,7 +42,8 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT_FLAG: u16 = 4;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest wait for what comes in any case: only a fault, or a machine that stands still, makes it pass.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const ALL: u64 = u64::MAX;
 /// `VHOST_F_LOG_ALL`.
@@ -364,6 +365,12 @@ impl Guest {
     pub(crate) fn set_used_event(&self, queue: usize, index: u16) {
         let ring = Self::table(queue) + AVAIL;
         self.store(ring + 4 + u64::from(self.rings[queue].size) * 2, index);
+    }
+
+    /// Returns when the device has ended every turn in which it did what this guest can see, and has read the signals that
+    /// were sent to it: it answers a message at the start of a later one.
+    pub(crate) fn settle(&self) {
+        self.frontend.get_features().unwrap();
     }
 
     pub(crate) fn kick(&self, queue: usize) {

@@ -13,9 +13,11 @@ fn spec(pattern: Pattern) -> LoadSpec {
     LoadSpec {
         pattern,
         depth: 8,
-        runtime_ms: 150,
-        ramp_ms: 20,
-        stall_timeout_ms: 5000,
+        // By number and not by time: a crowded machine may do next to nothing in a moment.
+        runtime_ms: 60_000,
+        max_requests: Some(1000),
+        ramp_ms: 0,
+        stall_timeout_ms: 60_000,
         ..LoadSpec::default()
     }
 }
@@ -80,17 +82,26 @@ fn a_failed_write_is_neither_promised_nor_forbidden() {
 
 #[test]
 fn a_rate_is_kept() {
-    let disk = RamDisk::serve(SIZE, 1, true, Fault::None);
-    let load = LoadSpec { rate: Some(500), runtime_ms: 400, ..spec(Pattern::RandWrite) };
-    let report = run(disk.socket(), &load, Surroundings::default()).unwrap();
-    assert!((180..=220).contains(&report.requests), "{report:?}");
+    let load = LoadSpec { rate: Some(500), runtime_ms: 400, max_requests: None, ..spec(Pattern::RandWrite) };
+    // A crowded machine may take some of the time away, and never makes it faster.
+    let mut kept = false;
+    for _ in 0..20 {
+        let disk = RamDisk::serve(SIZE, 1, true, Fault::None);
+        let report = run(disk.socket(), &load, Surroundings::default()).unwrap();
+        assert!(report.requests <= 220, "{report:?}");
+        kept |= report.requests >= 180;
+        if kept {
+            break;
+        }
+    }
+    assert!(kept, "fewer than nine tenths of the rate in each of 20 runs");
 }
 
 #[test]
 fn a_stop_from_another_thread_ends_the_load_in_good_order() {
     let disk = RamDisk::serve(SIZE, 1, true, Fault::None);
     let stop = AtomicBool::new(false);
-    let load = LoadSpec { runtime_ms: 60_000, ..spec(Pattern::RandWrite) };
+    let load = LoadSpec { max_requests: None, ..spec(Pattern::RandWrite) };
     let report = thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(200));
@@ -104,7 +115,8 @@ fn a_stop_from_another_thread_ends_the_load_in_good_order() {
 #[test]
 fn a_disk_that_falls_silent_is_an_error_after_the_stall_timeout() {
     let disk = RamDisk::serve(SIZE, 1, true, Fault::SilentAfter { requests: 20 });
-    let load = LoadSpec { stall_timeout_ms: 200, ..spec(Pattern::RandWrite) };
+    // The answers of its attachment have as long.
+    let load = LoadSpec { stall_timeout_ms: 3000, ..spec(Pattern::RandWrite) };
     let error = run(disk.socket(), &load, Surroundings::default()).unwrap_err();
     assert!(matches!(error, LoadError::Disk(DiskError::Stalled { in_flight: 8, .. })), "{error}");
 }
@@ -122,14 +134,14 @@ fn a_daemon_that_never_answers_is_an_error_after_the_stall_timeout() {
 #[test]
 fn the_end_of_the_daemon_ends_the_load_at_once() {
     let disk = RamDisk::serve(SIZE, 1, true, Fault::SilentAfter { requests: 20 });
-    let mut daemon = Command::new("sleep").arg("0.3").spawn().unwrap();
+    let mut daemon = Command::new("sleep").arg("2").spawn().unwrap();
     let watched = [Watched { role: Role::Client, pid: daemon.id() }];
     let begin = Instant::now();
     let around = Surroundings { watched: &watched, ..Surroundings::default() };
     let error = run(disk.socket(), &spec(Pattern::RandWrite), around).unwrap_err();
     daemon.wait().unwrap();
     assert!(matches!(error, LoadError::Disk(DiskError::DaemonEnded { .. })), "{error}");
-    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
 }
 
 #[test]

@@ -8,6 +8,9 @@ use super::*;
 use crate::pool::{PoolId, Slot};
 use crate::wire::Kind;
 
+/// Longest wait for what comes in any case, and the time after which a silent peer is dead.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Takes messages; data goes to one buffer per message. Waits as often as it is told to.
 #[derive(Default)]
 struct Sink {
@@ -48,7 +51,7 @@ impl Receiver for Sink {
 
 fn pair() -> (TcpConnection, TcpConnection) {
     let (a, b) = raw_pair();
-    let new = |s| TcpConnection::new(s, Duration::from_secs(5)).unwrap();
+    let new = |s| TcpConnection::new(s, PATIENCE).unwrap();
     (new(a), new(b))
 }
 
@@ -69,7 +72,7 @@ fn write_header(slot: u16, length: u32) -> MessageHeader {
 
 /// Runs both ends until `sink` has `count` messages.
 fn pump(from: &mut TcpConnection, to: &mut TcpConnection, sink: &mut Sink, count: usize) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     while sink.messages.len() < count {
         assert!(Instant::now() < deadline, "only {} of {count} messages arrived", sink.messages.len());
         from.flush().unwrap();
@@ -135,7 +138,7 @@ fn data_that_nobody_waits_for_is_dropped_and_the_next_message_is_whole() {
 fn frames_cut_at_every_byte_are_put_together_again() {
     let (mut raw, b) = raw_pair();
     raw.set_nodelay(true).unwrap();
-    let mut b = TcpConnection::new(b, Duration::from_secs(5)).unwrap();
+    let mut b = TcpConnection::new(b, PATIENCE).unwrap();
     let mut table = Vec::new();
     for slot in 0..3 {
         table.extend_from_slice(&write_header(slot, 5).encode());
@@ -147,7 +150,7 @@ fn frames_cut_at_every_byte_are_put_together_again() {
         raw.write_all(&[byte]).unwrap();
         b.receive(&mut sink).unwrap();
     }
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + PATIENCE;
     while sink.messages.len() < 3 && Instant::now() < deadline {
         b.receive(&mut sink).unwrap();
     }
@@ -166,9 +169,9 @@ fn bytes_that_are_no_frame_close_the_connection_with_a_reason() {
     ];
     for (bytes, reason) in cases {
         let (mut raw, b) = raw_pair();
-        let mut b = TcpConnection::new(b, Duration::from_secs(5)).unwrap();
+        let mut b = TcpConnection::new(b, PATIENCE).unwrap();
         raw.write_all(&bytes).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         let error = loop {
             assert!(Instant::now() < deadline);
             if let Err(error) = b.receive(&mut Sink::default()) {
@@ -183,7 +186,7 @@ fn bytes_that_are_no_frame_close_the_connection_with_a_reason() {
 fn a_closed_peer_is_noticed() {
     let (a, mut b) = pair();
     drop(a);
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         match b.receive(&mut Sink::default()) {
             Err(ConnectionError::Closed) => break,
@@ -204,13 +207,13 @@ fn a_second_answer_with_data_for_one_request_is_refused_before_it_gets_a_place()
         (vec![data(1023), data(0), data(1023)], true),
     ] {
         let (mut raw, b) = raw_pair();
-        let mut b = TcpConnection::new(b, Duration::from_secs(5)).unwrap();
+        let mut b = TcpConnection::new(b, PATIENCE).unwrap();
         let table: Vec<u8> = headers.iter().flat_map(MessageHeader::encode).collect();
         let payload = headers.iter().map(|h| h.payload).sum();
         let count = u16::try_from(headers.len()).unwrap();
         let frame = FrameHeader { count, payload, checksum: frame_crc(&table) };
         raw.write_all(&[frame.encode().as_slice(), &table, &vec![7; payload as usize]].concat()).unwrap();
-        let (mut sink, deadline) = (Sink::default(), Instant::now() + Duration::from_secs(5));
+        let (mut sink, deadline) = (Sink::default(), Instant::now() + PATIENCE);
         let outcome = loop {
             assert!(Instant::now() < deadline);
             match b.receive(&mut sink) {
@@ -232,10 +235,10 @@ fn a_body_that_is_not_wanted_and_all_but_one_of_many_take_no_memory() {
     let head = [frame.encode().as_slice(), &table].concat();
     for longest_body in [4096, 1 << 20] {
         let (mut raw, b) = raw_pair();
-        let mut b = TcpConnection::new(b, Duration::from_secs(5)).unwrap();
+        let mut b = TcpConnection::new(b, PATIENCE).unwrap();
         raw.write_all(&head).unwrap();
         let mut sink = Sink { longest_body: Some(longest_body), ..Sink::default() };
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         let refused = loop {
             assert!(Instant::now() < deadline);
             match b.receive(&mut sink) {
@@ -261,7 +264,7 @@ fn a_connection_says_when_it_waits_for_memory_and_how_much_it_has_to_send() {
     }
     assert_eq!(a.backlog(), 3);
     let mut sink = Sink { waits: usize::MAX, ..Sink::default() };
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + PATIENCE;
     while !b.is_starved() {
         assert!(Instant::now() < deadline);
         a.flush().unwrap();

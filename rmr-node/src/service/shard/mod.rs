@@ -53,8 +53,9 @@ const TICK: Duration = Duration::from_secs(1);
 const SILENT_LEG_TIMEOUTS: u32 = 3;
 /// It is given so long at the least: a client sends a ping each second, however short the leg timeout is.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(3);
-/// A stop gives disks so long to end what clients left behind that had to be cut off.
-const STOP_GRACE: Duration = Duration::from_secs(1);
+/// A stop gives disks so long to end what clients left behind that had to be cut off, and so long at the least to take the
+/// marks of stores that are closed in order. With the longest stop by default, both together end before systemd's patience.
+const STOP_GRACE: Duration = Duration::from_secs(4);
 
 /// What other threads ask of a shard.
 pub(super) enum Command {

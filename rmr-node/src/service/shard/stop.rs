@@ -49,7 +49,8 @@ impl Shard {
                         self.activate(index);
                     }
                 }
-                self.phase = Phase::Marking { deadline };
+                // Clients that left late take nothing of the time of the disks.
+                self.phase = Phase::Marking { deadline: deadline.max(self.now + STOP_GRACE) };
                 self.next_tick = self.now;
             }
             Phase::Marking { deadline } => {
