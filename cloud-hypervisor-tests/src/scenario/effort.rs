@@ -44,7 +44,7 @@ impl Effort {
         rounds: 5,
         slow_bytes_per_s: 512 << 10,
         leg_timeout: Duration::from_secs(3),
-        patience: Duration::from_secs(20),
+        patience: Duration::from_secs(60),
     };
     /// For the emulated processor of a guest.
     pub const EMULATED: Self = Self {
@@ -58,6 +58,6 @@ impl Effort {
         rounds: 1,
         slow_bytes_per_s: 256 << 10,
         leg_timeout: Duration::from_secs(3),
-        patience: Duration::from_secs(20),
+        patience: Duration::from_secs(60),
     };
 }
