@@ -168,6 +168,8 @@ mutants! {
     AbsentNotTold,
     /// What a member has of an earlier attachment is not looked at when it rejoins
     LeftBehindIgnored,
+    /// What a view said that was given up half-way is not told again
+    GivenUpViewForgotten,
 
     // Forced by the operator.
     /// A forced attachment has the next epoch, as any other

@@ -28,6 +28,8 @@ pub(super) struct Bench {
     /// Nodes to which connections take until [`Bench::connect`].
     pub(super) slow: Vec<usize>,
     connecting: Vec<LinkId>,
+    /// Nodes that refuse an attach, because another client is there.
+    pub(super) held: Vec<usize>,
     /// Whether nodes answer an attach.
     admits: bool,
     /// Whether they take a view.
@@ -94,6 +96,7 @@ impl Bench {
             watermarks: vec![Sequence(0); count],
             sent: Vec::new(),
             nodes: Vec::new(),
+            held: Vec::new(),
             additions: Vec::new(),
             done: Vec::new(),
         };
@@ -178,6 +181,11 @@ impl Bench {
                 (Kind::HelloReply, reply.encode())
             }
             Kind::Attach if !self.admits => return,
+            Kind::Attach if self.held.contains(&node) => {
+                let reply = header.reply(Kind::AttachReply, Status::Held);
+                let reply = MessageHeader { epoch: self.epochs[node], ..reply };
+                return self.client.apply(Event::Message(link, &reply, b"another"), self.now);
+            }
             Kind::Attach => {
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {

@@ -330,7 +330,7 @@ fn a_view_of_an_earlier_session_is_no_reason_to_report_that_nothing_is_stale() {
     assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
     let mut again = Bench::new(true);
     let maps = MemberMaps::new(bench.replica.spec());
-    let state = bench.replica.durable_state();
+    let state = bench.replica.present_state();
     again.replica = Replica::new(bench.replica.config.clone(), member(0), state, maps);
     again.prepare();
     again.replica.apply(Event::Tick, Time(5_000_000_000));
@@ -343,7 +343,7 @@ fn a_lost_slot_table_is_told_until_a_message_shows_that_the_view_is_committed() 
     let mut bench = Bench::new(true);
     bench.prepare();
     let maps = MemberMaps::new(bench.replica.spec());
-    let state = bench.replica.durable_state();
+    let state = bench.replica.present_state();
     bench.replica = Replica::new(bench.replica.config.clone(), member(0), state, maps);
     bench.prepare();
     assert!(bench.attach_reply().tables_lost);

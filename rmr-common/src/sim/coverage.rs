@@ -78,6 +78,7 @@ pub const SITUATIONS: &[&str] = &[
     "force: a client of an older branch writes",
     "force: a client of the older branch lives",
     "force: a member is forced into use",
+    "force: a member is taken from a live client of an older branch",
     "force: a member of an older branch is brought back in",
     "force: an attach waits for the later branch",
     "force: another member is forced into use after that",

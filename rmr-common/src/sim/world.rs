@@ -6,6 +6,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use super::coverage::Coverage;
+use super::disk::SECTORS_PER_BLOCK;
 use super::node::{Content, Node, Target};
 use super::oracle::{Oracle, SECTOR, Step, WriteId};
 use super::peers::{FIRST_PEER, Peer};
@@ -309,6 +310,7 @@ pub(super) use trace;
 impl<'a> World<'a> {
     pub(super) fn new(seed: u64, trace: Option<&'a mut dyn Write>) -> Self {
         let mut rng = Rng::new(seed);
+        let aiming = super::aim::Aiming::new(seed);
         let members = match rng.range(0, 19) {
             0..=1 => 1,
             2..=9 => 2,
@@ -316,6 +318,7 @@ impl<'a> World<'a> {
             18 => 4,
             _ => 8,
         };
+        let members = members.max(aiming.aim.least_members());
         let size = rng.range(1, 4) << 20;
         let member = |i: u8| {
             let id = MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members"));
@@ -330,7 +333,7 @@ impl<'a> World<'a> {
             members: (0..members).map(member).collect(),
         };
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
-        let all_write_back = rng.percent(40);
+        let all_write_back = rng.percent(40) || aiming.aim == super::aim::Aim::Caches;
         let state =
             DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None };
         let nodes: Vec<_> = spec
@@ -361,7 +364,6 @@ impl<'a> World<'a> {
         let limits =
             Limits { max_io, slots: rng.pick(&[2, 8, 32, 256]), max_bytes: max_io * rng.pick(&[1, 2, 8]) };
         let faults = if rng.percent(15) { 0 } else { rng.range(1, 20) };
-        let aiming = super::aim::Aiming::new(seed);
         let is_scattered = aiming.aim == super::aim::Aim::Scattered;
         let disk_delay = rng.pick(&[20_000, 500_000, 10 * MILLISECOND]);
         // Slow, and no leg is lost for it alone.
@@ -403,6 +405,7 @@ impl<'a> World<'a> {
         let operator = super::operator::Operator::new(&mut rng);
         let forces = super::force::Forces::new(&mut rng);
         let mut profile = profile;
+        aiming.aim.shape(&mut profile);
         if forces.is_there {
             // A verify is of one branch, and its report of the pool.
             profile.audits = 0;
@@ -508,6 +511,10 @@ impl<'a> World<'a> {
                 trace!(self, "node {node}: disk request {io} {:?} {:?}", running.operation, running.result);
                 if running.result != DiskResult::Done {
                     self.nodes[node].reads.remove(&io);
+                    if running.operation == DiskOperation::Read {
+                        let end = (running.first + running.count).div_ceil(SECTORS_PER_BLOCK);
+                        self.nodes[node].disk.unread.extend(running.first / SECTORS_PER_BLOCK..end);
+                    }
                 }
                 let stale = self.own_stale(node);
                 self.disk_ended(node, io, &running)?;
@@ -591,12 +598,12 @@ impl<'a> World<'a> {
     /// Gives an event to a replica, and carries out what it asks for.
     pub(super) fn replica(&mut self, node: usize, event: replica::Event<'_>) -> Check {
         let now = Time(self.now);
-        let stale = self.own_stale(node);
+        let (stale, blocks) = (self.own_stale(node), self.blocks_at(node));
         let may_freshen = matches!(event, replica::Event::Disk(..) | replica::Event::PeerMessage(..));
         let Some(replica) = &mut self.nodes[node].replica else { return Ok(()) };
         replica.apply(event, now);
-        // A member of an older branch may lose blocks beyond the end of the pool.
-        let is_smaller = self.has_branches() && self.nodes[node].durable.spec.size > self.committed_spec.size;
+        // A member that comes to another branch loses what lies beyond the end that the pool has there.
+        let is_smaller = self.has_branches() && self.blocks_at(node) < blocks;
         if !may_freshen && !is_smaller && self.own_stale(node) < stale && !self.is_clean_at(node) {
             return Err(format!(
                 "node {node} takes a stale block for current before its disk has written it"
@@ -753,7 +760,9 @@ impl<'a> World<'a> {
         let life = node.life;
         let most = self.profile.disk_delay * if self.rng.percent(2) && !self.is_calm { 20 } else { 1 };
         let is_write = !is_read && operation != DiskOperation::Flush;
-        let effect = self.rng.range(1, most) + if is_write { self.slowness(index) } else { 0 };
+        let effect = self.rng.range(1, most)
+            + if is_write { self.slowness(index) } else { 0 }
+            + if is_flush { self.slowness_of_flush() } else { 0 };
         let done = effect + self.rng.range(1, most / 2);
         trace!(self, "node {index}: disk request {} {operation:?} at {offset}+{length} begins", io.0);
         self.after(effect, Event::DiskEffect { node: index, life, io: io.0 });
@@ -1302,6 +1311,7 @@ impl<'a> World<'a> {
         if self.hosts[host].has_lost_writes {
             return Err(described("served although writes were lost, and the guest does not know".into()));
         }
+        self.aim_at_completed(host, &request);
         match request.operation {
             Operation::Read => {
                 let oracle = self.oracle_of(host);
