@@ -12,8 +12,9 @@ SEEDS := 20000
 START := 1
 # Rows of `make model`: members, writes, crashes, cuts, losses of power, epoch, view, takeover.
 ROWS := 2,1,1,1,0,3,6,1 2,1,2,1,0,2,5,1 2,2,1,1,0,2,5,1 2,1,1,1,1,2,5,1 3,1,1,1,0,2,5,1 3,1,1,0,1,2,5,1 3,1,0,1,1,2,5,1
-# Runs of `make test-verbs`.
+# Runs of `make test-verbs`, and whether of all scenarios: ALL=1.
 TIMES := 1
+ALL :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-verbs bench bench-resync lint fmt docs audit sim sim-mutants model deps clean
@@ -33,9 +34,9 @@ test: deps ## all tests: units, documentation, whole systems with guests in QEMU
 	@if $(CARGO) nextest --version >/dev/null 2>&1; \
 	then set -- nextest run; else set -- test; fi; set -x; $(CARGO) "$$@" $(LOCKED) --workspace --all-targets --no-fail-fast
 
-test-verbs: deps ## the whole system over Soft-RoCE in one guest, TIMES=1 times: a line for each scenario, and what failed
+test-verbs: deps ## the whole system over Soft-RoCE in one guest: the scenarios of the CI, or all with ALL=1, TIMES=1 times; a line for each, and what failed
 	$(CARGO) build $(LOCKED) --workspace --bins
-	RMR_TIMES=$(TIMES) $(CARGO) test $(LOCKED) -p cloud-hypervisor-tests --test verbs -- --nocapture
+	RMR_TIMES=$(TIMES) RMR_ALL=$(ALL) $(CARGO) test $(LOCKED) -p cloud-hypervisor-tests --test verbs -- --nocapture
 
 bench: deps ## side by side with what a user would pick instead (docs/benchmarks.md); about 6 minutes
 	$(CARGO) build $(LOCKED) --release --workspace --bins

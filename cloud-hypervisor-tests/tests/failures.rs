@@ -4,11 +4,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use cloud_hypervisor_tests::lab::frontend::{self, BUFFERS, Descriptor, flag, request};
 use cloud_hypervisor_tests::lab::{
-    self, Checks, Daemon, DaemonBuilder, Disk, FrontendBuilder, Lab, NodeBuilder, PoolBuilder, Status, Vm,
-    VmBuilder,
+    self, Checks, Daemon, DaemonBuilder, Disk, Lab, NodeBuilder, PoolBuilder, Vm, VmBuilder,
 };
+use cloud_hypervisor_tests::scenario;
 
 const FIO_LIMIT: Duration = Duration::from_secs(180);
 /// How long a lost leg may take to show in the status.
@@ -91,85 +90,12 @@ fn a_guest_killed_in_mid_request_costs_nothing_and_a_node_killed_under_load_is_n
 
 #[test]
 fn a_second_daemon_for_a_pool_is_refused_and_told_who_holds_it() -> Result<()> {
-    lab::run("second daemon", |lab| {
-        let (a, b) = (NodeBuilder::new("a").start(lab)?, NodeBuilder::new("b").start(lab)?);
-        let pool = PoolBuilder::new("disk").member(&a).member(&b).create(lab)?;
-        let first = DaemonBuilder::new(&pool).start(lab)?;
-        let mut disk = FrontendBuilder::new(first.socket()).connect()?;
-        ensure!(disk.write(0, 0, &[1; 4096])? == Status::Ok);
-
-        let said = DaemonBuilder::new(&pool).name("second").start_refused(lab)?;
-        let holder = first.process().pid().to_string();
-        ensure!(said.contains(&holder), "expected words about the holder, process {holder}; found:\n{said}");
-
-        // The holder is not disturbed.
-        ensure!(disk.write(0, 8, &[2; 4096])? == Status::Ok && disk.flush(0)? == Status::Ok);
-        drop(disk);
-        first.stop()?;
-
-        let third = DaemonBuilder::new(&pool).name("third").start(lab)?;
-        let mut disk = FrontendBuilder::new(third.socket()).connect()?;
-        ensure!(disk.read(0, 0, 4096)? == (Status::Ok, vec![1; 4096]));
-        ensure!(disk.read(0, 8, 4096)? == (Status::Ok, vec![2; 4096]));
-        drop(disk);
-        third.stop()?;
-        pool.assert_identical()
-    })
+    scenario::test("second-daemon")
 }
 
 #[test]
 fn a_front_end_that_vanishes_with_a_full_queue_twenty_times_costs_nothing() -> Result<()> {
-    const CHAINS: u16 = 42;
-    const BLOCK: u64 = 4096;
-    lab::run("vanishing front end", |lab| {
-        let (a, b) = (NodeBuilder::new("a").start(lab)?, NodeBuilder::new("b").start(lab)?);
-        let pool = PoolBuilder::new("disk").member(&a).member(&b).create(lab)?;
-        let daemon = DaemonBuilder::new(&pool).start(lab)?;
-        // Blocks are written with the number of the round; several chains of a round aim at the same block.
-        for round in 1..=20_u8 {
-            let mut disk = FrontendBuilder::new(daemon.socket()).queue_size(128).connect()?;
-            for number in 0..CHAINS {
-                let (header, status, data) = own_buffers(number);
-                let sector = u64::from(number % 32) * BLOCK / 512;
-                disk.put(header, &frontend::header(request::OUT, sector))?;
-                disk.put(data, &[round; 4096])?;
-                let first = number * 3;
-                let chain = [
-                    Descriptor { address: header, length: 16, flags: flag::NEXT, next: first + 1 },
-                    Descriptor { address: data, length: 4096, flags: flag::NEXT, next: first + 2 },
-                    Descriptor { address: status, length: 1, flags: flag::WRITE, next: 0 },
-                ];
-                disk.put_chain(0, first, &chain)?;
-                disk.publish(0, first)?;
-            }
-            // A different number of completions is seen in each round before the end.
-            for _ in 0..round {
-                ensure!(
-                    disk.wait_used(0, Duration::from_secs(20))?.is_some(),
-                    "round {round}: a write is not answered"
-                );
-            }
-        }
-        let mut disk = FrontendBuilder::new(daemon.socket()).connect()?;
-        for block in 0..32 {
-            let (status, data) = disk.read(0, block * BLOCK / 512, 4096)?;
-            ensure!(status == Status::Ok);
-            ensure!(
-                data.iter().all(|byte| *byte == data[0] && (1..=20).contains(byte)),
-                "block {block} is torn: {data:?}"
-            );
-        }
-        ensure!(disk.flush(0)? == Status::Ok);
-        drop(disk);
-        daemon.stop()?;
-        pool.assert_identical()
-    })
-}
-
-/// Header, status and data of one of several requests at once.
-fn own_buffers(number: u16) -> (u64, u64, u64) {
-    let number = u64::from(number);
-    (BUFFERS + number * 64, BUFFERS + number * 64 + 32, BUFFERS + (1 << 20) + number * 4096)
+    scenario::test("vanishing-front-end")
 }
 
 fn boot(lab: &Lab, name: &str, daemon: &Daemon) -> Result<Vm> {

@@ -1,18 +1,24 @@
 //! The whole system over real verbs: one guest with Soft-RoCE, everything inside it. First that the guest's verbs work at
 //! all, with tools of others; what fails after that is ours. Then the scenarios, some on TCP, which must hold in the guest
-//! before verbs can be blamed for anything, and all on verbs. RMR_SCENARIOS="io resync" runs only these, RMR_TIMES=20 runs
-//! those on verbs so often (`make test-verbs TIMES=20`).
+//! before verbs can be blamed for anything, and on verbs those whose turn is each time, or all. `make test-verbs ALL=1 TIMES=20`
+//! and the like, and the variables below, say which and how often.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use cloud_hypervisor_tests::lab::{self, Checks, Fabric, Roce, RoceBuilder, Transport, roce};
-use cloud_hypervisor_tests::scenario::{self, Outcome, Report};
+use cloud_hypervisor_tests::scenario::{self, Outcome, Report, Scenario, Turn};
 
+/// Names of scenarios, separated by blanks: only these are run.
+const ONLY: &str = "RMR_SCENARIOS";
+/// Set to anything but nothing: all scenarios are run, not only those whose turn is each time.
+const ALL: &str = "RMR_ALL";
+/// How often those on verbs are run.
+const TIMES: &str = "RMR_TIMES";
 /// Those that are also run on TCP.
-const ON_TCP: [&str; 2] = ["io", "resync"];
-/// Longest time of one scenario: seconds on an idle machine.
-const SCENARIO_LIMIT: Duration = Duration::from_secs(180);
+const ON_TCP: [&str; 3] = ["io", "resync", "cuts"];
+/// Longest time of one scenario: seconds, or a minute for the longest, on an idle machine.
+const SCENARIO_LIMIT: Duration = Duration::from_secs(400);
 
 #[test]
 fn the_whole_system_runs_over_the_verbs_of_soft_roce() -> Result<()> {
@@ -25,23 +31,32 @@ fn the_whole_system_runs_over_the_verbs_of_soft_roce() -> Result<()> {
             .boot(lab)?;
         let mut checks = Checks::new();
         check_the_guest(&roce, &mut checks);
-        let only = std::env::var("RMR_SCENARIOS").ok();
-        let wanted = |name: &&str| only.as_ref().is_none_or(|o| o.split_whitespace().any(|one| one == *name));
-        let on_tcp: Vec<_> = ON_TCP.into_iter().filter(wanted).collect();
+        let wanted = wanted();
+        let on_tcp: Vec<_> = wanted.iter().copied().filter(|name| ON_TCP.contains(name)).collect();
         check_scenarios(&roce, roce.fabric(Transport::Tcp), &on_tcp, &mut checks);
-        let all: Vec<_> = scenario::ALL.iter().map(|scenario| scenario.name).filter(wanted).collect();
         for _ in 0..times()? {
-            check_scenarios(&roce, roce.fabric(Transport::Rdma), &all, &mut checks);
+            check_scenarios(&roce, roce.fabric(Transport::Rdma), &wanted, &mut checks);
         }
         roce.shutdown()?;
         checks.finish()
     })
 }
 
-/// How often all scenarios are run over verbs, one time after the other.
+/// The scenarios that are to be run.
+fn wanted() -> Vec<&'static str> {
+    let only = std::env::var(ONLY).ok();
+    let all = std::env::var(ALL).is_ok_and(|text| !text.is_empty());
+    let is_wanted = |scenario: &&Scenario| match &only {
+        Some(only) => only.split_whitespace().any(|name| name == scenario.name),
+        None => all || scenario.turn == Turn::Always,
+    };
+    scenario::ALL.iter().filter(is_wanted).map(|scenario| scenario.name).collect()
+}
+
+/// How often the scenarios are run over verbs, one time after the other.
 fn times() -> Result<u32> {
-    let Ok(text) = std::env::var("RMR_TIMES") else { return Ok(1) };
-    text.parse().with_context(|| format!("RMR_TIMES: expected a number, found '{text}'"))
+    let Ok(text) = std::env::var(TIMES) else { return Ok(1) };
+    text.parse().with_context(|| format!("{TIMES}: expected a number, found '{text}'"))
 }
 
 fn check_the_guest(roce: &Roce, checks: &mut Checks) {

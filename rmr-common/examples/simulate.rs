@@ -1,7 +1,7 @@
 //! Runs seeds of the simulator: one with a trace to look into a failure, or many.
 //!
-//! `cargo run -p rmr-common --example simulate -- --seed N [--trace]`, or `--start N --seeds COUNT [--go-on]`, which
-//! goes on after a seed that breaks a rule. With the feature `mutants` also `--mutant NAME`, to see what a deliberate mistake leads to.
+//! `cargo run -p rmr-common --example simulate -- --seed N [--trace]`, or `--start N --seeds COUNT [--by STEP] [--go-on]`: with a
+//! step of 16 all runs are of one kind; `--go-on` goes on after a seed that breaks a rule. With the feature `mutants` also `--mutant NAME`, to see what a deliberate mistake leads to.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -11,12 +11,13 @@ use rmr_common::sim;
 struct Arguments {
     start: u64,
     seeds: u64,
+    by: u64,
     trace: bool,
     go_on: bool,
 }
 
 fn arguments() -> Result<Arguments, String> {
-    let mut parsed = Arguments { start: 1, seeds: 1, trace: false, go_on: false };
+    let mut parsed = Arguments { start: 1, seeds: 1, by: 1, trace: false, go_on: false };
     let mut list = std::env::args().skip(1);
     while let Some(argument) = list.next() {
         let mut number = || {
@@ -26,6 +27,7 @@ fn arguments() -> Result<Arguments, String> {
         match argument.as_str() {
             "--seed" | "--start" => parsed.start = number()?,
             "--seeds" => parsed.seeds = number()?,
+            "--by" => parsed.by = number()?.max(1),
             "--trace" => parsed.trace = true,
             "--go-on" => parsed.go_on = true,
             #[cfg(feature = "mutants")]
@@ -36,7 +38,7 @@ fn arguments() -> Result<Arguments, String> {
             }
             other => {
                 return Err(format!(
-                    "'{other}' is unknown; expected --seed, --start, --seeds, --trace or --go-on"
+                    "'{other}' is unknown; expected --seed, --start, --seeds, --by, --trace or --go-on"
                 ));
             }
         }
@@ -54,7 +56,8 @@ fn main() -> ExitCode {
     };
     let mut coverage = sim::Coverage::default();
     let (mut steps, mut requests, mut failed) = (0, 0, 0u64);
-    for seed in arguments.start..arguments.start.saturating_add(arguments.seeds) {
+    for index in 0..arguments.seeds {
+        let seed = arguments.start.saturating_add(index.saturating_mul(arguments.by));
         let mut out = std::io::stdout();
         let trace: Option<&mut dyn std::io::Write> = if arguments.trace { Some(&mut out) } else { None };
         let run = AssertUnwindSafe(|| sim::run(seed, trace));

@@ -130,6 +130,8 @@ mutants! {
     ReportAfterFailedFlush,
     /// A Syncing member serves as a source
     PullFromStale,
+    /// A member that has started anew serves as a source before its client has noticed
+    SourceStartedAnew,
 
     // The client's attach and views.
     /// An attach goes on with one Clean member of the highest view
@@ -168,6 +170,8 @@ mutants! {
     AbsentNotTold,
     /// What a member has of an earlier attachment is not looked at when it rejoins
     LeftBehindIgnored,
+    /// What a view said that was given up half-way is not told again
+    GivenUpViewForgotten,
 
     // Forced by the operator.
     /// A forced attachment has the next epoch, as any other

@@ -34,7 +34,10 @@ fn main() -> ExitCode {
     match run() {
         Ok(survivors) if survivors.is_empty() => ExitCode::SUCCESS,
         Ok(survivors) => {
-            eprintln!("NOT found: {survivors:?}");
+            eprintln!(
+                "NOT found: {survivors:?}. Seeds that find them may be further on, and are recorded by \
+                 RMR_MUTANT_SEEDS=20000 RMR_MUTANT_RECORD=1 make sim-mutants"
+            );
             ExitCode::FAILURE
         }
         Err(text) => {

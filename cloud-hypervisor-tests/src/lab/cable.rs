@@ -33,6 +33,11 @@ pub enum End {
     Client,
 }
 
+impl End {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Node, Self::Client];
+}
+
 impl Cable {
     /// The cables that there are.
     pub const ALL: [Self; 2] = [Self { number: 1 }, Self { number: 2 }];
@@ -59,25 +64,20 @@ impl Cable {
         format!("rxe{}{}", self.number, if end == End::Node { "n" } else { "c" })
     }
 
-    /// Loses everything that goes over the cable from now on; neither end is told.
+    /// Loses everything that this end sends from now on; neither end is told.
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn cut(self) -> Result<()> {
-        [End::Node, End::Client].into_iter().try_for_each(|end| {
-            let netdev = self.netdev(end);
-            system("tc", &["qdisc", "add", "dev", &netdev, "root", "netem", "loss", "100%"])
-        })
+    pub fn cut(self, from: End) -> Result<()> {
+        system("tc", &["qdisc", "add", "dev", &self.netdev(from), "root", "netem", "loss", "100%"])
     }
 
     /// Ends what [`Cable::cut`] began.
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn mend(self) -> Result<()> {
-        [End::Node, End::Client]
-            .into_iter()
-            .try_for_each(|end| system("tc", &["qdisc", "delete", "dev", &self.netdev(end), "root"]))
+    pub fn mend(self, from: End) -> Result<()> {
+        system("tc", &["qdisc", "delete", "dev", &self.netdev(from), "root"])
     }
 
     /// Takes the RDMA device of an end away, as a card is that fails or is pulled out. Returns when every process that had
@@ -106,7 +106,7 @@ impl Cable {
         let mut script = String::new();
         let (node, client) = (self.netdev(End::Node), self.netdev(End::Client));
         let _ = writeln!(script, "ip link add {node} type veth peer name {client}");
-        for end in [End::Node, End::Client] {
+        for end in End::BOTH {
             let (address, netdev) = (self.address(end), self.netdev(end));
             let _ = writeln!(
                 script,
@@ -129,7 +129,7 @@ impl Cable {
                  ip rule add pref 12 to {address} oif {out} lookup {table}"
             );
         }
-        for end in [End::Node, End::Client] {
+        for end in End::BOTH {
             let (device, netdev) = (self.device(end), self.netdev(end));
             let _ = writeln!(script, "rdma link add {device} type rxe netdev {netdev}");
         }

@@ -3,13 +3,21 @@
 //! Soft-RoCE guest.
 
 mod counters;
+mod cuts;
 pub mod data;
+mod digests;
+mod effort;
+mod failures;
 mod faults;
+mod growth;
+mod interrupted;
 mod keys;
+mod membership;
 mod pool_key;
 pub mod recovery;
 mod standstill;
 mod system;
+mod verify;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -20,35 +28,23 @@ use anyhow::{Context, Error, Result};
 use serde::{Deserialize, Serialize};
 
 pub use counters::Counters;
+pub use effort::Effort;
 pub use system::System;
 pub use writer::{Writer, check_everything};
 
 use crate::lab::{self, Fabric, Lab, Roce};
 
-/// How much a scenario does.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Effort {
-    /// Size of the pool in MiB.
-    pub pool_mib: u64,
-    /// Bytes that small random requests go to, all of them read again at the end.
-    pub span: u64,
-    /// Requests of a load that runs to its end.
-    pub requests: u64,
-    /// Requests per second of a load under which something breaks.
-    pub rate: u32,
-    /// How often it breaks.
-    pub rounds: usize,
-}
-
-impl Effort {
-    /// For the processors of this machine.
-    pub const FULL: Self = Self { pool_mib: 64, span: 32 << 20, requests: 20_000, rate: 3000, rounds: 5 };
-    /// For the emulated processor of a guest, which does a hundredth of that.
-    pub const EMULATED: Self = Self { pool_mib: 24, span: 2 << 20, requests: 600, rate: 100, rounds: 1 };
-}
-
 /// What a scenario counted, for reports and assertions of whoever ran it.
 pub type Counts = BTreeMap<String, u64>;
+
+/// How often a scenario is run in the guest with Soft-RoCE, where everything takes long.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Turn {
+    /// Each time.
+    Always,
+    /// Where all are wanted: `make test-verbs ALL=1`.
+    Long,
+}
 
 /// One scenario.
 #[derive(Clone, Copy)]
@@ -57,81 +53,141 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it proves, as a sentence.
     pub sentence: &'static str,
-    run: fn(&Lab, Effort) -> Result<Counts>,
+    /// When it is run in the guest.
+    pub turn: Turn,
+    run: Run,
 }
 
-/// All scenarios, the quick ones first.
-pub const ALL: [Scenario; 14] = [
-    Scenario {
-        name: "io",
-        sentence: "every block that is read holds what was written, and all copies are the same",
-        run: data::io,
-    },
-    Scenario {
-        name: "counts",
-        sentence: "a request costs the messages, work requests and copies that the design says",
-        run: data::counts,
-    },
-    Scenario {
-        name: "segments",
-        sentence: "requests of 1 MiB in 128 segments are carried whole",
-        run: data::segments,
-    },
-    Scenario {
-        name: "exhaustion",
-        sentence: "a guest that asks for more than a node has memory for waits, and gets it all",
-        run: data::exhaustion,
-    },
-    Scenario {
-        name: "wrong-keys",
-        sentence: "a peer with wrong keys is refused, and no byte of the guest's memory changes",
-        run: keys::wrong_keys,
-    },
-    Scenario {
-        name: "windows",
-        sentence: "in the read mode window each read has a key of its own, which is refused when the read is over",
-        run: keys::windows,
-    },
-    Scenario {
-        name: "resync",
-        sentence: "a member that was away is brought up to date by exactly what it missed, from node to node",
-        run: data::resync,
-    },
-    Scenario {
-        name: "pool-key",
-        sentence: "who has the key of a pool is let in, nobody else is, and it is changed under a running disk",
-        run: pool_key::pool_key,
-    },
-    Scenario {
-        name: "killed-nodes",
-        sentence: "nodes killed one after the other under load come back, and no promise is broken",
-        run: recovery::killed_nodes,
-    },
-    Scenario {
-        name: "killed-daemon",
-        sentence: "a daemon killed under load again and again leaves copies that agree",
-        run: recovery::killed_daemon,
-    },
-    Scenario {
-        name: "killed-everything",
-        sentence: "everything killed at once comes back with all that was promised",
-        run: recovery::killed_everything,
-    },
-    Scenario {
-        name: "standstill",
-        sentence: "a daemon that stood still loses no leg by that, and a node that did so comes back",
-        run: standstill::standstill,
-    },
-    Scenario {
-        name: "cut",
-        sentence: "a leg whose cable is cut is given up in time, the guest goes on, and the member comes back by itself",
-        run: faults::cut,
-    },
-    Scenario {
-        name: "device-removed",
-        sentence: "an RDMA device that is taken away costs a leg, and when it is back the member comes back by itself",
-        run: faults::device_removed,
-    },
+type Run = fn(&Lab, Effort) -> Result<Counts>;
+
+const fn each_time(name: &'static str, sentence: &'static str, run: Run) -> Scenario {
+    Scenario { name, sentence, turn: Turn::Always, run }
+}
+
+const fn long(name: &'static str, sentence: &'static str, run: Run) -> Scenario {
+    Scenario { name, sentence, turn: Turn::Long, run }
+}
+
+/// All scenarios, those of single requests first.
+pub const ALL: [Scenario; 26] = [
+    each_time("io", "every block that is read holds what was written, and all copies are the same", data::io),
+    each_time(
+        "counts",
+        "a request costs the messages, work requests and copies that the design says",
+        data::counts,
+    ),
+    each_time("segments", "requests of 1 MiB in 128 segments are carried whole", data::segments),
+    each_time(
+        "exhaustion",
+        "a guest that asks for more than a node has memory for waits, and gets it all",
+        data::exhaustion,
+    ),
+    each_time(
+        "wrong-keys",
+        "a peer with wrong keys is refused, and no byte of the guest's memory changes",
+        keys::wrong_keys,
+    ),
+    each_time(
+        "windows",
+        "in the read mode window each read has a key of its own, which is refused when the read is over",
+        keys::windows,
+    ),
+    each_time(
+        "resync",
+        "a member that was away is brought up to date by exactly what it missed, from node to node",
+        data::resync,
+    ),
+    each_time(
+        "pool-key",
+        "who has the key of a pool is let in, nobody else is, and it is changed under a running disk",
+        pool_key::pool_key,
+    ),
+    each_time(
+        "changing-buffers",
+        "buffers that change in flight leave equal stores with digests, and different ones without",
+        digests::changing_buffers,
+    ),
+    each_time(
+        "racing-writes",
+        "overlapping writes that race on four queues leave equal stores",
+        digests::racing_writes,
+    ),
+    each_time(
+        "second-daemon",
+        "a second daemon for a pool is refused, and told who holds it",
+        failures::second_daemon,
+    ),
+    each_time(
+        "vanishing-front-end",
+        "a front end that vanishes with a full queue again and again costs nothing",
+        failures::vanishing_front_end,
+    ),
+    long(
+        "verify-majority",
+        "under load a verify finds the block that was damaged and no other, and the majority mends it",
+        verify::by_majority,
+    ),
+    long(
+        "verify-trust",
+        "without a guest rmrctl finds the block and repairs it by the member that is trusted",
+        verify::by_trust,
+    ),
+    each_time(
+        "members",
+        "copies are added, moved and removed under a writer that remembers",
+        membership::members,
+    ),
+    long(
+        "maintenance",
+        "a replaced disk is filled, and planned maintenance costs what was missed",
+        membership::maintenance,
+    ),
+    long("growth", "a pool grows with a guest and without one, and while a copy is down", growth::growth),
+    long(
+        "no-guest",
+        "without a guest rmrctl changes the pool, brings copies up to date, goes on from one of them, and leaves",
+        membership::no_guest,
+    ),
+    long(
+        "killed-commands",
+        "every change is finished by repeating it, whoever was killed in its middle",
+        interrupted::killed_commands,
+    ),
+    each_time(
+        "killed-nodes",
+        "nodes killed one after the other under load come back, and no promise is broken",
+        recovery::killed_nodes,
+    ),
+    each_time(
+        "killed-daemon",
+        "a daemon killed under load again and again leaves copies that agree",
+        recovery::killed_daemon,
+    ),
+    each_time(
+        "killed-everything",
+        "everything killed at once comes back with all that was promised",
+        recovery::killed_everything,
+    ),
+    each_time(
+        "standstill",
+        "a daemon that stood still loses no leg by that, and a node that did so comes back",
+        standstill::standstill,
+    ),
+    each_time(
+        "cut",
+        "a leg whose cable is cut is given up in time, the guest goes on, and the member comes back by itself",
+        faults::cut,
+    ),
+    long(
+        "cuts",
+        "every cable cut in every direction under load, and during a resync, heals, and no promise is broken",
+        cuts::cuts,
+    ),
+    each_time(
+        "device-removed",
+        "an RDMA device that is taken away costs a leg, and when it is back the member comes back by itself",
+        faults::device_removed,
+    ),
 ];
 
 /// How a scenario ended.
@@ -214,6 +270,14 @@ pub fn run_in_guest(roce: &Roce, fabric: Fabric, name: &str, limit: Duration) ->
     Ok(report)
 }
 
+/// Runs the scenario called `name` with the processors of this machine, on the fabric of the environment.
+///
+/// # Errors
+/// When it does not hold, cannot be run, or there is none of this name.
+pub fn test(name: &str) -> Result<()> {
+    find(name).with_context(|| format!("there is no scenario '{name}'"))?.test(Effort::FULL)
+}
+
 /// The scenario called `name`.
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Scenario> {
@@ -261,7 +325,7 @@ mod tests {
     #[test]
     fn a_scenario_that_cannot_run_is_told_from_one_that_failed() {
         let fabric: Fabric = "tcp://127.0.0.1".parse().expect("a fabric");
-        let with = |run| Scenario { name: "try", sentence: "", run }.report(fabric, Effort::FULL).outcome;
+        let with = |run| long("try", "", run).report(fabric, Effort::FULL).outcome;
         assert_eq!(with(|_, _| Err(not_run("no device"))), Outcome::NotRun("no device".into()));
         assert_eq!(with(|_, _| anyhow::bail!("broken")), Outcome::Failed("broken".into()));
         assert_eq!(with(|_, _| Ok(Counts::new())), Outcome::Passed);

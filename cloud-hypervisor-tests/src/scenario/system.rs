@@ -12,7 +12,7 @@ use crate::bench::verify::{Promises, Unwritten};
 use crate::lab::{Daemon, DaemonBuilder, Lab, Node, NodeBuilder, Pool, PoolBuilder, Transport};
 
 /// How long a member may take to be missed, or to be Clean again.
-pub(super) const LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
 /// Nodes and the pool that has a member on each.
 pub struct System {
@@ -52,11 +52,20 @@ impl System {
         count: usize,
         builder: &dyn Fn(&str) -> NodeBuilder,
     ) -> Result<Self> {
-        let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
-        let start = |name: &&str| builder(name).start(lab).map_err(|error| explain(lab, error));
-        let nodes = names.iter().take(count).map(start).collect::<Result<Vec<_>>>()?;
+        Self::over(lab, effort, start_nodes(lab, count, builder)?, count)
+    }
+
+    /// `members` nodes with a pool over them, and `spares` more, all of which wait long for a silent peer.
+    ///
+    /// # Errors
+    /// As [`System::new`].
+    pub fn patient(lab: &Lab, effort: Effort, members: usize, spares: usize) -> Result<Self> {
+        Self::over(lab, effort, patient_nodes(lab, effort, members + spares)?, members)
+    }
+
+    fn over(lab: &Lab, effort: Effort, nodes: Vec<Node>, members: usize) -> Result<Self> {
         let pool = PoolBuilder::new("disk").size_mib(effort.pool_mib);
-        let pool = nodes.iter().fold(pool, |pool, node| pool.member(node)).create(lab)?;
+        let pool = nodes.iter().take(members).fold(pool, |pool, node| pool.member(node)).create(lab)?;
         let promises = Promises::new(pool.size(), 4096, u64::from(std::process::id()), Unwritten::Zeroes);
         Ok(Self { nodes, pool, promises, effort })
     }
@@ -67,6 +76,14 @@ impl System {
     /// When it does not come up.
     pub fn daemon(&self, lab: &Lab, name: &str) -> Result<Daemon> {
         DaemonBuilder::new(&self.pool).name(name).start(lab)
+    }
+
+    /// A daemon for the pool that waits long for a silent node.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn patient_daemon(&self, lab: &Lab, name: &str) -> Result<Daemon> {
+        patient_daemon(&self.pool, self.effort).name(name).start(lab)
     }
 
     /// Runs `load` to its end and demands that every request was well answered and every read held what was promised.
@@ -136,6 +153,29 @@ impl System {
     pub fn effort(&self) -> Effort {
         self.effort
     }
+}
+
+/// Nodes that wait long for a silent peer, `a` first.
+pub(super) fn patient_nodes(lab: &Lab, effort: Effort, count: usize) -> Result<Vec<Node>> {
+    let settings = leg_timeout(effort.patience);
+    start_nodes(lab, count, &|name| NodeBuilder::new(name).settings(&settings))
+}
+
+/// A daemon to be that waits long for a silent node.
+pub(super) fn patient_daemon(pool: &Pool, effort: Effort) -> DaemonBuilder {
+    DaemonBuilder::new(pool)
+        .arguments(["--leg-timeout-ms".to_owned(), effort.patience.as_millis().to_string()])
+}
+
+/// The leg timeout in the configuration of a node.
+pub(super) fn leg_timeout(timeout: Duration) -> String {
+    format!("leg_timeout_ms = {}\n", timeout.as_millis())
+}
+
+fn start_nodes(lab: &Lab, count: usize, builder: &dyn Fn(&str) -> NodeBuilder) -> Result<Vec<Node>> {
+    let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let start = |name: &&str| builder(name).start(lab).map_err(|error| explain(lab, error));
+    names.iter().take(count).map(start).collect()
 }
 
 /// A node without the transport says so and ends; that is no failure of a scenario.

@@ -67,13 +67,17 @@ impl Writer {
         thread::scope(|scope| {
             let load = scope.spawn(|| self.run(daemon, promises, &stop));
             let attached = wait_until("the writer to be attached", LIMIT, || {
+                ensure!(!load.is_finished(), "the writer ended before it was attached");
                 Ok(pool.status()?.pointer("/assessment/client/state") == Some(&"attached".into()))
             });
             let outcome = attached.and_then(|()| work());
             stop.store(true, Ordering::Relaxed);
             let loaded = load.join().map_err(|_| anyhow::anyhow!("the writer panicked"))?;
-            let outcome = outcome?;
-            loaded.map(|report| (outcome, report))
+            match (outcome, loaded) {
+                (Ok(outcome), Ok(report)) => Ok((outcome, report)),
+                (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
+                (Err(work), Err(writer)) => Err(work.context(format!("the writer: {writer:#}"))),
+            }
         })
     }
 

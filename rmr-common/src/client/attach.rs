@@ -295,7 +295,7 @@ impl Client {
         }
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
-        if !self.own_epochs.is_empty() && !newly_out.is_empty() {
+        if !self.own_epochs.is_empty() && !newly_out.is_empty() && !mutant!(GivenUpViewForgotten) {
             additions.extend(self.missed_by(newly_out));
         }
         // So did one that was given up with a new store in it: the store has nothing, and some do not know that.

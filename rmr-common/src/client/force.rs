@@ -219,6 +219,22 @@ mod tests {
     }
 
     #[test]
+    fn a_client_of_the_older_branch_ends_when_a_member_that_it_has_met_was_forced_into_use_since() {
+        let mut bench = Bench::new(2, |_| {});
+        bench.up[1] = false;
+        bench.client.apply(Event::LinkDown(LinkId(1), "gone"), bench.now);
+        bench.run();
+        (bench.up[1], bench.held) = (true, vec![1]);
+        bench.connect();
+        bench.pass(Duration::from_secs(3));
+        assert!(bench.client.is_active(), "the holder there is of its own branch");
+        let forced = bench.views[1].step(ViewStep::Force(member(1)), Epoch(1 << 50)).unwrap();
+        (bench.epochs[1], bench.views[1]) = (forced.epoch, forced);
+        bench.pass(Duration::from_secs(3));
+        assert_eq!(bench.client.over(), Some(&OverReason::Fenced(Epoch(1 << 50))));
+    }
+
+    #[test]
     fn a_forced_attach_that_comes_to_nothing_raises_no_epoch() {
         let mut bench = Bench::new(2, |_| {});
         bench.adopts = false;

@@ -259,7 +259,7 @@ impl Client {
     }
 
     /// Whether a node that shows this epoch knows of a branch that was forced into use after this client attached.
-    fn is_of_older_branch(&self, known: Epoch) -> bool {
+    pub(super) fn is_of_older_branch(&self, known: Epoch) -> bool {
         let own = self.own_epochs.first();
         own.is_some_and(|own| own.is_of_older_branch(known)) && !mutant!(OlderBranchLives)
     }

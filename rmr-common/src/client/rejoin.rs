@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use super::{Client, State};
+use super::{Client, OverReason, State};
 use crate::pool::{MemberId, MemberSet, MemberState, ViewStep};
 use crate::time::Time;
 use crate::wire::{Attach, AttachReply, ChunkList, DirtyAddition, Kind, MessageHeader, Prepare, Status};
@@ -144,6 +144,10 @@ impl Client {
                     self.set_phase(Phase::Preparing);
                     self.name_source(member);
                 }
+            }
+            // It was forced into use since the hello, and its client is there: this one would be refused for ever.
+            _ if header.status == Status::Held && self.is_of_older_branch(header.epoch) => {
+                self.end(OverReason::Fenced(header.epoch));
             }
             _ if header.status == Status::StaleEpoch && self.is_active() => {
                 // Somebody tried to attach there and did not come far. Only an epoch above that one brings it back in.

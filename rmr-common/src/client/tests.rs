@@ -28,6 +28,8 @@ pub(super) struct Bench {
     /// Nodes to which connections take until [`Bench::connect`].
     pub(super) slow: Vec<usize>,
     connecting: Vec<LinkId>,
+    /// Nodes that refuse an attach, because another client is there.
+    pub(super) held: Vec<usize>,
     /// Whether nodes answer an attach.
     admits: bool,
     /// Whether they take a view.
@@ -94,6 +96,7 @@ impl Bench {
             watermarks: vec![Sequence(0); count],
             sent: Vec::new(),
             nodes: Vec::new(),
+            held: Vec::new(),
             additions: Vec::new(),
             done: Vec::new(),
         };
@@ -178,6 +181,11 @@ impl Bench {
                 (Kind::HelloReply, reply.encode())
             }
             Kind::Attach if !self.admits => return,
+            Kind::Attach if self.held.contains(&node) => {
+                let reply = header.reply(Kind::AttachReply, Status::Held);
+                let reply = MessageHeader { epoch: self.epochs[node], ..reply };
+                return self.client.apply(Event::Message(link, &reply, b"another"), self.now);
+            }
             Kind::Attach => {
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
@@ -618,6 +626,39 @@ fn what_no_leg_can_read_is_an_error_to_the_guest_and_costs_no_leg() {
     assert_eq!(bench.done, [(Token(1), Err(IoError::Media))]);
     bench.pass(Duration::from_secs(1));
     assert_eq!([bench.state(member(0)), bench.state(member(1))], [Some(MemberState::Clean); 2]);
+}
+
+#[test]
+fn a_read_that_lost_its_leg_goes_to_it_again_when_it_is_the_clean_one_that_is_left() {
+    for fails_first in [false, true] {
+        let mut bench = Bench::new(2, |_| {});
+        bench.submit(1, Operation::Read, 0, 4096);
+        let home = bench.answer(None, Status::Ok);
+        bench.submit(2, Operation::Write, 0, 4096);
+        bench.submit(3, Operation::Read, 0, 4096);
+        // Stands in line behind the first write, and is not sent before the read is lost.
+        bench.submit(4, Operation::Write, 0, 4096);
+        if fails_first {
+            let at = bench.sent.iter().position(|(_, h)| h.kind == Kind::Read).unwrap();
+            bench.sent.swap(0, at);
+            bench.answer(None, Status::IoError);
+        }
+        let other = 1 - home.as_u8();
+        bench.set_up(home.as_u8(), false);
+        bench.sent.retain(|(m, _)| *m != home);
+        assert_eq!(bench.state(home), Some(MemberState::Out));
+        bench.set_up(home.as_u8(), true);
+        bench.pass(Duration::from_secs(2));
+        bench.answer(Some(member(other)), Status::Ok);
+        bench.pass(Duration::from_secs(2));
+        bench.synced(home);
+        assert_eq!(bench.state(home), Some(MemberState::Clean));
+        bench.set_up(other, false);
+        bench.sent.retain(|(m, _)| *m == home);
+        bench.answer_all();
+        bench.done.sort_by_key(|(token, _)| token.0);
+        assert_eq!(bench.done, [1, 2, 3, 4].map(|t| (Token(t), Ok(()))), "{fails_first}");
+    }
 }
 
 #[test]

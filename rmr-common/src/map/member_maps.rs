@@ -221,6 +221,12 @@ impl MemberMaps {
         self.chunks
     }
 
+    /// How many blocks the pool has by these maps.
+    #[must_use]
+    pub const fn block_count(&self) -> u64 {
+        self.blocks
+    }
+
     /// The missed blocks of a member in a range of bytes, in ascending order.
     pub fn missed_in(&self, member: MemberId, offset: u64, length: u64) -> impl Iterator<Item = Block> + '_ {
         let end = (offset + length).div_ceil(crate::pool::BLOCK_SIZE).min(self.blocks);

@@ -3,7 +3,7 @@
 use super::tests::Bench;
 use super::*;
 use crate::pool::{ClientId, ViewStep};
-use crate::wire::{Attach, Kind, SetView, Status};
+use crate::wire::{Attach, Kind, Role, SetView, Status};
 
 fn force(bench: &mut Bench, number: u8, session: u64, epoch: u64) {
     let member = MemberId::new(number).unwrap();
@@ -25,6 +25,39 @@ fn a_forced_view_and_its_epoch_are_durable_together() {
     assert_eq!(bench.answer(Kind::SetViewReply), None);
     bench.apply(Event::Durable(*ticket, Ok(())));
     assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+}
+
+#[test]
+fn a_hello_shows_a_forced_view_and_its_epoch_only_when_they_are_durable() {
+    let hello = Hello {
+        versions: (PROTOCOL_VERSION, PROTOCOL_VERSION),
+        capabilities: 0,
+        role: Role::Client,
+        client: ClientId::from_bytes([7; 16]),
+        pool_name: String::new(),
+        description: "a client".into(),
+        nonce: None,
+    };
+    let shown = |bench: &Bench| {
+        let reply = bench.replica.greet(&hello).unwrap();
+        (reply.epoch, reply.view.epoch)
+    };
+    for result in [Ok(()), Err(())] {
+        let mut bench = Bench::new(true);
+        bench.attach(1, 1);
+        bench.durable();
+        force(&mut bench, 0, 1, 1 << 40);
+        assert_eq!(bench.replica.view().epoch, Epoch(1 << 40), "it is adopted");
+        let before = shown(&bench);
+        assert!(
+            before.0 < Epoch(1 << 40) && before.1 < Epoch(1 << 40),
+            "{before:?}: it is on its way to disk"
+        );
+        let (ticket, _) = bench.take_tickets().remove(0);
+        bench.apply(Event::Durable(ticket, result));
+        let after = if result.is_ok() { (Epoch(1 << 40), Epoch(1 << 40)) } else { before };
+        assert_eq!(shown(&bench), after);
+    }
 }
 
 #[test]

@@ -293,6 +293,9 @@ pub struct Replica {
     view: View,
     epoch: Epoch,
     last_client: Option<LastClient>,
+    /// The state as the superblock has it, and what is on its way there.
+    durable_state: DurableState,
+    coming_states: VecDeque<(Ticket, DurableState)>,
     /// The client before the one that is attached, whose writes the slot table may hold.
     previous_client: Option<ClientId>,
     holder: Option<Holder>,
@@ -349,6 +352,7 @@ impl Replica {
     /// A member as its store has it. `maps` hold the bits read from disk.
     #[must_use]
     pub fn new(config: Config, member: MemberId, state: DurableState, maps: MemberMaps) -> Self {
+        let durable_state = state.clone();
         let spec = state.spec;
         let is_detached = state.last_client.as_ref().is_none_or(|c| !c.attached);
         let clean_detach = is_detached && maps.intent().count() == 0;
@@ -365,6 +369,8 @@ impl Replica {
             view: state.view,
             epoch: state.epoch,
             last_client: state.last_client,
+            durable_state,
+            coming_states: VecDeque::new(),
             previous_client: None,
             holder: None,
             commands: command::Commands::default(),
@@ -415,6 +421,10 @@ impl Replica {
                 "this node speaks protocol version {PROTOCOL_VERSION}, the client {low} to {high}"
             ));
         }
+        // What is not durable may never have been: nobody is to wait for a branch that a crash undid. An epoch of the same branch is
+        // no more than a number to be above.
+        let DurableState { view, spec, epoch, .. } = &self.durable_state;
+        let epoch = if epoch.is_of_older_branch(self.epoch) { *epoch } else { self.epoch };
         Ok(HelloReply {
             version: PROTOCOL_VERSION,
             capabilities: 0,
@@ -423,9 +433,9 @@ impl Replica {
             write_through: self.config.write_through,
             host_boot: self.config.host_boot,
             process_boot: self.config.process_boot,
-            spec: self.spec.clone(),
-            view: self.view.clone(),
-            epoch: self.epoch,
+            spec: spec.clone(),
+            view: view.clone(),
+            epoch,
         })
     }
 
@@ -510,7 +520,7 @@ impl Replica {
         self.ios.len() > self.free_ios.len() || !self.tickets.is_empty()
     }
 
-    fn durable_state(&self) -> DurableState {
+    fn present_state(&self) -> DurableState {
         DurableState {
             view: self.view.clone(),
             spec: self.spec.clone(),
@@ -532,8 +542,9 @@ impl Replica {
     }
 
     fn persist_state(&mut self, waiter: Waiter) {
-        let state = self.durable_state();
-        self.persist(Metadata::State(Box::new(state)), vec![waiter]);
+        let state = self.present_state();
+        let ticket = self.persist(Metadata::State(Box::new(state.clone())), vec![waiter]);
+        self.coming_states.push_back((ticket, state));
     }
 
     /// Starts the writes of all changed pages, and lets `waiter` wait for them and for every page that is on its way.
@@ -559,6 +570,12 @@ impl Replica {
             && self.pending_pages.get(&page) == Some(&ticket)
         {
             self.pending_pages.remove(&page);
+        }
+        if let Some(at) = self.coming_states.iter().position(|(t, _)| *t == ticket)
+            && let Some((_, state)) = self.coming_states.drain(..=at).next_back()
+            && result.is_ok()
+        {
+            self.durable_state = state;
         }
         if result.is_err() && !self.broken && !mutant!(MetadataErrorIgnored) {
             self.broken = true;

@@ -330,7 +330,7 @@ fn a_view_of_an_earlier_session_is_no_reason_to_report_that_nothing_is_stale() {
     assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
     let mut again = Bench::new(true);
     let maps = MemberMaps::new(bench.replica.spec());
-    let state = bench.replica.durable_state();
+    let state = bench.replica.present_state();
     again.replica = Replica::new(bench.replica.config.clone(), member(0), state, maps);
     again.prepare();
     again.replica.apply(Event::Tick, Time(5_000_000_000));
@@ -343,7 +343,7 @@ fn a_lost_slot_table_is_told_until_a_message_shows_that_the_view_is_committed() 
     let mut bench = Bench::new(true);
     bench.prepare();
     let maps = MemberMaps::new(bench.replica.spec());
-    let state = bench.replica.durable_state();
+    let state = bench.replica.present_state();
     bench.replica = Replica::new(bench.replica.config.clone(), member(0), state, maps);
     bench.prepare();
     assert!(bench.attach_reply().tables_lost);
@@ -515,6 +515,38 @@ fn a_source_that_does_not_have_the_view_yet_is_asked_again_at_once() {
     bench.replica.apply(Event::Tick, soon);
     bench.collect();
     assert_eq!(bench.take_sent(Kind::Pull).len(), pulls.len());
+}
+
+#[test]
+fn a_member_that_has_started_anew_is_no_source_until_its_client_is_back() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    bench.set_view(1, 1, 1, &[3]);
+    bench.durable();
+    let asks = |bench: &mut Bench| {
+        let (map, data) = (bench.header(Kind::PullMap, 1), bench.header(Kind::Pull, 1));
+        let stale = Slot(1);
+        bench.message(7, MessageHeader { slot: stale, ..map }, &[]);
+        bench.message(7, MessageHeader { slot: stale, offset: 3 * CHUNK, length: 4096, ..data }, &[]);
+    };
+    asks(&mut bench);
+    assert_eq!(bench.answer(Kind::PullMapReply), Some(Status::Ok));
+    let is_read = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Read, .. });
+    assert!(bench.outputs.iter().any(is_read));
+
+    // Its process ends; its view and maps are durable.
+    let old = bench.replica;
+    let (config, member, state, maps) = (old.config, old.member, old.durable_state, old.maps);
+    bench = Bench { replica: Replica::new(config, member, state, maps), outputs: Vec::new() };
+    asks(&mut bench);
+    assert_eq!(bench.answer(Kind::PullMapReply), Some(Status::NotAttached));
+    assert_eq!(bench.answer(Kind::PullReply), Some(Status::NotAttached));
+    assert!(!bench.outputs.iter().any(is_read));
+    bench.attach_as(2, 1, true);
+    bench.durable();
+    asks(&mut bench);
+    assert_eq!(bench.answer(Kind::PullMapReply), Some(Status::Ok));
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Aimed runs: what must come together for some situations is so much that faults at random moments hardly ever bring it
-//! about. A run in three is aimed at one of them: it arranges what is needed, and leaves everything else to chance.
+//! about. Every other run is aimed at one of them: it arranges what is needed, and leaves everything else to chance.
 
 use super::world::{Check, Event, World, trace};
 use crate::client::Operation;
@@ -21,6 +21,16 @@ pub(super) enum Aim {
     Orphans,
     /// Reads show a write that another leg is slow to carry out, and then the leg that they came from is lost.
     SlowLeg,
+    /// The last writes of a client that dies are on a Syncing member only, or everywhere but there; that one is not there for
+    /// the next client. See `sim/ambush.rs` for this one and those that follow.
+    Divided,
+    /// Machines lose their power with completed writes in their caches: after a flush that did not cover all of them, or with
+    /// a client that dies while it tells the others.
+    Caches,
+    /// A write that not all members have is given up, and the view of the attachment that compares them reaches some only.
+    GivenUp,
+    /// The source of a resync loses its power and is up again before its client has noticed.
+    Sources,
 }
 
 impl Aim {
@@ -28,10 +38,14 @@ impl Aim {
     pub(super) const fn of(seed: u64) -> Self {
         match seed % super::KINDS {
             1 => Self::HalfViews,
+            3 => Self::Sources,
             4 => Self::Rivals,
             7 => Self::Scattered,
             10 => Self::Orphans,
+            11 => Self::Divided,
             13 => Self::SlowLeg,
+            15 => Self::Caches,
+            0 => Self::GivenUp,
             _ => Self::Chance,
         }
     }
@@ -51,6 +65,14 @@ pub(super) enum Shot {
     Power(usize),
     /// The connections to all other nodes break.
     CutOthers { host: usize, node: usize },
+    /// A client dies, and what it sent to some nodes does not arrive. The next one cannot reach that node at first.
+    Die { host: usize, lost: Vec<usize>, absent: Option<usize> },
+    /// A machine loses its power, and is up again at once, without its cache.
+    Blackout(usize),
+    /// A source loses its power while a stale member pulls from it, and the client hears of neither for a while.
+    Relapse { host: usize, stale: usize, source: usize },
+    /// A client is cut off from all nodes, and from this one for so long that it gives up what it has in flight.
+    Sever { host: usize, node: usize },
 }
 
 /// What a node told the client that attached last.
@@ -67,11 +89,17 @@ struct Told {
 pub(super) struct Aiming {
     pub(super) aim: Aim,
     /// How often it may interfere.
-    left: u64,
+    pub(super) left: u64,
     /// The node that the next client cannot reach at first.
-    absent: Option<usize>,
+    pub(super) absent: Option<usize>,
     /// Disk writes of these nodes are slow until then.
     slow: Vec<(usize, u64)>,
+    /// The client whose next read that shows a write in flight costs it all legs but this one.
+    watched: Option<(usize, usize)>,
+    /// The view that this client sends to the node next does not arrive there in time.
+    pub(super) deaf: Option<(usize, usize)>,
+    /// This client has given up writes, and is to attach in two attempts.
+    pub(super) given_up: Option<usize>,
     last_commit: super::oracle::Step,
     told: std::collections::BTreeMap<usize, Told>,
 }
@@ -80,12 +108,13 @@ impl Aiming {
     pub(super) fn new(seed: u64) -> Self {
         let (left, last_commit) = (16, super::oracle::Step::MAX);
         let told = std::collections::BTreeMap::new();
-        Self { aim: Aim::of(seed), left, absent: None, slow: Vec::new(), last_commit, told }
+        let (absent, slow, watched, deaf, given_up) = (None, Vec::new(), None, None, None);
+        Self { aim: Aim::of(seed), left, absent, slow, watched, deaf, given_up, last_commit, told }
     }
 }
 
 impl World<'_> {
-    fn timeout(&self) -> u64 {
+    pub(super) fn timeout(&self) -> u64 {
         u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX)
     }
 
@@ -139,11 +168,11 @@ impl World<'_> {
                 self.aiming.left -= 1;
                 self.slow_down(host, node);
             }
-            _ => {} // Nothing that the run is aimed at.
+            _ => self.lie_in_ambush(host, node, header),
         }
     }
 
-    fn is_syncing_for(&self, host: usize, node: usize) -> bool {
+    pub(super) fn is_syncing_for(&self, host: usize, node: usize) -> bool {
         let view = self.hosts[host].committed.as_ref();
         view.and_then(|v| v.state(self.nodes[node].member)) == Some(MemberState::Syncing)
     }
@@ -172,16 +201,33 @@ impl World<'_> {
         self.aiming.left -= 1;
     }
 
-    /// Writes to a node's disk are slow for a while. What another leg has of them is read, and that leg is lost.
+    /// Writes to a node's disk are slow for a while. What another leg has of them is read, and when a read has shown it, that
+    /// leg is lost.
     fn slow_down(&mut self, host: usize, node: usize) {
         let (network, timeout) = (self.profile.network_delay, self.timeout());
         trace!(self, "the disk of node {node} is slow");
         self.aiming.slow.retain(|(slow, _)| *slow != node);
-        self.aiming.slow.push((node, self.now + timeout / 2));
-        let first = self.rng.range(network * 2, network * 4);
-        self.after(first, Event::Aimed(Shot::Reread(host)));
-        let mut at = first + self.rng.range(network * 2, network * 6);
-        self.after(at, Event::Aimed(Shot::CutOthers { host, node }));
+        self.aiming.slow.push((node, self.now + timeout * 3 / 4));
+        self.aiming.watched = Some((host, node));
+        let mut at = self.rng.range(network * 2, network * 4);
+        for _ in 0..4 {
+            self.after(at, Event::Aimed(Shot::Reread(host)));
+            at += self.rng.range(network, network * 2 + self.profile.disk_delay * 2);
+        }
+    }
+
+    /// A client has read something. What shows a write in flight may have come from the leg that has it alone.
+    pub(super) fn aim_at_read(&mut self, host: usize, values: &[u64]) {
+        let Some((_, node)) = self.aiming.watched.filter(|(watched, _)| *watched == host) else { return };
+        let in_flight: Vec<_> = self.hosts[host].requests.values().filter_map(|r| r.write).collect();
+        let is_shown = values.iter().any(|v| in_flight.iter().any(|&w| super::oracle::Oracle::is_of(w, *v)));
+        if !is_shown || self.is_calm {
+            return;
+        }
+        self.aiming.watched = None;
+        self.after(1, Event::Aimed(Shot::CutOthers { host, node }));
+        let (network, timeout) = (self.profile.network_delay, self.timeout());
+        let mut at = 1;
         for _ in 0..4 {
             at += self.rng.range(network, (network * 2).max(timeout / 6));
             self.after(at, Event::Aimed(Shot::Reread(host)));
@@ -191,7 +237,8 @@ impl World<'_> {
     /// How much later than usual a disk write of a node takes effect.
     pub(super) fn slowness(&mut self, node: usize) -> u64 {
         let until = self.aiming.slow.iter().find(|(slow, _)| *slow == node).map_or(0, |(_, until)| *until);
-        if self.is_calm || until <= self.now { 0 } else { self.rng.range(1, until - self.now) }
+        let most = until.saturating_sub(self.now);
+        if self.is_calm || most == 0 { 0 } else { self.rng.range(most.div_ceil(2), most) }
     }
 
     /// A client was started: the run may be aimed at what it cannot reach.
@@ -206,7 +253,7 @@ impl World<'_> {
             self.hosts[host].partitioned[node] = true;
             let delay = self.rng.range(timeout, timeout * 6);
             self.after(delay, Event::Heal { host, node });
-            if self.aiming.aim == Aim::Orphans && self.rng.percent(40) {
+            if matches!(self.aiming.aim, Aim::Orphans | Aim::Divided) && self.rng.percent(40) {
                 // Nor does the one after that find it as this one left the others.
                 let delay = self.rng.range(delay / 4, delay);
                 self.after(delay, Event::HostCrash(host));
@@ -240,13 +287,21 @@ impl World<'_> {
                 let others: Vec<_> = (0..self.nodes.len()).filter(|&n| n != node).collect();
                 others.into_iter().for_each(|n| self.cut_some(host, Some(n)));
             }
-            Shot::Orphan { .. } | Shot::Reread(_) => {} // Its client has ended.
+            Shot::Die { host, lost, absent } if self.hosts[host].is_live() => {
+                lost.into_iter().for_each(|n| self.cut_some(host, Some(n)));
+                self.aiming.absent = absent;
+                self.crash_host(host);
+            }
+            Shot::Blackout(node) => self.black_out(node)?,
+            Shot::Relapse { host, stale, source } => self.relapse(host, stale, source)?,
+            Shot::Sever { host, node } if self.hosts[host].is_live() => self.sever(host, node),
+            Shot::Orphan { .. } | Shot::Reread(_) | Shot::Die { .. } | Shot::Sever { .. } => {} // Its client has ended.
         }
         Ok(())
     }
 
     fn reread(&mut self, host: usize) -> Check {
-        let is_write = |r: &&super::world::Request| r.write.is_some() && r.count > 0;
+        let is_write = |r: &&super::host::Request| r.write.is_some() && r.count > 0;
         let in_flight = self.hosts[host].requests.values().filter(is_write);
         let ranges: Vec<_> = in_flight.map(|r| (r.first, r.count.min(32), r.start)).take(2).collect();
         for (first, count, start) in ranges {

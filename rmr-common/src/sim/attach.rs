@@ -3,12 +3,20 @@
 
 use super::oracle::Oracle;
 use super::world::{Check, World};
-use crate::pool::View;
+use crate::pool::{Epoch, View};
 use crate::replica::ConnectionId;
 use crate::wire::{Attach, Kind, MessageHeader, Status};
 
-/// The connection of a live client that an attach may not displace.
-pub(super) type Held = Option<ConnectionId>;
+/// What an attach means for the live client of another identity that a node serves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Held {
+    /// There is none, or it may be displaced.
+    Free,
+    /// It may not be displaced.
+    Keeps(ConnectionId),
+    /// It is of a branch that the operator has decided against, and has to go.
+    Yields(ConnectionId),
+}
 
 impl World<'_> {
     /// What must be true when a node answers an attach well, beyond what its machine can know of itself.
@@ -39,25 +47,41 @@ impl World<'_> {
         Ok(())
     }
 
-    /// The holder of a node that gets this message, if it must not lose its place by it.
+    /// What this message means for the holder of the node that gets it.
     pub(super) fn held_against(&self, index: usize, header: &MessageHeader, body: &[u8]) -> Held {
-        let attach = Attach::decode(body).ok().filter(|a| header.kind == Kind::Attach && !a.takeover)?;
-        if self.nodes[index].answered.is_of_older_branch(header.epoch) {
-            return None; // The operator has decided against its branch.
+        if header.kind != Kind::Attach {
+            return Held::Free;
         }
-        let holder = self.nodes[index].replica.as_ref()?.holder_connection()?;
+        let replica = self.nodes[index].replica.as_ref();
+        let holder = replica.and_then(|r| Some((r.holder_connection()?, Epoch(r.status().epoch))));
+        let (Ok(attach), Some((holder, epoch))) = (Attach::decode(body), holder) else { return Held::Free };
         let id = self.hosts[self.connections[holder.0 as usize].host].id;
-        (attach.client != crate::pool::ClientId::from_bytes([id; 16])).then_some(holder)
+        if attach.client == crate::pool::ClientId::from_bytes([id; 16]) {
+            Held::Free
+        } else if epoch.is_of_older_branch(header.epoch) {
+            Held::Yields(holder)
+        } else if attach.takeover {
+            Held::Free
+        } else {
+            Held::Keeps(holder)
+        }
     }
 
-    pub(super) fn check_held(&self, index: usize, held: Held) -> Check {
+    pub(super) fn check_held(&mut self, index: usize, held: Held) -> Check {
         let holder = self.nodes[index].replica.as_ref().and_then(|r| r.holder_connection());
-        if held.is_some() && holder != held {
-            return Err(format!(
-                "node {index} lets a live client be displaced by one that does not take over"
-            ));
+        match held {
+            Held::Keeps(old) if holder != Some(old) => {
+                Err(format!("node {index} lets a live client be displaced by one that does not take over"))
+            }
+            Held::Yields(old) if holder == Some(old) => Err(format!(
+                "node {index} stays with a client of an older branch when the later one wants it"
+            )),
+            Held::Yields(_) => {
+                self.coverage.hit("force: a member is taken from a live client of an older branch");
+                Ok(())
+            }
+            Held::Free | Held::Keeps(_) => Ok(()),
         }
-        Ok(())
     }
 
     /// An attachment begins: whatever the clients before left behind, all Clean members have the same.

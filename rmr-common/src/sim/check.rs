@@ -1,8 +1,9 @@
 //! The rules, checked at the moment at which each could be broken.
 
+use super::host::Request;
 use super::node::{PageBytes, bit};
 use super::oracle::{Oracle, SECTOR};
-use super::world::{Check, Request, World};
+use super::world::{Check, World};
 use crate::client::{self, IoError, Notice, Operation, OverReason};
 use crate::map::{MapId, MapPage};
 use crate::pool::{Chunk, MemberSet, MemberState, View};
@@ -182,8 +183,7 @@ impl World<'_> {
                     continue;
                 }
                 // The other one may be a step ahead: its next write to the sector is in flight.
-                let is_excused =
-                    !self.oracle.has_failed(value) && self.oracle.may_be_unfinished(sector, other);
+                let is_excused = self.oracle.may_be_overtaken(sector, value, other);
                 let is_known = [(index, member), (other_index, node.member)]
                     .into_iter()
                     .any(|(keeper, stale)| self.has_record(keeper, stale, sector));
@@ -321,9 +321,13 @@ impl World<'_> {
         let pause = self.rng.range(1, 3000) * super::world::MILLISECOND;
         self.after(pause, super::world::Event::GuestReset(host));
         for member in members.iter() {
-            let node = &self.nodes[self.node_index(member)];
-            if !node.disk.write_back || self.hosts[host].host_boots[self.node_index(member)] == node.host_boot
-            {
+            // A client of an older branch may have another store as this member than the latest one has.
+            let index = match &self.hosts[host].committed {
+                Some(view) => self.node_in(view, member),
+                None => self.node_index(member),
+            };
+            let node = &self.nodes[index];
+            if !node.disk.write_back || self.hosts[host].host_boots[index] == node.host_boot {
                 return Err(format!(
                     "client {host} says that member {member} lost writes, whose machine ran on"
                 ));
@@ -387,12 +391,22 @@ impl World<'_> {
             // Nobody promised this client anything of what others had not flushed.
             self.give_up_unflushed(view.clean())?;
         }
+        // Its answers came late: another client has attached since, and its connections are closed.
+        if self.hosts[host].committed.is_none()
+            && self.committed.as_ref().is_some_and(|last| last.epoch > view.epoch)
+        {
+            self.hosts[host].is_fenced = true;
+            let writes: Vec<_> = self.hosts[host].requests.values().filter_map(|r| r.write).collect();
+            writes.into_iter().for_each(|write| self.oracle_of(host).fail(write, step));
+            return self.view_committed(host, view);
+        }
         // A view that was forced is the present one of its branch already.
         let is_taken = |last: &&View| last.epoch >= view.epoch && **last != view;
         if let Some(last) = self.committed.as_ref().filter(is_taken) {
             return Err(format!("client {host} attached with {view} after {last}: the epoch is not its own"));
         }
         self.check_agreement(&view)?;
+        self.oracle.agree(self.step);
         self.view_committed(host, view)
     }
 
@@ -438,6 +452,7 @@ impl World<'_> {
             }
         }
         self.check_spec(host, &view)?;
+        self.aim_agreed(&view);
         self.committed = Some(view);
         self.check_stale()
     }

@@ -65,6 +65,8 @@ pub(super) struct Disk {
     pub(super) lost: BTreeSet<usize>,
     /// Blocks that cannot be read until they are written.
     pub(super) bad: BTreeSet<usize>,
+    /// Blocks of reads that have failed: a client may have on record that they are to be written anew.
+    pub(super) unread: BTreeSet<usize>,
     /// How many of them pulled data has healed.
     pub(super) healed: u64,
     pub(super) running: BTreeMap<u32, Running>,
@@ -85,6 +87,7 @@ impl Disk {
             write_back,
             lost: BTreeSet::new(),
             bad: BTreeSet::new(),
+            unread: BTreeSet::new(),
             healed: 0,
             running: BTreeMap::new(),
         }

@@ -4,16 +4,20 @@
 //! is checked when it could be broken, and a run that breaks one ends with words that say which.
 
 mod aim;
+mod ambush;
 mod attach;
 mod check;
 mod coverage;
 mod disk;
 mod fault;
 mod force;
+mod host;
+mod network;
 mod node;
 mod operator;
 mod oracle;
 mod peers;
+mod profile;
 mod resync;
 mod rng;
 mod verify;
@@ -133,8 +137,12 @@ fn rest(world: &mut World<'_>, deadline: u64) -> Check<usize> {
             [host] if world.is_healed(host) && !world.is_astray(host) => {
                 return Ok(host);
             }
-            // It may never meet anybody of the latest branch: one who was removed from its own was forced into use.
-            [host] if world.is_astray(host) && world.hosts[host].client.is_active() => {
+            // It may never meet anybody of the latest branch: one who was removed from its own was forced into use. Or it waits for one who
+            // was removed from the latest, and the others hear of that from a client of the latest.
+            [host]
+                if world.is_astray(host)
+                    && (world.hosts[host].client.is_active() || world.now + MAX_REST * 4 / 5 > deadline) =>
+            {
                 world.start_host(9, true);
             }
             // Nor may one that is in use beside the latest. Its operator gives it up when that one is whole.

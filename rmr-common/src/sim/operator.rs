@@ -470,10 +470,13 @@ impl World<'_> {
             for keeper in view.active().iter() {
                 let replica = self.nodes[self.node_in(view, keeper)].replica.as_ref();
                 let missed = replica.and_then(|r| r.maps().dirty_blocks(member));
-                // A write that a member refused waits to be sent again, and is on record until then.
+                // A write that a member refused waits to be sent again, and is on record until then. What it could not read is on
+                // record to be written anew.
                 let is_unfinished = |block: u64| {
-                    let first = usize::try_from(block * 8).unwrap_or(0);
-                    (first..(first + 8).min(self.sectors())).any(|s| self.oracle.is_in_flight(s))
+                    let block = usize::try_from(block).unwrap_or(0);
+                    let first = block * 8;
+                    disk.unread.contains(&block)
+                        || (first..(first + 8).min(self.sectors())).any(|s| self.oracle.is_in_flight(s))
                 };
                 if let Some(block) = missed.and_then(|m| m.iter().find(|b| !is_unfinished(b.0))) {
                     return Err(format!("member {member} misses {block:?} at {keeper} when it is let go"));

@@ -45,6 +45,8 @@ pub(super) struct Oracle {
     base: WriteId,
     writes: Vec<Write>,
     sectors: Vec<Vec<Candidate>>,
+    /// When an attachment last made the members agree.
+    agreed: Step,
     /// For each sector the newest of the values that it may hold now, so that most questions are one comparison.
     present: Vec<u64>,
 }
@@ -56,6 +58,7 @@ impl Oracle {
             base: 0,
             writes: vec![Write { start: 0, end: 0, failed: false }],
             sectors: vec![vec![genesis]; sectors],
+            agreed: 0,
             present: vec![0; sectors],
         }
     }
@@ -70,6 +73,7 @@ impl Oracle {
             base,
             writes: vec![Write { start: now, end: now, failed: false }],
             sectors: present.iter().map(decided).collect(),
+            agreed: now,
             present,
         }
     }
@@ -105,6 +109,11 @@ impl Oracle {
     /// The value that write `id` gives to the `index`-th sector of its range.
     pub(super) fn stamp(id: WriteId, index: usize) -> u64 {
         u64::from(id) << 24 | index as u64
+    }
+
+    /// Whether a write gave a sector this value, and the guest has not changed it meanwhile.
+    pub(super) fn is_of(id: WriteId, value: u64) -> bool {
+        value >> 24 == u64::from(id)
     }
 
     /// A write whose values may be seen from now on. `zero` for one that makes its range read as zeroes.
@@ -322,18 +331,20 @@ impl Oracle {
         self.sectors[sector].iter().any(|c| c.removed == NEVER && self.of(c.write).failed)
     }
 
-    /// Whether the value is of a write that failed or whose client died. Zeroes are not, because they can not be told
-    /// apart.
-    pub(super) fn has_failed(&self, value: u64) -> bool {
-        let write = u32::try_from(value >> 24).unwrap_or(0);
-        self.of(write).failed
+    /// An attachment has made the members agree on what was there, whatever became of its writes.
+    pub(super) const fn agree(&mut self, now: Step) {
+        self.agreed = now;
     }
 
-    /// Whether the value may be of a write that is in flight or has failed.
-    pub(super) fn may_be_unfinished(&self, sector: usize, value: u64) -> bool {
+    /// Whether `later` may be of a write that is in flight or has failed, where `value` was on all members before. That is not known
+    /// of a write that failed or whose client died, unless members were made to agree after it and before the later one began.
+    /// Zeroes do not count as such, because they can not be told apart.
+    pub(super) fn may_be_overtaken(&self, sector: usize, value: u64, later: u64) -> bool {
+        let before = self.of(u32::try_from(value >> 24).unwrap_or(0));
         let unfinished = |c: &Candidate| {
             let write = self.of(c.write);
-            c.value == value && (write.end == NEVER || write.failed)
+            let was_everywhere = !before.failed || before.end < self.agreed && self.agreed < write.start;
+            c.value == later && (write.end == NEVER || write.failed) && was_everywhere
         };
         self.sectors[sector].iter().any(unfinished)
     }

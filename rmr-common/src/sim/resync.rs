@@ -185,7 +185,12 @@ impl World<'_> {
             let unknown = self.blocks_in_doubt(index).filter(is_unknown);
             let mut sectors =
                 unknown.flat_map(|first| first..(first + SECTORS_PER_BLOCK).min(self.sectors()));
-            if let Some(sector) = sectors.find(|&sector| self.is_missing(index, sector)) {
+            // One that has its promotion, of which its client has not heard, and lost its cache with its power: when its client hears
+            // of that, it is Out with all of it on record, and judged as such.
+            let is_promoted = stale.state == MemberState::Syncing
+                && self.nodes[index].durable.view.state(stale.id) == Some(MemberState::Clean);
+            let is_lost = |sector: usize| is_promoted && self.nodes[index].disk.lost.contains(&sector);
+            if let Some(sector) = sectors.find(|&s| self.is_missing(index, s) && !is_lost(s)) {
                 let silent: Vec<_> = keepers.iter().filter(|k| !has(k, sector)).collect();
                 return Err(format!(
                     "{view}: member {} misses sector {sector} ({}), on record everywhere but on nodes {silent:?}, \
@@ -318,7 +323,10 @@ impl World<'_> {
             }
             let differs = |&other: &usize| self.nodes[other].value(sector) != value;
             let is_wrong = !self.oracle.is_current(sector, value) || others.iter().any(differs);
-            if is_wrong && !self.oracle.is_in_flight(sector) {
+            // It may have lost its cache since it knows of its promotion: then it is Out with all of it on record when its client
+            // hears of that. What it had pulled was flushed before.
+            let is_lost = disk.lost.contains(&sector) && !disk.pulled[sector];
+            if is_wrong && !is_lost && !self.oracle.is_in_flight(sector) {
                 return Err(format!(
                     "member {member} is promoted with {} in sector {sector}; possible: {}",
                     Oracle::name(value),
@@ -473,6 +481,11 @@ impl World<'_> {
     /// How many blocks a node knows to be stale on itself.
     pub(super) fn own_stale(&self, index: usize) -> u64 {
         self.nodes[index].replica.as_ref().map_or(0, |r| r.maps().missed(r.member()).0)
+    }
+
+    /// How many blocks the pool has by the maps of a node.
+    pub(super) fn blocks_at(&self, index: usize) -> u64 {
+        self.nodes[index].replica.as_ref().map_or(0, |r| r.maps().block_count())
     }
 
     pub(super) fn cover_disk_done(&mut self, index: usize, running: &Running, stale_before: u64) {
