@@ -13,7 +13,8 @@ use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::{Force, Operation};
 use crate::map::MapId;
 use crate::pool::{
-    Address, Chunk, Epoch, FORCED_JUMP, MemberId, MemberSet, MemberState, MemberView, View, ViewNumber,
+    Address, Chunk, Epoch, FORCED_JUMP, MemberId, MemberSet, MemberState, MemberView, PoolSpec, View,
+    ViewNumber,
 };
 use crate::wire::{HelloReply, Kind, MessageHeader, SetView};
 
@@ -527,8 +528,14 @@ impl World<'_> {
         // That of a store which was made for a pool with no other is none that a client takes.
         let Ok(hello) = HelloReply::decode(body) else { return false };
         let epoch = hello.epoch.max(hello.view.epoch);
-        self.hosts[host].heard = self.hosts[host].heard.max(epoch);
         let known = self.forces.known_by(epoch);
+        // Nor does one that is attaching go by a store that is no member of the pool as it found it.
+        let (node_member, store) = (self.nodes[node].member, self.nodes[node].store);
+        let client = &self.hosts[host].client;
+        let is_stranger = |s: &PoolSpec| s.member(node_member).is_none_or(|m| m.store != store);
+        if client.status().state != "attaching" || !client.spec().is_some_and(is_stranger) {
+            self.hosts[host].heard = self.hosts[host].heard.max(epoch);
+        }
         let is_member = |v: &View| v.has_store(self.nodes[node].member, self.nodes[node].store);
         let is_its = self.hosts[host].committed.as_ref().is_some_and(is_member);
         let own = self.hosts[host].branch.filter(|_| is_its && self.hosts[host].is_live());
