@@ -130,6 +130,8 @@ mutants! {
     ReportAfterFailedFlush,
     /// A Syncing member serves as a source
     PullFromStale,
+    /// A member that has started anew serves as a source before its client has noticed
+    SourceStartedAnew,
 
     // The client's attach and views.
     /// An attach goes on with one Clean member of the highest view

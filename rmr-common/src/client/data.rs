@@ -433,7 +433,12 @@ impl Client {
         let mut slots = std::mem::take(&mut self.slot_scratch);
         slots.extend(self.parts.slots().map(|(slot, p)| (p.sequence, slot)));
         slots.sort_unstable();
+        let clean = self.view_clean();
         for (_, slot) in slots.drain(..) {
+            // A leg that was lost with a read may serve it when it is back.
+            if let Some(part) = self.parts.get_mut(slot).filter(|p| p.operation == Operation::Read) {
+                part.failed = part.failed.intersection(clean);
+            }
             let Some(part) = self.parts.get(slot).copied().filter(|_| !self.is_hold(slot)) else { continue };
             let is_lost =
                 part.state == PartState::Unsent || (part.state == PartState::Sent && part.pending.is_empty());

@@ -48,7 +48,8 @@ pub(super) struct Part {
     pub(super) repeat: bool,
     /// Legs that were sent the part and have not answered.
     pub(super) pending: MemberSet,
-    /// Legs that did not carry it out; the part completes when the committed view has them Out.
+    /// Legs that did not carry it out; a write completes when the committed view has them Out, and a read is not sent to them again
+    /// while they are Clean.
     pub(super) failed: MemberSet,
     /// Those of them whose disk failed the read.
     pub(super) erred: MemberSet,

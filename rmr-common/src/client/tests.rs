@@ -629,6 +629,39 @@ fn what_no_leg_can_read_is_an_error_to_the_guest_and_costs_no_leg() {
 }
 
 #[test]
+fn a_read_that_lost_its_leg_goes_to_it_again_when_it_is_the_clean_one_that_is_left() {
+    for fails_first in [false, true] {
+        let mut bench = Bench::new(2, |_| {});
+        bench.submit(1, Operation::Read, 0, 4096);
+        let home = bench.answer(None, Status::Ok);
+        bench.submit(2, Operation::Write, 0, 4096);
+        bench.submit(3, Operation::Read, 0, 4096);
+        // Stands in line behind the first write, and is not sent before the read is lost.
+        bench.submit(4, Operation::Write, 0, 4096);
+        if fails_first {
+            let at = bench.sent.iter().position(|(_, h)| h.kind == Kind::Read).unwrap();
+            bench.sent.swap(0, at);
+            bench.answer(None, Status::IoError);
+        }
+        let other = 1 - home.as_u8();
+        bench.set_up(home.as_u8(), false);
+        bench.sent.retain(|(m, _)| *m != home);
+        assert_eq!(bench.state(home), Some(MemberState::Out));
+        bench.set_up(home.as_u8(), true);
+        bench.pass(Duration::from_secs(2));
+        bench.answer(Some(member(other)), Status::Ok);
+        bench.pass(Duration::from_secs(2));
+        bench.synced(home);
+        assert_eq!(bench.state(home), Some(MemberState::Clean));
+        bench.set_up(other, false);
+        bench.sent.retain(|(m, _)| *m == home);
+        bench.answer_all();
+        bench.done.sort_by_key(|(token, _)| token.0);
+        assert_eq!(bench.done, [1, 2, 3, 4].map(|t| (Token(t), Ok(()))), "{fails_first}");
+    }
+}
+
+#[test]
 fn a_leg_that_fails_reads_too_often_is_left_out_until_the_next_attachment() {
     let mut bench = Bench::new(2, |c| c.read_error_limit = 1);
     let bad = bench.fail_read(1, 0);

@@ -518,6 +518,38 @@ fn a_source_that_does_not_have_the_view_yet_is_asked_again_at_once() {
 }
 
 #[test]
+fn a_member_that_has_started_anew_is_no_source_until_its_client_is_back() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    bench.set_view(1, 1, 1, &[3]);
+    bench.durable();
+    let asks = |bench: &mut Bench| {
+        let (map, data) = (bench.header(Kind::PullMap, 1), bench.header(Kind::Pull, 1));
+        let stale = Slot(1);
+        bench.message(7, MessageHeader { slot: stale, ..map }, &[]);
+        bench.message(7, MessageHeader { slot: stale, offset: 3 * CHUNK, length: 4096, ..data }, &[]);
+    };
+    asks(&mut bench);
+    assert_eq!(bench.answer(Kind::PullMapReply), Some(Status::Ok));
+    let is_read = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Read, .. });
+    assert!(bench.outputs.iter().any(is_read));
+
+    // Its process ends; its view and maps are durable.
+    let old = bench.replica;
+    let (config, member, state, maps) = (old.config, old.member, old.durable_state, old.maps);
+    bench = Bench { replica: Replica::new(config, member, state, maps), outputs: Vec::new() };
+    asks(&mut bench);
+    assert_eq!(bench.answer(Kind::PullMapReply), Some(Status::NotAttached));
+    assert_eq!(bench.answer(Kind::PullReply), Some(Status::NotAttached));
+    assert!(!bench.outputs.iter().any(is_read));
+    bench.attach_as(2, 1, true);
+    bench.durable();
+    asks(&mut bench);
+    assert_eq!(bench.answer(Kind::PullMapReply), Some(Status::Ok));
+}
+
+#[test]
 fn a_detach_ends_the_resync() {
     let mut bench = Bench::new(true);
     bench.prepare();

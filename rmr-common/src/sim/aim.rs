@@ -29,6 +29,8 @@ pub(super) enum Aim {
     Caches,
     /// A write that not all members have is given up, and the view of the attachment that compares them reaches some only.
     GivenUp,
+    /// The source of a resync loses its power and is up again before its client has noticed.
+    Sources,
 }
 
 impl Aim {
@@ -36,6 +38,7 @@ impl Aim {
     pub(super) const fn of(seed: u64) -> Self {
         match seed % super::KINDS {
             1 => Self::HalfViews,
+            3 => Self::Sources,
             4 => Self::Rivals,
             7 => Self::Scattered,
             10 => Self::Orphans,
@@ -66,6 +69,8 @@ pub(super) enum Shot {
     Die { host: usize, lost: Vec<usize>, absent: Option<usize> },
     /// A machine loses its power, and is up again at once, without its cache.
     Blackout(usize),
+    /// A source loses its power while a stale member pulls from it, and the client hears of neither for a while.
+    Relapse { host: usize, stale: usize, source: usize },
     /// A client is cut off from all nodes, and from this one for so long that it gives up what it has in flight.
     Sever { host: usize, node: usize },
 }
@@ -288,6 +293,7 @@ impl World<'_> {
                 self.crash_host(host);
             }
             Shot::Blackout(node) => self.black_out(node)?,
+            Shot::Relapse { host, stale, source } => self.relapse(host, stale, source)?,
             Shot::Sever { host, node } if self.hosts[host].is_live() => self.sever(host, node),
             Shot::Orphan { .. } | Shot::Reread(_) | Shot::Die { .. } | Shot::Sever { .. } => {} // Its client has ended.
         }
@@ -295,7 +301,7 @@ impl World<'_> {
     }
 
     fn reread(&mut self, host: usize) -> Check {
-        let is_write = |r: &&super::world::Request| r.write.is_some() && r.count > 0;
+        let is_write = |r: &&super::host::Request| r.write.is_some() && r.count > 0;
         let in_flight = self.hosts[host].requests.values().filter(is_write);
         let ranges: Vec<_> = in_flight.map(|r| (r.first, r.count.min(32), r.start)).take(2).collect();
         for (first, count, start) in ranges {

@@ -1,8 +1,12 @@
 //! Aimed runs that take several steps, and wait for the moment of each: which members have the last writes of a client that
 //! dies, what is lost with a cache before anybody was told, and what is given up before members were compared.
 
+use std::time::Duration;
+
 use super::aim::{Aim, Shot};
-use super::world::{Check, Event, MILLISECOND, Profile, Request, World, trace};
+use super::host::Request;
+use super::profile::Profile;
+use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::Operation;
 use crate::pool::{MemberSet, MemberState, View};
 use crate::wire::{Kind, MessageHeader};
@@ -12,9 +16,14 @@ impl Aim {
     pub(super) const fn least_members(self) -> u8 {
         match self {
             Self::Divided => 2,
-            Self::Caches | Self::GivenUp => 3,
+            Self::Caches | Self::GivenUp | Self::Sources => 3,
             _ => 1,
         }
+    }
+
+    /// Whether every disk has a cache.
+    pub(super) const fn needs_caches(self) -> bool {
+        matches!(self, Self::Caches | Self::Sources)
     }
 
     /// What a run must be like for the steps to come one after the other.
@@ -35,7 +44,13 @@ impl Aim {
             Self::Caches => profile.client_crashes = false,
             Self::GivenUp => {
                 lasts(profile);
-                profile.client.suspend_timeout = std::time::Duration::from_millis(600);
+                profile.client.suspend_timeout = Duration::from_millis(600);
+            }
+            Self::Sources => {
+                lasts(profile);
+                profile.client_crashes = false;
+                // Longer than a stale member waits before it connects to its source again.
+                profile.client.leg_timeout = Duration::from_secs(2);
             }
             _ => {}
         }
@@ -60,6 +75,14 @@ impl World<'_> {
                 } else {
                     self.miss_view(host, node)
                 }
+            }
+            (Aim::Sources, _) if is_write && self.is_whole(host) && self.rng.percent(5) => {
+                // It comes back with something to pull.
+                self.aiming.left -= 1;
+                self.after(1, Event::Aimed(Shot::Cut { host, node: Some(node) }));
+                self.hosts[host].partitioned[node] = true;
+                let delay = self.rng.range(self.profile.pause, self.profile.pause * 8);
+                self.after(delay, Event::Heal { host, node });
             }
             (Aim::Caches, Kind::Flush) if self.rng.percent(15) => {
                 // Some of this is complete when the flush is, and not covered by it.
@@ -100,6 +123,26 @@ impl World<'_> {
         }
     }
 
+    /// A stale member asks its source for data.
+    pub(super) fn aim_at_pull(&mut self, stale: usize, source: usize) {
+        if self.aiming.aim != Aim::Sources || self.aiming.left == 0 || self.is_calm {
+            return;
+        }
+        let is_whose = |h: &usize| {
+            let is_active = self.hosts[*h].is_live() && self.hosts[*h].client.is_active();
+            is_active && self.is_syncing_for(*h, stale)
+        };
+        let host = (0..self.hosts.len()).find(is_whose);
+        let others = |h: usize| self.hosts[h].committed.as_ref().map_or(0, |v| v.clean().len());
+        let has_cached = self.nodes[source].disk.unflushed_since.iter().any(|&step| step > 0);
+        if let Some(host) = host.filter(|&h| others(h) > 1 && has_cached)
+            && self.rng.percent(50)
+        {
+            self.aiming.left -= 1;
+            self.after(1, Event::Aimed(Shot::Relapse { host, stale, source }));
+        }
+    }
+
     /// A request has ended well.
     pub(super) fn aim_at_completed(&mut self, host: usize, request: &Request) {
         match (self.aiming.aim, request.operation) {
@@ -116,7 +159,9 @@ impl World<'_> {
     /// A view is committed. When all are Clean, each has flushed what earlier clients left with it, since it attached to this one:
     /// from then on nothing survives a power cut by luck.
     pub(super) fn aim_agreed(&mut self, view: &View) {
-        if self.aiming.aim == Aim::Caches && view.members.iter().all(|m| m.state == MemberState::Clean) {
+        if matches!(self.aiming.aim, Aim::Caches | Aim::Sources)
+            && view.members.iter().all(|m| m.state == MemberState::Clean)
+        {
             self.resyncs.is_unflushed_unknown = false;
         }
     }
@@ -192,6 +237,19 @@ impl World<'_> {
         let delay = self.rng.range(1, self.profile.network_delay * 2);
         self.after(delay, Event::NodeStart(node));
         Ok(())
+    }
+
+    /// The client hears of the power cut when a timeout says so, and of what the stale member says not before that has found its
+    /// source again.
+    pub(super) fn relapse(&mut self, host: usize, stale: usize, source: usize) -> Check {
+        let timeout = self.timeout();
+        let silent_until = self.now + self.rng.range(timeout / 2, timeout * 3 / 4);
+        for connection in self.connections.iter_mut().filter(|c| (c.host, c.node) == (host, source)) {
+            connection.silent_until = silent_until;
+        }
+        self.hosts[host].stalled_until[stale] = self.now + self.rng.range(timeout / 4, timeout / 2);
+        self.coverage.hit("power of a source fails unheard");
+        self.black_out(source)
     }
 
     /// A client loses all legs, and one member cannot be reached until what was in flight has been given up.

@@ -1,8 +1,9 @@
 //! The rules, checked at the moment at which each could be broken.
 
+use super::host::Request;
 use super::node::{PageBytes, bit};
 use super::oracle::{Oracle, SECTOR};
-use super::world::{Check, Request, World};
+use super::world::{Check, World};
 use crate::client::{self, IoError, Notice, Operation, OverReason};
 use crate::map::{MapId, MapPage};
 use crate::pool::{Chunk, MemberSet, MemberState, View};

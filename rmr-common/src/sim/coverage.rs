@@ -71,6 +71,7 @@ pub const SITUATIONS: &[&str] = &[
     "dirty bit cleared by a report",
     "every Clean leg lost unflushed writes",
     "flush failed at a Syncing member",
+    "power of a source fails unheard",
     "flush of pulled data failed",
     "force: a client attaches to an older branch",
     "force: a client of an older branch meets a later one",

@@ -224,7 +224,7 @@ impl World<'_> {
     }
 
     pub(super) fn cut_some(&mut self, host: usize, node: Option<usize>) {
-        let open = |c: &super::world::Connection| {
+        let open = |c: &super::network::Connection| {
             c.host == host && !c.is_cut && !c.client_closed && node.is_none_or(|n| n == c.node)
         };
         let found: Vec<_> = (0..self.connections.len()).filter(|&i| open(&self.connections[i])).collect();

@@ -441,7 +441,7 @@ impl World<'_> {
         if self.hosts[host].is_crashed {
             self.coverage.hit("force: its client died before it knew that it was done");
         }
-        let is_older = |h: &super::world::Host| h.is_live() && h.branch.is_some() && h.client.is_active();
+        let is_older = |h: &super::host::Host| h.is_live() && h.branch.is_some() && h.client.is_active();
         if self.hosts.iter().any(is_older) {
             self.coverage.hit("force: a client of the older branch lives");
         }

@@ -3,10 +3,18 @@
 use std::collections::BTreeMap;
 
 use super::disk::Disk;
+use super::network::{Message, digest_of};
+use super::oracle::SECTOR;
+use super::peers::FIRST_PEER;
+use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::map::{ChunkMap, MAP_PAGE_BYTES, MapId, MapPage, MemberMaps};
 use crate::pool::{Address, BootId, Chunk, Epoch, MemberId, StoreId};
-use crate::replica::{Config, ConnectionId, DurableState, Replica, ResyncLimits, Ticket};
-use crate::wire::{Limits, MessageHeader};
+use crate::replica::{
+    self, Config, ConnectionId, DiskOperation, DiskResult, DurableState, IoId, Metadata, Replica,
+    ReplyPayload, ResyncLimits, Ticket,
+};
+use crate::time::Time;
+use crate::wire::{AttachReply, Kind, Limits, MessageHeader, Status};
 
 pub(super) type PageBytes = Box<[u8; MAP_PAGE_BYTES]>;
 
@@ -204,4 +212,245 @@ impl Node {
 pub(super) fn bit(page: &[u8; MAP_PAGE_BYTES], chunk: Chunk) -> bool {
     let bit = usize::try_from(chunk.0 % crate::map::MAP_PAGE_BITS).unwrap_or(0);
     page[bit / 8] & (1 << (bit % 8)) != 0
+}
+
+impl World<'_> {
+    pub(super) fn start_node(&mut self, node: usize) {
+        let (limits, idle) = (self.profile.limits, self.profile.intent_idle);
+        let resync = self.profile.resync;
+        self.nodes[node].start(limits, idle, resync);
+        let life = self.nodes[node].life;
+        let delay = self.rng.range(1, 1000) * MILLISECOND;
+        self.after(delay, Event::NodeTick { node, life });
+        trace!(self, "node {node} starts with {}", self.nodes[node].durable.view);
+    }
+
+    /// Gives an event to a replica, and carries out what it asks for.
+    pub(super) fn replica(&mut self, node: usize, event: replica::Event<'_>) -> Check {
+        let now = Time(self.now);
+        let (stale, blocks) = (self.own_stale(node), self.blocks_at(node));
+        let may_freshen = matches!(event, replica::Event::Disk(..) | replica::Event::PeerMessage(..));
+        let Some(replica) = &mut self.nodes[node].replica else { return Ok(()) };
+        replica.apply(event, now);
+        // A member that comes to another branch loses what lies beyond the end that the pool has there.
+        let is_smaller = self.has_branches() && self.blocks_at(node) < blocks;
+        if !may_freshen && !is_smaller && self.own_stale(node) < stale && !self.is_clean_at(node) {
+            return Err(format!(
+                "node {node} takes a stale block for current before its disk has written it"
+            ));
+        }
+        while let Some(output) = self.nodes[node].replica.as_mut().and_then(replica::Replica::take_output) {
+            match output {
+                replica::Output::Send(connection, header, payload) => {
+                    self.node_sends(node, connection, header, payload)?;
+                }
+                replica::Output::Disk { io, operation, offset, length } => {
+                    self.submit_disk(node, io, operation, offset, length)?;
+                }
+                replica::Output::Persist(ticket, metadata) => {
+                    let target = match &metadata {
+                        Metadata::Page(page) => Target::Page(*page),
+                        Metadata::State(_) => Target::State,
+                    };
+                    let queue = self.nodes[node].metadata.entry(target).or_default();
+                    queue.waiting.push(ticket);
+                    if let Metadata::State(state) = metadata {
+                        queue.state = Some(state);
+                    }
+                    self.start_metadata(node, target)?;
+                }
+                replica::Output::WritePulled { io, pull, from, offset, length } => {
+                    self.write_pulled(node, io, (pull, from), (offset, length))?;
+                }
+                replica::Output::PullDone(pull) => {
+                    let known = self.nodes[node].pulled.remove(&pull);
+                    known.ok_or_else(|| format!("node {node} is done with pull {pull} twice"))?;
+                }
+                replica::Output::PeerConnect(address) => self.peer_connect(node, &address)?,
+                replica::Output::PeerSend(header) => self.peer_send(node, header)?,
+                replica::Output::PeerClose => self.peer_close(node),
+                replica::Output::Release(token) => {
+                    if self.nodes[node].disk.uses(token) {
+                        return Err(format!("node {node} released {token:?} while the disk writes from it"));
+                    }
+                    if self.nodes[node].buffers.remove(&token.0).is_none() {
+                        return Err(format!("node {node} released {token:?} twice"));
+                    }
+                }
+                replica::Output::Close(connection, reason) => {
+                    trace!(self, "node {node} closes connection {}: {reason}", connection.0);
+                    if connection.0 >= FIRST_PEER {
+                        self.source_closes(connection);
+                    } else {
+                        self.node_closes(connection.0 as usize);
+                    }
+                }
+                replica::Output::Grow { from, to } => self.make_room(node, from, to)?,
+                replica::Output::CommandDone(id, reply) => self.answered(id.0, true, reply)?,
+                replica::Output::Notice(notice) => {
+                    trace!(self, "node {node}: {notice:?}");
+                    self.node_notice(node, &notice);
+                }
+            }
+        }
+        self.schedule_wake(node);
+        Ok(())
+    }
+
+    fn node_sends(
+        &mut self,
+        node: usize,
+        connection: ConnectionId,
+        mut header: MessageHeader,
+        payload: ReplyPayload,
+    ) -> Check {
+        let mut message = Message { header, body: Vec::new(), data: Vec::new() };
+        match payload {
+            ReplyPayload::None => {}
+            ReplyPayload::Pulled(pulled) => {
+                (message.body, message.data) = self.pulled_answer(node, &header, &pulled)?;
+                header.payload = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
+                message.header = header;
+            }
+            ReplyPayload::Data(io) => {
+                let found = self.nodes[node].reads.remove(&io.0);
+                let found = found.ok_or_else(|| format!("node {node} sends a read that found nothing"))?;
+                message.data = found.into_iter().map(super::verify::strip).collect();
+                header.digest = header.digest.map(|_| digest_of(&message.data));
+                message.header = header;
+            }
+            ReplyPayload::Body(body) => message.body = body,
+        }
+        // Pulled data is a message of its own, or no message at all.
+        let has_data = header.kind != Kind::PullReply;
+        let data = if has_data { message.data.len() as u64 * SECTOR } else { 0 };
+        let length = message.body.len() as u64 + data;
+        if length != u64::from(header.payload) {
+            return Err(format!("node {node} sends {length} bytes with a header that says {header:?}"));
+        }
+        if header.kind == Kind::AttachReply && header.status == Status::Ok {
+            self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
+        }
+        self.note_told(node, &header, &message.body);
+        self.check_answer(node, &header)?;
+        self.check_attach_answer(node, connection, &header)?;
+        if connection.0 >= FIRST_PEER {
+            return self.peer_answer(connection, message);
+        }
+        self.send(connection.0 as usize, false, message)
+    }
+
+    fn submit_disk(
+        &mut self,
+        index: usize,
+        io: IoId,
+        operation: DiskOperation,
+        offset: u64,
+        length: u32,
+    ) -> Check {
+        let data = match operation {
+            DiskOperation::Write(token) => {
+                self.nodes[index].buffers.get(&token.0).map(|b| b.0.clone()).unwrap_or_default()
+            }
+            _ => Vec::new(),
+        };
+        self.submit_data(index, io, operation, (offset, length), data)
+    }
+
+    pub(super) fn submit_data(
+        &mut self,
+        index: usize,
+        io: IoId,
+        operation: DiskOperation,
+        (offset, length): (u64, u32),
+        data: Vec<u64>,
+    ) -> Check {
+        let is_pulled = self.is_pulled_write(index, operation, offset, length);
+        if is_pulled {
+            self.check_pulled(index, offset, length)?;
+        } else {
+            self.check_disk(index, operation, offset, length)?;
+        }
+        let is_read = matches!(operation, DiskOperation::Read | DiskOperation::Digest);
+        let is_unreadable = is_read && self.nodes[index].disk.is_bad(offset, length);
+        let is_flush = operation == DiskOperation::Flush;
+        let errors =
+            self.nodes[index].disk_errors + if is_flush { self.nodes[index].flush_errors } else { 0 };
+        let is_bad = self.rng.percent(errors) || is_unreadable;
+        let no_space = self.rng.percent(30) && !is_read;
+        let result = match (is_bad, no_space) {
+            (false, _) => DiskResult::Done,
+            (true, true) => DiskResult::NoSpace,
+            (true, false) => DiskResult::Failed,
+        };
+        let node = &mut self.nodes[index];
+        node.disk
+            .submit(io, operation, (offset, length), data, result, is_pulled)
+            .map_err(|e| format!("node {index}: {e}"))?;
+        let life = node.life;
+        let most = self.profile.disk_delay * if self.rng.percent(2) && !self.is_calm { 20 } else { 1 };
+        let is_write = !is_read && operation != DiskOperation::Flush;
+        let effect = self.rng.range(1, most)
+            + if is_write { self.slowness(index) } else { 0 }
+            + if is_flush { self.slowness_of_flush() } else { 0 };
+        let done = effect + self.rng.range(1, most / 2);
+        trace!(self, "node {index}: disk request {} {operation:?} at {offset}+{length} begins", io.0);
+        self.after(effect, Event::DiskEffect { node: index, life, io: io.0 });
+        self.after(done, Event::DiskDone { node: index, life, io: io.0 });
+        Ok(())
+    }
+
+    fn start_metadata(&mut self, index: usize, target: Target) -> Check {
+        let node = &mut self.nodes[index];
+        let Some(queue) = node.metadata.get_mut(&target) else { return Ok(()) };
+        if queue.writing.is_some() || queue.waiting.is_empty() {
+            return Ok(());
+        }
+        let content = match target {
+            Target::Page(page) => {
+                let bytes = node.replica.as_ref().and_then(|r| r.page(page)).copied();
+                Content::Page(Box::new(bytes.ok_or_else(|| format!("node {index} has no page {page:?}"))?))
+            }
+            Target::State => {
+                Content::State(queue.state.take().ok_or("a superblock was asked for without its content")?)
+            }
+        };
+        queue.writing = Some((std::mem::take(&mut queue.waiting), content));
+        let life = node.life;
+        let usual = self.profile.disk_delay * 2;
+        let most = if self.is_calm { usual } else { self.profile.metadata_delay.max(usual) };
+        let delay = self.rng.range(1, most);
+        self.after(delay, Event::MetadataDone { node: index, life, target });
+        Ok(())
+    }
+
+    pub(super) fn metadata_done(&mut self, index: usize, target: Target) -> Check {
+        let queue = self.nodes[index].metadata.get_mut(&target);
+        let Some((tickets, content)) = queue.and_then(|q| q.writing.take()) else { return Ok(()) };
+        let failed = std::mem::take(&mut self.nodes[index].metadata_fails);
+        if !failed {
+            self.make_durable(index, target, content)?;
+        }
+        trace!(self, "node {index}: {target:?} durable: {}", !failed);
+        for ticket in tickets {
+            self.replica(index, replica::Event::Durable(ticket, if failed { Err(()) } else { Ok(()) }))?;
+        }
+        self.start_metadata(index, target)
+    }
+
+    pub(super) fn make_durable(&mut self, index: usize, target: Target, content: Content) -> Check {
+        match (target, content) {
+            (Target::Page(page), Content::Page(bytes)) => {
+                self.check_page(index, page, &bytes)?;
+                self.nodes[index].pages.insert(page, bytes);
+            }
+            (_, Content::State(state)) => {
+                self.check_state(index, &state)?;
+                self.nodes[index].durable = *state;
+                self.note_durable(index)?;
+            }
+            (Target::State, Content::Page(_)) => return Err("a map page for the superblock".into()),
+        }
+        Ok(())
+    }
 }

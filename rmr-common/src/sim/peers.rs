@@ -4,8 +4,9 @@
 //! connection with a number of its own.
 
 use super::disk::SECTORS_PER_BLOCK;
+use super::network::Message;
 use super::oracle::SECTOR;
-use super::world::{Check, Event, Message, World, trace};
+use super::world::{Check, Event, World, trace};
 use crate::pool::Address;
 use crate::replica::{self, ConnectionId, PulledData};
 use crate::wire::{Kind, MAX_BODY, MessageHeader, Status};
@@ -134,6 +135,9 @@ impl World<'_> {
         let peer = &self.peers[index];
         if peer.is_cut || if to_source { peer.stale_closed } else { peer.source_closed } {
             return Ok(());
+        }
+        if to_source && message.header.kind == Kind::Pull {
+            self.aim_at_pull(self.peers[index].stale, self.peers[index].source);
         }
         let h = &message.header;
         trace!(

@@ -323,7 +323,10 @@ impl World<'_> {
             }
             let differs = |&other: &usize| self.nodes[other].value(sector) != value;
             let is_wrong = !self.oracle.is_current(sector, value) || others.iter().any(differs);
-            if is_wrong && !self.oracle.is_in_flight(sector) {
+            // It may have lost its cache since it knows of its promotion: then it is Out with all of it on record when its client
+            // hears of that. What it had pulled was flushed before.
+            let is_lost = disk.lost.contains(&sector) && !disk.pulled[sector];
+            if is_wrong && !is_lost && !self.oracle.is_in_flight(sector) {
                 return Err(format!(
                     "member {member} is promoted with {} in sector {sector}; possible: {}",
                     Oracle::name(value),

@@ -19,8 +19,6 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::support::*;
 
 const PAGE: u64 = 4096;
-const OK: u8 = 0;
-const IOERR: u8 = 1;
 /// Bytes of a log for all of the guest's memory, and as much again for a used ring that is to be logged elsewhere.
 const LOG_SIZE: u64 = (GUEST_BASE + 2 * MEMORY_SIZE) / PAGE / 8;
 

@@ -12,10 +12,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::support::*;
 
-const OK: u8 = 0;
-const IOERR: u8 = 1;
-const UNSUPP: u8 = 2;
-
 /// Makes descriptor 0 available; `None` if the ring was stopped instead of an answer.
 fn send(guest: &mut Guest) -> Option<u8> {
     guest.write(Guest::buffer(0, 0) + 31, &[0xee]);

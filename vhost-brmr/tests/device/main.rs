@@ -8,6 +8,8 @@ mod dirty_log;
 mod handover;
 mod hostile;
 mod program;
+mod requests;
 mod resize;
+mod restart;
 mod session;
 mod support;

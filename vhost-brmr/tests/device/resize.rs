@@ -9,8 +9,6 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 
 use crate::support::*;
 
-const OK: u8 = 0;
-const IOERR: u8 = 1;
 /// Code of VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, flags for version 1 without an answer, no payload.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 const LARGER: usize = 2 * DISK_SIZE as usize;

@@ -19,6 +19,10 @@ use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+/// What the last byte of a request may be.
+pub(crate) const OK: u8 = 0;
+pub(crate) const IOERR: u8 = 1;
+pub(crate) const UNSUPP: u8 = 2;
 pub(crate) const DISK_SIZE: u64 = 1 << 20;
 /// Where guest memory is in the guest, in the front end, and how large it is.
 pub(crate) const GUEST_BASE: u64 = 0x4000_0000;
@@ -527,4 +531,33 @@ pub(crate) fn as_file(event: &EventFd) -> File {
     let event = event.try_clone().unwrap();
     // SAFETY: the descriptor was owned by the clone and is handed over.
     unsafe { File::from_raw_fd(event.into_raw_fd()) }
+}
+
+pub(crate) fn pattern(length: usize, seed: u8) -> Vec<u8> {
+    (0..length).map(|at| (at % 251) as u8 ^ seed).collect()
+}
+
+/// Waits for 400 ms in which the loop uses less processor time than `limit`. It may take a while to get to where it waits, and
+/// where it is woken again and again there are no such 400 ms.
+pub(crate) fn comes_to_rest(daemon: &Daemon, limit: Duration) {
+    let thread = daemon.thread.as_ref().unwrap();
+    let mut spent = Vec::new();
+    while spent.last().is_none_or(|spent| *spent >= limit) {
+        assert!(spent.len() < 20, "{spent:?} of processor time, each in 400 ms of waiting");
+        let before = cpu_time(thread);
+        std::thread::sleep(Duration::from_millis(400));
+        spent.push(cpu_time(thread) - before);
+    }
+}
+
+/// CPU time that a thread has used.
+pub(crate) fn cpu_time<T>(thread: &JoinHandle<T>) -> Duration {
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: the thread was not joined, and both results are valid for writing.
+    let failed = unsafe {
+        libc::pthread_getcpuclockid(std::os::unix::thread::JoinHandleExt::as_pthread_t(thread), &mut clock)
+            + libc::clock_gettime(clock, &mut time)
+    };
+    assert_eq!(failed, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }

@@ -1,0 +1,353 @@
+//! A node of its own process, and a connection to it that sends whatever a test wants.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rmr_common::client::{Config, PoolSelector};
+use rmr_common::driver::{Pool, PoolError};
+use rmr_common::pool::{
+    Address, ChunkSize, ClientId, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, Sequence, Slot, StoreId,
+    View, ViewNumber,
+};
+use rmr_common::wire::{
+    Attach, FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Hello, HelloReply, Kind, MessageHeader, NONCE_SIZE,
+    Role, Status, frame_crc,
+};
+use rmr_node::store::{CreateOptions, Store, ZeroPolicy};
+
+pub(crate) const MIB: u32 = 1 << 20;
+pub(crate) const POOL_SIZE: u64 = 64 << 20;
+/// A process that is forked while a store is made would keep its lock for a moment; so one at a time.
+static FORKING: Mutex<()> = Mutex::new(());
+/// Longest wait for what comes in any case: only a fault, or a machine that stands still, makes it pass.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// What is quick, on a machine that may be crowded. What must not be waited for takes longer, if it ends at all.
+pub(crate) const QUICK: Duration = Duration::from_secs(10);
+
+/// A node of its own process, with as many pools of one member as asked for, `pool-0` and up.
+pub(crate) struct Node {
+    child: Child,
+    pub(crate) address: SocketAddr,
+    pub(crate) pools: Vec<PoolSpec>,
+    pub(crate) log: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Node {
+    pub(crate) fn start(pools: usize, flags: &[&str]) -> Self {
+        Self::start_with("", pools, flags)
+    }
+
+    /// Starts it from a shell that runs `before` first.
+    pub(crate) fn start_with(before: &str, pools: usize, flags: &[&str]) -> Self {
+        let forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::tempdir().expect("a directory");
+        let address = own_address();
+        let pools: Vec<PoolSpec> = (0..pools).map(|i| create_pool(&dir, i, address)).collect();
+        let log = dir.path().join("log");
+        let file = std::fs::File::create(&log).expect("a log file");
+        let listen = address.to_string();
+        let child = Command::new("sh")
+            .args(["-c", &format!("{before} exec \"$@\""), "sh", env!("CARGO_BIN_EXE_rmr-node")])
+            .args(["--listen", &listen, "--admin", "127.0.0.1:0", "--store-dir"])
+            .arg(dir.path())
+            .args(flags)
+            .env_remove("RMR_LOG")
+            .stderr(file)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("the node starts");
+        drop(forking);
+        let node = Self { child, address, pools, log, _dir: dir };
+        wait_for("the node serves", || node.log().contains("serving"));
+        node
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Where it serves its pools.
+    pub(crate) fn data_address(&self) -> Address {
+        Address::tcp(self.address.ip().to_string(), self.address.port())
+    }
+
+    /// A client that gives nobody up because the machine is crowded.
+    pub(crate) fn config(name: &str) -> Config {
+        let mut config = Config::new(ClientId::random(), name);
+        config.leg_timeout = PATIENCE;
+        config
+    }
+
+    /// Attaches a well-behaved client.
+    pub(crate) fn attach(&self, pool: usize) -> Result<Pool, PoolError> {
+        let selector = PoolSelector::Id(self.pools[pool].id);
+        Pool::connect(Self::config("a client"), selector, &[self.data_address()], PATIENCE)
+    }
+
+    /// Milliseconds of processor time so far.
+    fn cpu_ms(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
+        let fields: Vec<&str> = stat.rsplit(')').next().expect("its name").split_whitespace().collect();
+        let ticks = |i: usize| fields[i].parse::<u64>().expect("a number");
+        (ticks(11) + ticks(12)) * 10
+    }
+
+    pub(crate) fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let line = status.lines().find(|l| l.starts_with("VmRSS")).expect("it has memory");
+        line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+    }
+
+    /// Waits until the node uses at most so many percent of one processor for as long as `time`. It may have work left from
+    /// before; one that spins, or is woken again and again, never comes to rest.
+    pub(crate) fn comes_to_rest(&self, percent: u64, time: Duration, what: &str) {
+        let mut loads = Vec::new();
+        while loads.last().is_none_or(|load| *load > percent) {
+            assert!(loads.len() < 20, "{what}: {loads:?} percent of a processor, each for {time:?}");
+            let before = self.cpu_ms();
+            std::thread::sleep(time);
+            loads.push((self.cpu_ms() - before) * 100 / u64::try_from(time.as_millis()).expect("short"));
+        }
+    }
+
+    /// Asks it to stop, and returns how long that took.
+    pub(crate) fn stop(&mut self) -> Duration {
+        let start = Instant::now();
+        self.terminate();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is ours") {
+                assert!(status.success(), "{status}:\n{}", self.log());
+                return start.elapsed();
+            }
+            assert!(start.elapsed() < PATIENCE, "it does not stop:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    pub(crate) fn terminate(&self) {
+        let _forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let kill = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        assert!(kill.expect("kill runs").success());
+    }
+
+    pub(crate) fn assert_running(&mut self) {
+        assert!(self.child.try_wait().expect("it is ours").is_none(), "the node ended:\n{}", self.log());
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An address that nobody else has: the host of this process, and a port that was not given before. A port of 127.0.0.1 that
+/// is free now may be that of somebody's outgoing connection in a moment.
+pub(crate) fn own_address() -> SocketAddr {
+    static NEXT_PORT: AtomicU16 = AtomicU16::new(7700);
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let host = Ipv4Addr::new(127, 64 | high, middle, low);
+    SocketAddr::from((host, NEXT_PORT.fetch_add(1, Ordering::Relaxed)))
+}
+
+fn create_pool(dir: &tempfile::TempDir, index: usize, address: SocketAddr) -> PoolSpec {
+    let (member, store) = (MemberId::all().next().expect("there are members"), StoreId::random());
+    let spec = PoolSpec {
+        id: PoolId::random(),
+        name: format!("pool-{index}"),
+        size: POOL_SIZE,
+        chunk_size: ChunkSize::default(),
+        logical_block_size: 512,
+        members: vec![MemberSpec::new(member, store, Address::tcp(address.ip().to_string(), address.port()))],
+    };
+    let options = CreateOptions {
+        spec: spec.clone(),
+        member,
+        store,
+        view: View::initial([(member, store)]),
+        overwrite: false,
+        zero: ZeroPolicy::Zero,
+        max_size: None,
+    };
+    let path = dir.path().join(format!("pool-{index}.store"));
+    Store::create(&path, &options, &mut |_, _| {}).expect("the store is created");
+    spec
+}
+
+pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A peer that is written out by hand.
+pub(crate) struct Raw {
+    pub(crate) stream: TcpStream,
+    pub(crate) pool: PoolId,
+    pub(crate) epoch: Epoch,
+    view: ViewNumber,
+    table: Vec<MessageHeader>,
+}
+
+impl Raw {
+    pub(crate) fn connect(node: &Node, pool: usize) -> Self {
+        let stream = TcpStream::connect(node.address).expect("it listens");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
+        let pool = node.pools[pool].id;
+        Self { stream, pool, epoch: Epoch(0), view: ViewNumber(0), table: Vec::new() }
+    }
+
+    /// A connection that was greeted.
+    pub(crate) fn greeted(node: &Node, pool: usize) -> Self {
+        let mut raw = Self::connect(node, pool);
+        let body = raw.hello(node.pools[pool].id);
+        let reply = HelloReply::decode(&body.1).expect("a hello reply");
+        (raw.epoch, raw.view) = (reply.epoch, reply.view.number);
+        raw
+    }
+
+    /// A connection that holds its pool.
+    pub(crate) fn attached(node: &Node, pool: usize) -> Self {
+        let mut raw = Self::greeted(node, pool);
+        raw.epoch = Epoch(raw.epoch.0 + 1);
+        let attach = Attach {
+            client: ClientId::random(),
+            takeover: true,
+            rejoin: false,
+            yields: false,
+            description: "raw".into(),
+        }
+        .encode();
+        let header = raw.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));
+        raw.send(&[(header, &attach)]);
+        let (header, _) = raw.receive();
+        assert_eq!((header.kind, header.status), (Kind::AttachReply, Status::Ok));
+        raw
+    }
+
+    pub(crate) fn hello(&mut self, pool: PoolId) -> (MessageHeader, Vec<u8>) {
+        self.hello_as(pool, Role::Client, None)
+    }
+
+    pub(crate) fn hello_as(
+        &mut self,
+        pool: PoolId,
+        role: Role,
+        nonce: Option<[u8; NONCE_SIZE]>,
+    ) -> (MessageHeader, Vec<u8>) {
+        let hello = Hello {
+            versions: (1, 1),
+            capabilities: 0,
+            role,
+            client: ClientId::random(),
+            pool_name: String::new(),
+            description: "raw".into(),
+            nonce,
+        };
+        let body = hello.encode();
+        let header = MessageHeader {
+            payload: u32::try_from(body.len()).expect("short"),
+            ..MessageHeader::new(Kind::Hello, pool)
+        };
+        self.send(&[(header, &body)]);
+        self.receive()
+    }
+
+    pub(crate) fn header(&self, kind: Kind, slot: u16, payload: u32) -> MessageHeader {
+        MessageHeader {
+            slot: Slot(slot),
+            payload,
+            epoch: self.epoch,
+            view: self.view,
+            sequence: Sequence(u64::from(slot) + 1),
+            ..MessageHeader::new(kind, self.pool)
+        }
+    }
+
+    pub(crate) fn write_header(&self, slot: u16, offset: u64, length: u32) -> MessageHeader {
+        MessageHeader { offset, length, ..self.header(Kind::Write, slot, length) }
+    }
+
+    pub(crate) fn read_header(&self, slot: u16, offset: u64, length: u32) -> MessageHeader {
+        MessageHeader { offset, length, ..self.header(Kind::Read, slot, 0) }
+    }
+
+    /// The head of a frame with these messages.
+    pub(crate) fn frame(headers: &[MessageHeader]) -> Vec<u8> {
+        let table: Vec<u8> = headers.iter().flat_map(MessageHeader::encode).collect();
+        let payload = headers.iter().map(|h| h.payload).sum();
+        let count = u16::try_from(headers.len()).expect("few");
+        let frame = FrameHeader { count, payload, checksum: frame_crc(&table) };
+        [frame.encode().as_slice(), &table].concat()
+    }
+
+    pub(crate) fn send(&mut self, messages: &[(MessageHeader, &[u8])]) {
+        let headers: Vec<_> = messages.iter().map(|(h, _)| *h).collect();
+        let mut bytes = Self::frame(&headers);
+        messages.iter().for_each(|(_, payload)| bytes.extend_from_slice(payload));
+        self.stream.write_all(&bytes).expect("it takes it");
+    }
+
+    /// The next message.
+    pub(crate) fn receive(&mut self) -> (MessageHeader, Vec<u8>) {
+        self.try_receive().expect("a message")
+    }
+
+    pub(crate) fn try_receive(&mut self) -> std::io::Result<(MessageHeader, Vec<u8>)> {
+        if self.table.is_empty() {
+            let mut head = [0; FRAME_HEADER_SIZE];
+            self.stream.read_exact(&mut head)?;
+            let frame = FrameHeader::decode(&head).map_err(std::io::Error::other)?;
+            for _ in 0..frame.count {
+                let mut bytes = [0; HEADER_SIZE];
+                self.stream.read_exact(&mut bytes)?;
+                self.table.push(MessageHeader::decode(&bytes).map_err(std::io::Error::other)?);
+            }
+        }
+        let header = self.table.remove(0);
+        let mut payload = vec![0; header.payload as usize];
+        self.stream.read_exact(&mut payload)?;
+        Ok((header, payload))
+    }
+
+    /// Whether the node closes the connection within `time`.
+    pub(crate) fn is_closed_within(&mut self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut bytes = vec![0; 1 << 16];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            self.stream.set_read_timeout(Some(left)).expect("a timeout");
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return false,
+                Err(_) => return true,
+            }
+        }
+    }
+}
+
+pub(crate) fn pattern(seed: u64, length: u32) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length as usize);
+    while bytes.len() < length as usize {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length as usize);
+    bytes
+}
