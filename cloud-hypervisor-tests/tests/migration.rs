@@ -1,16 +1,15 @@
-//! Live migration: a guest goes from one QEMU to another under load, and its disk goes with it from one daemon to the next.
+//! Live migration: a guest goes from one QEMU to another under load, and its disk goes with it from one daemon to the next. The
+//! handover by itself is a scenario.
 
 use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use cloud_hypervisor_tests::lab::{
-    self, Checks, Daemon, DaemonBuilder, Disk, FrontendBuilder, NodeBuilder, Pool, PoolBuilder, Status, Vm,
-    VmBuilder, wait_until,
+    self, Checks, Daemon, DaemonBuilder, Disk, NodeBuilder, Pool, PoolBuilder, Vm, VmBuilder, wait_until,
 };
+use cloud_hypervisor_tests::scenario;
 use serde_json::{Value, json};
-use vhost::VhostBackend;
 
 /// Longest migration; on an idle machine it takes ten seconds.
 const MIGRATION_LIMIT: Duration = Duration::from_secs(120);
@@ -219,44 +218,5 @@ fn a_guest_is_migrated_under_load_there_and_back_and_its_disk_goes_with_it() -> 
 
 #[test]
 fn a_pool_is_handed_over_at_the_first_ring_of_the_next_guest_and_no_earlier() -> Result<()> {
-    const ROUNDS: usize = 10;
-    lab::run("handover", |lab| {
-        let nodes = [NodeBuilder::new("a").start(lab)?, NodeBuilder::new("b").start(lab)?];
-        let pool = PoolBuilder::new("handed").member(&nodes[0]).member(&nodes[1]).create(lab)?;
-        let mut daemon = DaemonBuilder::new(&pool).name("round-0").start(lab)?;
-        let mut disk = FrontendBuilder::new(daemon.socket()).connect()?;
-        let mut slowest = Duration::ZERO;
-        for round in 1..=ROUNDS {
-            let data = [u8::try_from(round)?; 4096];
-            ensure!(disk.write(0, 8, &data)? == Status::Ok);
-            // A daemon for a guest to come does not disturb the one that is there.
-            let next = DaemonBuilder::new(&pool)
-                .name(&format!("round-{round}"))
-                .arguments(["--incoming"])
-                .start(lab)?;
-            ensure!(disk.read(0, 8, 4096)? == (Status::Ok, data.to_vec()));
-            disk.connection().get_vring_base(0)?;
-            let started = Instant::now();
-            let mut next_disk = FrontendBuilder::new(next.socket()).connect()?;
-            ensure!(next_disk.read(0, 8, 4096)? == (Status::Ok, data.to_vec()));
-            slowest = slowest.max(started.elapsed());
-            ensure!(daemon.process().is_running()?, "{}", daemon.process().log_text());
-            drop(disk);
-            daemon.stop().with_context(|| format!("round {round}"))?;
-            (daemon, disk) = (next, next_disk);
-            let level = pool.level()?;
-            ensure!(level == "safe", "after round {round} the pool is {level}");
-        }
-        eprintln!(
-            "lab: the slowest of {ROUNDS} handovers took {slowest:?} from the first ring to the answer of a read"
-        );
-        // The right to take over is used up.
-        let refused = DaemonBuilder::new(&pool).name("late").start_refused(lab)?;
-        ensure!(refused.contains("held by"), "{refused}");
-        thread::sleep(Duration::from_millis(100));
-        match disk.write(0, 16, &[1; 4096])? {
-            Status::Ok => pool.assert_identical_within(END_LIMIT),
-            status => bail!("the holder was disturbed: {status:?}"),
-        }
-    })
+    scenario::test("handover")
 }

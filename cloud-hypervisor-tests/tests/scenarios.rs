@@ -1,5 +1,5 @@
 //! Scenarios that do not care what carries the data, on this machine's own processors and network; `membership`, `digests`,
-//! `verify` and `failures` have more of them. `verbs.rs` runs the same ones in a guest over verbs.
+//! `verify`, `failures` and `migration` have more of them. `verbs.rs` runs the same ones in a guest over verbs.
 
 use anyhow::Result;
 use cloud_hypervisor_tests::scenario;

@@ -36,6 +36,7 @@ pub struct PoolBuilder {
     block_size: Option<u32>,
     members: Vec<Member>,
     operator: Option<Host>,
+    patience: Option<Duration>,
 }
 
 #[derive(Clone, Debug)]
@@ -63,7 +64,14 @@ impl PoolBuilder {
     /// A pool of 64 MiB without members.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), size_mib: 64, block_size: None, members: Vec::new(), operator: None }
+        Self {
+            name: name.to_owned(),
+            size_mib: 64,
+            block_size: None,
+            members: Vec::new(),
+            operator: None,
+            patience: None,
+        }
     }
 
     /// Size in MiB.
@@ -84,6 +92,13 @@ impl PoolBuilder {
     #[must_use]
     pub fn operator(mut self, host: &Host) -> Self {
         self.operator = Some(host.clone());
+        self
+    }
+
+    /// How long the operator waits for an answer, instead of the default: where all nodes answer, however crowded the machine is.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
         self
     }
 
@@ -122,8 +137,8 @@ impl PoolBuilder {
         let arguments = self.create_arguments();
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         rmrctl_on(self.operator.as_ref(), first.admin, &arguments)?;
-        let Self { name, size_mib, members, operator, .. } = self;
-        Ok(Pool { name, size_mib, members, operator })
+        let Self { name, size_mib, members, operator, patience, .. } = self;
+        Ok(Pool { name, size_mib, members, operator, patience })
     }
 }
 
@@ -134,6 +149,7 @@ pub struct Pool {
     size_mib: u64,
     members: Vec<Member>,
     operator: Option<Host>,
+    patience: Option<Duration>,
 }
 
 impl Pool {
@@ -159,10 +175,7 @@ impl Pool {
     /// # Errors
     /// When it cannot say anything.
     pub fn status(&self) -> Result<Value> {
-        let mut command = command_on(self.operator.as_ref(), programs::own("rmrctl")?)?;
-        for member in &self.members {
-            command.args(["--node", &member.admin.to_string()]);
-        }
+        let mut command = self.rmrctl()?;
         let output = command.args(["status", &self.name, "--json"]).output().context("starting rmrctl")?;
         let text = String::from_utf8_lossy(&output.stdout);
         // The exit status tells the level too: 3 and 4 are answers, not failures.
@@ -185,10 +198,7 @@ impl Pool {
     /// # Errors
     /// When it cannot be started, or prints no JSON although it ended well.
     pub fn rmrctl_pool(&self, command: &str, arguments: &[&str]) -> Result<(i32, Value)> {
-        let mut program = Command::new(programs::own("rmrctl")?);
-        for member in &self.members {
-            program.args(["--node", &member.admin.to_string()]);
-        }
+        let mut program = self.rmrctl()?;
         program.args(["--json", "pool", command, &self.name]).args(arguments);
         let output = program.output().context("starting rmrctl")?;
         let text = String::from_utf8_lossy(&output.stdout);
@@ -287,11 +297,20 @@ impl Pool {
     /// # Errors
     /// When the program is missing.
     pub fn operator(&self, command: &str, arguments: &[&str]) -> Result<Command> {
+        let mut rmrctl = self.rmrctl()?;
+        rmrctl.args(["--json", "pool", command, &self.name]).args(arguments);
+        Ok(rmrctl)
+    }
+
+    /// `rmrctl`, told of the nodes of all members.
+    fn rmrctl(&self) -> Result<Command> {
         let mut rmrctl = command_on(self.operator.as_ref(), programs::own("rmrctl")?)?;
         for member in &self.members {
             rmrctl.args(["--node", &member.admin.to_string()]);
         }
-        rmrctl.args(["--json", "pool", command, &self.name]).args(arguments);
+        if let Some(patience) = self.patience {
+            rmrctl.args(["--timeout", &patience.as_secs().to_string()]);
+        }
         Ok(rmrctl)
     }
 

@@ -10,6 +10,7 @@ mod effort;
 mod failures;
 mod faults;
 mod growth;
+mod handover;
 mod interrupted;
 mod keys;
 mod membership;
@@ -69,7 +70,7 @@ const fn long(name: &'static str, sentence: &'static str, run: Run) -> Scenario 
 }
 
 /// All scenarios, those of single requests first.
-pub const ALL: [Scenario; 26] = [
+pub const ALL: [Scenario; 27] = [
     each_time("io", "every block that is read holds what was written, and all copies are the same", data::io),
     each_time(
         "counts",
@@ -121,6 +122,11 @@ pub const ALL: [Scenario; 26] = [
         "vanishing-front-end",
         "a front end that vanishes with a full queue again and again costs nothing",
         failures::vanishing_front_end,
+    ),
+    each_time(
+        "handover",
+        "a pool is handed over at the first ring of the next guest and no earlier, and no member is lost by it",
+        handover::handover,
     ),
     long(
         "verify-majority",

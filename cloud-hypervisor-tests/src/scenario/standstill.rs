@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::recovery::wait_for_writes;
 use super::system::LIMIT;
-use super::writer::{ENDLESS, attach, run_load};
+use super::writer::{ENDLESS, STALL_MS, attach, run_load};
 use super::{Counts, Effort, System};
 use crate::bench::load::{LoadSpec, Pattern};
 use crate::lab::{DaemonBuilder, NodeBuilder, Process};
@@ -38,7 +38,7 @@ pub(super) fn standstill(lab: &crate::lab::Lab, effort: Effort) -> Result<Counts
         depth: 32,
         ramp_ms: 0,
         runtime_ms: ENDLESS,
-        stall_timeout_ms: u64::try_from(LIMIT.as_millis())?,
+        stall_timeout_ms: STALL_MS,
         ..LoadSpec::default()
     };
     let System { nodes, pool, promises, .. } = &mut system;

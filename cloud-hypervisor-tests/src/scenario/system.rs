@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::writer::{ENDLESS, Writer, attach, check_everything, run_load};
+use super::writer::{ENDLESS, STALL_MS, Writer, attach, check_everything, run_load};
 use super::{Counters, Effort, not_run};
 use crate::bench::disk::Disk;
 use crate::bench::load::{LoadSpec, Pattern, Report};
@@ -52,19 +52,21 @@ impl System {
         count: usize,
         builder: &dyn Fn(&str) -> NodeBuilder,
     ) -> Result<Self> {
-        Self::over(lab, effort, start_nodes(lab, count, builder)?, count)
+        let nodes = start_nodes(lab, count, builder)?;
+        Self::over(lab, effort, PoolBuilder::new("disk"), nodes, count)
     }
 
-    /// `members` nodes with a pool over them, and `spares` more, all of which wait long for a silent peer.
+    /// `members` nodes with a pool over them, and `spares` more; they and the operator wait long for a silent peer.
     ///
     /// # Errors
     /// As [`System::new`].
     pub fn patient(lab: &Lab, effort: Effort, members: usize, spares: usize) -> Result<Self> {
-        Self::over(lab, effort, patient_nodes(lab, effort, members + spares)?, members)
+        let nodes = patient_nodes(lab, effort, members + spares)?;
+        Self::over(lab, effort, PoolBuilder::new("disk").patience(effort.patience), nodes, members)
     }
 
-    fn over(lab: &Lab, effort: Effort, nodes: Vec<Node>, members: usize) -> Result<Self> {
-        let pool = PoolBuilder::new("disk").size_mib(effort.pool_mib);
+    fn over(lab: &Lab, effort: Effort, pool: PoolBuilder, nodes: Vec<Node>, members: usize) -> Result<Self> {
+        let pool = pool.size_mib(effort.pool_mib);
         let pool = nodes.iter().take(members).fold(pool, |pool, node| pool.member(node)).create(lab)?;
         let promises = Promises::new(pool.size(), 4096, u64::from(std::process::id()), Unwritten::Zeroes);
         Ok(Self { nodes, pool, promises, effort })
@@ -121,6 +123,7 @@ impl System {
             depth,
             ramp_ms: 0,
             runtime_ms: ENDLESS,
+            stall_timeout_ms: STALL_MS,
             max_requests: requests,
             ..LoadSpec::default()
         }

@@ -15,6 +15,8 @@ use crate::lab::{Daemon, Pool, wait_until};
 
 /// Longest load that is ended from outside, in milliseconds.
 pub(super) const ENDLESS: u64 = 600_000;
+/// Longest time without an answer, in milliseconds: a machine that is crowded, and a leg that is lost in it, take their time.
+pub(super) const STALL_MS: u64 = 120_000;
 /// How long a writer is at work before something happens to it.
 const WARM_UP: Duration = Duration::from_millis(700);
 /// What the daemon says when it has the pool for its guest.
@@ -46,6 +48,7 @@ impl Writer {
             size: self.span,
             ramp_ms: 0,
             runtime_ms: ENDLESS,
+            stall_timeout_ms: STALL_MS,
             ..LoadSpec::default()
         };
         let mut disk = attach(daemon, &load)?;
