@@ -18,8 +18,8 @@ use cloud_hypervisor_tests::scenario::{self, Effort, Outcome, Scenario};
 )]
 struct Args {
     /// What carries the data: tcp://IP or rdma://IP, an address of this machine.
-    #[arg(long, value_name = "FABRIC")]
-    fabric: Fabric,
+    #[arg(long, value_name = "FABRIC", required_unless_present = "list")]
+    fabric: Option<Fabric>,
     /// Does as much as on real processors instead of emulated ones.
     #[arg(long)]
     full: bool,
@@ -55,11 +55,12 @@ fn run(args: &Args) -> Result<bool> {
         }
         return Ok(true);
     }
+    let fabric = args.fabric.context("--fabric is missing")?;
     let effort = if args.full { Effort::FULL } else { Effort::EMULATED };
     let all: Vec<_> = scenario::ALL.iter().collect();
     let mut good = true;
     for scenario in if args.scenarios.is_empty() { &all } else { &args.scenarios } {
-        let report = scenario.report(args.fabric, effort);
+        let report = scenario.report(fabric, effort);
         good &= !matches!(report.outcome, Outcome::Failed(_));
         let line = serde_json::to_string(&report).context("writing a report")?;
         writeln!(output, "{line}")?;
