@@ -92,3 +92,25 @@ fn a_client_of_a_later_branch_gets_a_member_that_a_client_of_an_older_one_holds(
     let closes = |o: &Output| matches!(o, Output::Close(ConnectionId(1), _));
     assert!(bench.outputs.iter().any(closes), "the older one is fenced");
 }
+
+#[test]
+fn a_client_that_is_refused_for_another_is_shown_a_forced_epoch_only_when_it_is_durable() {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    force(&mut bench, 0, 1, 1 << 40);
+    let client = ClientId::from_bytes([7; 16]);
+    let description = "another client".into();
+    let attach = Attach { client, takeover: false, rejoin: true, yields: false, description }.encode();
+    let refused = |bench: &mut Bench| {
+        bench.message(2, bench.header(Kind::Attach, 1), &attach);
+        let held = bench.outputs.iter().rev().find_map(|o| match o {
+            Output::Send(_, header, _) if header.status == Status::Held => Some(header.epoch),
+            _ => None,
+        });
+        held.unwrap()
+    };
+    assert_eq!(refused(&mut bench), Epoch(1));
+    bench.durable();
+    assert_eq!(refused(&mut bench), Epoch(1 << 40));
+}

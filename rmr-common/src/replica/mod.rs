@@ -410,6 +410,12 @@ impl Replica {
         }
     }
 
+    /// The epoch by which a client may judge its own branch: one of a branch that was forced only when that is durable.
+    fn shown_epoch(&self) -> Epoch {
+        let durable = self.durable_state.epoch;
+        if durable.is_of_older_branch(self.epoch) { durable } else { self.epoch }
+    }
+
     /// Answers a hello: what a client has to know before it attaches.
     ///
     /// # Errors
@@ -423,8 +429,8 @@ impl Replica {
         }
         // What is not durable may never have been: nobody is to wait for a branch that a crash undid. An epoch of the same branch is
         // no more than a number to be above.
-        let DurableState { view, spec, epoch, .. } = &self.durable_state;
-        let epoch = if epoch.is_of_older_branch(self.epoch) { *epoch } else { self.epoch };
+        let DurableState { view, spec, .. } = &self.durable_state;
+        let epoch = self.shown_epoch();
         Ok(HelloReply {
             version: PROTOCOL_VERSION,
             capabilities: 0,

@@ -93,8 +93,11 @@ impl Replica {
     ) {
         let mut reply = header.reply(kind, status);
         reply.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        if status != Status::Ok {
-            reply.epoch = self.epoch;
+        match status {
+            Status::Ok => {}
+            // Whoever is refused so ends if this is of a later branch, and a crash may undo one that is not durable.
+            Status::Held => reply.epoch = self.shown_epoch(),
+            _ => reply.epoch = self.epoch,
         }
         let payload = if body.is_empty() { ReplyPayload::None } else { ReplyPayload::Body(body) };
         self.outputs.push_back(Output::Send(connection, reply, payload));
