@@ -7,18 +7,21 @@
 //!     │       └──────────────▶ ┘──────────────────────────────────────────────────────────┘        │
 //!     └──────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
-//! Each time round, [`next_step`] looks at the committed view and its specification, and says what is still to be done.
+//! Each time round, [`plan::next_step`] looks at the committed view and its specification, and says what is still to be done.
 //! So a command that was given up half-way is finished by giving it again, and one that is done is done.
 
 use std::collections::VecDeque;
 
 use super::{Client, LinkId, LinkState, Output, Payload, State};
 use crate::pool::{
-    Address, Command, CommandReply, MAX_MEMBERS, MemberId, MemberSet, MemberSpec, MemberState, PoolSpec,
-    Refusal, StoreId, View, ViewStep,
+    Address, Command, CommandReply, MemberId, MemberSet, PoolSpec, Refusal, StoreId, ViewStep,
 };
 use crate::time::Time;
-use crate::wire::{DirtyAddition, HelloReply, Kind, MessageHeader, Status};
+use crate::wire::{DirtyAddition, Kind, MessageHeader, Status};
+
+mod plan;
+
+use plan::{Leave, Step, look_at, new_store, next_step};
 
 /// Most commands that wait; more are refused.
 const MAX_COMMANDS: usize = 16;
@@ -61,14 +64,6 @@ enum Phase {
     Changing,
 }
 
-/// A member leaves with nothing lost.
-#[derive(Clone, PartialEq, Eq, Debug)]
-struct Leave {
-    member: MemberId,
-    /// The pool as it is then.
-    spec: PoolSpec,
-}
-
 struct Running {
     asked: Asked,
     phase: Phase,
@@ -93,23 +88,6 @@ impl Commands {
     pub(super) const fn is_running(&self) -> bool {
         self.running.is_some()
     }
-}
-
-/// What a command still needs.
-#[derive(Clone, PartialEq, Eq, Debug)]
-enum Step {
-    /// Nothing.
-    Done,
-    /// It cannot be done.
-    Refuse(Refusal, String),
-    /// To know what the node at this address has.
-    Meet(Address),
-    /// That a member leaves.
-    Leave(Leave),
-    /// Room for a pool of this size at every active member.
-    MakeRoom(u64),
-    /// A view.
-    Change(ViewStep, PoolSpec),
 }
 
 impl Client {
@@ -526,217 +504,4 @@ impl Client {
 /// Whether requests are held back.
 const fn is_quiet(phase: &Phase) -> bool {
     matches!(phase, Phase::Quiescing(_) | Phase::FlushingQuiet(_) | Phase::Leaving(_))
-}
-
-fn new_store(command: &Command) -> Option<StoreId> {
-    match command {
-        Command::Add { store, .. } | Command::Replace { store, .. } => Some(*store),
-        Command::Remove { .. }
-        | Command::Maintenance { .. }
-        | Command::Grow { .. }
-        | Command::Verify { .. }
-        | Command::VerifyStatus
-        | Command::VerifyCancel => None,
-    }
-}
-
-/// Judges what a node says of the store that is to be part of the pool.
-fn look_at(
-    command: &Command,
-    hello: &HelloReply,
-    view: &View,
-    spec: &PoolSpec,
-) -> Result<(), (Refusal, String)> {
-    let (Some(store), Some(member)) = (new_store(command), new_member(command, spec)) else { return Ok(()) };
-    if hello.store() != store || hello.member != member {
-        let text = format!(
-            "the node has store {} as member {}, not store {store} as member {member}",
-            hello.store(),
-            hello.member
-        );
-        return Err((Refusal::StoreNotFound, text));
-    }
-    // A store with a later history than the pool's would seem to be the newest of all at the next attach.
-    if hello.view.order() >= view.order() {
-        let text = format!("store {store} has {}, later than the pool's {view}", hello.view);
-        return Err((Refusal::StoreInUse, text));
-    }
-    Ok(())
-}
-
-/// The id that a new store is to have.
-fn new_member(command: &Command, spec: &PoolSpec) -> Option<MemberId> {
-    match command {
-        Command::Add { member: Some(member), .. } | Command::Replace { member, .. } => Some(*member),
-        Command::Add { member: None, .. } => MemberId::all().find(|m| spec.member(*m).is_none()),
-        Command::Remove { .. }
-        | Command::Maintenance { .. }
-        | Command::Grow { .. }
-        | Command::Verify { .. }
-        | Command::VerifyStatus
-        | Command::VerifyCancel => None,
-    }
-}
-
-/// What a command still needs in a pool that is like this. `met` says that the node of a new store was asked and has it,
-/// `has_room` that every active member has room for the pool as it is to be.
-fn next_step(command: &Command, view: &View, spec: &PoolSpec, met: bool, has_room: bool) -> Step {
-    match command {
-        Command::Add { store, address, .. } => add(command, *store, address, view, spec, met),
-        Command::Remove { member, store } => remove(*member, *store, view, spec),
-        Command::Replace { member, store, address } => replace(*member, *store, address, view, spec, met),
-        Command::Maintenance { member, on } => maintenance(*member, *on, view, spec),
-        Command::Grow { size } => grow(*size, spec, has_room),
-        // They change no view, and were answered at once.
-        Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => Step::Done,
-    }
-}
-
-fn unknown(member: MemberId) -> Step {
-    Step::Refuse(Refusal::UnknownMember, format!("the pool has no member {member}"))
-}
-
-/// That an active member leaves, or a refusal when it is the last Clean one.
-fn leave(member: MemberId, view: &View, spec: PoolSpec) -> Step {
-    if view.clean() == MemberSet::only(member) {
-        let text = format!("member {member} is the only Clean one, {view}");
-        return Step::Refuse(Refusal::LastClean, text);
-    }
-    Step::Leave(Leave { member, spec })
-}
-
-fn address_taken(but: Option<MemberId>, address: &Address, spec: &PoolSpec) -> Option<Step> {
-    let other = spec.members.iter().find(|m| Some(m.id) != but && m.address == *address)?;
-    let text = format!("member {} has the address {address}", other.id);
-    Some(Step::Refuse(Refusal::AddressInUse, text))
-}
-
-fn store_taken(but: Option<MemberId>, store: StoreId, spec: &PoolSpec) -> Option<Step> {
-    let other = spec.members.iter().find(|m| Some(m.id) != but && m.store == store)?;
-    let text = format!("store {store} is member {} at {}", other.id, other.address);
-    Some(Step::Refuse(Refusal::StoreInUse, text))
-}
-
-fn add(
-    command: &Command,
-    store: StoreId,
-    address: &Address,
-    view: &View,
-    spec: &PoolSpec,
-    met: bool,
-) -> Step {
-    let Command::Add { member: wanted, .. } = command else { return Step::Done };
-    if let Some(line) = spec.members.iter().find(|m| m.store == store) {
-        let is_same = line.address == *address && wanted.is_none_or(|id| id == line.id);
-        return if is_same { Step::Done } else { store_taken(None, store, spec).unwrap_or(Step::Done) };
-    }
-    if spec.members.len() >= MAX_MEMBERS {
-        let text = format!("the pool has {MAX_MEMBERS} members, which is the most");
-        return Step::Refuse(Refusal::TooManyMembers, text);
-    }
-    let Some(id) = new_member(command, spec) else { return unknown_id() };
-    if let Some(line) = spec.member(id) {
-        let text = format!("member {id} is store {} at {}", line.store, line.address);
-        return Step::Refuse(Refusal::MemberIdTaken, text);
-    }
-    if let Some(refusal) = address_taken(None, address, spec) {
-        return refusal;
-    }
-    if !met {
-        return Step::Meet(address.clone());
-    }
-    debug_assert!(view.member(id).is_none(), "view and specification have the same members");
-    let mut next = spec.clone();
-    next.members.push(MemberSpec::new(id, store, address.clone()));
-    next.members.sort_by_key(|m| m.id);
-    Step::Change(ViewStep::Add(id, store), next)
-}
-
-fn unknown_id() -> Step {
-    Step::Refuse(Refusal::TooManyMembers, "no member id is free".to_owned())
-}
-
-fn remove(member: MemberId, store: Option<StoreId>, view: &View, spec: &PoolSpec) -> Step {
-    let line = spec.member(member);
-    if store.is_some_and(|s| line.is_none_or(|l| l.store != s)) {
-        return Step::Done;
-    }
-    match view.state(member) {
-        None => unknown(member),
-        Some(MemberState::Out) => {
-            let mut next = spec.clone();
-            next.members.retain(|m| m.id != member);
-            Step::Change(ViewStep::Remove(member), next)
-        }
-        Some(MemberState::Clean | MemberState::Syncing) => leave(member, view, spec.clone()),
-    }
-}
-
-fn replace(
-    member: MemberId,
-    store: StoreId,
-    address: &Address,
-    view: &View,
-    spec: &PoolSpec,
-    met: bool,
-) -> Step {
-    let Some(line) = spec.member(member) else { return unknown(member) };
-    if line.store == store && line.address == *address {
-        return Step::Done;
-    }
-    let taken = store_taken(Some(member), store, spec).or_else(|| address_taken(Some(member), address, spec));
-    if let Some(refusal) = taken {
-        return refusal;
-    }
-    if line.store != store && view.clean() == MemberSet::only(member) {
-        return leave(member, view, spec.clone());
-    }
-    let mut next = spec.clone();
-    for line in next.members.iter_mut().filter(|m| m.id == member) {
-        line.store = store;
-        line.address = address.clone();
-    }
-    if line.store == store {
-        // The same data, somewhere else: nothing is missed by that.
-        return Step::Change(ViewStep::Amend, next);
-    }
-    match view.state(member) {
-        _ if !met => Step::Meet(address.clone()),
-        Some(MemberState::Out) => Step::Change(ViewStep::Add(member, store), next),
-        _ => leave(member, view, spec.clone()),
-    }
-}
-
-fn maintenance(member: MemberId, on: bool, view: &View, spec: &PoolSpec) -> Step {
-    let Some(line) = spec.member(member) else { return unknown(member) };
-    if line.maintenance == on {
-        return Step::Done;
-    }
-    let mut next = spec.clone();
-    for line in next.members.iter_mut().filter(|m| m.id == member) {
-        line.maintenance = on;
-    }
-    match view.state(member) {
-        Some(MemberState::Clean | MemberState::Syncing) if on => leave(member, view, next),
-        _ => Step::Change(ViewStep::Amend, next),
-    }
-}
-
-fn grow(size: u64, spec: &PoolSpec, has_room: bool) -> Step {
-    if size == spec.size {
-        return Step::Done;
-    }
-    let mut next = spec.clone();
-    next.size = size;
-    if size < spec.size {
-        let text = format!("the pool has {} bytes, and is never made smaller", spec.size);
-        return Step::Refuse(Refusal::BadSize, text);
-    }
-    if let Err(error) = next.validate() {
-        return Step::Refuse(Refusal::BadSize, error.to_string());
-    }
-    if !has_room {
-        return Step::MakeRoom(size);
-    }
-    Step::Change(ViewStep::Amend, next)
 }

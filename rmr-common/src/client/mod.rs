@@ -725,8 +725,4 @@ impl Client {
 }
 
 #[cfg(test)]
-mod auth_tests;
-#[cfg(test)]
-mod change_tests;
-#[cfg(test)]
 mod tests;

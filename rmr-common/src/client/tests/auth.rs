@@ -1,6 +1,6 @@
 //! The client's side of authentication; the handshake itself is tested in `crate::auth`.
 
-use super::*;
+use super::super::*;
 use crate::auth::{Gate, SecretKey};
 use crate::pool::{BootId, ChunkSize, MemberSpec};
 use crate::wire::{Hello, HelloReply, Kind, Limits, PROTOCOL_VERSION, Status};

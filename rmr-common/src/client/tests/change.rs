@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::tests::{Bench, member};
-use super::{Event, Operation};
+use super::super::{Event, IoError, LinkId, Operation, Output, Token};
+use super::{Bench, member};
 use crate::pool::{Address, Command, CommandReply, MemberSet, MemberState, Refusal, StoreId};
 use crate::wire::{DirtyAddition, Kind, Status};
 
@@ -85,7 +85,7 @@ fn a_suspended_pool_takes_no_command_and_one_under_way_is_answered() {
     assert_eq!(bench.replies, [], "it waits for a flush");
     bench.client.apply(Event::Cancel, bench.now);
     while let Some(output) = bench.client.take_output() {
-        if let super::Output::CommandDone(_, reply) = output {
+        if let Output::CommandDone(_, reply) = output {
             bench.replies.push(reply);
         }
     }
@@ -264,18 +264,18 @@ fn a_pool_grows_only_when_every_active_member_has_room() {
     bench.room[1] = None;
     bench.command(command.clone());
     bench.submit(1, Operation::Write, SIZE, 4096);
-    assert_eq!(bench.done, [(super::Token(1), Err(super::IoError::BadRange))], "not yet");
+    assert_eq!(bench.done, [(Token(1), Err(IoError::BadRange))], "not yet");
     // It is lost before it has answered: it makes room when it comes back.
     bench.up[1] = false;
     let link = u8::try_from(bench.nodes.iter().position(|n| *n == 1).unwrap()).unwrap();
-    bench.client.apply(Event::LinkDown(super::LinkId(link), "gone"), bench.now);
+    bench.client.apply(Event::LinkDown(LinkId(link), "gone"), bench.now);
     bench.run();
     bench.pass(Duration::from_secs(1));
     assert_eq!(reason(&bench), None);
     assert_eq!((bench.specs[0].size, bench.specs[1].size), (SIZE * 2, SIZE));
     bench.submit(2, Operation::Write, SIZE, 4096);
     bench.answer_all();
-    assert_eq!(bench.done[1], (super::Token(2), Ok(())));
+    assert_eq!(bench.done[1], (Token(2), Ok(())));
     bench.up[1] = true;
     bench.room[1] = Some(Status::NoSpace);
     bench.pass(Duration::from_secs(5));
