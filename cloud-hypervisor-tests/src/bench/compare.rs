@@ -309,6 +309,9 @@ const BARS: [Bar; 8] = [
     },
 ];
 
+/// By how much a build may differ from another one on a machine as noisy as those where this runs, and not be worse.
+const WORSE: f64 = 1.1;
+
 /// Most memory of the daemon beyond the guest's.
 const CLIENT_OWN_KIB: u64 = 32 * 1024;
 
@@ -336,6 +339,7 @@ impl Outcome {
     #[must_use]
     pub fn verdicts(&self) -> Vec<Verdict> {
         let mut verdicts: Vec<Verdict> = BARS.iter().filter_map(|bar| self.verdict(bar)).collect();
+        verdicts.extend(self.changes());
         let own = self.summaries.iter().filter(|cell| cell.system == SystemKind::Brmr);
         if let Some(most) = own.map(|cell| cell.client_own_kib).max() {
             verdicts.push(Verdict {
@@ -344,6 +348,31 @@ impl Outcome {
             });
         }
         verdicts
+    }
+
+    /// What became worse or better since the other build: speed where the guest asks for all it can get, the processor time
+    /// of all processes where it asks for less.
+    fn changes(&self) -> Vec<Verdict> {
+        let ours = self.summaries.iter().filter(|cell| cell.system == SystemKind::Brmr);
+        let change = |cell: &Summary| {
+            let before = self.find(SystemKind::BrmrBefore, cell.workload)?;
+            let workload = WORKLOADS.into_iter().find(|workload| workload.name == cell.workload)?;
+            let total = |cell: &Summary| cell.client_cpu_pct + cell.server_cpu_pct;
+            let (what, now, then) = match workload.rate {
+                None => ("IOPS", cell.iops, before.iops),
+                Some(_) => ("CPU % of daemon and nodes", total(cell), total(before)),
+            };
+            let ratio = now / then;
+            let (held, limit) = match workload.rate {
+                None => (ratio >= 1.0 / WORSE, format!("at least {:.2}", 1.0 / WORSE)),
+                Some(_) => (ratio <= WORSE, format!("at most {WORSE:.2}")),
+            };
+            let name = cell.workload;
+            let text =
+                format!("{name} {what}: {now:.1} is {ratio:.2} times {then:.1} of the other build, {limit}");
+            Some(Verdict { text, held })
+        };
+        ours.filter_map(change).collect()
     }
 
     fn verdict(&self, bar: &Bar) -> Option<Verdict> {
@@ -462,7 +491,7 @@ mod tests {
     }
 
     fn outcome(ours: f64) -> Outcome {
-        let programs = Programs { directory: "/x".into(), storage_daemon: None, nbdkit: "/x/nbdkit".into() };
+        let programs = Programs::find("/x".into(), None);
         let plan = Plan {
             systems: Vec::new(),
             workloads: Vec::new(),
@@ -496,6 +525,25 @@ mod tests {
         assert_eq!(held(3.6), [true, true, true, true, true]);
         assert_eq!(held(3.4), [true, false, true, true, true]);
         assert_eq!(held(1.0), [false, false, false, true, true]);
+    }
+
+    #[test]
+    fn a_build_is_judged_against_the_other_one_by_speed_or_by_what_a_given_load_costs() {
+        let judged = |ours| {
+            let mut outcome = outcome(ours);
+            outcome.summaries.retain(|cell| cell.system == SystemKind::Brmr);
+            for name in ["rw32", "idle"] {
+                outcome.summaries.push(summary(SystemKind::BrmrBefore, name, 1.0));
+            }
+            outcome.summaries[2].client_cpu_pct /= ours;
+            outcome.changes().into_iter().map(|change| (change.held, change.text)).collect::<Vec<_>>()
+        };
+        let held = |ours| judged(ours).into_iter().map(|(held, _)| held).collect::<Vec<_>>();
+        assert_eq!(held(1.0), [true, true]);
+        assert_eq!(held(0.92), [true, true]);
+        assert_eq!(held(0.8), [false, false]);
+        let text = &judged(0.8)[0].1;
+        assert_eq!(text, "rw32 IOPS: 800.0 is 0.80 times 1000.0 of the other build, at least 0.91");
     }
 
     #[test]

@@ -28,6 +28,8 @@ const POOL: &str = "bench";
 pub enum SystemKind {
     /// `vhost-brmr` over two `rmr-node`s.
     Brmr,
+    /// The same with the programs of another build: whether a change made anything worse.
+    BrmrBefore,
     /// `qemu-storage-daemon` with `quorum` over two `nbdkit file` servers: what a user would pick from Debian.
     Quorum,
     /// The same with the export in an I/O thread of its own.
@@ -40,13 +42,15 @@ pub enum SystemKind {
 
 impl SystemKind {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Brmr, Self::Quorum, Self::QuorumIothread, Self::QsdFile, Self::QsdNull];
+    pub const ALL: [Self; 6] =
+        [Self::Brmr, Self::BrmrBefore, Self::Quorum, Self::QuorumIothread, Self::QsdFile, Self::QsdNull];
 
     /// Its name in tables and files.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Brmr => "brmr",
+            Self::BrmrBefore => "brmr-before",
             Self::Quorum => "quorum",
             Self::QuorumIothread => "quorum-iothread",
             Self::QsdFile => "qsd-file",
@@ -76,6 +80,8 @@ impl FromStr for SystemKind {
 pub struct Programs {
     /// Directory of `rmr-node`, `rmrctl` and `vhost-brmr`.
     pub directory: PathBuf,
+    /// The same of another build of this project.
+    pub before: Option<PathBuf>,
     /// `qemu-storage-daemon`, version 10 or later.
     pub storage_daemon: Option<PathBuf>,
     /// `nbdkit`.
@@ -99,18 +105,19 @@ impl Programs {
                     .is_some_and(|major| major >= STORAGE_DAEMON_MAJOR)
             }),
         };
-        Self { directory, storage_daemon, nbdkit: PathBuf::from("nbdkit") }
+        Self { directory, before: None, storage_daemon, nbdkit: PathBuf::from("nbdkit") }
     }
 
     /// What is missing to start `kind`, in words.
     #[must_use]
     pub fn missing_for(&self, kind: SystemKind) -> Option<String> {
-        if kind == SystemKind::Brmr {
-            let is_missing = |name: &&str| !self.directory.join(name).is_file();
-            let missing: Vec<&str> =
-                ["rmr-node", "rmrctl", "vhost-brmr"].into_iter().filter(is_missing).collect();
-            let text = || format!("{} not found in {}", missing.join(", "), self.directory.display());
-            return (!missing.is_empty()).then(text);
+        match (kind, &self.before) {
+            (SystemKind::Brmr, _) => return ours_missing_in(&self.directory),
+            (SystemKind::BrmrBefore, Some(directory)) => return ours_missing_in(directory),
+            (SystemKind::BrmrBefore, None) => {
+                return Some("expected --before with the programs of another build".into());
+            }
+            _ => {}
         }
         let needs_nbdkit = matches!(kind, SystemKind::Quorum | SystemKind::QuorumIothread);
         if needs_nbdkit && version_of(&self.nbdkit).is_none() {
@@ -129,11 +136,19 @@ impl Programs {
     #[must_use]
     pub fn versions(&self) -> Vec<(String, String)> {
         let mut programs = vec![self.directory.join("vhost-brmr"), self.directory.join("rmr-node")];
+        programs.extend(self.before.iter().map(|directory| directory.join("vhost-brmr")));
         programs.extend(self.storage_daemon.clone());
         programs.push(self.nbdkit.clone());
         let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         programs.iter().filter_map(|path| Some((name(path), version_of(path)?))).collect()
     }
+}
+
+/// Which of our programs are not in `directory`, in words.
+fn ours_missing_in(directory: &Path) -> Option<String> {
+    let is_missing = |name: &&str| !directory.join(name).is_file();
+    let missing: Vec<&str> = ["rmr-node", "rmrctl", "vhost-brmr"].into_iter().filter(is_missing).collect();
+    (!missing.is_empty()).then(|| format!("{} not found in {}", missing.join(", "), directory.display()))
 }
 
 fn version_of(program: &Path) -> Option<String> {
@@ -177,7 +192,10 @@ impl System {
         let place =
             Place { directory: directory.path(), socket: directory.path().join("vhost.sock"), disk_bytes };
         let (servers, client_command) = match kind {
-            SystemKind::Brmr => brmr(programs, &place)?,
+            SystemKind::Brmr => brmr(&programs.directory, &place)?,
+            SystemKind::BrmrBefore => {
+                brmr(programs.before.as_deref().unwrap_or(&programs.directory), &place)?
+            }
             SystemKind::Quorum => quorum(programs, &place, false)?,
             SystemKind::QuorumIothread => quorum(programs, &place, true)?,
             SystemKind::QsdFile => (Vec::new(), storage_daemon(programs, &place, &qsd_file(&place)?, false)),
@@ -244,7 +262,7 @@ impl Place<'_> {
 }
 
 /// Two nodes, a pool over them, and the daemon. This is the only place that knows how our programs are started.
-fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Process>, CommandLine)> {
+fn brmr(programs: &Path, place: &Place<'_>) -> anyhow::Result<(Vec<Process>, CommandLine)> {
     let mut nodes = Vec::new();
     let mut ports = Vec::new();
     for name in ["a", "b"] {
@@ -259,7 +277,7 @@ fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Process>,
         );
         fs::write(&config, text)?;
         let mut command =
-            CommandLine::new(programs.directory.join("rmr-node"), place.directory, &format!("node-{name}"));
+            CommandLine::new(programs.join("rmr-node"), place.directory, &format!("node-{name}"));
         command.arg("--config").arg(config.to_string_lossy());
         let node = command.start()?;
         node.wait_for_port(port, PATIENCE)?;
@@ -268,7 +286,7 @@ fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Process>,
         ports.push((port, admin));
     }
 
-    let mut create = CommandLine::new(programs.directory.join("rmrctl"), place.directory, "rmrctl");
+    let mut create = CommandLine::new(programs.join("rmrctl"), place.directory, "rmrctl");
     create.arg("--node").arg(ports[0].1.to_string()).arg("pool").arg("create").arg(POOL);
     create.arg("--size").arg(place.disk_bytes.to_string());
     for (_, admin) in &ports {
@@ -278,7 +296,7 @@ fn brmr(programs: &Programs, place: &Place<'_>) -> anyhow::Result<(Vec<Process>,
     let status = create.wait_exit(PATIENCE)?;
     ensure!(status.success(), "rmrctl did not create the pool ({status}): {}", create.log_text().trim_end());
 
-    let mut client = CommandLine::new(programs.directory.join("vhost-brmr"), place.directory, "vhost-brmr");
+    let mut client = CommandLine::new(programs.join("vhost-brmr"), place.directory, "vhost-brmr");
     client.arg("--socket-path").arg(place.socket.to_string_lossy()).arg("--pool").arg(POOL);
     for (port, _) in &ports {
         client.arg("--node").arg(port.to_string());
@@ -409,10 +427,12 @@ mod tests {
         let nowhere = PathBuf::from("/nonexistent");
         let programs = Programs {
             directory: nowhere.clone(),
+            before: None,
             storage_daemon: Some(nowhere.join("qsd")),
             nbdkit: nowhere.join("n"),
         };
         assert!(programs.missing_for(SystemKind::Brmr).unwrap().contains("vhost-brmr"));
+        assert!(programs.missing_for(SystemKind::BrmrBefore).unwrap().contains("--before"));
         assert!(programs.missing_for(SystemKind::Quorum).unwrap().contains("nbdkit"));
         assert!(programs.missing_for(SystemKind::QsdNull).unwrap().contains("does not run"));
         assert!(System::start(SystemKind::QsdNull, &programs, Path::new("/tmp"), 1 << 20).is_err());

@@ -38,6 +38,9 @@ struct Args {
     /// Where rmr-node, rmrctl and vhost-brmr are [default: beside this program].
     #[arg(long, value_name = "PATH")]
     bin_dir: Option<PathBuf>,
+    /// The same programs of another build, to be measured side by side as brmr-before: is anything worse than it was?
+    #[arg(long, value_name = "PATH")]
+    before: Option<PathBuf>,
     /// qemu-storage-daemon 10 or later [default: unpacked below target/bench/qemu10, or installed].
     #[arg(long, value_name = "PATH", env = "QEMU_STORAGE_DAEMON")]
     qsd: Option<PathBuf>,
@@ -62,7 +65,8 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let own = std::env::current_exe().context("finding this program")?;
     let beside = own.parent().map(PathBuf::from).unwrap_or_default();
-    let programs = Programs::find(args.bin_dir.clone().unwrap_or(beside), args.qsd.clone());
+    let mut programs = Programs::find(args.bin_dir.clone().unwrap_or(beside), args.qsd.clone());
+    programs.before.clone_from(&args.before);
     let systems = systems(args, &programs)?;
     let workloads = if args.workloads.is_empty() { WORKLOADS.to_vec() } else { args.workloads.clone() };
     let plan = Plan {
@@ -94,6 +98,9 @@ fn systems(args: &Args, programs: &Programs) -> anyhow::Result<Vec<SystemKind>> 
             ),
         }
         systems.push(SystemKind::Quorum);
+    }
+    if args.before.is_some() && !systems.contains(&SystemKind::BrmrBefore) {
+        systems.push(SystemKind::BrmrBefore);
     }
     for kind in &args.also {
         if !systems.contains(kind) {
