@@ -16,6 +16,7 @@ mod rdma_terms;
 mod socket;
 pub mod tcp;
 pub mod tls;
+mod unsent;
 mod wire;
 
 use std::io;

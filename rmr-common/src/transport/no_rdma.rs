@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use super::rdma_terms::{Exposure, KeyOutcome, KeyUse, MAX_IO, MAX_WINDOW, MIN_WINDOW, ReadMode};
+pub use super::rdma_terms::{
+    Exposure, KeyOutcome, KeyUse, MAX_IO, MAX_WINDOW, MAX_WINDOWS, MIN_WINDOW, ReadMode,
+};
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
 use crate::wire::MessageHeader;

@@ -4,6 +4,8 @@
 pub const MAX_WINDOW: u32 = 1 << 20;
 /// Least piece of slot memory that is lent, in bytes.
 pub const MIN_WINDOW: u32 = 64 << 10;
+/// Most pieces of slot memory that one connection is lent at a time.
+pub const MAX_WINDOWS: usize = 256;
 /// Most bytes of data in one message over RDMA: three fit a window of 1 MiB with what goes behind them.
 pub const MAX_IO: u32 = 256 << 10;
 

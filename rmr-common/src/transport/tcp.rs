@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::socket::{self, MAX_SEGMENTS};
 use super::tls::{ClientTls, ServerTls, TlsStream};
+use super::unsent::{ANSWERED, Request, Unsent};
 use super::{Connection, ConnectionError, Counters, Place, Receiver};
 use crate::buffer::Segment;
 use crate::wire::{
@@ -189,7 +190,7 @@ impl Connection for TcpConnection {
     }
 
     fn receive(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
-        self.receiver.run(&mut self.stream, receiver, &mut self.counters)
+        self.receiver.run(&mut self.stream, &self.sender, receiver, &mut self.counters)
     }
 
     fn take_sent(&mut self, tags: &mut Vec<u32>) {
@@ -222,6 +223,8 @@ struct Frame {
     segments: Vec<Segment>,
     bodies: Vec<Vec<u8>>,
     tags: Vec<u32>,
+    /// Requests that are not sent whole, each with the number of segments up to its end.
+    requests: VecDeque<(usize, Request)>,
 }
 
 impl Frame {
@@ -235,6 +238,7 @@ impl Frame {
         // SAFETY: a segment of no bytes is never read.
         self.segments.push(unsafe { Segment::new(std::ptr::null_mut(), 0) });
         self.bodies.clear();
+        self.requests.clear();
     }
 
     fn close(&mut self) {
@@ -258,6 +262,7 @@ struct Sender {
     spare: Vec<Frame>,
     scratch: Vec<Segment>,
     sent: Vec<u32>,
+    unsent: Unsent,
 }
 
 impl Sender {
@@ -277,6 +282,18 @@ impl Sender {
         frame.payload += header.payload;
         frame.tags.extend(tag);
         payload(frame);
+        if let Some(request) = Request::of(header) {
+            frame.requests.push_back((frame.segments.len(), request));
+            self.unsent.queued(request);
+        }
+    }
+
+    /// Whether a message answers a request that is not sent whole.
+    fn is_unsent(&self, answer: &MessageHeader) -> bool {
+        self.unsent.suspect(answer).is_some_and(|wanted| {
+            let frames = self.frames.iter().chain(&self.open);
+            frames.flat_map(|frame| &frame.requests).any(|(_, request)| *request == wanted)
+        })
     }
 
     fn close_open(&mut self) {
@@ -324,17 +341,28 @@ impl Sender {
     }
 
     fn advance(&mut self, mut sent: usize) {
-        while let Some(frame) = self.frames.front() {
+        while let Some(frame) = self.frames.front_mut() {
             let (mut index, mut offset) = self.position;
+            let mut rest = None;
             while let Some(segment) = frame.segments.get(index) {
                 let left = segment.length() - offset;
                 if sent < left {
-                    self.position = (index, offset + sent);
-                    return;
+                    rest = Some((index, offset + sent));
+                    break;
                 }
                 sent -= left;
                 index += 1;
                 offset = 0;
+            }
+            while let Some((end, request)) = frame.requests.front()
+                && *end <= index
+            {
+                self.unsent.sent(*request);
+                frame.requests.pop_front();
+            }
+            if let Some(position) = rest {
+                self.position = position;
+                return;
             }
             self.position = (0, 0);
             if let Some(mut frame) = self.frames.pop_front() {
@@ -398,6 +426,7 @@ impl ReceiveState {
     fn run(
         &mut self,
         stream: &mut Stream,
+        sender: &Sender,
         receiver: &mut dyn Receiver,
         counters: &mut Counters,
     ) -> Result<(), ConnectionError> {
@@ -418,7 +447,7 @@ impl ReceiveState {
                 Err(error) => return Err(error.into()),
             };
             counters.tcp_received_bytes += received as u64;
-            self.take(received, receiver)?;
+            self.take(received, sender, receiver)?;
             budget = budget.saturating_sub(received);
             // A lone message without payload is mostly the only thing there; asking again would only be told so.
             let lone = received == HEAD && self.messages.is_empty() && self.frame.is_none();
@@ -447,11 +476,16 @@ impl ReceiveState {
     }
 
     /// Accounts for received bytes in the order in which `collect` asked for them.
-    fn take(&mut self, mut received: usize, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+    fn take(
+        &mut self,
+        mut received: usize,
+        sender: &Sender,
+        receiver: &mut dyn Receiver,
+    ) -> Result<(), ConnectionError> {
         if self.messages.is_empty() && self.frame.is_some() {
             self.table_filled += received;
             if self.table_filled == self.table.len() {
-                self.begin_messages(receiver)?;
+                self.begin_messages(sender, receiver)?;
             }
             return Ok(());
         }
@@ -467,7 +501,7 @@ impl ReceiveState {
         }
         self.head_filled += received;
         if self.head_filled == HEAD {
-            self.begin_frame(receiver)?;
+            self.begin_frame(sender, receiver)?;
         }
         Ok(())
     }
@@ -494,7 +528,7 @@ impl ReceiveState {
         }
     }
 
-    fn begin_frame(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+    fn begin_frame(&mut self, sender: &Sender, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
         self.head_filled = 0;
         let (start, first) = self.head.split_at(FRAME_HEADER_SIZE);
         let frame = FrameHeader::decode(start.first_chunk().unwrap_or(&[0; FRAME_HEADER_SIZE]))?;
@@ -503,10 +537,14 @@ impl ReceiveState {
         self.table_filled = HEADER_SIZE;
         self.table.resize(HEADER_SIZE * usize::from(frame.count), 0);
         self.frame = Some(frame);
-        if frame.count == 1 { self.begin_messages(receiver) } else { Ok(()) }
+        if frame.count == 1 { self.begin_messages(sender, receiver) } else { Ok(()) }
     }
 
-    fn begin_messages(&mut self, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
+    fn begin_messages(
+        &mut self,
+        sender: &Sender,
+        receiver: &mut dyn Receiver,
+    ) -> Result<(), ConnectionError> {
         let Some(frame) = self.frame else { return Ok(()) };
         let checksum = frame_crc(&self.table);
         if checksum != frame.checksum {
@@ -522,6 +560,9 @@ impl ReceiveState {
                 return Err(
                     WireError::Limit { what, found, expected: "no more than is taken from it now" }.into()
                 );
+            }
+            if sender.is_unsent(&header) {
+                return Err(ConnectionError::Broken(ANSWERED));
             }
             if header.kind == Kind::IoReply {
                 // All payloads of a frame get their places before the first message is delivered. Data behind an answer

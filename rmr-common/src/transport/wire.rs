@@ -57,6 +57,15 @@ impl Wire {
         }
     }
 
+    /// Bytes of slot memory that the peer waits for; it cannot say anything before it has them. Always 0 over TCP.
+    #[must_use]
+    pub const fn peer_wants(&self) -> u32 {
+        match self {
+            Self::Tcp(_) => 0,
+            Self::Rdma(connection) => connection.peer_wants(),
+        }
+    }
+
     /// As [`Wire::shut_down`], for a peer that was lent no memory: what was flushed still goes out, if the value is then
     /// given to [`Wire::finish`].
     pub fn part(&mut self) {

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 use rmr_common::buffer::Segment;
 use rmr_common::pool::PoolId;
@@ -88,6 +89,17 @@ impl Peer {
             parts: false,
             sending: VecDeque::new(),
             sending_bytes: 0,
+        }
+    }
+
+    /// Whether it has said nothing for so long that it is given up: `silent` for clients, and for a stranger no longer than
+    /// `idle`. One that cannot say anything for want of this node's memory is not: over TCP it is not read, over RDMA all
+    /// that it has to say waits behind a write.
+    pub(super) fn is_overdue(&self, now: Time, silent: Duration, idle: Duration) -> bool {
+        match self.member {
+            Some(_) if !self.watched.contains(EventSet::IN) || self.wire.peer_wants() > 0 => false,
+            Some(_) => now - self.last_heard > silent,
+            None => now - self.since > idle.min(silent),
         }
     }
 

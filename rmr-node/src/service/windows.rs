@@ -6,12 +6,15 @@ use std::time::Duration;
 
 use rmr_common::buffer::Segment;
 use rmr_common::time::Time;
-use rmr_common::transport::rdma::{MAX_WINDOW, MIN_WINDOW};
+use rmr_common::transport::rdma::{MAX_WINDOW, MAX_WINDOWS, MIN_WINDOW};
 
 use crate::disk::{Buffer, BufferPool, Part, Payload, Returned};
 
 /// Windows do not grow into the last quarter of the buffers.
 pub(super) const RESERVE_PART: usize = 4;
+/// Most windows of a client, but for those that it could not go on without: each of these is larger than all others, so there
+/// are no more than five.
+const MOST_LENT: usize = MAX_WINDOWS - 16;
 /// A want of memory that lasts so long is told.
 const LONG_SHORTAGE: Duration = Duration::from_secs(1);
 
@@ -58,6 +61,8 @@ impl Windows {
     /// Lends memory to a client that waits for `wanted` bytes in a row: as much as it has, so that it doubles; less when
     /// that is not to be had, and beyond `share` bytes only what it cannot do without.
     ///
+    /// There is a bound for the number of windows as well, beyond which a client has its share.
+    ///
     /// A reserve is left for all else that needs buffers, reads first: lent memory does not come back for as long as its
     /// client writes. Only a window without which a client could not go on may take some of the reserve, and only a
     /// client's first one all of it.
@@ -75,7 +80,8 @@ impl Windows {
                 (true, false) => reserve / 2,
                 (false, _) => reserve,
             };
-            (self.bytes + *size <= share || is_vital) && (left == 0 || free >= *size + left)
+            let has_share = self.bytes + *size > share || self.lent.len() >= MOST_LENT;
+            (!has_share || is_vital) && (left == 0 || free >= *size + left)
         };
         let mut found_share = false;
         for size in sizes.into_iter().filter(allowed) {
@@ -107,6 +113,12 @@ impl Windows {
     pub(super) fn written(&self, window: u16, offset: u32, length: u32, mark: u32) -> Option<Payload> {
         let (_, memory) = self.lent.iter().find(|(w, _)| *w == window)?;
         Part::new(memory, offset as usize, length as usize, mark, &self.returned).map(Payload::Part)
+    }
+
+    /// A window could not be lent after all. Whether the client has others, with which it goes on.
+    pub(super) fn refuse(&mut self, window: u16) -> bool {
+        self.take_back(window);
+        !self.lent.is_empty()
     }
 
     /// A client has given a window back.
@@ -170,6 +182,36 @@ mod tests {
         assert_eq!(lent(&small.lend(700 << 10, 4 << 20, &buffers)), 0, "half of the reserve stays");
         assert_eq!(lent(&small.lend(200 << 10, 4 << 20, &buffers)), 256 << 10);
         assert_eq!(lent(&Windows::default().lend(700 << 10, 4 << 20, &buffers)), 1 << 20);
+    }
+
+    #[test]
+    fn the_number_of_windows_has_a_bound_that_only_a_larger_request_exceeds() {
+        let buffers = BufferPool::new(32 << 20).unwrap();
+        let mut windows = Windows::default();
+        for _ in 0..MOST_LENT {
+            windows.note(buffers.try_acquire(64 << 10).unwrap());
+        }
+        assert!(matches!(windows.lend(4192, 32 << 20, &buffers), Lending::HasShare));
+        for _ in 0..10 {
+            windows.lend(70 << 10, 32 << 20, &buffers);
+            windows.lend(1 << 20, 32 << 20, &buffers);
+        }
+        assert_eq!(windows.lent.len(), MOST_LENT + 2, "one of 128 KiB, one of 1 MiB");
+        assert!(windows.lent.len() <= MAX_WINDOWS);
+    }
+
+    #[test]
+    fn a_window_that_cannot_be_lent_costs_a_client_nothing_but_its_first() {
+        let buffers = BufferPool::new(8 << 20).unwrap();
+        let mut windows = Windows::default();
+        let mut lend = || match windows.lend(4192, 4 << 20, &buffers) {
+            Lending::Lent(window, _) => window,
+            Lending::HasShare | Lending::NoMemory => panic!("no window"),
+        };
+        let (first, second) = (lend(), lend());
+        assert!(windows.refuse(second));
+        assert!(!windows.refuse(first));
+        assert_eq!((windows.bytes(), buffers.free_bytes()), (0, 8 << 20));
     }
 
     #[test]

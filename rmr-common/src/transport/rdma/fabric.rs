@@ -201,7 +201,6 @@ impl Fabric {
         drop(regions);
         for domain in domains {
             tracing::warn!(device = %domain.device, "the RDMA device was removed, and its memory is not pinned any more");
-            domain.retire();
         }
     }
 

@@ -23,8 +23,9 @@ use super::endpoint::{Completion, Keys, Operation, Piece, Slab, Verbs, WorkReque
 use super::fabric::Keyring;
 use super::packet::{self, Affairs, Grant, Introduction, MAX_LIST, PacketKind, Target};
 use super::slots::{PageMap, Windows};
-use super::{Exposure, MAX_WINDOW, RdmaError, ReadMode};
+use super::{Exposure, MAX_WINDOW, RECEIVE_SIZE, RdmaError, ReadMode};
 use crate::buffer::Segment;
+use crate::transport::unsent::{Request, Unsent};
 use crate::transport::{ConnectionError, Counters, Place, Receiver};
 use crate::wire::{HEADER_SIZE, MessageHeader};
 
@@ -154,6 +155,7 @@ pub(super) struct Link<V: Verbs> {
     peer: Introduction,
 
     queue: VecDeque<Outgoing>,
+    unsent: Unsent,
     spare_lists: Vec<Vec<Segment>>,
     batch: Batch,
     /// Number of the next work, from 1.
@@ -241,8 +243,10 @@ impl<V: Verbs> Link<V> {
             is_over: false,
             counters: Counters::default(),
             credits: peer.receives.into(),
-            peer,
+            // Longer packets than this side's own would cost memory, and gain nothing.
+            peer: Introduction { receive_size: peer.receive_size.min(RECEIVE_SIZE), ..peer },
             queue: VecDeque::new(),
+            unsent: Unsent::default(),
             spare_lists: Vec::new(),
             batch: Batch::default(),
             next_number: 1,
@@ -309,12 +313,20 @@ impl<V: Verbs> Link<V> {
             Role::Opener(_) => Content::Write(segments),
             Role::Acceptor => Content::Data(segments, tag),
         };
+        self.note_queued(header);
         self.queue.push_back(Outgoing { header: *header, content });
     }
 
     pub(super) fn queue_read(&mut self, header: &MessageHeader, gather: &mut dyn FnMut(&mut Vec<Segment>)) {
         let content = Content::Read(self.list(gather));
+        self.note_queued(header);
         self.queue.push_back(Outgoing { header: *header, content });
+    }
+
+    fn note_queued(&mut self, header: &MessageHeader) {
+        if let Some(request) = Request::of(header) {
+            self.unsent.queued(request);
+        }
     }
 
     fn list(&mut self, gather: &mut dyn FnMut(&mut Vec<Segment>)) -> Vec<Segment> {
@@ -384,6 +396,7 @@ impl<V: Verbs> Link<V> {
         self.is_over = true;
         self.verbs.close();
         self.queue.clear();
+        self.unsent = Unsent::default();
         self.held.clear();
         self.reads.clear();
         self.ending.clear();
@@ -427,9 +440,13 @@ impl<V: Verbs> Link<V> {
         self.bind_lent();
         self.wanted = 0;
         while let Some(outgoing) = self.queue.pop_front() {
+            let header = outgoing.header;
             if let Some(waits) = self.send(outgoing)? {
                 self.queue.push_front(waits);
                 break;
+            }
+            if let Some(request) = Request::of(&header) {
+                self.unsent.sent(request);
             }
         }
         self.invalidate();

@@ -31,7 +31,9 @@ use self::fabric::Keyring;
 use self::link::{Link, Role};
 use self::packet::Introduction;
 pub use self::trial::try_key;
-pub use super::rdma_terms::{Exposure, KeyOutcome, KeyUse, MAX_IO, MAX_WINDOW, MIN_WINDOW, ReadMode};
+pub use super::rdma_terms::{
+    Exposure, KeyOutcome, KeyUse, MAX_IO, MAX_WINDOW, MAX_WINDOWS, MIN_WINDOW, ReadMode,
+};
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
 use crate::wire::MessageHeader;
@@ -356,7 +358,9 @@ impl RdmaListener {
             return Err(RdmaError::Full);
         }
         let domain = self.fabric.domain_of(&request.place())?;
-        let keyring: Keyring = self.fabric.keyring(&domain)?;
+        // Removed just now: the listener will hear of that itself.
+        let gone = |_| RdmaError::Event("the RDMA device was removed while a peer was accepted".to_owned());
+        let keyring: Keyring = self.fabric.keyring(&domain).map_err(gone)?;
         let sizes = QueueSizes {
             sends: SENDS,
             receives: ACCEPTOR_RECEIVES,

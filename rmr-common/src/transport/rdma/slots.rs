@@ -3,8 +3,8 @@
 
 use std::collections::HashMap;
 
-use super::MAX_WINDOW;
 use super::packet::{Grant, UNIT};
+use super::{MAX_WINDOW, MAX_WINDOWS};
 
 const PAGE: usize = 4096;
 const PAGES: usize = MAX_WINDOW as usize / PAGE;
@@ -118,12 +118,9 @@ pub(super) struct Windows {
 pub(super) type Broken = &'static str;
 
 impl Windows {
-    /// Most windows of a connection.
-    const MOST: usize = 256;
-
     /// Notes a window that was lent.
     pub(super) fn add(&mut self, grant: Grant) -> Result<(), Broken> {
-        if self.windows.len() >= Self::MOST || self.windows.iter().any(|w| w.grant.window == grant.window) {
+        if self.windows.len() >= MAX_WINDOWS || self.windows.iter().any(|w| w.grant.window == grant.window) {
             return Err("a window that was lent already, or one too many");
         }
         let map = PageMap::new(grant.length as usize);
@@ -141,7 +138,7 @@ impl Windows {
             let position = u16::try_from((offset + data) / UNIT).unwrap_or(u16::MAX);
             let mark = u32::from(grant.window) << 16 | u32::from(position);
             self.taken.insert(mark, (grant.window, offset, length));
-            return Some(Slot { address: grant.address + offset as u64, key: grant.key, mark });
+            return Some(Slot { address: grant.address.wrapping_add(offset as u64), key: grant.key, mark });
         }
         None
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::pool::{PoolId, Slot};
-use crate::wire::Kind;
+use crate::wire::{Kind, Status};
 
 /// Longest wait for what comes in any case, and the time after which a silent peer is dead.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -274,4 +274,43 @@ fn a_connection_says_when_it_waits_for_memory_and_how_much_it_has_to_send() {
     sink.waits = 0;
     pump(&mut a, &mut b, &mut sink, 3);
     assert!(!b.is_starved());
+}
+
+#[test]
+fn an_answer_to_a_write_that_is_not_sent_whole_ends_the_connection_and_one_that_is_does_not() {
+    let answer =
+        |slot| MessageHeader { payload: 0, ..write_header(slot, 4096).reply(Kind::IoReply, Status::Ok) };
+    let (small, large) = (pattern(1, 4096), pattern(2, 48 << 20));
+    let queue = |connection: &mut TcpConnection, slot, bytes: &Vec<u8>| {
+        let header = write_header(slot, u32::try_from(bytes.len()).unwrap());
+        // SAFETY: the bytes outlive both connections' use of them.
+        let segment = unsafe { Segment::new(bytes.as_ptr().cast_mut(), bytes.len()) };
+        connection.queue_data(&header, None, &mut |list| list.push(segment));
+    };
+    // In frames of their own, and in one.
+    for in_one in [false, true] {
+        for (answered, is_sent) in [(0, true), (1, false), (2, false)] {
+            let (mut client, mut node) = pair();
+            queue(&mut client, 0, &small);
+            if !in_one {
+                client.flush().unwrap();
+            }
+            queue(&mut client, 1, &large);
+            queue(&mut client, 2, &small);
+            client.flush().unwrap();
+            assert!(client.wants_to_send(), "more than sockets hold");
+            node.queue(&answer(answered), None);
+            let (mut sink, deadline) = (Sink::default(), Instant::now() + PATIENCE);
+            let result = loop {
+                assert!(Instant::now() < deadline, "the answer did not arrive");
+                node.flush().unwrap();
+                match client.receive(&mut sink) {
+                    Ok(()) if sink.messages.is_empty() => {}
+                    result => break result,
+                }
+            };
+            assert_eq!(result.is_ok(), is_sent, "{answered}: {result:?}");
+            assert_eq!(sink.messages.len(), usize::from(is_sent));
+        }
+    }
 }

@@ -122,12 +122,18 @@ impl Shard {
         if wanted == 0 {
             return Turn::Gone;
         }
-        match self.windows.entry(id).or_default().lend(wanted, self.share / 2, &self.buffers) {
+        let windows = self.windows.entry(id).or_default();
+        match windows.lend(wanted, self.share / 2, &self.buffers) {
             Lending::Lent(window, memory) => {
                 if let Err(error) = rdma.grant(window, &memory) {
+                    if windows.refuse(window) {
+                        return Turn::HasShare;
+                    }
                     self.lost(id, &error.to_string());
                     return Turn::Gone;
                 }
+                // It may have had nothing to write to, and so no way to say anything.
+                peer.last_heard = self.now;
                 self.queue(id);
                 Turn::Served
             }

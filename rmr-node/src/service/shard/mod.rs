@@ -570,13 +570,8 @@ impl Shard {
         }
         let (config, now) = (&self.shared.config, self.now);
         let silent = (config.leg_timeout * SILENT_LEG_TIMEOUTS).max(SHORTEST_SILENCE);
-        let overdue = |peer: &Peer| match peer.member {
-            // What is not read cannot be heard.
-            Some(_) if !peer.watched.contains(EventSet::IN) => false,
-            Some(_) => now - peer.last_heard > silent,
-            None => now - peer.since > config.idle_timeout.min(silent),
-        };
-        let late: Vec<_> = self.peers.iter().filter(|(_, p)| overdue(p)).map(|(id, _)| *id).collect();
+        let late = |peer: &Peer| peer.is_overdue(now, silent, config.idle_timeout);
+        let late: Vec<_> = self.peers.iter().filter(|(_, p)| late(p)).map(|(id, _)| *id).collect();
         for id in late {
             self.lost(id, "the client was silent for too long");
         }

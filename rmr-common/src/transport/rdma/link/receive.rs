@@ -7,6 +7,7 @@ use super::{
 use crate::buffer::{copy_from_segments, copy_segment};
 use crate::transport::rdma::endpoint::{Completion, Done, LinkEvent, Verbs};
 use crate::transport::rdma::packet::{Packet, PacketKind, TAIL, Target, UNIT};
+use crate::transport::unsent::{ANSWERED, Request};
 use crate::transport::{ConnectionError, Place, Receiver};
 use crate::wire::{HEADER_SIZE, Kind, MessageHeader, PullReply, WireError};
 
@@ -272,6 +273,7 @@ impl<V: Verbs> Link<V> {
                 self.targets.insert(name, targets);
             }
             _ if !targets.is_empty() => return Err(broken("places for data of what is no read")),
+            _ if self.is_unsent(header) => return Err(broken(ANSWERED)),
             (Role::Opener(_), Kind::IoReply | Kind::PullReply) => match self.reads.remove(&name) {
                 Some(ReadState::UnderWay(read)) if !read.windows.is_empty() => {
                     self.reads.insert(name, ReadState::Ending);
@@ -289,6 +291,12 @@ impl<V: Verbs> Link<V> {
         }
         receiver.deliver(header, body);
         Ok(())
+    }
+
+    /// Whether a message answers what still waits to be sent.
+    fn is_unsent(&self, answer: &MessageHeader) -> bool {
+        let request = self.unsent.suspect(answer);
+        request.is_some() && self.queue.iter().any(|waits| Request::of(&waits.header) == request)
     }
 
     /// The peer can write nothing more to what it gave back, or for a read that was answered: whoever asked hears of it.

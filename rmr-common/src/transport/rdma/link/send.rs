@@ -124,7 +124,7 @@ impl<V: Verbs> Link<V> {
         while rest.len() + 1 > most {
             let (now, later) = rest.split_at(most);
             let operation = Operation::Write { address, key: slot.key };
-            address += now.iter().map(|p| u64::from(p.length)).sum::<u64>();
+            address = address.wrapping_add(now.iter().map(|p| u64::from(p.length)).sum());
             self.push(operation, now, None, false);
             self.counters.writes += 1;
             rest = later;
@@ -315,7 +315,8 @@ impl<V: Verbs> Link<V> {
                     let written: u64 = now.iter().map(|p| u64::from(p.length)).sum();
                     self.push(Operation::Write { address: at, key: target.key }, &now, None, false);
                     self.counters.writes += 1;
-                    at += written;
+                    // An address that wraps is the peer's own doing, and its card refuses it.
+                    at = at.wrapping_add(written);
                     now.clear();
                 }
             }

@@ -3,13 +3,9 @@
 //! said that its last key is invalid.
 
 use super::{Access, Ended, Grant, Held, Lent, Link, Operation, ReadUnderWay};
-use crate::transport::rdma::RdmaError;
 use crate::transport::rdma::endpoint::{Keys, Verbs};
+use crate::transport::rdma::{MAX_WINDOWS, RdmaError};
 use crate::wire::MessageHeader;
-
-/// Most memory windows of a connection: as many places that the peer may write to at a time. A card holds some 64 bytes
-/// for each; they are made as they are needed.
-pub(super) const MOST_WINDOWS: usize = 256;
 
 /// A window that is bound.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -18,7 +14,7 @@ pub(super) struct Bound {
     key: u32,
 }
 
-/// The windows of a connection.
+/// The windows of a connection, made as they are needed. A card holds some 64 bytes for each.
 pub(super) struct Pool {
     /// The last key of each.
     keys: Vec<u32>,
@@ -28,7 +24,7 @@ pub(super) struct Pool {
 
 impl Default for Pool {
     fn default() -> Self {
-        Self { keys: Vec::new(), free: Vec::new(), most: MOST_WINDOWS }
+        Self { keys: Vec::new(), free: Vec::new(), most: MAX_WINDOWS }
     }
 }
 

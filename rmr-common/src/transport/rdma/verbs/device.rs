@@ -58,8 +58,8 @@ pub(in crate::transport::rdma) struct Domain {
     is_gone: AtomicBool,
     pub(in crate::transport::rdma) limits: DeviceLimits,
     pub(in crate::transport::rdma) device: String,
-    /// Receives that all accepted connections share, made when the first is accepted.
-    shared: Mutex<Option<Arc<SharedReceives>>>,
+    /// Receives that accepted connections share, for as long as there are any.
+    shared: Mutex<Weak<SharedReceives>>,
     /// Memory that windows can be bound to, by its key.
     regions: Mutex<HashMap<u32, Weak<Region>>>,
 }
@@ -98,7 +98,7 @@ impl Domain {
             is_gone: AtomicBool::new(false),
             limits,
             device,
-            shared: Mutex::new(None),
+            shared: Mutex::default(),
             regions: Mutex::default(),
         })
     }
@@ -113,12 +113,6 @@ impl Domain {
             self.is_gone.store(true, Ordering::Relaxed);
         }
         self.is_gone.load(Ordering::Relaxed)
-    }
-
-    /// Lets go of what all connections share, which would keep the domain. No connection is made on it any more.
-    pub(in crate::transport::rdma) fn retire(&self) {
-        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(shared);
     }
 
     /// Registers memory; `owner` is kept until the registration is gone.
@@ -191,8 +185,7 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
-        // Shared receives hold the domain as well: once there are any, it stays until it is retired.
-        // SAFETY: regions, queues and identities hold the domain, so none of them is left; the anchor keeps the device open.
+        // SAFETY: regions, shared receives, queues and identities hold the domain, so none of them is left; the anchor keeps the device open.
         unsafe { rdma_sys::ibv_dealloc_pd(self.pd.as_ptr()) };
         self.anchor = None;
         if *self.is_gone.get_mut() {
@@ -279,6 +272,10 @@ impl Drop for MemoryWindow {
 
 /// A shared receive queue with its buffers: memory grows with the number of connections up to a bound, and each buffer is
 /// used by whichever connection needs it.
+///
+/// A buffer that is filled while its connection ends may never be heard of again: the card has taken it, and tells a
+/// completion queue that is gone. So after some connections have ended the next ones get a queue of their own, and this one
+/// goes with the last that uses it.
 pub(in crate::transport::rdma) struct SharedReceives {
     pub(super) srq: NonNull<rdma_sys::ibv_srq>,
     pub(super) size: usize,
@@ -287,6 +284,8 @@ pub(in crate::transport::rdma) struct SharedReceives {
     slabs: Mutex<Vec<Arc<Slab>>>,
     pub(super) per_slab: usize,
     users: AtomicUsize,
+    ended: AtomicUsize,
+    _domain: Arc<Domain>,
 }
 
 // SAFETY: libibverbs may be called from any thread at the same time.
@@ -295,6 +294,11 @@ unsafe impl Send for SharedReceives {}
 unsafe impl Sync for SharedReceives {}
 
 impl SharedReceives {
+    /// Whether so many connections have ended that buffers may be missed: at worst one for each, of 64 and more.
+    fn is_worn(&self) -> bool {
+        self.ended.load(Ordering::Relaxed) >= self.per_slab / 4
+    }
+
     pub(super) fn post(&self, slab: &Slab, number: u32) -> Result<(), RdmaError> {
         let offset = number as usize % self.per_slab * self.size;
         let piece = slab.piece(offset, self.size);
@@ -326,6 +330,7 @@ pub(super) struct Share(pub(super) Arc<SharedReceives>);
 impl Drop for Share {
     fn drop(&mut self) {
         self.0.users.fetch_sub(1, Ordering::Relaxed);
+        self.0.ended.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -341,7 +346,11 @@ impl Domain {
         slabs.push(Arc::clone(&slab));
         drop(slabs);
         for number in posted..posted + receives.per_slab {
-            receives.post(&slab, u32::try_from(number).unwrap_or(u32::MAX))?;
+            if let Err(error) = receives.post(&slab, u32::try_from(number).unwrap_or(u32::MAX)) {
+                // Nobody would post the rest of them.
+                receives.ended.fetch_add(receives.per_slab, Ordering::Relaxed);
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -349,8 +358,8 @@ impl Domain {
     /// The shared receives, with room for one connection more.
     pub(super) fn shared_receives(self: &Arc<Self>, sizes: QueueSizes) -> Result<Share, RdmaError> {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let receives = if let Some(receives) = &*shared {
-            Arc::clone(receives)
+        let receives = if let Some(receives) = shared.upgrade().filter(|receives| !receives.is_worn()) {
+            receives
         } else {
             let most = SHARED_RECEIVES.min(self.limits.max_shared_receives);
             let attributes = rdma_sys::ibv_srq_attr { max_wr: most, max_sge: 1, srq_limit: 0 };
@@ -364,8 +373,10 @@ impl Domain {
                 slabs: Mutex::new(Vec::new()),
                 per_slab: sizes.receives as usize,
                 users: 0.into(),
+                ended: 0.into(),
+                _domain: Arc::clone(self),
             });
-            *shared = Some(Arc::clone(&receives));
+            *shared = Arc::downgrade(&receives);
             receives
         };
         drop(shared);

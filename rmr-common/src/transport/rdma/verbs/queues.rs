@@ -53,10 +53,16 @@ impl Endpoint {
         shared: bool,
     ) -> Result<Self, RdmaError> {
         sizes.sends = sizes.sends.min(domain.limits.max_work.max(16) - 1);
-        let shared = if shared && domain.limits.max_shared_receives > 0 {
-            Some(domain.shared_receives(sizes)?)
+        // All that may fail for want of memory comes before the queue pair, which has to go before its completion queue.
+        let receives = if shared && domain.limits.max_shared_receives > 0 {
+            Receives::Shared(domain.shared_receives(sizes)?)
         } else {
-            None
+            let bytes = sizes.receives as usize * sizes.receive_size as usize;
+            Receives::Own(domain.slab(bytes, Exposure::Local)?)
+        };
+        let shared = match &receives {
+            Receives::Shared(shared) => Some(shared.0.srq.as_ptr()),
+            Receives::Own(_) => None,
         };
         let completions = CompletionQueue::new(&domain, sizes.sends + sizes.receives + 16)?;
         let most_pieces = domain.limits.max_pieces.clamp(2, 32);
@@ -65,7 +71,7 @@ impl Endpoint {
         loop {
             wanted.send_cq = completions.cq.as_ptr();
             wanted.recv_cq = completions.cq.as_ptr();
-            wanted.srq = shared.as_ref().map_or(ptr::null_mut(), |s| s.0.srq.as_ptr());
+            wanted.srq = shared.unwrap_or(ptr::null_mut());
             wanted.qp_type = ibv_qp_type::IBV_QPT_RC;
             wanted.cap = rdma_sys::ibv_qp_cap {
                 max_send_wr: sizes.sends,
@@ -88,13 +94,6 @@ impl Endpoint {
             sizes.inline = if sizes.inline > 64 { sizes.inline / 2 } else { 0 };
         }
         id.has_queue_pair = true;
-        let receives = match shared {
-            Some(shared) => Receives::Shared(shared),
-            None => {
-                let bytes = sizes.receives as usize * sizes.receive_size as usize;
-                Receives::Own(domain.slab(bytes, Exposure::Local)?)
-            }
-        };
         let mut endpoint = Self {
             id,
             completions,

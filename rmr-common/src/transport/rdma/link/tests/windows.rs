@@ -232,3 +232,47 @@ fn answers_wait_for_room_in_the_send_queue_and_come_all_the_same() {
     assert_eq!(pair.at_client.delivered.len(), 12);
     assert!(keys_of(&pair).is_empty());
 }
+
+#[test]
+fn an_answer_to_what_was_not_sent_yet_ends_the_connection_before_anybody_takes_it_for_one() {
+    for mode in [ReadMode::Direct, ReadMode::Window, ReadMode::Bounce] {
+        for guesses_write in [false, true] {
+            let mut pair = Pair::new(mode);
+            // The node lends nothing: the write waits, and the read behind it.
+            let segments = [pair.guest.segment(0, 4096)];
+            pair.write(0, &segments);
+            let read = pair.read(1, &[pair.guest.segment(8192, 4096)]);
+            pair.run();
+            assert!(pair.at_node.delivered.is_empty());
+            let write = header(Kind::Write, 0, 4096, 4096);
+            let mut answer = if guesses_write { write } else { read }.reply(Kind::IoReply, Status::Ok);
+            answer.payload = if guesses_write { 0 } else { 4096 };
+            pair.node.queue(&answer, None);
+            pair.node.flush().unwrap();
+            let error = pair.client.receive(&mut pair.at_client).unwrap_err().to_string();
+            assert!(error.contains("not sent yet"), "{mode:?}: {error}");
+            assert!(pair.at_client.delivered.is_empty());
+        }
+    }
+}
+
+#[test]
+fn an_answer_to_another_request_of_a_slot_that_waits_to_be_sent_again_is_none_of_that() {
+    let mut pair = Pair::new(ReadMode::Direct);
+    let first = pair.read(1, &[pair.guest.segment(0, 4096)]);
+    pair.run();
+    pair.write(0, &[pair.guest.segment(0, 4096)]);
+    let again = MessageHeader { sequence: Sequence(9), ..first };
+    let memory = pair.guest.segment(0, 4096);
+    pair.client.queue_read(&again, &mut |list| list.push(memory));
+    pair.answer(&first, 1);
+    pair.run();
+    assert_eq!(pair.at_client.delivered.len(), 1);
+    assert_eq!(pair.client.backlog(), 2);
+    // What was sent counts no longer.
+    pair.lend(0, 0, 65536);
+    pair.run();
+    pair.answer(&again, 2);
+    pair.run();
+    assert_eq!(pair.at_client.delivered.len(), 2);
+}
