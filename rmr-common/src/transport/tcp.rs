@@ -433,7 +433,7 @@ impl ReceiveState {
         let mut budget = RECEIVE_BUDGET;
         self.starved = false;
         loop {
-            self.place(receiver);
+            self.place(sender, receiver)?;
             if !self.messages.is_empty() && self.placed == 0 {
                 self.starved = true;
                 return Ok(()); // No memory for the next payload; the owner calls again when there is.
@@ -497,7 +497,7 @@ impl ReceiveState {
                 self.segments.pop_front();
             }
             received -= arrived;
-            self.arrived(arrived, receiver);
+            self.arrived(arrived, sender, receiver)?;
         }
         self.head_filled += received;
         if self.head_filled == HEAD {
@@ -507,16 +507,26 @@ impl ReceiveState {
     }
 
     /// Counts payload bytes of the first messages, and delivers those that are complete.
-    fn arrived(&mut self, mut bytes: usize, receiver: &mut dyn Receiver) {
+    fn arrived(
+        &mut self,
+        mut bytes: usize,
+        sender: &Sender,
+        receiver: &mut dyn Receiver,
+    ) -> Result<(), ConnectionError> {
         while bytes > 0 {
             let part = bytes.min(self.first_left);
             bytes -= part;
             self.first_left -= part;
-            self.deliver_complete(receiver);
+            self.deliver_complete(sender, receiver)?;
         }
+        Ok(())
     }
 
-    fn deliver_complete(&mut self, receiver: &mut dyn Receiver) {
+    fn deliver_complete(
+        &mut self,
+        sender: &Sender,
+        receiver: &mut dyn Receiver,
+    ) -> Result<(), ConnectionError> {
         while self.placed > 0 && self.first_left == 0 {
             let Some(message) = self.messages.pop_front() else { break };
             self.placed -= 1;
@@ -524,8 +534,13 @@ impl ReceiveState {
             if self.messages.is_empty() {
                 self.frame = None;
             }
+            // Not before: requests may have been queued since its frame began to arrive.
+            if sender.is_unsent(&message.header) {
+                return Err(ConnectionError::Broken(ANSWERED));
+            }
             receiver.deliver(&message.header, &message.body);
         }
+        Ok(())
     }
 
     fn begin_frame(&mut self, sender: &Sender, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
@@ -561,9 +576,6 @@ impl ReceiveState {
                     WireError::Limit { what, found, expected: "no more than is taken from it now" }.into()
                 );
             }
-            if sender.is_unsent(&header) {
-                return Err(ConnectionError::Broken(ANSWERED));
-            }
             if header.kind == Kind::IoReply {
                 // All payloads of a frame get their places before the first message is delivered. Data behind an answer
                 // to the same request would go to memory that is the owner's again.
@@ -587,12 +599,11 @@ impl ReceiveState {
         }
         self.placed = 0;
         self.first_left = self.messages.front().map_or(0, |m| m.header.payload as usize);
-        self.place(receiver);
-        Ok(())
+        self.place(sender, receiver)
     }
 
     /// Finds places for payloads, as far as there is memory, and delivers leading messages without payload.
-    fn place(&mut self, receiver: &mut dyn Receiver) {
+    fn place(&mut self, sender: &Sender, receiver: &mut dyn Receiver) -> Result<(), ConnectionError> {
         while let Some(message) = self.messages.get_mut(self.placed) {
             let length = message.header.payload as usize;
             if length == 0 {
@@ -600,22 +611,23 @@ impl ReceiveState {
             } else if message.header.kind.carries_data() {
                 self.scratch.clear();
                 match receiver.place(&message.header, &mut self.scratch) {
-                    Place::Wait => return,
+                    Place::Wait => return Ok(()),
                     Place::Data if self.scratch.iter().map(Segment::length).sum::<usize>() == length => {
                         self.segments.extend(self.scratch.drain(..));
                     }
                     Place::Data | Place::Discard => self.discard(length),
                 }
             } else if self.placed > 0 {
-                return; // One body at a time: a table of them does not set aside memory for all.
+                return Ok(()); // One body at a time: a table of them does not set aside memory for all.
             } else {
                 message.body = vec![0; length];
                 // SAFETY: the body lives in `messages` until it is delivered; moving a `Vec` does not move its bytes.
                 self.segments.push_back(unsafe { Segment::new(message.body.as_mut_ptr(), length) });
             }
             self.placed += 1;
-            self.deliver_complete(receiver);
+            self.deliver_complete(sender, receiver)?;
         }
+        Ok(())
     }
 
     fn discard(&mut self, mut length: usize) {

@@ -93,14 +93,21 @@ impl Peer {
     }
 
     /// Whether it has said nothing for so long that it is given up: `silent` for clients, and for a stranger no longer than
-    /// `idle`. One that cannot say anything for want of this node's memory is not: over TCP it is not read, over RDMA all
-    /// that it has to say waits behind a write.
-    pub(super) fn is_overdue(&self, now: Time, silent: Duration, idle: Duration) -> bool {
-        match self.member {
-            Some(_) if !self.watched.contains(EventSet::IN) || self.wire.peer_wants() > 0 => false,
-            Some(_) => now - self.last_heard > silent,
-            None => now - self.since > idle.min(silent),
+    /// `idle`. To be asked once in a while; `is_short` says that the shard has no memory for those who wait.
+    ///
+    /// One that cannot say anything for want of this node's memory is not silent: over TCP it is not read, over RDMA all that
+    /// it has to say waits behind a write. But it is when the node owes it nothing, and it could go on with what it has.
+    pub(super) fn is_overdue(&mut self, now: Time, silent: Duration, idle: Duration, is_short: bool) -> bool {
+        if self.member.is_none() {
+            return now - self.since > idle.min(silent);
         }
+        if !self.watched.contains(EventSet::IN) {
+            return false;
+        }
+        if self.wire.peer_wants() > 0 && (self.requests > 0 || is_short) {
+            self.last_heard = now;
+        }
+        now - self.last_heard > silent
     }
 
     /// What its descriptor is to be watched for. A connection that waits for memory, or does not take its answers, is

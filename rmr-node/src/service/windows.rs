@@ -43,6 +43,10 @@ pub(super) struct Windows {
     lent: Vec<(u16, Rc<Buffer>)>,
     bytes: usize,
     next: u16,
+    /// Pieces of this size and more could not be lent lately: the card has no further key, or cannot pin so much.
+    refused: Option<usize>,
+    /// Operators were told.
+    told: bool,
     /// Data that disks have dealt with, by mark.
     returned: Returned,
 }
@@ -67,8 +71,8 @@ impl Windows {
     /// client writes. Only a window without which a client could not go on may take some of the reserve, and only a
     /// client's first one all of it.
     pub(super) fn lend(&mut self, wanted: u32, share: usize, buffers: &BufferPool) -> Lending {
-        let (least, most) = (MIN_WINDOW as usize, MAX_WINDOW as usize);
-        let needed = (wanted as usize).clamp(least, most).next_power_of_two();
+        let most = MAX_WINDOW as usize;
+        let needed = Self::needed(wanted);
         let largest = self.lent.iter().map(|(_, buffer)| buffer.length()).max().unwrap_or(0);
         let generous = self.bytes.next_power_of_two().clamp(needed, most);
         let sizes = [generous, needed];
@@ -81,7 +85,8 @@ impl Windows {
                 (false, _) => reserve,
             };
             let has_share = self.bytes + *size > share || self.lent.len() >= MOST_LENT;
-            (!has_share || is_vital) && (left == 0 || free >= *size + left)
+            let is_refused = self.refused.is_some_and(|refused| *size >= refused);
+            !is_refused && (!has_share || is_vital) && (left == 0 || free >= *size + left)
         };
         let mut found_share = false;
         for size in sizes.into_iter().filter(allowed) {
@@ -115,14 +120,38 @@ impl Windows {
         Part::new(memory, offset as usize, length as usize, mark, &self.returned).map(Payload::Part)
     }
 
-    /// A window could not be lent after all. Whether the client has others, with which it goes on.
-    pub(super) fn refuse(&mut self, window: u16) -> bool {
-        self.take_back(window);
-        !self.lent.is_empty()
+    fn needed(wanted: u32) -> usize {
+        (wanted as usize).clamp(MIN_WINDOW as usize, MAX_WINDOW as usize).next_power_of_two()
+    }
+
+    /// A window could not be lent after all. Smaller ones may be, and this size again after [`Windows::try_again`].
+    pub(super) fn refuse(&mut self, window: u16) {
+        self.refused = self.lent.iter().find(|(w, _)| *w == window).map(|(_, buffer)| buffer.length());
+        self.remove(window);
+    }
+
+    /// Whether a client that wants so much can go on with what it was lent.
+    pub(super) fn suffices(&self, wanted: u32) -> bool {
+        self.lent.iter().any(|(_, buffer)| buffer.length() >= Self::needed(wanted))
+    }
+
+    /// Whether operators are to be told that a client has to do with what it was lent: once.
+    pub(super) fn tell(&mut self) -> bool {
+        !std::mem::replace(&mut self.told, true)
+    }
+
+    /// What could not be lent may be by now.
+    pub(super) fn try_again(&mut self) {
+        self.refused = None;
     }
 
     /// A client has given a window back.
     pub(super) fn take_back(&mut self, window: u16) {
+        self.remove(window);
+        self.try_again();
+    }
+
+    fn remove(&mut self, window: u16) {
         if let Some(index) = self.lent.iter().position(|(w, _)| *w == window) {
             let (_, buffer) = self.lent.swap_remove(index);
             self.bytes -= buffer.length();
@@ -201,17 +230,29 @@ mod tests {
     }
 
     #[test]
-    fn a_window_that_cannot_be_lent_costs_a_client_nothing_but_its_first() {
+    fn a_client_goes_on_with_smaller_windows_or_those_that_it_has_if_they_suffice() {
         let buffers = BufferPool::new(8 << 20).unwrap();
         let mut windows = Windows::default();
-        let mut lend = || match windows.lend(4192, 4 << 20, &buffers) {
-            Lending::Lent(window, _) => window,
-            Lending::HasShare | Lending::NoMemory => panic!("no window"),
+        let lend = |windows: &mut Windows, wanted| match windows.lend(wanted, 4 << 20, &buffers) {
+            Lending::Lent(window, memory) => Some((window, memory.length() >> 10)),
+            Lending::HasShare | Lending::NoMemory => None,
         };
-        let (first, second) = (lend(), lend());
-        assert!(windows.refuse(second));
-        assert!(!windows.refuse(first));
-        assert_eq!((windows.bytes(), buffers.free_bytes()), (0, 8 << 20));
+        for size in [64, 64, 128] {
+            assert_eq!(lend(&mut windows, 4192).unwrap().1, size);
+        }
+        // The card takes no 256 KiB, and then not even the least.
+        let (window, size) = lend(&mut windows, 4192).unwrap();
+        assert_eq!(size, 256);
+        windows.refuse(window);
+        let (window, size) = lend(&mut windows, 4192).unwrap();
+        assert_eq!(size, 64);
+        windows.refuse(window);
+        assert_eq!((lend(&mut windows, 4192), windows.bytes()), (None, 256 << 10));
+        assert!(windows.suffices(4192) && windows.suffices(128 << 10) && !windows.suffices((128 << 10) + 1));
+        assert!(windows.tell() && !windows.tell());
+        windows.try_again();
+        assert_eq!(lend(&mut windows, 4192).unwrap().1, 256);
+        assert_eq!(buffers.free_bytes(), (8 << 20) - (512 << 10), "what was refused is free");
     }
 
     #[test]

@@ -299,6 +299,7 @@ impl<V: Verbs> Link<V> {
 
     pub(super) fn queue(&mut self, header: &MessageHeader, body: Option<Vec<u8>>) {
         let content = Content::Plain { body: body.unwrap_or_default(), posted: None };
+        self.note_queued(header);
         self.queue.push_back(Outgoing { header: *header, content });
     }
 

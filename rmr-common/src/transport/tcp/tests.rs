@@ -314,3 +314,36 @@ fn an_answer_to_a_write_that_is_not_sent_whole_ends_the_connection_and_one_that_
         }
     }
 }
+
+#[test]
+fn an_answer_that_waits_behind_others_is_none_to_a_request_that_was_queued_since() {
+    let (mut socket, other) = raw_pair();
+    let mut client = TcpConnection::new(other, PATIENCE).unwrap();
+    let body = MessageHeader { kind: Kind::Command, payload: 2, length: 0, ..write_header(0, 2) };
+    let guess = MessageHeader { payload: 0, ..write_header(3, 4096).reply(Kind::IoReply, Status::Ok) };
+    let table = [body.encode(), guess.encode()].concat();
+    let frame = FrameHeader { count: 2, payload: 2, checksum: frame_crc(&table) };
+    socket.write_all(&[&frame.encode()[..], &table, &[7]].concat()).unwrap();
+    let mut sink = Sink::default();
+    for _ in 0..20 {
+        client.receive(&mut sink).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(sink.messages.is_empty(), "half of the first body is there");
+    let large = pattern(3, 48 << 20);
+    // SAFETY: the bytes outlive the connection's use of them.
+    let segment = unsafe { Segment::new(large.as_ptr().cast_mut(), large.len()) };
+    client.queue_data(&write_header(3, 48 << 20), None, &mut |list| list.push(segment));
+    client.flush().unwrap();
+    assert!(client.wants_to_send());
+    socket.write_all(&[8]).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let error = loop {
+        assert!(Instant::now() < deadline, "the rest did not arrive");
+        if let Err(error) = client.receive(&mut sink) {
+            break error;
+        }
+    };
+    assert!(error.to_string().contains("not sent yet"), "{error}");
+    assert!(sink.messages.iter().all(|(header, _)| header.kind == Kind::Command));
+}

@@ -123,22 +123,34 @@ impl Shard {
             return Turn::Gone;
         }
         let windows = self.windows.entry(id).or_default();
-        match windows.lend(wanted, self.share / 2, &self.buffers) {
-            Lending::Lent(window, memory) => {
-                if let Err(error) = rdma.grant(window, &memory) {
-                    if windows.refuse(window) {
-                        return Turn::HasShare;
+        let mut refusal = None;
+        loop {
+            match windows.lend(wanted, self.share / 2, &self.buffers) {
+                Lending::Lent(window, memory) => match rdma.grant(window, &memory) {
+                    Ok(()) => {
+                        self.queue(id);
+                        return Turn::Served;
                     }
-                    self.lost(id, &error.to_string());
-                    return Turn::Gone;
+                    // Then a smaller one, if that will do: so this ends.
+                    Err(error) => {
+                        windows.refuse(window);
+                        refusal = Some(error);
+                    }
+                },
+                Lending::NoMemory => return Turn::NoMemory,
+                Lending::HasShare => {
+                    let Some(error) = refusal else { return Turn::HasShare };
+                    if !windows.suffices(wanted) {
+                        self.lost(id, &error.to_string());
+                        return Turn::Gone;
+                    }
+                    if windows.tell() {
+                        let (client, lent) = (peer.address, windows.bytes());
+                        tracing::warn!(%client, lent, "a client has to do with the memory that it was lent: {error}");
+                    }
+                    return Turn::HasShare;
                 }
-                // It may have had nothing to write to, and so no way to say anything.
-                peer.last_heard = self.now;
-                self.queue(id);
-                Turn::Served
             }
-            Lending::HasShare => Turn::HasShare,
-            Lending::NoMemory => Turn::NoMemory,
         }
     }
 

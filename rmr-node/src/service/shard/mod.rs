@@ -562,6 +562,7 @@ impl Shard {
                 self.activate(index);
             }
         }
+        self.windows.values_mut().for_each(Windows::try_again);
         if !self.listens {
             self.listen(true);
         }
@@ -570,8 +571,10 @@ impl Shard {
         }
         let (config, now) = (&self.shared.config, self.now);
         let silent = (config.leg_timeout * SILENT_LEG_TIMEOUTS).max(SHORTEST_SILENCE);
-        let late = |peer: &Peer| peer.is_overdue(now, silent, config.idle_timeout);
-        let late: Vec<_> = self.peers.iter().filter(|(_, p)| late(p)).map(|(id, _)| *id).collect();
+        let (idle, short) = (config.idle_timeout, self.short);
+        let late =
+            self.peers.iter_mut().filter_map(|(id, p)| p.is_overdue(now, silent, idle, short).then_some(*id));
+        let late: Vec<_> = late.collect();
         for id in late {
             self.lost(id, "the client was silent for too long");
         }

@@ -60,6 +60,8 @@ pub(in crate::transport::rdma) struct Domain {
     pub(in crate::transport::rdma) device: String,
     /// Receives that accepted connections share, for as long as there are any.
     shared: Mutex<Weak<SharedReceives>>,
+    /// How many of them there are, those of earlier queues included.
+    receives: AtomicUsize,
     /// Memory that windows can be bound to, by its key.
     regions: Mutex<HashMap<u32, Weak<Region>>>,
 }
@@ -99,6 +101,7 @@ impl Domain {
             limits,
             device,
             shared: Mutex::default(),
+            receives: 0.into(),
             regions: Mutex::default(),
         })
     }
@@ -274,8 +277,8 @@ impl Drop for MemoryWindow {
 /// used by whichever connection needs it.
 ///
 /// A buffer that is filled while its connection ends may never be heard of again: the card has taken it, and tells a
-/// completion queue that is gone. So after some connections have ended the next ones get a queue of their own, and this one
-/// goes with the last that uses it.
+/// completion queue that is gone. So after some connections have ended the next ones get another queue, as far as there may
+/// be more buffers, and this one goes with the last that uses it.
 pub(in crate::transport::rdma) struct SharedReceives {
     pub(super) srq: NonNull<rdma_sys::ibv_srq>,
     pub(super) size: usize,
@@ -285,7 +288,7 @@ pub(in crate::transport::rdma) struct SharedReceives {
     pub(super) per_slab: usize,
     users: AtomicUsize,
     ended: AtomicUsize,
-    _domain: Arc<Domain>,
+    domain: Arc<Domain>,
 }
 
 // SAFETY: libibverbs may be called from any thread at the same time.
@@ -294,9 +297,9 @@ unsafe impl Send for SharedReceives {}
 unsafe impl Sync for SharedReceives {}
 
 impl SharedReceives {
-    /// Whether so many connections have ended that buffers may be missed: at worst one for each, of 64 and more.
-    fn is_worn(&self) -> bool {
-        self.ended.load(Ordering::Relaxed) >= self.per_slab / 4
+    /// A connection that used them has ended.
+    pub(super) fn note_end(&self) {
+        self.ended.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn post(&self, slab: &Slab, number: u32) -> Result<(), RdmaError> {
@@ -321,6 +324,8 @@ impl Drop for SharedReceives {
     fn drop(&mut self) {
         // SAFETY: queue pairs hold the shared receives, so none of them is left.
         unsafe { rdma_sys::ibv_destroy_srq(self.srq.as_ptr()) };
+        let slabs = self.slabs.get_mut().unwrap_or_else(PoisonError::into_inner).len();
+        self.domain.receives.fetch_sub(slabs * self.per_slab, Ordering::Relaxed);
     }
 }
 
@@ -330,20 +335,29 @@ pub(super) struct Share(pub(super) Arc<SharedReceives>);
 impl Drop for Share {
     fn drop(&mut self) {
         self.0.users.fetch_sub(1, Ordering::Relaxed);
-        self.0.ended.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// Whether the next connection is to have another queue: when so many have ended that buffers may be missed, at worst one for
+/// each, and unless there would be too many buffers then.
+const fn wants_another(ended: usize, per_slab: usize, there: usize) -> bool {
+    ended >= per_slab / 4 && there + per_slab <= SHARED_RECEIVES as usize
 }
 
 impl Domain {
     /// Posts more receives, if there are fewer than so many users need, and fewer than there may be.
     fn grow(self: &Arc<Self>, receives: &SharedReceives, users: usize) -> Result<(), RdmaError> {
         let mut slabs = receives.slabs.lock().unwrap_or_else(PoisonError::into_inner);
-        let posted = slabs.len() * receives.per_slab;
-        if slabs.len() >= users || posted + receives.per_slab > receives.most {
+        let (posted, there) = (slabs.len() * receives.per_slab, self.receives.load(Ordering::Relaxed));
+        if slabs.len() >= users
+            || posted + receives.per_slab > receives.most
+            || there + receives.per_slab > SHARED_RECEIVES as usize
+        {
             return Ok(());
         }
         let slab = Arc::new(self.slab(receives.per_slab * receives.size, Exposure::Local)?);
         slabs.push(Arc::clone(&slab));
+        self.receives.fetch_add(receives.per_slab, Ordering::Relaxed);
         drop(slabs);
         for number in posted..posted + receives.per_slab {
             if let Err(error) = receives.post(&slab, u32::try_from(number).unwrap_or(u32::MAX)) {
@@ -355,29 +369,43 @@ impl Domain {
         Ok(())
     }
 
+    /// A queue with receives for one connection.
+    fn another_queue(self: &Arc<Self>, sizes: QueueSizes) -> Result<Arc<SharedReceives>, RdmaError> {
+        let most = SHARED_RECEIVES.min(self.limits.max_shared_receives);
+        let attributes = rdma_sys::ibv_srq_attr { max_wr: most, max_sge: 1, srq_limit: 0 };
+        let mut wanted = rdma_sys::ibv_srq_init_attr { srq_context: ptr::null_mut(), attr: attributes };
+        // SAFETY: domain and attributes are valid.
+        let srq = NonNull::new(unsafe { rdma_sys::ibv_create_srq(self.pd.as_ptr(), &mut wanted) });
+        let receives = Arc::new(SharedReceives {
+            srq: srq.ok_or_else(|| call("making a shared receive queue"))?,
+            size: sizes.receive_size as usize,
+            most: most as usize,
+            slabs: Mutex::new(Vec::new()),
+            per_slab: sizes.receives as usize,
+            users: 0.into(),
+            ended: 0.into(),
+            domain: Arc::clone(self),
+        });
+        self.grow(&receives, 1)?;
+        Ok(receives)
+    }
+
     /// The shared receives, with room for one connection more.
     pub(super) fn shared_receives(self: &Arc<Self>, sizes: QueueSizes) -> Result<Share, RdmaError> {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let receives = if let Some(receives) = shared.upgrade().filter(|receives| !receives.is_worn()) {
-            receives
-        } else {
-            let most = SHARED_RECEIVES.min(self.limits.max_shared_receives);
-            let attributes = rdma_sys::ibv_srq_attr { max_wr: most, max_sge: 1, srq_limit: 0 };
-            let mut wanted = rdma_sys::ibv_srq_init_attr { srq_context: ptr::null_mut(), attr: attributes };
-            // SAFETY: domain and attributes are valid.
-            let srq = NonNull::new(unsafe { rdma_sys::ibv_create_srq(self.pd.as_ptr(), &mut wanted) });
-            let receives = Arc::new(SharedReceives {
-                srq: srq.ok_or_else(|| call("making a shared receive queue"))?,
-                size: sizes.receive_size as usize,
-                most: most as usize,
-                slabs: Mutex::new(Vec::new()),
-                per_slab: sizes.receives as usize,
-                users: 0.into(),
-                ended: 0.into(),
-                _domain: Arc::clone(self),
-            });
-            *shared = Arc::downgrade(&receives);
-            receives
+        let there = self.receives.load(Ordering::Relaxed);
+        let is_worn =
+            |r: &Arc<SharedReceives>| wants_another(r.ended.load(Ordering::Relaxed), r.per_slab, there);
+        let receives = match shared.upgrade() {
+            Some(receives) if !is_worn(&receives) => receives,
+            worn => match self.another_queue(sizes) {
+                Ok(receives) => {
+                    *shared = Arc::downgrade(&receives);
+                    receives
+                }
+                // Better these than none.
+                Err(error) => worn.ok_or(error)?,
+            },
         };
         drop(shared);
         let users = receives.users.fetch_add(1, Ordering::Relaxed) + 1;
@@ -393,5 +421,19 @@ pub(super) fn receive_work(number: u32, sge: &mut rdma_sys::ibv_sge) -> rdma_sys
         next: ptr::null_mut(),
         sg_list: sge,
         num_sge: 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn receives_are_renewed_after_some_connections_have_ended_but_never_beyond_their_number() {
+        let most = SHARED_RECEIVES as usize;
+        assert!(!wants_another(15, 64, 64));
+        assert!(wants_another(16, 64, 64));
+        assert!(wants_another(16, 64, most - 64));
+        assert!(!wants_another(16, 64, most - 63), "the worn ones have to do");
     }
 }

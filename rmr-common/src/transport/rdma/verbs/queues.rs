@@ -303,6 +303,9 @@ impl Verbs for Endpoint {
         // SAFETY: the queue pair is there, and is destroyed once.
         unsafe { rdma_sys::rdma_destroy_qp(self.id.raw.as_ptr()) };
         self.give_back_receives();
+        if let Receives::Shared(Share(shared)) = &self.receives {
+            shared.note_end();
+        }
     }
 
     fn max_pieces(&self) -> usize {
