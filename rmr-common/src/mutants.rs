@@ -134,6 +134,8 @@ mutants! {
     SourceStartedAnew,
 
     // The client's attach and views.
+    /// A link to a member's node is its leg, whatever the member's address says
+    AnyBinding,
     /// An attach goes on with one Clean member of the highest view
     RecoveryIgnoresAMember,
     /// The view of the highest number counts as the latest, whoever made it

@@ -126,7 +126,8 @@ impl Client {
 
     /// The members of a view whose stores are connected.
     fn ready_in(&self, view: &View) -> MemberSet {
-        let is_there = |store| self.hellos().any(|r| r.store() == store);
+        let is_up = |l: &super::Link| matches!(l.state, LinkState::Ready(_)) && self.suits(l);
+        let is_there = |store| self.links.iter().any(|l| l.store == Some(store) && is_up(l));
         view.members.iter().filter(|m| is_there(m.store)).map(|m| m.id).collect()
     }
 
@@ -394,8 +395,9 @@ impl Client {
         self.adopt_spec(spec.clone(), Some(next.order()));
         self.dismiss_strangers();
         self.assign_legs();
+        self.set_strays_aside();
         let limits: Vec<_> = next.active().iter().filter_map(|m| self.ready(m)).map(|r| r.limits).collect();
-        self.max_io = limits.iter().map(|l| l.max_io).min().unwrap_or(self.max_io);
+        self.max_io = limits.iter().map(|l| l.max_io).min().unwrap_or(self.max_io).min(super::MAX_PART);
         self.max_bytes = limits.iter().map(|l| u64::from(l.max_bytes)).min().unwrap_or(u64::MAX);
         if self.config.data_digest != super::DataDigest::Off {
             // A copy of everything in flight fits.

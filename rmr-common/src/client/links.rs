@@ -214,21 +214,21 @@ impl Client {
         if is_member || matches!(self.state, State::Gathering { .. }) {
             self.highest_epoch = self.highest_epoch.max(epoch);
         }
-        let is_there =
-            |l: &super::Link| l.store == Some(store) && matches!(l.state, LinkState::Ready(_)) && !l.retired;
-        if self.links.iter().any(is_there) {
-            // A second address of a node that is connected already.
-            self.outputs.push_back(Output::Disconnect(id));
-            if let Some(link) = self.link_mut(id) {
-                link.store = Some(store);
-                link.state = LinkState::Down { retry_at: NEVER };
+        if let Some(link) = self.link_mut(id) {
+            link.store = Some(store);
+        }
+        if !self.displaces(id, store) {
+            // A second address of a node that is connected already, or one that is not for a leg.
+            self.set_aside(id);
+            let is_judged = is_member && !matches!(self.state, State::Gathering { .. });
+            if !(is_judged && self.gives_way(epoch)) {
+                self.try_attach();
             }
-            return self.try_attach();
+            return;
         }
         let (now, mut is_news) = (self.now, true);
         if let Some(link) = self.link_mut(id) {
             is_news = !std::mem::take(&mut link.again);
-            link.store = Some(store);
             link.last_error.clear();
             link.asked = true;
             link.greeted = now;
@@ -244,18 +244,73 @@ impl Client {
         }
         let spec = self.spec.clone();
         if spec.is_some_and(|s| s.member(member).is_some_and(|m| m.store == store)) {
-            if self.is_of_older_branch(epoch) {
-                return self.end(OverReason::Fenced(epoch));
-            }
-            let is_attaching = self.own_epochs.is_empty() && self.forced().is_none();
-            if is_attaching && self.epoch.is_of_older_branch(epoch) && !mutant!(OlderBranchLives) {
-                return self.gather();
+            if self.gives_way(epoch) {
+                return;
             }
             self.assign_legs();
             self.notice(Notice::LegUp(member, address));
         } else if !self.command_met(id) {
             self.dismiss(id);
         }
+    }
+
+    /// Whether a link may be the leg of the member whose store it leads to: data goes the way that the member's address says,
+    /// and no other. Until the client attaches, what a node says counts whichever way it was asked.
+    pub(super) fn suits(&self, link: &super::Link) -> bool {
+        let members = self.spec.iter().flat_map(|s| &s.members);
+        let Some(line) = members.into_iter().find(|m| Some(m.store) == link.store) else { return true };
+        // The operator's decision goes by whatever there is.
+        let is_forced = self.forced().is_some_and(|force| force.member == line.id);
+        is_forced || line.address.transport() == link.address.transport() || mutant!(AnyBinding)
+    }
+
+    /// Whether a link whose node has said hello is to be used: the first one to a store, or one that suits where the other
+    /// does not, which is then given up.
+    fn displaces(&mut self, id: LinkId, store: StoreId) -> bool {
+        let is_there =
+            |l: &super::Link| l.store == Some(store) && matches!(l.state, LinkState::Ready(_)) && !l.retired;
+        let other = self.links.iter().position(is_there).and_then(|i| u8::try_from(i).ok()).map(LinkId);
+        let suits = |id| self.link(id).is_some_and(|link| self.suits(link));
+        match other {
+            None => suits(id) || matches!(self.state, State::Gathering { .. }),
+            Some(other) if suits(id) && !suits(other) && !self.legs.contains(&Some(other)) => {
+                self.set_aside(other);
+                true
+            }
+            Some(_) => false,
+        }
+    }
+
+    /// Closes a link that is not needed, until the one that is used for its store is lost.
+    fn set_aside(&mut self, id: LinkId) {
+        self.outputs.push_back(Output::Disconnect(id));
+        if let Some(link) = self.link_mut(id) {
+            link.state = LinkState::Down { retry_at: NEVER };
+        }
+    }
+
+    /// Lets go of links that were only of use to find the members.
+    pub(super) fn set_strays_aside(&mut self) {
+        let is_stray = |id: &LinkId| {
+            let is_leg = self.legs.contains(&Some(*id));
+            !is_leg && self.hello_of(*id).is_some() && self.link(*id).is_some_and(|link| !self.suits(link))
+        };
+        let strays: Vec<_> = (0u8..).map(LinkId).take(self.links.len()).filter(is_stray).collect();
+        strays.into_iter().for_each(|id| self.set_aside(id));
+    }
+
+    /// Ends, or begins anew, if a member's node shows an epoch of a later branch; true if so.
+    fn gives_way(&mut self, epoch: Epoch) -> bool {
+        if self.is_of_older_branch(epoch) {
+            self.end(OverReason::Fenced(epoch));
+            return true;
+        }
+        let is_attaching = self.own_epochs.is_empty() && self.forced().is_none();
+        let gives_way = is_attaching && self.epoch.is_of_older_branch(epoch) && !mutant!(OlderBranchLives);
+        if gives_way {
+            self.gather();
+        }
+        gives_way
     }
 
     /// Whether a node that shows this epoch knows of a branch that was forced into use after this client attached.
@@ -323,22 +378,30 @@ impl Client {
     pub(super) fn assign_legs(&mut self) {
         let Some(spec) = &self.spec else { return };
         let mut legs = [None; crate::pool::MAX_MEMBERS];
-        for link in &mut self.links {
-            link.member = None;
-        }
+        let mut found: Vec<(MemberId, usize)> = Vec::with_capacity(spec.members.len());
         for member in &spec.members {
             let is_its = |l: &super::Link| l.store == Some(member.store) && !l.retired;
             let is_ready = |l: &super::Link| matches!(l.state, LinkState::Ready(_));
-            let found = self.links.iter().position(|l| is_its(l) && is_ready(l));
-            let found = found.or_else(|| self.links.iter().position(is_its));
-            let Some(index) = found else { continue };
-            legs[member.id.index()] = u8::try_from(index).ok().map(LinkId);
-            self.links[index].member = Some(member.id);
+            // An address that was changed while the member is in use counts from its next connection on.
+            let leg = self.legs[member.id.index()].map(|id| usize::from(id.0));
+            let leg = leg.filter(|_| !matches!(self.state, State::Gathering { .. }));
+            let leg = leg.filter(|i| self.links.get(*i).is_some_and(|l| is_its(l) && is_ready(l)));
+            let suits = |l: &super::Link| is_its(l) && self.suits(l);
+            let ready = || self.links.iter().position(|l| suits(l) && is_ready(l));
+            let index = leg.or_else(ready).or_else(|| self.links.iter().position(suits));
+            found.extend(index.map(|index| (member.id, index)));
+        }
+        for link in &mut self.links {
+            link.member = None;
+        }
+        for (member, index) in found {
+            legs[member.index()] = u8::try_from(index).ok().map(LinkId);
+            self.links[index].member = Some(member);
             if let LinkState::Ready(reply) = &self.links[index].state {
                 if reply.write_through {
-                    self.write_through.insert(member.id);
+                    self.write_through.insert(member);
                 } else {
-                    self.write_through.remove(member.id);
+                    self.write_through.remove(member);
                 }
             }
         }
@@ -352,11 +415,13 @@ impl Client {
         }
         let members = self.spec.as_ref().map(|s| s.members.clone()).unwrap_or_default();
         for member in members {
-            let leads_there = |l: &super::Link| {
+            let leads_there = |(l, id): (&super::Link, u8)| {
                 let is_up = !matches!(l.state, LinkState::Down { .. });
-                !l.retired && (l.address == member.address || is_up && l.store == Some(member.store))
+                let is_its =
+                    l.store == Some(member.store) && (self.suits(l) || self.legs.contains(&Some(LinkId(id))));
+                !l.retired && (l.address == member.address || is_up && is_its)
             };
-            if !self.links.iter().any(leads_there) {
+            if !self.links.iter().zip(0u8..).any(leads_there) {
                 self.add_link(member.address);
             }
         }

@@ -51,6 +51,10 @@ use crate::transport::tls::ClientTls;
 use crate::wire::{AttachReply, HelloReply, MAX_SLOTS, MessageHeader};
 use parts::{OpIndex, Parts};
 
+/// Most bytes of one message's data, whatever nodes allow: what was made for legs over TCP may have to go over RDMA as well,
+/// where a message with what stands behind it has to fit 1 MiB.
+const MAX_PART: u32 = 512 << 10;
+
 /// Most connections that a client keeps: one for each member, and as many seed addresses that are still to be told
 /// apart.
 pub const MAX_LINKS: usize = 2 * MAX_MEMBERS;

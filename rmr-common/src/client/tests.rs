@@ -1,10 +1,13 @@
 //! Unit tests of the machine; the simulator tests it together with replicas.
 
 use super::*;
-use crate::pool::{BootId, ChunkSize, CommandReply, MemberSpec, MemberState, StoreId, ViewStep};
+use crate::pool::{
+    BootId, ChunkSize, CommandReply, MemberSpec, MemberState, StoreId, TransportKind, ViewStep,
+};
 use crate::wire::{DirtyAddition, Kind, Limits, SetView, SlotEntry, Status};
 
 mod auth;
+mod bindings;
 mod change;
 mod digests;
 mod reads;
@@ -35,6 +38,10 @@ pub(super) struct Bench {
     /// Nodes to which connections take until [`Bench::connect`].
     pub(super) slow: Vec<usize>,
     connecting: Vec<LinkId>,
+    /// The binding over which they do.
+    slow_binding: Option<TransportKind>,
+    /// What was sent over which binding.
+    kinds: Vec<(TransportKind, Kind)>,
     /// Nodes that refuse an attach, because another client is there.
     pub(super) held: Vec<usize>,
     /// Whether nodes answer an attach.
@@ -95,6 +102,8 @@ impl Bench {
             up: vec![true; count],
             slow: Vec::new(),
             connecting: Vec::new(),
+            slow_binding: None,
+            kinds: Vec::new(),
             admits: true,
             adopts: true,
             prepares: true,
@@ -125,11 +134,16 @@ impl Bench {
 
     /// Another client, with the nodes as they are.
     pub(super) fn start_client(&mut self, configure: impl FnOnce(&mut Config)) {
+        let seeds: Vec<_> = self.spec.members.iter().map(|m| m.address.clone()).collect();
+        self.start_client_at(&seeds, configure);
+    }
+
+    /// The same, with nodes that are asked at these addresses.
+    fn start_client_at(&mut self, seeds: &[Address], configure: impl FnOnce(&mut Config)) {
         let mut config = Config::new(ClientId::from_bytes([2; 16]), "another test");
         config.attach_grace = Duration::ZERO;
         configure(&mut config);
-        let seeds: Vec<_> = self.spec.members.iter().map(|m| m.address.clone()).collect();
-        self.client = Client::new(config, PoolSelector::Id(self.spec.id), &seeds, self.now);
+        self.client = Client::new(config, PoolSelector::Id(self.spec.id), seeds, self.now);
         self.sent.clear();
         self.nodes.clear();
         self.connecting.clear();
@@ -147,7 +161,7 @@ impl Bench {
                         self.nodes.resize(usize::from(link.0) + 1, 0);
                     }
                     self.nodes[usize::from(link.0)] = node;
-                    if self.slow.contains(&node) {
+                    if self.slow.contains(&node) || self.slow_binding == Some(address.transport()) {
                         self.connecting.push(link);
                         continue;
                     }
@@ -169,6 +183,7 @@ impl Bench {
     fn deliver(&mut self, link: LinkId, header: &MessageHeader, payload: Payload) {
         let node = self.nodes[usize::from(link.0)];
         let of_node = self.of_node(node);
+        self.kinds.push((self.client.links[usize::from(link.0)].address.transport(), header.kind));
         self.watermarks[node] = header.watermark;
         let body = if let Payload::Body(body) = payload { body } else { Vec::new() };
         let (kind, body) = match header.kind {
@@ -288,7 +303,8 @@ impl Bench {
         if header.kind == Kind::Read && status == Status::Ok {
             reply.payload = header.length;
         }
-        self.client.apply(Event::Message(LinkId(member.as_u8()), &reply, &[]), self.now);
+        let leg = self.client.legs[member.index()].unwrap_or(LinkId(member.as_u8()));
+        self.client.apply(Event::Message(leg, &reply, &[]), self.now);
         self.run();
         member
     }

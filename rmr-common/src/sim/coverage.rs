@@ -8,6 +8,7 @@ pub struct Coverage(BTreeMap<&'static str, u64>);
 
 /// Every situation that a campaign must reach.
 pub const SITUATIONS: &[&str] = &[
+    "node asked over another binding",
     "add: done",
     "add: client crashed",
     "add: node crashed",

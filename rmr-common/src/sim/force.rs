@@ -234,7 +234,9 @@ impl World<'_> {
     /// The address of the member that is to be forced comes first.
     pub(super) fn prefer_forced(&self, force: Option<Force>, addresses: &mut [Address]) {
         let Some(force) = force else { return };
-        let is_its = |a: &Address| self.nodes.iter().any(|n| n.member == force.member && n.address == *a);
+        let is_its = |a: &Address| {
+            self.nodes.iter().any(|n| n.member == force.member && self.asked_at(&n.address) == *a)
+        };
         addresses.sort_by_key(|a| !is_its(a));
     }
 

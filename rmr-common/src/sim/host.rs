@@ -84,7 +84,8 @@ impl World<'_> {
         // It may know of a node that was in use once.
         let all: Vec<_> = self.nodes.iter().map(|n| n.address.clone()).collect();
         if self.has_operator() && config.force_from.is_none() && self.rng.percent(30) {
-            let other = all[self.rng.index(all.len())].clone();
+            let turn = self.rng.index(all.len());
+            let other = self.asked_at(&all[turn]);
             addresses.retain(|a| *a != other);
             addresses.insert(0, other);
             addresses.truncate(crate::pool::MAX_MEMBERS);
@@ -136,7 +137,7 @@ impl World<'_> {
                     let node = self.node_at(&address);
                     let node = node.ok_or_else(|| format!("a connection to {address}, which is no node"))?;
                     let delay = self.rng.range(1, self.profile.network_delay * 2);
-                    self.after(delay, Event::Connected { host, link, node });
+                    self.after(delay, Event::Connected { host, link, node, binding: address.transport() });
                 }
                 client::Output::Disconnect(link) => {
                     if let Some(connection) = self.hosts[host].links[usize::from(link.0)] {
@@ -170,6 +171,7 @@ impl World<'_> {
         let connection = self.hosts[host].links[usize::from(link.0)];
         let mut message = Message { header, body: Vec::new(), data: Vec::new() };
         if let Some(connection) = connection {
+            self.check_binding(connection, &header)?;
             self.tempt_fate(host, self.connections[connection].node, &header);
             self.tempt_operator(host, self.connections[connection].node, &header);
             self.take_aim(host, self.connections[connection].node, &header);

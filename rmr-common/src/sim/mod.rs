@@ -57,6 +57,9 @@ pub struct Violation {
 
 /// Seeds that leave the same remainder by this are runs of one kind: some are aimed at what chance comes to too seldom.
 pub const KINDS: u64 = 16;
+
+/// Among them, runs where members are at one binding, and clients are told another one to find the pool.
+const ASKS_OTHERWISE: u64 = 6;
 /// More events than any good run has.
 const MAX_STEPS: u64 = 2_000_000;
 /// Virtual time in which a pool must come to rest after the last fault, in nanoseconds.

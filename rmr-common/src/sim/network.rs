@@ -4,7 +4,7 @@ use super::oracle::{Oracle, SECTOR};
 use super::world::{Check, Event, World, trace};
 use crate::auth::Nonce;
 use crate::client::{self, LinkId, Protection, Token};
-use crate::pool::{Address, MemberSpec, View};
+use crate::pool::{Address, MemberSpec, TransportKind, View};
 use crate::replica::{self, BufferToken, ConnectionId};
 use crate::wire::{Hello, Kind, MessageHeader, Status};
 
@@ -20,6 +20,7 @@ pub(super) struct Connection {
     pub(super) host: usize,
     link: LinkId,
     pub(super) node: usize,
+    binding: TransportKind,
     life: u32,
     /// The run of the node's machine.
     pub(super) host_boot: u8,
@@ -233,7 +234,13 @@ impl World<'_> {
         if must_end { self.check_ended(host, node) } else { Ok(()) }
     }
 
-    pub(super) fn connected(&mut self, host: usize, link: LinkId, node: usize) -> Check {
+    pub(super) fn connected(
+        &mut self,
+        host: usize,
+        link: LinkId,
+        node: usize,
+        binding: TransportKind,
+    ) -> Check {
         if !self.hosts[host].is_live() {
             return Ok(());
         }
@@ -245,6 +252,7 @@ impl World<'_> {
             host,
             link,
             node,
+            binding,
             life: self.nodes[node].life,
             host_boot: self.nodes[node].host_boot,
             is_greeted: false,
@@ -258,6 +266,20 @@ impl World<'_> {
         });
         self.hosts[host].links[usize::from(link.0)] = Some(self.connections.len() - 1);
         self.client(host, client::Event::LinkUp(link, Nonce([0; 32])))
+    }
+
+    /// A member is used in no other way than its address says, unless the operator said to use it.
+    pub(super) fn check_binding(&mut self, connection: usize, header: &MessageHeader) -> Check {
+        let Connection { host, node, binding, .. } = self.connections[connection];
+        if binding == self.nodes[node].address.transport() {
+            return Ok(());
+        }
+        self.coverage.hit("node asked over another binding");
+        let is_forced = self.hosts[host].forces.is_some_and(|(member, _)| member == self.nodes[node].member);
+        if is_forced || matches!(header.kind, Kind::Hello | Kind::Proof | Kind::Ping) {
+            return Ok(());
+        }
+        Err(format!("{:?} over {binding} for node {node}, at {}", header.kind, self.nodes[node].address))
     }
 
     /// A connection breaks: what is on its way is lost, and each side learns of it in its own time.
@@ -342,7 +364,12 @@ impl World<'_> {
         let turn = self.rng.index(addresses.len());
         addresses.rotate_left(turn);
         addresses.extend(rest.into_iter().map(|m| m.address));
-        addresses
+        addresses.into_iter().map(|address| self.asked_at(&address)).collect()
+    }
+
+    /// Where a node is asked for the pool: where its member is, or over another binding.
+    pub(super) fn asked_at(&self, address: &Address) -> Address {
+        if self.asks_otherwise { Address::tcp(address.host(), address.port()) } else { address.clone() }
     }
 }
 

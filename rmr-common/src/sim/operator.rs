@@ -340,7 +340,9 @@ impl World<'_> {
     fn make_store(&mut self, member: MemberId, at: Option<Address>) -> (StoreId, Address) {
         let number = u8::try_from(self.nodes.len()).unwrap_or(u8::MAX);
         let store = StoreId::from_bytes([number + 1; 16]);
-        let address = at.unwrap_or_else(|| Address::tcp(format!("node-{number}"), 7700));
+        let address = at.unwrap_or_else(|| {
+            Address::new(self.spec.members[0].address.transport(), format!("node-{number}"), 7700)
+        });
         if let Some(old) = self.node_at(&address) {
             trace!(self, "the disk of node {old} is lost");
             self.nodes[old].is_gone = true;
@@ -377,7 +379,9 @@ impl World<'_> {
 
     /// The node that answers at an address.
     pub(super) fn node_at(&self, address: &Address) -> Option<usize> {
-        self.nodes.iter().rposition(|n| n.address == *address)
+        // It listens at both.
+        let place = |a: &Address| (a.host().to_owned(), a.port());
+        self.nodes.iter().rposition(|n| place(&n.address) == place(address))
     }
 
     /// Sectors that a disk has room for.

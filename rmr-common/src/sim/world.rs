@@ -15,7 +15,9 @@ use super::peers::Peer;
 use super::profile::Profile;
 use super::rng::Rng;
 use crate::client::{self, LinkId};
-use crate::pool::{Address, ChunkSize, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, View};
+use crate::pool::{
+    Address, ChunkSize, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, TransportKind, View,
+};
 use crate::replica::{self, DiskOperation, DiskResult, DurableState};
 
 pub(super) const MILLISECOND: u64 = 1_000_000;
@@ -34,6 +36,7 @@ pub(super) enum Event {
         host: usize,
         link: LinkId,
         node: usize,
+        binding: TransportKind,
     },
     DiskEffect {
         node: usize,
@@ -131,6 +134,8 @@ impl Ord for Scheduled {
 }
 
 pub(super) struct World<'a> {
+    /// Members are at one binding, and clients are told another one to find the pool.
+    pub(super) asks_otherwise: bool,
     pub(super) rng: Rng,
     pub(super) now: u64,
     pub(super) step: Step,
@@ -198,9 +203,15 @@ impl<'a> World<'a> {
         };
         let members = members.max(aiming.aim.least_members());
         let size = rng.range(1, 4) << 20;
+        let asks_otherwise = seed % super::KINDS == super::ASKS_OTHERWISE;
+        let binding = if asks_otherwise { TransportKind::Rdma } else { TransportKind::Tcp };
         let member = |i: u8| {
             let id = MemberId::new(i).unwrap_or_else(|| MemberId::all().next().expect("there are members"));
-            MemberSpec::new(id, StoreId::from_bytes([i + 1; 16]), Address::tcp(format!("node-{i}"), 7700))
+            MemberSpec::new(
+                id,
+                StoreId::from_bytes([i + 1; 16]),
+                Address::new(binding, format!("node-{i}"), 7700),
+            )
         };
         let spec = PoolSpec {
             id: PoolId::from_bytes([0xaa; 16]),
@@ -232,6 +243,7 @@ impl<'a> World<'a> {
             profile.audits = 0;
         }
         let mut world = Self {
+            asks_otherwise,
             rng,
             now: 0,
             step: 1,
@@ -315,7 +327,7 @@ impl<'a> World<'a> {
             Event::ToClient(connection, message) => self.deliver_to_client(connection, message)?,
             Event::NodeLoses(connection) => self.node_loses(connection)?,
             Event::ClientLoses(connection) => self.client_loses(connection)?,
-            Event::Connected { host, link, node } => self.connected(host, link, node)?,
+            Event::Connected { host, link, node, binding } => self.connected(host, link, node, binding)?,
             Event::DiskEffect { node, life, io } if self.nodes[node].life == life => {
                 let (step, rng) = (self.step, &mut self.rng);
                 let healed = self.nodes[node].disk.healed;
