@@ -22,6 +22,8 @@ const MAX_SEGMENTS: u32 = 126;
 const MAX_SEGMENT_SIZE: u32 = 1 << 20;
 /// Longest range of a discard or write-zeroes, in bytes; larger ones come as several requests.
 const MAX_RANGE: u64 = 1 << 30;
+/// How often the daemon looks whether RDMA devices were removed while it has no connections.
+const DEVICE_BEAT: Duration = Duration::from_secs(1);
 /// Most ranges of one discard or write-zeroes.
 const MAX_RANGES: u32 = 16;
 
@@ -32,8 +34,8 @@ pub struct PoolDisk {
     spec: PoolSpec,
     seeds: Vec<Address>,
     driver: Option<PoolDriver>,
-    /// A driver that is over, kept until the loop does not watch their descriptors any more.
-    retired: Option<PoolDriver>,
+    /// A driver that is over, kept until the loop does not watch its descriptors any more; and whether the loop was told.
+    retired: Option<(PoolDriver, bool)>,
     was_active: bool,
     detaching: bool,
     refused: Option<String>,
@@ -179,9 +181,9 @@ impl PoolDisk {
             && self.failed.is_empty()
         {
             self.lost_writes |= driver.has_lost_writes();
-            self.retired = self.driver.take();
-            if let Some(driver) = &mut self.retired {
+            if let Some(mut driver) = self.driver.take() {
                 driver.retire();
+                self.retired = Some((driver, false));
             }
             self.detaching = false;
             self.was_active = false;
@@ -280,7 +282,11 @@ impl Disk for PoolDisk {
     }
 
     fn watch_changes(&mut self, changes: &mut Vec<WatchChange>) {
-        for driver in [&mut self.retired, &mut self.driver].into_iter().flatten() {
+        if let Some((driver, is_told)) = &mut self.retired {
+            driver.watch_changes(changes);
+            *is_told = true;
+        }
+        if let Some(driver) = &mut self.driver {
             driver.watch_changes(changes);
         }
     }
@@ -292,8 +298,13 @@ impl Disk for PoolDisk {
     }
 
     fn upkeep(&mut self) {
-        if let Some(driver) = &mut self.driver {
-            driver.upkeep();
+        // The loop has carried out what it was told.
+        self.retired.take_if(|(_, is_told)| *is_told);
+        match &mut self.driver {
+            Some(driver) => driver.upkeep(),
+            // Without connections nobody else would hear that a device was removed.
+            None if self.config.fabric.has_devices() => self.config.fabric.let_go(),
+            None => {}
         }
         self.log_notices();
         self.settle();
@@ -305,8 +316,12 @@ impl Disk for PoolDisk {
 
     fn timeout(&self) -> Option<Duration> {
         // Some are finished by what is done after completions were taken, and nothing else wakes the loop for them.
-        if !self.failed.is_empty() || self.driver.as_ref().is_some_and(PoolDriver::has_completions) {
+        let is_due = !self.failed.is_empty() || self.retired.is_some();
+        if is_due || self.driver.as_ref().is_some_and(PoolDriver::has_completions) {
             return Some(Duration::ZERO);
+        }
+        if self.driver.is_none() && self.config.fabric.has_devices() {
+            return Some(DEVICE_BEAT);
         }
         self.driver.as_ref().filter(|d| d.over().is_none()).map(PoolDriver::timeout)
     }
@@ -386,6 +401,15 @@ mod tests {
         assert_eq!(done, [(Token(7), Err(DiskError::Suspended))]);
         disk.upkeep();
         assert!(matches!(disk.attachment(), Attachment::Detached));
+        // Nothing of the attachment is kept once the loop watches nothing of it.
+        assert!(disk.retired.is_some());
+        assert_eq!(disk.timeout(), Some(Duration::ZERO));
+        let mut changes = Vec::new();
+        disk.watch_changes(&mut changes);
+        assert!(!changes.is_empty() && disk.retired.is_some());
+        disk.upkeep();
+        assert!(disk.retired.is_none());
+        assert_eq!(disk.timeout(), None);
     }
 
     #[test]

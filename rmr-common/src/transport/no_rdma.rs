@@ -58,6 +58,15 @@ impl Fabric {
         Exposure::Local
     }
 
+    /// Whether devices are open: never.
+    #[must_use]
+    pub const fn has_devices(&self) -> bool {
+        false
+    }
+
+    /// Lets go of devices that were removed: there are none.
+    pub const fn let_go(&self) {}
+
     /// Keeps `owner` until the registration is dropped, as where there is RDMA.
     ///
     /// # Errors

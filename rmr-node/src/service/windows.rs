@@ -55,15 +55,15 @@ pub(super) struct Windows {
 pub(super) enum Lending {
     /// This window, for this memory.
     Lent(u16, Segment),
-    /// It has its share, and may go on when it has used that.
+    /// It has its share, or as much as can be had, and may go on when it has used that.
     HasShare,
-    /// There is no memory for it now.
+    /// There is no memory for what it cannot do without.
     NoMemory,
 }
 
 impl Windows {
     /// Lends memory to a client that waits for `wanted` bytes in a row: as much as it has, so that it doubles; less when
-    /// that is not to be had, and beyond `share` bytes only what it cannot do without.
+    /// that is not to be had, down to a quarter; and beyond that, or beyond `share` bytes, only what it cannot do without.
     ///
     /// There is a bound for the number of windows as well, beyond which a client has its share.
     ///
@@ -75,10 +75,15 @@ impl Windows {
         let needed = Self::needed(wanted);
         let largest = self.lent.iter().map(|(_, buffer)| buffer.length()).max().unwrap_or(0);
         let generous = self.bytes.next_power_of_two().clamp(needed, most);
-        let sizes = [generous, needed];
+        // Memory lies in pieces when all kinds of requests have used it. Many small windows that stay would keep it so.
+        let sizes = [generous, (generous / 2).max(needed), (generous / 4).max(needed), needed];
         let (free, reserve) = (buffers.free_bytes(), buffers.total_bytes() / RESERVE_PART);
+        let vital = (largest < needed).then_some(needed);
         let allowed = |size: &usize| {
-            let is_vital = *size == needed && largest < needed;
+            let is_vital = vital == Some(*size);
+            if *size < generous / 4 && !is_vital {
+                return false;
+            }
             let left = match (is_vital, self.lent.is_empty()) {
                 (true, true) => 0,
                 (true, false) => reserve / 2,
@@ -88,14 +93,14 @@ impl Windows {
             let is_refused = self.refused.is_some_and(|refused| *size >= refused);
             !is_refused && (!has_share || is_vital) && (left == 0 || free >= *size + left)
         };
-        let mut found_share = false;
+        let mut is_stuck = false;
         for size in sizes.into_iter().filter(allowed) {
-            found_share = true;
+            is_stuck |= vital == Some(size);
             if let Some(buffer) = buffers.try_acquire(size) {
                 return self.note(buffer);
             }
         }
-        if found_share { Lending::NoMemory } else { Lending::HasShare }
+        if is_stuck { Lending::NoMemory } else { Lending::HasShare }
     }
 
     fn note(&mut self, buffer: Buffer) -> Lending {
@@ -214,6 +219,35 @@ mod tests {
     }
 
     #[test]
+    fn a_client_is_not_lent_crumbs_of_memory_that_lies_in_pieces() {
+        let buffers = BufferPool::new(8 << 20).unwrap();
+        let mut windows = Windows::default();
+        while windows.bytes() < 1 << 20 {
+            windows.lend(4192, 8 << 20, &buffers);
+        }
+        // All else is taken, 64 KiB at a time, and of each half MiB one piece stays so.
+        let mut others: Vec<_> = std::iter::from_fn(|| buffers.try_acquire(64 << 10)).collect();
+        let mut turn = 0;
+        others.retain(|_| {
+            turn += 1;
+            turn % 8 == 0
+        });
+        let free = buffers.free_bytes();
+        assert!(free >= 6 << 20, "{free} bytes are free, and no MiB in a row");
+        assert_eq!(lent(&windows.lend(4192, 8 << 20, &buffers)) >> 10, 256);
+        let small = &mut Windows::default();
+        assert_eq!(lent(&small.lend(4192, 8 << 20, &buffers)) >> 10, 64);
+        // It goes on with what it has, and nobody waits for the sake of it.
+        let mut turn = 0;
+        let mut more: Vec<_> = std::iter::from_fn(|| buffers.try_acquire(128 << 10)).collect();
+        more.retain(|_| {
+            turn += 1;
+            turn % 2 == 0
+        });
+        assert!(matches!(windows.lend(4192, 8 << 20, &buffers), Lending::HasShare));
+    }
+
+    #[test]
     fn the_number_of_windows_has_a_bound_that_only_a_larger_request_exceeds() {
         let buffers = BufferPool::new(32 << 20).unwrap();
         let mut windows = Windows::default();
@@ -240,13 +274,12 @@ mod tests {
         for size in [64, 64, 128] {
             assert_eq!(lend(&mut windows, 4192).unwrap().1, size);
         }
-        // The card takes no 256 KiB, and then not even the least.
-        let (window, size) = lend(&mut windows, 4192).unwrap();
-        assert_eq!(size, 256);
-        windows.refuse(window);
-        let (window, size) = lend(&mut windows, 4192).unwrap();
-        assert_eq!(size, 64);
-        windows.refuse(window);
+        // The card takes no 256 KiB, and then less and less.
+        for expected in [256, 128, 64] {
+            let (window, size) = lend(&mut windows, 4192).unwrap();
+            assert_eq!(size, expected);
+            windows.refuse(window);
+        }
         assert_eq!((lend(&mut windows, 4192), windows.bytes()), (None, 256 << 10));
         assert!(windows.suffices(4192) && windows.suffices(128 << 10) && !windows.suffices((128 << 10) + 1));
         assert!(windows.tell() && !windows.tell());

@@ -181,8 +181,14 @@ impl Fabric {
         }
     }
 
+    /// Whether devices are open. Whoever has no connections then has to call [`Fabric::let_go`] now and then.
+    #[must_use]
+    pub fn has_devices(&self) -> bool {
+        self.state().domains.iter().any(Option::is_some)
+    }
+
     /// Lets go of devices that were removed. Their connections hear of it themselves; what they hold goes with them.
-    pub(super) fn let_go(&self) {
+    pub fn let_go(&self) {
         let mut state = self.state();
         let gone = |domain: &Option<Arc<Domain>>| domain.as_ref().is_some_and(|domain| domain.is_gone());
         let gone: Vec<usize> = (0..state.domains.len()).filter(|n| gone(&state.domains[*n])).collect();

@@ -64,7 +64,7 @@ pub enum RdmaError {
     /// The kernel does not let the process keep memory in place.
     #[error(
         "{device} cannot pin {bytes} bytes of memory: {source}; the limit of locked memory is {limit} (ulimit -l, \
-         LimitMEMLOCK=), and it must allow the memory of the guest, see docs/rdma.md"
+         LimitMEMLOCK=), and it must allow the memory of the guest (rmr-node: its buffer_memory), see docs/rdma.md"
     )]
     Pin {
         /// The device.
