@@ -80,7 +80,8 @@ pub struct Options {
     #[arg(long, value_name = "NAME|UUID", help_heading = "Pool")]
     pub pool: Option<String>,
 
-    /// A node to ask about the pool. Repeatable; one that answers is enough, as it knows the others.
+    /// A node to ask about the pool. Repeatable; one that answers is enough, as it knows the others. Members are then used
+    /// over the binding that their own addresses name (tcp, tls, rdma), whatever is said here.
     #[arg(long = "node", value_name = "HOST:PORT", help_heading = "Pool")]
     pub node: Option<Vec<String>>,
 
