@@ -36,7 +36,7 @@ use crate::admin::AdminServer;
 use crate::admin::api::UnixMs;
 use crate::config::{Config, TlsConfig};
 use crate::lifecycle::{Shutdown, ready};
-use crate::store::Store;
+use crate::store::{Store, remove_unfinished};
 use control::Control;
 use keys::Keys;
 use shard::{Command, Shard, ShardHandle};
@@ -225,6 +225,13 @@ fn host_boot() -> anyhow::Result<BootId> {
 /// Opens every configured store. One that cannot be opened keeps the node from starting when it was named, and is left
 /// out with an error in the log when it merely lies in the store directory: it must not take the others down.
 fn open_stores(shared: &Arc<Shared>) -> anyhow::Result<Vec<Store>> {
+    if let Some(directory) = &shared.config.store_dir {
+        let removed =
+            remove_unfinished(directory).with_context(|| format!("reading {}", directory.display()))?;
+        for path in removed {
+            tracing::warn!(path = %path.display(), "removed what was left of a store whose creation was cut short");
+        }
+    }
     let mut stores = Vec::new();
     for path in shared.config.stores_to_open()? {
         match Store::open(&path, None) {

@@ -26,10 +26,19 @@ impl Backing {
         Self::open_with(path, false)
     }
 
-    /// As [`Backing::open`]; a file that does not exist is created, empty. True when it was.
-    pub(super) fn open_or_create(path: &Path) -> Result<(Self, bool), StoreError> {
-        let is_new = !path.try_exists().during(path, "looking for it")?;
-        Ok((Self::open_with(path, is_new)?, is_new))
+    /// As [`Backing::open`]; a file that does not exist is created, empty.
+    pub(super) fn open_or_create(path: &Path) -> Result<Self, StoreError> {
+        Self::open_with(path, !path.try_exists().during(path, "looking for it")?)
+    }
+
+    /// Whether it is still the file of this name: it may have been given another one between opening and locking.
+    pub(super) fn is_at(&self, path: &Path) -> io::Result<bool> {
+        let identity = |found: &fs::Metadata| (found.dev(), found.ino());
+        match fs::metadata(path) {
+            Ok(found) => Ok(identity(&found) == identity(&self.file.metadata()?)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn open_with(path: &Path, create: bool) -> Result<Self, StoreError> {
@@ -126,15 +135,16 @@ impl Backing {
         Ok(())
     }
 
-    /// Makes the store durable, and the directory entry of a new file with it.
-    pub(super) fn sync(&self, is_new: bool) -> Result<(), StoreError> {
-        self.file.sync_all().during(&self.path, "flushing")?;
-        if is_new {
-            let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            let directory = File::open(parent).and_then(|directory| directory.sync_all());
-            directory.during(&self.path, "flushing its directory")?;
-        }
-        Ok(())
+    /// Makes the store durable.
+    pub(super) fn sync(&self) -> Result<(), StoreError> {
+        self.file.sync_all().during(&self.path, "flushing")
+    }
+
+    /// Makes the name of a file durable.
+    pub(super) fn sync_name(&self) -> Result<(), StoreError> {
+        let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = File::open(parent).and_then(|directory| directory.sync_all());
+        directory.during(&self.path, "flushing its directory")
     }
 
     /// An attribute of the device's request queue; a partition's queue is that of its disk.

@@ -1,7 +1,8 @@
 //! Creates a store on a device or file, after making sure that nobody's data is there.
 
+use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rmr_common::pool::{MemberId, PoolSpec, StoreId, View};
@@ -18,6 +19,9 @@ use crate::disk::{Medium, sys};
 const GROWTH: u64 = 8;
 /// This much is cleared at both ends of a device, where other formats keep what they are found by.
 const EDGE: u64 = 1 << 20;
+
+/// What the name of a file that is not a store yet ends with.
+const UNFINISHED: &str = ".unfinished";
 
 /// How the data area comes to read as zeroes, as it must on all members alike.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -62,17 +66,66 @@ pub(super) fn create(
     let mut superblock =
         plan(options).map_err(|source| StoreError::Invalid { path: path.to_owned(), source })?;
     let needed = superblock.layout.store_size(options.spec.size);
-    let (mut backing, is_new) = Backing::open_or_create(path)?;
-    let prepared = prepare(&mut backing, is_new, options, needed)
-        .and_then(|()| write(&backing, is_new, &mut superblock, options.zero, progress));
-    if let Err(error) = prepared {
-        if is_new {
-            // Leave no half-made file behind; that it cannot be removed matters less than why it was not made.
-            let _ = std::fs::remove_file(path);
-        }
-        return Err(error);
+    if !path.try_exists().during(path, "looking for it")? {
+        create_file(path, options, &mut superblock, needed)?;
+        return Ok(superblock);
     }
+    let mut backing = Backing::open(path)?;
+    prepare(&mut backing, options, needed)?;
+    write(&backing, &mut superblock, options.zero, progress)?;
     Ok(superblock)
+}
+
+/// Makes a new file. It has its name when it is complete: what a crash leaves is of no use, and in nobody's way.
+fn create_file(
+    path: &Path,
+    options: &CreateOptions,
+    superblock: &mut Superblock,
+    needed: u64,
+) -> Result<(), StoreError> {
+    let unfinished = unfinished(path);
+    let mut backing = Backing::open_or_create(&unfinished)?;
+    let is_ours = backing.is_at(&unfinished).during(path, "looking for it")? && !path.exists();
+    if !is_ours {
+        let holder = "another process has made it just now";
+        return Err(StoreError::Busy { path: path.to_owned(), holder });
+    }
+    path.clone_into(&mut backing.path);
+    let emptied = backing.file.set_len(0).during(path, "emptying the file");
+    backing.size = 0;
+    let made = emptied
+        .and_then(|()| prepare(&mut backing, options, needed))
+        .and_then(|()| write(&backing, superblock, options.zero, &mut |_, _| ()))
+        .and_then(|()| std::fs::rename(&unfinished, path).during(path, "giving it its name"))
+        .and_then(|()| backing.sync_name());
+    if made.is_err() {
+        // That it cannot be removed matters less than why it was not made, and the next one made there empties it.
+        let _ = std::fs::remove_file(&unfinished);
+    }
+    made
+}
+
+/// The name of a file that is to become this store.
+fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(UNFINISHED);
+    PathBuf::from(name)
+}
+
+/// Removes what creations that were cut short have left in a directory, unless somebody is at it. Returns what was removed.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn remove_unfinished(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut removed = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        let is_unfinished = path.as_os_str().as_encoded_bytes().ends_with(UNFINISHED.as_bytes());
+        if is_unfinished && Backing::open(&path).is_ok() && std::fs::remove_file(&path).is_ok() {
+            removed.push(path);
+        }
+    }
+    Ok(removed)
 }
 
 fn plan(options: &CreateOptions) -> Result<Superblock, InvalidSuperblock> {
@@ -98,12 +151,7 @@ fn plan(options: &CreateOptions) -> Result<Superblock, InvalidSuperblock> {
 }
 
 /// Makes sure that the device may be used and is large enough.
-fn prepare(
-    backing: &mut Backing,
-    is_new: bool,
-    options: &CreateOptions,
-    needed: u64,
-) -> Result<(), StoreError> {
+fn prepare(backing: &mut Backing, options: &CreateOptions, needed: u64) -> Result<(), StoreError> {
     let path = || backing.path.clone();
     let (found, expected) = (backing.sector_size()?, options.spec.logical_block_size);
     if found > expected {
@@ -122,7 +170,7 @@ fn prepare(
         if has_data && !options.overwrite {
             return Err(StoreError::FileHasData(path()));
         }
-        if is_new || backing.size == 0 {
+        if backing.size == 0 {
             backing.file.set_len(needed).during(&backing.path, "setting its size")?;
             backing.size = needed;
         }
@@ -135,7 +183,6 @@ fn prepare(
 
 fn write(
     backing: &Backing,
-    is_new: bool,
     superblock: &mut Superblock,
     zero: ZeroPolicy,
     progress: &mut dyn FnMut(u64, u64),
@@ -157,7 +204,7 @@ fn write(
         let emptied = backing.file.set_len(0).and_then(|()| backing.file.set_len(backing.size));
         emptied.during(&backing.path, "emptying the file")?;
     }
-    backing.sync(is_new)?;
+    backing.sync()?;
     let empty = Box::new([0; PAGE_BITS_BYTES]);
     for kind in MapKind::all() {
         for index in 0..layout.pages_per_map {
@@ -168,12 +215,12 @@ fn write(
             }
         }
     }
-    backing.sync(is_new)?;
+    backing.sync()?;
     for generation in [1, 2] {
         let page = superblock.encode(generation);
         let page = page.map_err(|source| StoreError::Invalid { path: backing.path.clone(), source })?;
         let offset = SUPERBLOCK_OFFSETS[slot_of(generation)];
         backing.file.write_all_at(page.bytes(), offset).during(&backing.path, "writing the superblock")?;
     }
-    backing.sync(is_new)
+    backing.sync()
 }

@@ -20,11 +20,11 @@ pub(super) fn destroy(path: &Path, expected: Option<PoolId>) -> Result<Superbloc
     for offset in SUPERBLOCK_OFFSETS {
         backing.file.write_all_at(&zeroes, offset).during(path, "wiping the superblock")?;
     }
-    backing.sync(false)?;
+    backing.sync()?;
     let layout = superblock.layout;
     for offset in (layout.map_offset..layout.data_offset.min(backing.size)).step_by(zeroes.len()) {
         backing.file.write_all_at(&zeroes, offset).during(path, "wiping the maps")?;
     }
-    backing.sync(false)?;
+    backing.sync()?;
     Ok(superblock)
 }

@@ -68,7 +68,7 @@ impl Growth {
                 size
             }
         };
-        backing.sync(false)?;
+        backing.sync()?;
         Ok(size)
     }
 }

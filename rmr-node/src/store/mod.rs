@@ -17,7 +17,7 @@ mod size;
 mod superblock;
 mod writer;
 
-pub use create::{CreateOptions, ZeroPolicy};
+pub use create::{CreateOptions, ZeroPolicy, remove_unfinished};
 pub use error::StoreError;
 pub use grow::Growth;
 pub use inspect::{CopyReport, MapReport, Report};

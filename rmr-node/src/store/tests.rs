@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use rmr_common::pool::{MemberId, PoolId, PoolSpec};
 
+use super::backing::Backing;
 use super::cli::StoreCommand;
 use super::layout::{MapKind, SUPERBLOCK_OFFSETS};
 use super::page::{encode_page, slot_of};
@@ -102,6 +103,32 @@ fn a_store_is_created_sparse_opened_once_and_destroyed() {
         assert!(matches!(Store::open(&path, None), Err(StoreError::NoSuperblock { .. })));
         assert!(matches!(Store::destroy(&path, None), Err(StoreError::NoSuperblock { .. })));
     }
+}
+
+#[test]
+fn a_creation_that_was_cut_short_is_in_nobodys_way() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, other) = (directory.path().join("a.store"), directory.path().join("b.store"));
+    let left = |path: &Path| PathBuf::from(format!("{}.unfinished", path.display()));
+    for path in [&path, &other] {
+        std::fs::write(left(path), [7; 100_000]).unwrap();
+    }
+    let options = options();
+    let created = create(&path, &options).unwrap();
+    assert!(!left(&path).exists());
+    let report = Store::inspect(&path).unwrap();
+    assert!(report.problems.is_empty() && path.metadata().unwrap().len() == created.layout.store_size(POOL));
+    // One that is being made, by another process as it were, is left alone.
+    let busy = Backing::open(&left(&other)).unwrap();
+    assert!(matches!(create(&other, &options), Err(StoreError::Busy { .. })));
+    assert_eq!(remove_unfinished(directory.path()).unwrap(), Vec::<PathBuf>::new());
+    drop(busy);
+    assert_eq!(remove_unfinished(directory.path()).unwrap(), [left(&other)]);
+    assert!(path.exists() && !other.exists());
+    // What fails leaves nothing.
+    std::fs::create_dir(left(&other)).unwrap();
+    assert!(matches!(create(&other, &options), Err(StoreError::NotADisk(_))));
+    assert!(!other.exists());
 }
 
 #[test]
