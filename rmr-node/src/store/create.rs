@@ -21,7 +21,7 @@ const GROWTH: u64 = 8;
 const EDGE: u64 = 1 << 20;
 
 /// What the name of a file that is not a store yet ends with.
-const UNFINISHED: &str = ".unfinished";
+const UNFINISHED: &str = ".rmr-unfinished";
 
 /// How the data area comes to read as zeroes, as it must on all members alike.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -97,7 +97,10 @@ fn create_file(
         .and_then(|()| prepare(&mut backing, options, needed))
         .and_then(|()| write(&backing, superblock, options.zero, &mut |_, _| ()))
         .and_then(|()| std::fs::rename(&unfinished, path).during(path, "giving it its name"))
-        .and_then(|()| backing.sync_name());
+        .and_then(|()| {
+            // A name that may not last is taken back: whoever is told of the error tries again.
+            backing.sync_name().inspect_err(|_| drop(std::fs::remove_file(path)))
+        });
     if made.is_err() {
         // That it cannot be removed matters less than why it was not made, and the next one made there empties it.
         let _ = std::fs::remove_file(&unfinished);

@@ -109,9 +109,10 @@ fn a_store_is_created_sparse_opened_once_and_destroyed() {
 fn a_creation_that_was_cut_short_is_in_nobodys_way() {
     let directory = tempfile::tempdir().unwrap();
     let (path, other) = (directory.path().join("a.store"), directory.path().join("b.store"));
-    let left = |path: &Path| PathBuf::from(format!("{}.unfinished", path.display()));
-    for path in [&path, &other] {
-        std::fs::write(left(path), [7; 100_000]).unwrap();
+    let left = |path: &Path| PathBuf::from(format!("{}.rmr-unfinished", path.display()));
+    let not_ours = directory.path().join("notes.unfinished");
+    for path in [&left(&path), &left(&other), &not_ours] {
+        std::fs::write(path, [7; 100_000]).unwrap();
     }
     let options = options();
     let created = create(&path, &options).unwrap();
@@ -124,7 +125,7 @@ fn a_creation_that_was_cut_short_is_in_nobodys_way() {
     assert_eq!(remove_unfinished(directory.path()).unwrap(), Vec::<PathBuf>::new());
     drop(busy);
     assert_eq!(remove_unfinished(directory.path()).unwrap(), [left(&other)]);
-    assert!(path.exists() && !other.exists());
+    assert!(path.exists() && !other.exists() && not_ours.exists());
     // What fails leaves nothing.
     std::fs::create_dir(left(&other)).unwrap();
     assert!(matches!(create(&other, &options), Err(StoreError::NotADisk(_))));
