@@ -345,13 +345,14 @@ const fn wants_another(ended: usize, per_slab: usize, there: usize) -> bool {
 }
 
 impl Domain {
-    /// Posts more receives, if there are fewer than so many users need, and fewer than there may be.
+    /// Posts more receives, if there are fewer than so many users need, and fewer than there may be. A queue without any gets some in
+    /// any case: those of earlier queues are of no use to its users.
     fn grow(self: &Arc<Self>, receives: &SharedReceives, users: usize) -> Result<(), RdmaError> {
         let mut slabs = receives.slabs.lock().unwrap_or_else(PoisonError::into_inner);
         let (posted, there) = (slabs.len() * receives.per_slab, self.receives.load(Ordering::Relaxed));
         if slabs.len() >= users
             || posted + receives.per_slab > receives.most
-            || there + receives.per_slab > SHARED_RECEIVES as usize
+            || !slabs.is_empty() && there + receives.per_slab > SHARED_RECEIVES as usize
         {
             return Ok(());
         }
