@@ -257,8 +257,8 @@ impl Client {
     /// Whether a link may be the leg of the member whose store it leads to: data goes the way that the member's address says,
     /// and no other. Until the client attaches, what a node says counts whichever way it was asked.
     pub(super) fn suits(&self, link: &super::Link) -> bool {
-        let members = self.spec.iter().flat_map(|s| &s.members);
-        let Some(line) = members.into_iter().find(|m| Some(m.store) == link.store) else { return true };
+        let mut members = self.spec.iter().flat_map(|s| &s.members);
+        let Some(line) = members.find(|m| Some(m.store) == link.store) else { return true };
         // The operator's decision goes by whatever there is.
         let is_forced = self.forced().is_some_and(|force| force.member == line.id);
         is_forced || line.address.transport() == link.address.transport() || mutant!(AnyBinding)

@@ -380,8 +380,8 @@ impl World<'_> {
     /// The node that answers at an address.
     pub(super) fn node_at(&self, address: &Address) -> Option<usize> {
         // It listens at both.
-        let place = |a: &Address| (a.host().to_owned(), a.port());
-        self.nodes.iter().rposition(|n| place(&n.address) == place(address))
+        let is_at = |a: &Address| (a.host(), a.port()) == (address.host(), address.port());
+        self.nodes.iter().rposition(|n| is_at(&n.address))
     }
 
     /// Sectors that a disk has room for.
