@@ -21,6 +21,8 @@ const WINDOW: Duration = Duration::from_secs(3600);
 #[derive(Default)]
 pub(super) struct Faults {
     legs: [LegFaults; MAX_MEMBERS],
+    /// Those that have ranges: asked for with each request.
+    bad: MemberSet,
     /// The leg that is about to leave the view; requests are held back for it.
     leaving: Option<MemberId>,
     /// Legs that a verify wants repaired, which leave together; requests are held back for them.
@@ -73,14 +75,15 @@ impl Faults {
         self.leg(member).excluded.as_deref()
     }
 
-    fn with_ranges(&self) -> MemberSet {
-        MemberId::all().filter(|&m| !self.leg(m).ranges.is_empty()).collect()
+    /// Some ranges are not to be remembered any more.
+    fn note_bad(&mut self) {
+        self.bad = MemberId::all().filter(|&m| !self.leg(m).ranges.is_empty()).collect();
     }
 
     /// What a view that is proposed has to say of members that are not Clean in it.
     pub(super) fn tell(&mut self, next: &View, additions: &mut Vec<DirtyAddition>) {
         self.legs.iter_mut().for_each(|leg| leg.told = 0);
-        for member in self.with_ranges().iter() {
+        for member in self.bad.iter() {
             if next.state(member).is_none_or(|s| s == MemberState::Clean) {
                 continue;
             }
@@ -104,6 +107,7 @@ impl Faults {
             leg.ranges.drain(..leg.told.min(leg.ranges.len()));
             leg.told = 0;
         }
+        self.note_bad();
         self.leaving = self.leaving.filter(|&m| !attach && view.clean().contains(m));
         self.expelled = if attach { MemberSet::EMPTY } else { self.expelled.intersection(view.clean()) };
     }
@@ -111,6 +115,7 @@ impl Faults {
     /// The member is gone, or has another store.
     pub(super) fn forget(&mut self, member: MemberId) {
         *self.leg_mut(member) = LegFaults::default();
+        self.bad.remove(member);
         self.leaving = self.leaving.filter(|m| *m != member);
     }
 
@@ -141,11 +146,12 @@ impl Client {
         if !leg.ranges[leg.told..].contains(&range) {
             leg.ranges.push(range);
         }
+        self.faults.bad.insert(member);
     }
 
     /// Lets a leg with unreadable ranges leave the view, once nothing is in flight to it.
     pub(super) fn try_leave(&mut self) {
-        let bad = self.faults.with_ranges();
+        let bad = self.faults.bad;
         if bad.is_empty() || !self.is_active() {
             return;
         }
@@ -199,6 +205,7 @@ impl Client {
             self.faults.leg_mut(member).ranges.clear();
             self.faults.leg_mut(member).told = 0;
         }
+        self.faults.note_bad();
         let was_held = self.faults.holds_requests();
         self.faults.forget_leaving();
         if was_held {

@@ -10,7 +10,7 @@ use crate::wire::{Kind, MAX_SLOTS, MessageHeader, SlotEntry, Status};
 
 /// A disk request, and the message that asked for it.
 pub(super) struct Io {
-    /// `None` for a flush of the replica's own.
+    /// `None` for one of the replica's own: a flush, or a part of a resync or a verify.
     request: Option<(ConnectionId, MessageHeader)>,
     session: u64,
     operation: DiskOperation,
@@ -269,11 +269,12 @@ impl Replica {
 
     pub(super) fn disk_done(&mut self, id: IoId, result: DiskResult) {
         let Some(io) = self.ios.get_mut(id.0 as usize).and_then(Option::take) else { return };
-        if self.pull_read_done(id, result) {
+        let is_own = io.request.is_none();
+        if is_own && self.pull_read_done(id, result) {
             return self.check_drained();
         }
         self.free_ios.push(id.0);
-        if self.pulled_written(id, result) || self.digest_read_done(id, None) {
+        if is_own && (self.pulled_written(id, result) || self.digest_read_done(id, None)) {
             return self.check_drained();
         }
         let status = match result {

@@ -211,8 +211,11 @@ impl Replica {
 
     /// Answers an attach when its epoch is durable and no disk request of an older epoch can change anything any more.
     pub(super) fn check_drained(&mut self) {
-        let is_drained = self.older_ios() == 0 || mutant!(AttachBeforeDrained);
-        if !self.attach.as_ref().is_some_and(|a| a.durable) || !is_drained {
+        // In this order: this is asked at the end of every disk request, and the other question looks at all that are left.
+        if !self.attach.as_ref().is_some_and(|a| a.durable) {
+            return;
+        }
+        if self.older_ios() > 0 && !mutant!(AttachBeforeDrained) {
             return;
         }
         match self.attach.as_ref().map(|a| &a.flush) {

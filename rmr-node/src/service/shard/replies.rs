@@ -48,7 +48,9 @@ impl Shard {
                 peer.wire.queue(header, None);
             }
         }
-        self.queue(id);
+        if !std::mem::replace(&mut peer.queued, true) {
+            self.queued.push(id);
+        }
     }
 
     /// Notes that a connection has something to send.
