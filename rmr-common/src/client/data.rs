@@ -89,7 +89,9 @@ impl Client {
             }
             self.backlog.pop_front();
         }
-        self.start_flush();
+        if self.wants_flush() {
+            self.start_flush();
+        }
     }
 
     /// Makes parts of an operation; false when it has to wait for slots or credits.
@@ -481,10 +483,13 @@ impl Client {
         additions
     }
 
+    fn wants_flush(&self) -> bool {
+        !self.flush_queue.is_empty() || self.commands.wants_flush
+    }
+
     /// Starts a flush round for every flush that waits. Flushes that arrive while one is under way share the next.
     pub(super) fn start_flush(&mut self) {
-        let is_wanted = !self.flush_queue.is_empty() || self.commands.wants_flush;
-        if self.flush.is_some() || !is_wanted || !self.is_active() {
+        if self.flush.is_some() || !self.wants_flush() || !self.is_active() {
             return;
         }
         let ops = std::mem::take(&mut self.flush_queue);

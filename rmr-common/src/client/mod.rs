@@ -643,7 +643,9 @@ impl Client {
             Event::Cancel => self.cancel(),
         }
         self.pump();
-        self.pump_verify();
+        if self.verify.is_some() {
+            self.pump_verify();
+        }
     }
 
     /// The next thing to do, if any.

@@ -607,12 +607,12 @@ struct Sink<'a> {
 }
 
 impl Sink<'_> {
-    /// Holds the data of an answer against its digest, and brings what came into a copy to where it belongs.
-    fn checked(&mut self, header: &MessageHeader) -> MessageHeader {
-        let mut header = *header;
+    /// Holds the data of an answer against its digest, and brings what came into a copy to where it belongs. Whether the
+    /// data is another than the digest says.
+    fn differs(&mut self, header: &MessageHeader) -> bool {
         let has_data = header.kind == Kind::IoReply && header.payload > 0;
-        let target = if has_data { self.client.payload_target(self.link, &header) } else { None };
-        let Some((token, offset)) = target else { return header };
+        let target = if has_data { self.client.payload_target(self.link, header) } else { None };
+        let Some((token, offset)) = target else { return false };
         let (segments, offset) =
             (segments_of(self.requests, token), usize::try_from(offset).unwrap_or(usize::MAX));
         let is_bounced = self.client.is_bounced(header.slot);
@@ -624,12 +624,10 @@ impl Sink<'_> {
                     buffer::digest(segments, offset, header.payload as usize)
                 }
         });
-        if differs {
-            header.status = Status::DigestDiffers;
-        } else if is_bounced {
+        if !differs && is_bounced {
             buffer::copy_in(self.bounces.data(header.slot), segments, offset);
         }
-        header
+        differs
     }
 }
 
@@ -650,7 +648,10 @@ impl Receiver for Sink<'_> {
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
         self.owed.received(header);
         self.traffic.received(header);
-        let header = &self.checked(header);
+        if self.differs(header) {
+            let header = MessageHeader { status: Status::DigestDiffers, ..*header };
+            return self.client.apply(Event::Message(self.link, &header, body), self.now);
+        }
         self.client.apply(Event::Message(self.link, header, body), self.now);
     }
 }

@@ -250,7 +250,12 @@ impl MemberSet {
 
     /// The members, lowest id first.
     pub fn iter(self) -> impl Iterator<Item = MemberId> {
-        MemberId::all().filter(move |&m| self.contains(m))
+        let mut left = self.0;
+        std::iter::from_fn(move || {
+            let first = MemberId::new(u8::try_from(left.trailing_zeros()).ok()?)?;
+            left &= left - 1;
+            Some(first)
+        })
     }
 }
 

@@ -223,8 +223,8 @@ struct Frame {
     segments: Vec<Segment>,
     bodies: Vec<Vec<u8>>,
     tags: Vec<u32>,
-    /// Requests that are not sent whole, each with the number of segments up to its end.
-    requests: VecDeque<(usize, Request)>,
+    /// For each message the number of segments up to its end, and the request that it is, if it is one.
+    messages: Vec<(usize, Option<Request>)>,
 }
 
 impl Frame {
@@ -238,7 +238,7 @@ impl Frame {
         // SAFETY: a segment of no bytes is never read.
         self.segments.push(unsafe { Segment::new(std::ptr::null_mut(), 0) });
         self.bodies.clear();
-        self.requests.clear();
+        self.messages.clear();
     }
 
     fn close(&mut self) {
@@ -282,18 +282,23 @@ impl Sender {
         frame.payload += header.payload;
         frame.tags.extend(tag);
         payload(frame);
-        if let Some(request) = Request::of(header) {
-            frame.requests.push_back((frame.segments.len(), request));
-            self.unsent.queued(request);
-        }
+        frame.messages.push((frame.segments.len(), Request::of(header)));
+        self.unsent.queued(header);
     }
 
     /// Whether a message answers a request that is not sent whole.
     fn is_unsent(&self, answer: &MessageHeader) -> bool {
-        self.unsent.suspect(answer).is_some_and(|wanted| {
+        if self.backlog == 0 {
+            return false;
+        }
+        let (segments, _) = self.position;
+        let is_sent = |(end, _): &(usize, Option<Request>)| *end <= segments;
+        let sent = self.frames.front().map_or(0, |first| first.messages.partition_point(is_sent));
+        let wanted = self.unsent.suspect(answer, self.backlog - sent);
+        wanted.is_some() && {
             let frames = self.frames.iter().chain(&self.open);
-            frames.flat_map(|frame| &frame.requests).any(|(_, request)| *request == wanted)
-        })
+            frames.flat_map(|frame| &frame.messages).skip(sent).any(|(_, request)| *request == wanted)
+        }
     }
 
     fn close_open(&mut self) {
@@ -341,28 +346,17 @@ impl Sender {
     }
 
     fn advance(&mut self, mut sent: usize) {
-        while let Some(frame) = self.frames.front_mut() {
+        while let Some(frame) = self.frames.front() {
             let (mut index, mut offset) = self.position;
-            let mut rest = None;
             while let Some(segment) = frame.segments.get(index) {
                 let left = segment.length() - offset;
                 if sent < left {
-                    rest = Some((index, offset + sent));
-                    break;
+                    self.position = (index, offset + sent);
+                    return;
                 }
                 sent -= left;
                 index += 1;
                 offset = 0;
-            }
-            while let Some((end, request)) = frame.requests.front()
-                && *end <= index
-            {
-                self.unsent.sent(*request);
-                frame.requests.pop_front();
-            }
-            if let Some(position) = rest {
-                self.position = position;
-                return;
             }
             self.position = (0, 0);
             if let Some(mut frame) = self.frames.pop_front() {
@@ -528,17 +522,18 @@ impl ReceiveState {
         receiver: &mut dyn Receiver,
     ) -> Result<(), ConnectionError> {
         while self.placed > 0 && self.first_left == 0 {
-            let Some(message) = self.messages.pop_front() else { break };
-            self.placed -= 1;
-            self.first_left = self.messages.front().map_or(0, |m| m.header.payload as usize);
-            if self.messages.is_empty() {
-                self.frame = None;
-            }
+            let Some(message) = self.messages.front() else { break };
             // Not before: requests may have been queued since its frame began to arrive.
             if sender.is_unsent(&message.header) {
                 return Err(ConnectionError::Broken(ANSWERED));
             }
             receiver.deliver(&message.header, &message.body);
+            self.messages.pop_front();
+            self.placed -= 1;
+            self.first_left = self.messages.front().map_or(0, |m| m.header.payload as usize);
+            if self.messages.is_empty() {
+                self.frame = None;
+            }
         }
         Ok(())
     }

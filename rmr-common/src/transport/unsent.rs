@@ -30,31 +30,60 @@ impl Request {
     }
 }
 
-/// Counts the requests of a connection that are queued, by their slot.
+/// Numbers the messages of a connection in the order in which they are queued, from 1 on, and knows the last request of each
+/// slot: what is asked for each answer, and said of each message, costs next to nothing.
 #[derive(Default)]
 pub(super) struct Unsent {
-    by_slot: Vec<u32>,
+    queued: u64,
+    by_slot: Vec<u64>,
 }
 
 impl Unsent {
-    pub(super) fn queued(&mut self, request: Request) {
-        let slot = usize::from(request.slot.0);
-        if slot >= self.by_slot.len() {
-            self.by_slot.resize(slot + 1, 0);
-        }
-        self.by_slot[slot] += 1;
-    }
-
-    /// Its last byte is on its way.
-    pub(super) fn sent(&mut self, request: Request) {
-        if let Some(count) = self.by_slot.get_mut(usize::from(request.slot.0)) {
-            *count = count.saturating_sub(1);
+    /// The next message is queued.
+    pub(super) fn queued(&mut self, header: &MessageHeader) {
+        self.queued += 1;
+        if Request::of(header).is_some() {
+            let slot = usize::from(header.slot.0);
+            if slot >= self.by_slot.len() {
+                self.by_slot.resize(slot + 1, 0);
+            }
+            self.by_slot[slot] = self.queued;
         }
     }
 
-    /// The request that a message would answer, if one of its slot is queued: it is to be looked for only then.
-    pub(super) fn suspect(&self, header: &MessageHeader) -> Option<Request> {
-        let count = self.by_slot.get(usize::from(header.slot.0))?;
-        if *count > 0 { Request::answered_by(header) } else { None }
+    /// The request that a message answers, if one of its slot is among the last `waiting` messages: it is to be looked for only
+    /// then.
+    pub(super) fn suspect(&self, header: &MessageHeader, waiting: usize) -> Option<Request> {
+        let last = *self.by_slot.get(usize::from(header.slot.0))?;
+        if last + waiting as u64 > self.queued { Request::answered_by(header) } else { None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::PoolId;
+
+    fn message(kind: Kind, slot: u16, sequence: u64) -> MessageHeader {
+        let header = MessageHeader::new(kind, PoolId::from_bytes([0; 16]));
+        MessageHeader { slot: Slot(slot), sequence: Sequence(sequence), ..header }
+    }
+
+    #[test]
+    fn an_answer_is_suspect_while_the_last_request_of_its_slot_waits() {
+        let mut unsent = Unsent::default();
+        let answer = message(Kind::IoReply, 3, 9);
+        assert_eq!(unsent.suspect(&answer, 0), None);
+        unsent.queued(&message(Kind::Write, 3, 9));
+        assert_eq!(unsent.suspect(&answer, 1), Request::answered_by(&answer));
+        assert_eq!(unsent.suspect(&answer, 0), None, "it is sent");
+        // What has no slot, or another one, counts in the line and nowhere else.
+        unsent.queued(&message(Kind::Ping, 3, 1));
+        unsent.queued(&message(Kind::Read, 700, 10));
+        assert_eq!(unsent.suspect(&answer, 2), None);
+        assert!(unsent.suspect(&answer, 3).is_some());
+        assert_eq!(unsent.suspect(&message(Kind::Pong, 3, 9), 3), None, "it answers no request of a slot");
+        assert!(unsent.suspect(&message(Kind::IoReply, 700, 8), 1).is_some(), "to be looked for");
+        assert_eq!(unsent.suspect(&message(Kind::IoReply, 701, 8), 3), None);
     }
 }

@@ -359,13 +359,9 @@ impl MessageHeader {
         limit("slot", raw.slot.get().into(), u64::from(MAX_SLOTS) - 1, "below 1024")?;
         let most = if kind.carries_data() { MAX_IO } else { MAX_BODY };
         limit("payload", raw.payload.get().into(), most.into(), "at most 1 MiB")?;
-        for (what, number) in [
-            ("epoch", raw.epoch),
-            ("view", raw.view),
-            ("sequence", raw.sequence),
-            ("watermark", raw.watermark),
-        ] {
-            limit(what, number.get(), MAX_NUMBER, "at most 2^64 - 2^40 - 1")?;
+        let numbers = [raw.epoch, raw.view, raw.sequence, raw.watermark].map(U64::get);
+        if numbers.iter().any(|number| *number > MAX_NUMBER) {
+            return Err(Self::excessive(numbers));
         }
         let header = Self {
             kind,
@@ -397,6 +393,14 @@ impl MessageHeader {
             });
         }
         Ok(header)
+    }
+
+    /// What is said of epoch, view, sequence and watermark when one of them is too large.
+    #[cold]
+    fn excessive(numbers: [u64; 4]) -> WireError {
+        let named = ["epoch", "view", "sequence", "watermark"].into_iter().zip(numbers);
+        let (what, found) = named.max_by_key(|(_, number)| *number).unwrap_or_default();
+        WireError::Limit { what, found, expected: "at most 2^64 - 2^40 - 1" }
     }
 }
 

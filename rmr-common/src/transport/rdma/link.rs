@@ -25,7 +25,7 @@ use super::packet::{self, Affairs, Grant, Introduction, MAX_LIST, PacketKind, Ta
 use super::slots::{PageMap, Windows};
 use super::{Exposure, MAX_WINDOW, RECEIVE_SIZE, RdmaError, ReadMode};
 use crate::buffer::Segment;
-use crate::transport::unsent::{Request, Unsent};
+use crate::transport::unsent::Unsent;
 use crate::transport::{ConnectionError, Counters, Place, Receiver};
 use crate::wire::{HEADER_SIZE, MessageHeader};
 
@@ -299,7 +299,7 @@ impl<V: Verbs> Link<V> {
 
     pub(super) fn queue(&mut self, header: &MessageHeader, body: Option<Vec<u8>>) {
         let content = Content::Plain { body: body.unwrap_or_default(), posted: None };
-        self.note_queued(header);
+        self.unsent.queued(header);
         self.queue.push_back(Outgoing { header: *header, content });
     }
 
@@ -314,20 +314,14 @@ impl<V: Verbs> Link<V> {
             Role::Opener(_) => Content::Write(segments),
             Role::Acceptor => Content::Data(segments, tag),
         };
-        self.note_queued(header);
+        self.unsent.queued(header);
         self.queue.push_back(Outgoing { header: *header, content });
     }
 
     pub(super) fn queue_read(&mut self, header: &MessageHeader, gather: &mut dyn FnMut(&mut Vec<Segment>)) {
         let content = Content::Read(self.list(gather));
-        self.note_queued(header);
+        self.unsent.queued(header);
         self.queue.push_back(Outgoing { header: *header, content });
-    }
-
-    fn note_queued(&mut self, header: &MessageHeader) {
-        if let Some(request) = Request::of(header) {
-            self.unsent.queued(request);
-        }
     }
 
     fn list(&mut self, gather: &mut dyn FnMut(&mut Vec<Segment>)) -> Vec<Segment> {
@@ -441,13 +435,9 @@ impl<V: Verbs> Link<V> {
         self.bind_lent();
         self.wanted = 0;
         while let Some(outgoing) = self.queue.pop_front() {
-            let header = outgoing.header;
             if let Some(waits) = self.send(outgoing)? {
                 self.queue.push_front(waits);
                 break;
-            }
-            if let Some(request) = Request::of(&header) {
-                self.unsent.sent(request);
             }
         }
         self.invalidate();

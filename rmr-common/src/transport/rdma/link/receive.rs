@@ -295,7 +295,7 @@ impl<V: Verbs> Link<V> {
 
     /// Whether a message answers what still waits to be sent.
     fn is_unsent(&self, answer: &MessageHeader) -> bool {
-        let request = self.unsent.suspect(answer);
+        let request = self.unsent.suspect(answer, self.queue.len());
         request.is_some() && self.queue.iter().any(|waits| Request::of(&waits.header) == request)
     }
 
