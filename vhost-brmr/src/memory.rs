@@ -452,17 +452,51 @@ pub fn translate(memory: &GuestMemory, address: u64, length: u32, segments: &mut
 /// half of what a request costs in all.
 #[must_use]
 pub fn read<const N: usize>(memory: &GuestMemory, address: GuestAddress) -> Option<[u8; N]> {
-    let region = memory.find_region(address)?;
-    let offset = address.0 - region.guest.0;
-    if region.length - offset < N as u64 {
-        // Across two regions: rare, and allowed.
-        let mut bytes = [0; N];
-        return memory.read_slice(&mut bytes, address).ok().map(|()| bytes);
+    Stretch::new(memory, address)?.read(0)
+}
+
+/// Guest memory from an address on, for several reads near each other: their region is looked for once.
+#[derive(Clone, Copy, Debug)]
+pub struct Stretch<'m> {
+    memory: &'m GuestMemory,
+    address: GuestAddress,
+    region: &'m Region,
+}
+
+impl<'m> Stretch<'m> {
+    /// What begins at a guest address; `None` if that is outside guest memory.
+    #[must_use]
+    pub fn new(memory: &'m GuestMemory, address: GuestAddress) -> Option<Self> {
+        Some(Self { memory, address, region: memory.find_region(address)? })
     }
-    let start = usize::try_from(offset).ok()?;
-    // SAFETY: the range lies within the region, which stays mapped as long as `memory`; bytes need no alignment, every
-    // pattern of them is valid, and a volatile read tolerates that the guest writes meanwhile.
-    Some(unsafe { region.host.wrapping_add(start).cast::<[u8; N]>().read_volatile() })
+
+    /// Reads `N` bytes, each once, `offset` bytes behind its beginning; `None` if they are outside guest memory.
+    #[must_use]
+    pub fn read<const N: usize>(&self, offset: u64) -> Option<[u8; N]> {
+        let address = self.address.checked_add(offset)?;
+        let offset = address.0 - self.region.guest.0;
+        if self.region.length.checked_sub(offset).is_none_or(|left| left < N as u64) {
+            // In another region, or across two: rare, and allowed.
+            let mut bytes = [0; N];
+            return self.memory.read_slice(&mut bytes, address).ok().map(|()| bytes);
+        }
+        let from = self.region.host.wrapping_add(usize::try_from(offset).ok()?);
+        let mut bytes = [0; N];
+        let (words, rest) = bytes.as_chunks_mut::<8>();
+        if rest.is_empty() && from.addr().is_multiple_of(8) {
+            for (at, word) in (0..).zip(words) {
+                // SAFETY: the range lies within the region, which stays mapped as long as `memory`, and is aligned; every pattern
+                // of bytes is valid, and a volatile read tolerates that the guest writes meanwhile.
+                *word = unsafe { from.cast::<u64>().wrapping_add(at).read_volatile() }.to_ne_bytes();
+            }
+        } else {
+            for (at, byte) in (0..).zip(&mut bytes) {
+                // SAFETY: as above; bytes need no alignment.
+                *byte = unsafe { from.wrapping_add(at).read_volatile() };
+            }
+        }
+        Some(bytes)
+    }
 }
 
 /// Copies bytes out of guest memory, as far as the segments go; the number copied.
@@ -519,4 +553,43 @@ pub fn mark_written(memory: &GuestMemory, segments: &[Segment]) {
 #[must_use]
 pub fn dirty_log(memory: &GuestMemory) -> Option<&DirtyLog> {
     memory.iter().next().map(|region| region.log.log())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_wherever_they_lie_and_nowhere_else() {
+        // Two regions that meet, each with bytes of its own that never repeat within it.
+        let file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..0x2000u32).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        file.write_all_at(&bytes, 0).unwrap();
+        let region = |guest_phys_addr, mmap_offset| VhostUserMemoryRegion {
+            guest_phys_addr,
+            memory_size: 0x1000,
+            user_addr: 0,
+            mmap_offset,
+        };
+        let mut table = MemoryTable::default();
+        let files = [file.try_clone().unwrap(), file];
+        table.replace(&[region(0x4000, 0), region(0x5000, 0x1000)], &files).unwrap();
+        let memory = table.snapshot();
+        let stretch = Stretch::new(memory, GuestAddress(0x4010)).unwrap();
+        let expected = |at: usize, length: usize| Some(&bytes[at - 0x4000..at - 0x4000 + length]);
+        // Aligned and not, in its own region, across the border, in the next one, and at the end of that.
+        for offset in [0, 1, 3, 8, 0xfe0, 0xfe8, 0xfef, 0xff0, 0xff1, 0x1fe0] {
+            let at = 0x4010 + usize::try_from(offset).unwrap();
+            assert_eq!(stretch.read::<16>(offset).as_ref().map(|b| &b[..]), expected(at, 16), "{offset:#x}");
+            assert_eq!(stretch.read::<2>(offset).as_ref().map(|b| &b[..]), expected(at, 2), "{offset:#x}");
+        }
+        assert_eq!(stretch.read::<16>(0x1fe1), None, "it ends before");
+        assert_eq!(stretch.read::<2>(0x1ff0), None);
+        assert_eq!(stretch.read::<1>(u64::MAX), None);
+        assert!(Stretch::new(memory, GuestAddress(0x3fff)).is_none());
+        assert!(Stretch::new(memory, GuestAddress(0x6000)).is_none());
+        assert_eq!(read::<2>(memory, GuestAddress(0x5fff)), None);
+    }
 }

@@ -12,10 +12,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::disk::{Operation, RangeLimits, SECTOR_SIZE};
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, GuestMemory, Stretch};
 
 /// Most ranges in one discard or write-zeroes request that any disk may allow.
 pub const MAX_RANGES: usize = 32;
@@ -143,7 +143,8 @@ impl fmt::Display for Broken {
 #[derive(Clone, Copy, Debug)]
 pub struct Chain<'m> {
     memory: &'m GuestMemory,
-    table: GuestAddress,
+    /// The table of descriptors, if it begins in guest memory.
+    table: Option<Stretch<'m>>,
     size: u32,
     next: Option<u16>,
     /// How many descriptors may still come: a chain is never longer than its table, or it loops.
@@ -157,6 +158,7 @@ impl<'m> Chain<'m> {
     #[must_use]
     pub fn new(memory: &'m GuestMemory, table: GuestAddress, size: u16, head: u16) -> Self {
         let size = u32::from(size);
+        let table = Stretch::new(memory, table);
         Self { memory, table, size, next: Some(head), left: size, bytes: 0, indirect: false }
     }
 
@@ -174,7 +176,8 @@ impl<'m> Chain<'m> {
             if self.indirect || !length.is_multiple_of(DESCRIPTOR_LENGTH) || size > u32::from(u16::MAX) {
                 return Err(Broken::Chain);
             }
-            (self.table, self.size, self.left, self.indirect) = (descriptor.addr(), size, size, true);
+            self.table = Stretch::new(self.memory, descriptor.addr());
+            (self.size, self.left, self.indirect) = (size, size, true);
             descriptor = self.descriptor(0)?;
             if descriptor.refers_to_indirect_table() {
                 return Err(Broken::Chain);
@@ -190,8 +193,8 @@ impl<'m> Chain<'m> {
         if u32::from(index) >= self.size || self.left == 0 {
             return Err(Broken::Chain);
         }
-        let at = self.table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_LENGTH));
-        let bytes: [u8; 16] = at.and_then(|at| memory::read(self.memory, at)).ok_or(Broken::Chain)?;
+        let at = u64::from(index) * u64::from(DESCRIPTOR_LENGTH);
+        let bytes: [u8; 16] = self.table.and_then(|table| table.read(at)).ok_or(Broken::Chain)?;
         let (length, flags, next) = (u32_at(&bytes, 8), u16_at(&bytes, 12), u16_at(&bytes, 14));
         Ok(Descriptor::new(u64_at(&bytes, 0), length, flags, next))
     }

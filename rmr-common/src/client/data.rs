@@ -381,7 +381,7 @@ impl Client {
 
     /// Whether the committed view does not need these members any more: they are Out, or were removed since.
     fn is_inactive(&self, members: MemberSet) -> bool {
-        members.intersection(self.view_active()).is_empty()
+        members.is_empty() || members.intersection(self.view_active()).is_empty()
     }
 
     fn part_failed(&mut self, slot: Slot, error: IoError) {

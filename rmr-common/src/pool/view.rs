@@ -245,7 +245,7 @@ impl View {
     /// The members that get writes: Clean and Syncing.
     #[must_use]
     pub fn active(&self) -> MemberSet {
-        self.clean().union(self.in_state(MemberState::Syncing))
+        self.members.iter().filter(|m| m.state != MemberState::Out).map(|m| m.id).collect()
     }
 
     /// The members that get nothing.

@@ -13,7 +13,7 @@ mod source;
 mod status;
 mod verify;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 pub use command::CommandId;
@@ -313,7 +313,7 @@ pub struct Replica {
     /// Writes that the disk failed, and may have carried out in part, above the watermark.
     failed_writes: Vec<SlotEntry>,
     watermark: Sequence,
-    activity: HashMap<Chunk, Activity>,
+    activity: BTreeMap<Chunk, Activity>,
     /// Chunks that may hold writes of a client that died: their intent bits stay.
     frozen: HashSet<Chunk>,
     /// Chunks whose intent bit goes when the flush that is under way is answered.
@@ -383,7 +383,7 @@ impl Replica {
             slots: (0..MAX_SLOTS).map(none).collect(),
             failed_writes: Vec::new(),
             watermark: Sequence(0),
-            activity: HashMap::new(),
+            activity: BTreeMap::new(),
             frozen: HashSet::new(),
             clearing: None,
             session: 0,

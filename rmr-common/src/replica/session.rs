@@ -529,9 +529,13 @@ impl Replica {
             return self.answer(detach.connection, &detach.header, Kind::DetachReply, status, Vec::new());
         }
         let watermark = self.watermark;
-        let complete = self.activity.extract_if(|_, activity| activity.sequence <= watermark);
-        let chunks: Vec<_> = complete.map(|(chunk, _)| chunk).collect();
-        for chunk in chunks.into_iter().filter(|c| !self.frozen.contains(c)) {
+        let mut complete = Vec::new();
+        self.activity.retain(|chunk, activity| {
+            let is_complete = activity.sequence <= watermark;
+            complete.extend(is_complete.then_some(*chunk));
+            !is_complete
+        });
+        for chunk in complete.into_iter().filter(|c| !self.frozen.contains(c)) {
             self.maps.clear(ClearTarget::Intent(chunk), ClearReason::CleanDetach, &mut self.changed);
         }
         let pages = self.persist_changed(Waiter::DetachPages(self.epoch));

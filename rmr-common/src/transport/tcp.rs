@@ -22,6 +22,8 @@ use crate::wire::{
 
 /// A frame's header and first message: what every frame has at least.
 const HEAD: usize = FRAME_HEADER_SIZE + HEADER_SIZE;
+/// Headers of the most messages that a frame may have.
+const TABLE: usize = HEADER_SIZE * MAX_FRAME_MESSAGES;
 /// Most bytes taken in one call of `receive`, so that other connections get their turn.
 const RECEIVE_BUDGET: usize = 1 << 20;
 /// Most bytes of payload in a frame; a frame that reaches it is closed, and the next message starts another.
@@ -384,7 +386,9 @@ struct ReceiveState {
     head_filled: usize,
     /// The frame whose head is complete.
     frame: Option<FrameHeader>,
-    table: Vec<u8>,
+    /// Headers of the frame's messages, with room for the most that there may be.
+    table: Box<[u8; TABLE]>,
+    table_length: usize,
     table_filled: usize,
     messages: VecDeque<Incoming>,
     /// How many of `messages` have a place for their payload.
@@ -405,7 +409,8 @@ impl ReceiveState {
             head: Box::new([0; HEAD]),
             head_filled: 0,
             frame: None,
-            table: Vec::with_capacity(HEADER_SIZE * MAX_FRAME_MESSAGES),
+            table: Box::new([0; TABLE]),
+            table_length: 0,
             table_filled: 0,
             messages: VecDeque::with_capacity(MAX_FRAME_MESSAGES),
             placed: 0,
@@ -455,7 +460,7 @@ impl ReceiveState {
     fn collect(&mut self) -> usize {
         self.scratch.clear();
         if self.messages.is_empty() && self.frame.is_some() {
-            let rest = &mut self.table[self.table_filled..];
+            let rest = &mut self.table[self.table_filled..self.table_length];
             // SAFETY: the table is not moved or read while the system call fills it.
             self.scratch.push(unsafe { Segment::new(rest.as_mut_ptr(), rest.len()) });
         } else {
@@ -478,7 +483,7 @@ impl ReceiveState {
     ) -> Result<(), ConnectionError> {
         if self.messages.is_empty() && self.frame.is_some() {
             self.table_filled += received;
-            if self.table_filled == self.table.len() {
+            if self.table_filled == self.table_length {
                 self.begin_messages(sender, receiver)?;
             }
             return Ok(());
@@ -542,10 +547,9 @@ impl ReceiveState {
         self.head_filled = 0;
         let (start, first) = self.head.split_at(FRAME_HEADER_SIZE);
         let frame = FrameHeader::decode(start.first_chunk().unwrap_or(&[0; FRAME_HEADER_SIZE]))?;
-        self.table.clear();
-        self.table.extend_from_slice(first);
+        self.table[..HEADER_SIZE].copy_from_slice(first);
         self.table_filled = HEADER_SIZE;
-        self.table.resize(HEADER_SIZE * usize::from(frame.count), 0);
+        self.table_length = HEADER_SIZE * usize::from(frame.count);
         self.frame = Some(frame);
         if frame.count == 1 { self.begin_messages(sender, receiver) } else { Ok(()) }
     }
@@ -556,14 +560,15 @@ impl ReceiveState {
         receiver: &mut dyn Receiver,
     ) -> Result<(), ConnectionError> {
         let Some(frame) = self.frame else { return Ok(()) };
-        let checksum = frame_crc(&self.table);
+        let table = &self.table[..self.table_length];
+        let checksum = frame_crc(table);
         if checksum != frame.checksum {
             return Err(WireError::Checksum { expected: checksum, found: frame.checksum }.into());
         }
         let longest = receiver.longest_body();
         let mut answered = [0u64; MAX_SLOTS as usize / 64];
         let mut total = 0u64;
-        for bytes in self.table.as_chunks::<HEADER_SIZE>().0 {
+        for bytes in table.as_chunks::<HEADER_SIZE>().0 {
             let header = MessageHeader::decode(bytes)?;
             if !header.kind.carries_data() && header.payload > longest {
                 let (what, found) = ("body", header.payload.into());

@@ -11,7 +11,7 @@ mod sources;
 mod stop;
 mod stores;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver as Inbox, Sender};
@@ -177,7 +177,7 @@ pub(super) struct Shard {
     /// Bytes of buffers that one client may have.
     share: usize,
     writes: WriteBuffers,
-    peers: HashMap<ConnectionId, Peer>,
+    peers: BTreeMap<ConnectionId, Peer>,
     /// Buffers lent to clients over RDMA.
     windows: HashMap<ConnectionId, Windows>,
     /// The buffers as memory that RDMA devices may use.
@@ -261,7 +261,7 @@ impl Shard {
             engine,
             buffers,
             writes: WriteBuffers::default(),
-            peers: HashMap::new(),
+            peers: BTreeMap::new(),
             windows: HashMap::new(),
             _registrations: registrations,
             counters: Counters::default(),

@@ -1,6 +1,6 @@
 //! Connections of clients and nodes: accepted, greeted, read from, and closed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -214,7 +214,7 @@ impl Shard {
 
     pub(super) fn insert(
         next: &mut u32,
-        peers: &mut HashMap<ConnectionId, Peer>,
+        peers: &mut BTreeMap<ConnectionId, Peer>,
         by_descriptor: &mut HashMap<RawFd, ConnectionId>,
         peer: Peer,
     ) -> ConnectionId {
