@@ -26,6 +26,10 @@ struct Args {
     /// How often each workload runs on each system.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
+    /// How often the systems are started anew, the rounds being divided among these starts [default: 1; with --before as often
+    /// as there are rounds, for one start can be some per cent faster than the next of the same program].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
+    starts: Option<u32>,
     /// Measured seconds of each of these runs.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
@@ -73,6 +77,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
         systems,
         workloads,
         rounds: args.rounds,
+        starts: args.starts.unwrap_or(if args.before.is_some() { args.rounds } else { 1 }),
         cell: Duration::from_secs(args.seconds),
         disk_bytes: args.disk_size,
         directory: args.directory.clone(),
