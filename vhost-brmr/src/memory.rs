@@ -470,7 +470,8 @@ impl<'m> Stretch<'m> {
         Some(Self { memory, address, region: memory.find_region(address)? })
     }
 
-    /// Reads `N` bytes, each once, `offset` bytes behind its beginning; `None` if they are outside guest memory.
+    /// Reads `N` bytes, each once, `offset` bytes behind its beginning; `None` if they are outside guest memory. Two bytes at an even
+    /// address are of one moment, and so are each eight of several such at a multiple of eight; otherwise each byte may be of another.
     #[must_use]
     pub fn read<const N: usize>(&self, offset: u64) -> Option<[u8; N]> {
         let address = self.address.checked_add(offset)?;
@@ -489,6 +490,11 @@ impl<'m> Stretch<'m> {
                 // of bytes is valid, and a volatile read tolerates that the guest writes meanwhile.
                 *word = unsafe { from.cast::<u64>().wrapping_add(at).read_volatile() }.to_ne_bytes();
             }
+        } else if let ([pair], []) = bytes.as_chunks_mut::<2>()
+            && from.addr().is_multiple_of(2)
+        {
+            // SAFETY: as above.
+            *pair = unsafe { from.cast::<u16>().read_volatile() }.to_ne_bytes();
         } else {
             for (at, byte) in (0..).zip(&mut bytes) {
                 // SAFETY: as above; bytes need no alignment.

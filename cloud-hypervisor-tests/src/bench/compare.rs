@@ -169,6 +169,8 @@ pub struct Machine {
     pub versions: Vec<(String, String)>,
     /// Rounds of the run.
     pub rounds: u32,
+    /// How often the systems were started anew for them.
+    pub starts: u32,
     /// Measured seconds of each cell.
     pub cell_seconds: f64,
 }
@@ -187,6 +189,7 @@ impl Machine {
             load_after: String::new(),
             versions: programs.versions(),
             rounds: plan.rounds,
+            starts: plan.starts.min(plan.rounds),
             cell_seconds: plan.cell.as_secs_f64(),
         }
     }
@@ -246,14 +249,18 @@ pub fn compare(plan: &Plan, programs: &Programs, mut progress: impl FnMut(&str))
 
 /// The number of the start that a round begins with, if it does.
 fn start_in(plan: &Plan, round: u32) -> Option<u32> {
-    let rounds = plan.rounds.div_ceil(plan.starts);
-    round.is_multiple_of(rounds).then_some(round / rounds)
+    let starts = plan.starts.min(plan.rounds);
+    let of = |round: u32| u64::from(round) * u64::from(starts) / u64::from(plan.rounds);
+    let is_first = round.checked_sub(1).is_none_or(|before| of(before) < of(round));
+    u32::try_from(of(round)).ok().filter(|_| is_first)
 }
 
-/// The systems of a round, or of a start: each begins with another one, so that none always follows the same.
+/// The systems of a round, or of a start: each begins with another one, and once all have begun the direction turns, so that none
+/// always follows the same.
 fn order(plan: &Plan, number: u32) -> impl Iterator<Item = usize> + use<> {
-    let (count, first) = (plan.systems.len(), usize::try_from(number).unwrap_or(0));
-    (0..count).map(move |step| (step + first) % count)
+    let (count, number) = (plan.systems.len(), usize::try_from(number).unwrap_or(0));
+    let is_turned = !(number / count).is_multiple_of(2);
+    (0..count).map(move |step| (number + if is_turned { count - step } else { step }) % count)
 }
 
 /// A system, started from nothing, whose disk was written once.
@@ -392,20 +399,22 @@ impl Outcome {
                     ("CPU % of daemon and nodes", |report| report.client_cpu_pct + report.server_cpu_pct)
                 }
             };
-            let of = |cell: &Summary| cell.rounds.iter().map(value).collect::<Vec<_>>();
-            let (all_now, all_then) = (of(cell), of(before));
-            let ratio = median(all_now.iter().zip(&all_then).map(|(now, then)| now / then).collect());
-            let (now, then) = (median(all_now), median(all_then));
+            let rounds = || cell.rounds.iter().map(value).zip(before.rounds.iter().map(value));
+            let ratio =
+                median(rounds().filter(|(_, then)| *then > 0.0).map(|(now, then)| now / then).collect());
+            let more = median(rounds().map(|(now, then)| now - then).collect());
+            let (now, then) = rounds().unzip();
+            let (now, then) = (median(now), median(then));
             let (held, limit) = match workload.rate {
                 None => (ratio >= 1.0 / WORSE, format!("at least {:.2}", 1.0 / WORSE)),
-                Some(_) => (
-                    ratio <= WORSE || now - then < LITTLE,
-                    format!("at most {WORSE:.2}, or by less than {LITTLE}"),
-                ),
+                Some(_) => {
+                    (ratio <= WORSE || more < LITTLE, format!("at most {WORSE:.2}, or by less than {LITTLE}"))
+                }
             };
             let name = cell.workload;
             let text = format!(
-                "{name} {what}: {ratio:.2} times the other build's in most rounds, {now:.1} and {then:.1}, {limit}"
+                "{name} {what}: {ratio:.2} times the other build's (median of the rounds' ratios; medians {now:.1} and \
+                 {then:.1}), {limit}"
             );
             Some(Verdict { text, held })
         };
@@ -564,8 +573,12 @@ mod tests {
         assert_eq!(starts(5, 2), [Some(0), None, None, Some(1), None]);
         assert_eq!(starts(2, 2), [Some(0), Some(1)]);
         assert_eq!(starts(2, 9), [Some(0), Some(1)]);
+        assert_eq!(starts(5, 4), [Some(0), None, Some(1), Some(2), Some(3)]);
+        let made = starts(16, 9).into_iter().flatten();
+        assert_eq!(made.collect::<Vec<_>>(), (0..9).collect::<Vec<_>>());
         let order = |number| order(&plan(1, 1), number).collect::<Vec<_>>();
-        assert_eq!([order(0), order(1), order(5)], [[0, 1, 2], [1, 2, 0], [2, 0, 1]]);
+        assert_eq!([order(0), order(1), order(2)], [[0, 1, 2], [1, 2, 0], [2, 0, 1]]);
+        assert_eq!([order(3), order(4), order(5)], [[0, 2, 1], [1, 0, 2], [2, 1, 0]]);
     }
 
     #[test]
@@ -609,19 +622,30 @@ mod tests {
         let text = &judged(0.8)[0].1;
         assert_eq!(
             text,
-            "rw32 IOPS: 0.80 times the other build's in most rounds, 800.0 and 1000.0, at least 0.91"
+            "rw32 IOPS: 0.80 times the other build's (median of the rounds' ratios; medians 800.0 and 1000.0), at least 0.91"
         );
         // The rounds are compared one by one: half as fast in two of three.
-        let mut outcome = outcome(1.0);
-        outcome.summaries.retain(|cell| cell.system == SystemKind::Brmr && cell.workload == "rw32");
-        outcome.summaries.push(summary(SystemKind::BrmrBefore, "rw32", 1.0));
-        for (cell, rounds) in [(0, [10.0, 20.0, 30.0]), (1, [20.0, 40.0, 30.0])] {
-            for (report, iops) in outcome.summaries[cell].rounds.iter_mut().zip(rounds) {
-                report.iops = iops;
+        let judged = |name, ours: [f64; 3], before: [f64; 3]| {
+            let mut outcome = outcome(1.0);
+            outcome.summaries.retain(|cell| cell.system == SystemKind::Brmr && cell.workload == name);
+            outcome.summaries.push(summary(SystemKind::BrmrBefore, name, 1.0));
+            for (cell, rounds) in outcome.summaries.iter_mut().zip([ours, before]) {
+                for (report, value) in cell.rounds.iter_mut().zip(rounds) {
+                    (report.iops, report.client_cpu_pct, report.server_cpu_pct) = (value, value, 0.0);
+                }
             }
-        }
-        let text = &outcome.changes()[0].text;
-        assert!(text.starts_with("rw32 IOPS: 0.50 times") && text.contains("20.0 and 30.0"), "{text}");
+            outcome.changes().remove(0)
+        };
+        let speed = judged("rw32", [10.0, 20.0, 30.0], [20.0, 40.0, 30.0]);
+        assert!(!speed.held && speed.text.contains(" 0.50 times"), "{}", speed.text);
+        assert!(speed.text.contains("medians 20.0 and 30.0"), "{}", speed.text);
+        // 30 % more in two of three, and all the same less by the medians.
+        let cost = judged("idle", [13.0, 26.0, 15.0], [10.0, 20.0, 30.0]);
+        assert!(!cost.held && cost.text.contains(" 1.30 times"), "{}", cost.text);
+        assert!(
+            judged("idle", [0.3, 0.4, 0.5], [0.1, 0.2, 0.3]).held,
+            "nothing that can be told from chance"
+        );
     }
 
     #[test]

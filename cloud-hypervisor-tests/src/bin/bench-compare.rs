@@ -23,9 +23,9 @@ struct Args {
     /// Workloads to run [default: all].
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = Workload::named)]
     workloads: Vec<Workload>,
-    /// How often each workload runs on each system.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
-    rounds: u32,
+    /// How often each workload runs on each system [default: 3; with --before 16, as fewer are no evidence].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
+    rounds: Option<u32>,
     /// How often the systems are started anew, the rounds being divided among these starts [default: 1; with --before as often
     /// as there are rounds, for one start can be some per cent faster than the next of the same program].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=99))]
@@ -73,11 +73,12 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     programs.before.clone_from(&args.before);
     let systems = systems(args, &programs)?;
     let workloads = if args.workloads.is_empty() { WORKLOADS.to_vec() } else { args.workloads.clone() };
+    let rounds = args.rounds.unwrap_or(if args.before.is_some() { 16 } else { 3 });
     let plan = Plan {
         systems,
         workloads,
-        rounds: args.rounds,
-        starts: args.starts.unwrap_or(if args.before.is_some() { args.rounds } else { 1 }),
+        rounds,
+        starts: args.starts.unwrap_or(if args.before.is_some() { rounds } else { 1 }),
         cell: Duration::from_secs(args.seconds),
         disk_bytes: args.disk_size,
         directory: args.directory.clone(),

@@ -607,12 +607,12 @@ struct Sink<'a> {
 }
 
 impl Sink<'_> {
-    /// Holds the data of an answer against its digest, and brings what came into a copy to where it belongs. Whether the
-    /// data is another than the digest says.
-    fn differs(&mut self, header: &MessageHeader) -> bool {
+    /// Holds the data of an answer against its digest, and brings what came into a copy to where it belongs. False if the data is
+    /// another than the digest says.
+    fn settle_data(&mut self, header: &MessageHeader) -> bool {
         let has_data = header.kind == Kind::IoReply && header.payload > 0;
         let target = if has_data { self.client.payload_target(self.link, header) } else { None };
-        let Some((token, offset)) = target else { return false };
+        let Some((token, offset)) = target else { return true };
         let (segments, offset) =
             (segments_of(self.requests, token), usize::try_from(offset).unwrap_or(usize::MAX));
         let is_bounced = self.client.is_bounced(header.slot);
@@ -627,7 +627,7 @@ impl Sink<'_> {
         if !differs && is_bounced {
             buffer::copy_in(self.bounces.data(header.slot), segments, offset);
         }
-        differs
+        !differs
     }
 }
 
@@ -648,7 +648,7 @@ impl Receiver for Sink<'_> {
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
         self.owed.received(header);
         self.traffic.received(header);
-        if self.differs(header) {
+        if !self.settle_data(header) {
             let header = MessageHeader { status: Status::DigestDiffers, ..*header };
             return self.client.apply(Event::Message(self.link, &header, body), self.now);
         }
