@@ -144,7 +144,7 @@ pub enum Command {
     Node(NodeCommand),
     /// Say which transports this machine can use to reach nodes, and what is missing; asks no node
     #[command(after_help = "On a storage node, `rmr-node doctor` also looks at disks and memory.
-Exit codes: 0 what there is works, 3 it works with limits, 4 a transport cannot work")]
+Exit codes: 0 what there is works, 3 it works with limits")]
     Doctor,
 }
 

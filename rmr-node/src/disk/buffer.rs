@@ -1,5 +1,5 @@
 //! Memory for disk I/O: one contiguous, page-aligned mapping allocated at start and shared out by a buddy allocator, so
-//! that later one registration per GiB serves io_uring and RDMA. This file holds the pointers.
+//! that one registration per GiB serves io_uring, and one each RDMA device. This file holds the pointers.
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;

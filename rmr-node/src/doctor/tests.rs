@@ -81,6 +81,13 @@ fn a_build_without_verbs_and_locked_memory_below_the_buffers_are_said() {
         verdict.findings[0].contains("may lock 8 MiB") && verdict.findings[0].contains("64 MiB"),
         "{verdict}"
     );
+    // The buffers count for io_uring and for the card.
+    for (mib, level) in [(127, Level::Fails), (128, Level::Works)] {
+        let limit = (mib << 20).to_string();
+        fixture.write("proc/self/limits", &format!("Max locked memory  {limit}  {limit}  bytes\n"));
+        let verdict = rdma(&fixture, &plan(&["rdma://10.77.0.1:7700"]));
+        assert_eq!(verdict.level, level, "{mib} MiB: {verdict}");
+    }
 }
 
 #[test]

@@ -265,12 +265,14 @@ fn say_device(opinion: &mut Opinion, missing: Level, device: &RdmaDevice) -> boo
 
 fn say_locked_memory(opinion: &mut Opinion, machine: &Machine, plan: &Plan, missing: Level) {
     let memory = &machine.memory;
-    if let Some(limit) = memory.lock_limit.filter(|limit| !memory.lock_privileged && *limit < plan.buffers) {
+    // The kernel counts what io_uring pins and what a card pins together, also where it is the same.
+    let pinned = plan.buffers.saturating_mul(2);
+    if let Some(limit) = memory.lock_limit.filter(|limit| !memory.lock_privileged && *limit < pinned) {
         opinion.say(
             missing,
             format!(
-                "This process may lock {} and has no CAP_IPC_LOCK; the buffers that cards write to are {}. Set \
-                 LimitMEMLOCK=infinity.",
+                "This process may lock {} and has no CAP_IPC_LOCK; the buffers that cards write to are {}, which count for \
+                 io_uring and again for each device. Set LimitMEMLOCK=infinity.",
                 ByteSize(limit),
                 ByteSize(plan.buffers)
             ),
