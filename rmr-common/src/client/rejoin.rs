@@ -288,8 +288,11 @@ impl Client {
 
     /// Ends the barrier when no write is in flight: commits the view that has the member Syncing.
     pub(super) fn try_quiesced(&mut self) {
-        let has_write = self.parts.has_sent_write() && !mutant!(NoBarrier);
-        if !self.is_rejoin_quiescing() || !self.is_active() || has_write {
+        // In this order: the last question looks at all parts.
+        if !self.is_rejoin_quiescing() || !self.is_active() {
+            return;
+        }
+        if self.parts.has_sent_write() && !mutant!(NoBarrier) {
             return;
         }
         let Some(rejoin) = &mut self.stale.rejoin else { return };

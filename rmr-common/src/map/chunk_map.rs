@@ -19,8 +19,14 @@ impl ChunkMap {
     /// The empty set for a pool of `chunks` chunks.
     #[must_use]
     pub fn new(chunks: u64) -> Self {
-        let pages = (0..chunks.div_ceil(MAP_PAGE_BITS)).map(|_| [0; MAP_PAGE_BYTES]).collect();
+        let pages = (0..Self::pages_for(chunks)).map(|_| [0; MAP_PAGE_BYTES]).collect();
         Self { pages, chunks, count: 0 }
+    }
+
+    /// How many pages the map of a pool of `chunks` chunks has.
+    #[must_use]
+    pub fn pages_for(chunks: u64) -> u32 {
+        u32::try_from(chunks.div_ceil(MAP_PAGE_BITS)).unwrap_or(u32::MAX)
     }
 
     /// The set for a pool that has another size from now on. Chunks beyond its end are to be taken out before.
@@ -45,6 +51,8 @@ impl ChunkMap {
     /// Replaces one page with what was read from disk; bits beyond the last chunk are dropped.
     pub fn load_page(&mut self, page: u32, bytes: &[u8; MAP_PAGE_BYTES]) {
         let Some(place) = self.pages.get_mut(page as usize) else { return };
+        let ones = |page: &[u8; MAP_PAGE_BYTES]| page.iter().map(|b| u64::from(b.count_ones())).sum::<u64>();
+        self.count -= ones(place);
         *place = *bytes;
         let first = u64::from(page) * MAP_PAGE_BITS;
         for (byte, i) in place.iter_mut().zip(0u64..) {
@@ -53,7 +61,7 @@ impl ChunkMap {
                 *byte &= (1u16.wrapping_shl(u32::try_from(valid).unwrap_or(0)) - 1).to_le_bytes()[0];
             }
         }
-        self.count = self.pages.iter().flat_map(|p| p.iter()).map(|b| u64::from(b.count_ones())).sum();
+        self.count += ones(place);
     }
 
     fn place(chunk: Chunk) -> (usize, usize, u8) {
@@ -234,6 +242,8 @@ mod tests {
     fn chunks_beyond_the_pool_never_enter() {
         let mut map = ChunkMap::new(11);
         assert!(!map.insert(Chunk(11)));
+        // A page that is loaded again counts once.
+        map.load_page(0, &[0x0f; MAP_PAGE_BYTES]);
         map.load_page(0, &[0xff; MAP_PAGE_BYTES]);
         assert_eq!(map.count(), 11);
         assert!(map.contains(Chunk(10)) && !map.contains(Chunk(11)));

@@ -253,7 +253,7 @@ impl Replica {
     pub(super) fn begin_handover(&mut self, view: &View) -> bool {
         // By now they have the size of the pool as the view has it.
         let chunks = self.maps.chunk_count();
-        let pages = ChunkMap::new(chunks).page_count();
+        let pages = ChunkMap::pages_for(chunks);
         let epoch = self.epoch;
         let header =
             MessageHeader { epoch, view: view.number, ..MessageHeader::new(Kind::PullMap, self.spec.id) };

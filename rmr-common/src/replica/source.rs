@@ -63,7 +63,7 @@ impl Replica {
     pub(super) fn pull_map(&mut self, connection: ConnectionId, header: &MessageHeader) {
         let member = u8::try_from(header.slot.0).ok().and_then(MemberId::new);
         let page = u32::try_from(header.offset).unwrap_or(u32::MAX);
-        let pages = ChunkMap::new(self.spec.chunk_count()).page_count();
+        let pages = ChunkMap::pages_for(self.spec.chunk_count());
         let (status, body) = match member {
             Some(member) if page < pages && self.may_be_source(header) => {
                 let bits = self.maps.page(MapPage { map: MapId::Dirty(member), page });

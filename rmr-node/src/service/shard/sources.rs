@@ -14,6 +14,10 @@ use super::Shard;
 impl Shard {
     /// Queues the pulls of a member that there is memory for.
     pub(super) fn send_pulls(&mut self, index: usize) {
+        let waits = |m: &Member| m.source.is_some() && m.pulls.is_waiting();
+        if !self.members.get(index).and_then(Option::as_ref).is_some_and(waits) {
+            return; // As mostly, for each member in each wake-up.
+        }
         let held: usize = self.members.iter().flatten().map(|m| m.pulls.bytes()).sum();
         let room = (self.buffers.total_bytes() / PULLS_PART).saturating_sub(held);
         let Some(Some(member)) = self.members.get_mut(index) else { return };
