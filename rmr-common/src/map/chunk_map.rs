@@ -31,8 +31,7 @@ impl ChunkMap {
 
     /// The set for a pool that has another size from now on. Chunks beyond its end are to be taken out before.
     pub(super) fn resize(&mut self, chunks: u64) {
-        let pages = usize::try_from(chunks.div_ceil(MAP_PAGE_BITS)).unwrap_or(usize::MAX);
-        self.pages.resize(pages, [0; MAP_PAGE_BYTES]);
+        self.pages.resize(Self::pages_for(chunks) as usize, [0; MAP_PAGE_BYTES]);
         self.chunks = chunks;
     }
 

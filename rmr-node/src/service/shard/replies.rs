@@ -48,6 +48,7 @@ impl Shard {
                 peer.wire.queue(header, None);
             }
         }
+        // As `queue` does, without looking for the connection again: this is done for each request.
         if !std::mem::replace(&mut peer.queued, true) {
             self.queued.push(id);
         }
