@@ -216,4 +216,24 @@ mutants! {
     NoBarrier,
     /// A member is promoted with its first report
     PromotedWhileStale,
+    /// A write that a leg refused for its digest is repeated after the barrier of a rejoin
+    RepeatAfterBarrier,
+
+    // Stores that go back in time.
+    /// A mark is answered before it is durable
+    MarkBeforeDurable,
+    /// An intent bit is cleared before a mark covers the write on every member
+    IntentClearedUnsettled,
+    /// A member is promoted though no mark covers what it reported last
+    PromotedUnmarked,
+    /// A client leaves in good order without a mark that covers its last writes
+    DetachedUnmarked,
+    /// A member that shows less than it had is believed
+    RegressionIgnored,
+    /// A member that shows less than it had misses no more than is on record
+    RegressedNotStale,
+    /// The others go on without proof that nothing later is lost with a member that went back in time
+    LostHistoryNotProved,
+    /// A member without its table misses nothing of what only the reference's intents tell
+    ReferenceIntentsIgnored,
 }

@@ -142,6 +142,26 @@ impl PoolDisk {
                 Notice::ReadError(member, offset, length) => {
                     tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
                 }
+                Notice::Regressed { member, known, shown } => {
+                    tracing::error!(
+                        pool, %member,
+                        "its store went back in time (restored from a copy or a snapshot?): it was at {known} and shows {shown}; it \
+                         is out until it is copied over in full"
+                    );
+                }
+                Notice::Duplicate(store, Some(used), a, b) => {
+                    tracing::error!(
+                        pool, %store,
+                        "{a} and {b} both show this store, so one is a copy: {used} is used; remove the other one"
+                    );
+                }
+                Notice::Duplicate(store, None, a, b) => {
+                    tracing::error!(
+                        pool, %store,
+                        "{a} and {b} both show this store, so one is a copy, and neither is where the pool has it: neither is \
+                         used; remove the wrong one"
+                    );
+                }
                 Notice::Verify(text) => tracing::info!(pool, "verify {text}"),
                 Notice::LostWrites(members, blocks) => {
                     tracing::error!(

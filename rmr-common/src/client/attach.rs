@@ -1,12 +1,14 @@
 //! The attach protocol and view changes.
 
 use super::recovery::UnheardLosses;
-use super::{Client, LinkId, LinkState, Notice, Output, OverReason, Payload, State, recovery};
+use super::{Client, LinkId, LinkState, Notice, Output, OverReason, State, recovery};
 use crate::pool::{
-    Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Refusal, Sequence, View, ViewStep,
+    Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Position, Refusal, Sequence, View, ViewStep,
 };
 use crate::time::Time;
-use crate::wire::{Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError};
+use crate::wire::{
+    Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError, encode_attested,
+};
 
 impl Client {
     pub(super) fn message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
@@ -32,6 +34,7 @@ impl Client {
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::SourceFailed => self.source_failed(member, header),
                     Kind::DetachReply => self.detach_reply(member),
+                    Kind::MarkReply => self.mark_reply(member, header, body),
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
@@ -88,12 +91,17 @@ impl Client {
         if !recovery::may_attach(&view, ready) {
             return self.tell_waiting(&view, &spec, ready);
         }
+        let found = self.history_in_hellos(&view);
+        let lost = found.behind.iter().map(|(member, ..)| *member).collect();
+        if !self.may_go_on_without(&view, &found.known, lost, found.proves) {
+            return self.tell_history_lost(&view, &found.behind);
+        }
         let since = possible_since.unwrap_or(self.now);
         let is_early = self.now - since < self.config.attach_grace;
         // A member that is not needed may have been forced into use meanwhile, and know of a later view. So each one is tried
         // once, for as long as a connection and a hello may take.
         let is_absent = view.members.iter().any(|m| !ready.contains(m.id));
-        let is_asking = !self.has_asked_all() && (is_absent || is_early);
+        let is_asking = !self.has_asked_all() && (is_absent || is_early || self.has_leg_away());
         if is_asking || is_early && !view.active().is_subset(ready) {
             if let State::Gathering { possible_since, .. } = &mut self.state {
                 *possible_since = Some(since);
@@ -190,6 +198,28 @@ impl Client {
         }
     }
 
+    /// A Clean member lost a part of its history, and nobody can prove that nothing later is lost with it.
+    fn tell_history_lost(&mut self, view: &View, behind: &[(MemberId, Position, Position)]) {
+        let lost = behind.iter().filter(|(m, ..)| view.clean().contains(*m));
+        let name = |(member, known, shown): &(MemberId, Position, Position)| {
+            format!("member {member} was at {known} and shows {shown}")
+        };
+        let list: Vec<_> = lost.clone().map(name).collect();
+        let rest = view.clean().without(lost.map(|(m, ..)| *m).collect());
+        let advice = match rest.iter().next() {
+            Some(member) => format!(
+                "the last client did not leave in good order, so a later state may be lost with it. Put the right store back, or,                  if member {member} was in use to the end, go on with it: --force-from {member}"
+            ),
+            None => "no other member is current. Put the right store back; --force-from goes on with what a member has, and what was written later \
+                     is lost"
+                .to_owned(),
+        };
+        let text =
+            format!("a store went back in time (restored from a copy?): {}; {advice}", list.join(", "));
+        self.tell_once(text);
+        self.ask_again();
+    }
+
     fn tell_waiting(&mut self, view: &View, spec: &PoolSpec, ready: MemberSet) {
         let missing = view.clean().without(ready);
         if self.links.iter().any(|l| matches!(l.state, LinkState::Connecting | LinkState::Greeting { .. })) {
@@ -271,6 +301,17 @@ impl Client {
             return self.gather();
         }
         self.adopt_spec(spec.clone(), Some(best.order()));
+        let regressed = self.hear_history(&best, &replies);
+        let is_proof =
+            |m: MemberId, r: &AttachReply| r.clean_detach && r.view == best && !regressed.contains(m);
+        let proves = replies.iter().filter(|(m, r)| is_proof(*m, r)).map(|(m, _)| *m).collect();
+        if !self.may_go_on_without(&best, &self.history.attested, regressed, proves) {
+            return self.gather(); // The hellos tell, and say what is waited for.
+        }
+        let found: Vec<_> = replies.iter().map(|(m, r)| (*m, r.position)).collect();
+        // Whatever one says that lost a part of its history counts as if it were not there.
+        let replies: Vec<_> = replies.into_iter().filter(|(m, _)| !regressed.contains(*m)).collect();
+        let attached = attached.without(regressed);
         let best = recovery::base_of_attach(&best, replies.iter().map(|(m, r)| (*m, &r.view)));
         // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew. So
         // is one whose promotion is taken back.
@@ -294,6 +335,10 @@ impl Client {
                 }
             }
         }
+        additions.extend(self.regress(regressed, &found));
+        let half_told = self.half_told_regressions(best.clean().without(lost), &replies);
+        additions.extend(self.regress(half_told, &[]));
+        lost = lost.union(half_told.intersection(best.active()));
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
         if !self.own_epochs.is_empty() && !newly_out.is_empty() && !mutant!(GivenUpViewForgotten) {
@@ -335,6 +380,7 @@ impl Client {
         debug_assert!(spec.describes(&next), "{next} goes with another specification");
         self.verify_disturbed();
         let waiting = next.active();
+        let attested = self.attested_in(&next);
         self.faults.tell(&next, &mut additions);
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();
@@ -343,7 +389,9 @@ impl Client {
         }
         let last = batches.len() - 1;
         for (i, additions) in batches.into_iter().enumerate() {
-            let body = SetView { view: next.clone(), spec: spec.clone(), additions, more: i < last }.encode();
+            let body =
+                SetView { view: next.clone(), spec: spec.clone(), additions, more: i < last, attested }
+                    .encode();
             for member in waiting.iter() {
                 let mut header = self.header(Kind::SetView);
                 header.view = next.number;
@@ -361,7 +409,9 @@ impl Client {
         match header.status {
             Status::Ok => {
                 waiting.remove(member);
-                if waiting.is_empty() || mutant!(CommitWithoutAll) {
+                let (is_all, view) = (waiting.is_empty() || mutant!(CommitWithoutAll), next.clone());
+                self.attest_view(member, &view);
+                if is_all {
                     self.commit();
                 }
             }
@@ -422,6 +472,7 @@ impl Client {
         self.connect_members();
         self.parts.raise_barriers();
         self.resume_requests();
+        self.history_committed(attach);
         self.try_promote();
         self.advance_command();
         self.try_detach();
@@ -436,6 +487,7 @@ impl Client {
     /// Members can not be reached any more. The pool goes on with the others if a Clean one is left.
     pub(super) fn lose(&mut self, members: MemberSet, reason: &str) {
         self.stale_lost(members);
+        self.history_lost(members);
         self.commands_lost(members);
         for member in members.iter() {
             self.parts.fail_member(member);
@@ -557,11 +609,17 @@ impl Client {
         }
         match &self.state {
             State::Active if self.in_flight() == 0 => {
+                // Durable with the word that the client has left, on each member: that all have what was written.
+                if !self.is_all_marked() {
+                    return;
+                }
                 let waiting = self.view_active();
+                let Some(view) = &self.view else { return };
+                let body = encode_attested(&self.attested_in(view));
                 self.state = State::Detaching { waiting, since: self.now };
                 for member in waiting.iter() {
                     let header = self.header(Kind::Detach);
-                    self.send(member, header, Payload::None);
+                    self.send_body(member, header, body.clone());
                 }
             }
             // Nothing was ever attached: there is nobody to say goodbye to.

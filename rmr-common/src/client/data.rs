@@ -202,6 +202,9 @@ impl Client {
             ..self.header(kind)
         };
         let now = self.now;
+        if part.operation.is_write() {
+            self.history.written();
+        }
         if let Some(part) = self.parts.get_mut(slot) {
             part.state = PartState::Sent;
             part.pending = legs;
@@ -365,7 +368,12 @@ impl Client {
         if part.repeat {
             let sequence = self.next_sequence();
             self.parts.repeat(slot, sequence);
-            return self.send_if_active(slot);
+            // A barrier waits for it too: some legs may have carried it out, and a member that pulled that from one of them would be
+            // left with it if the client died.
+            if self.is_active() && !(self.is_quiescing() && mutant!(RepeatAfterBarrier)) {
+                self.send_part(slot);
+            }
+            return;
         }
         if part.operation.is_write() {
             if !self.is_inactive(part.failed) && !mutant!(CompleteBeforeCommit) {

@@ -217,6 +217,9 @@ impl Client {
         if let Some(link) = self.link_mut(id) {
             link.store = Some(store);
         }
+        if self.is_duplicate(id, &reply) {
+            return;
+        }
         if !self.displaces(id, store) {
             // A second address of a node that is connected already, or one that is not for a leg.
             self.set_aside(id);
@@ -261,6 +264,9 @@ impl Client {
         let Some(line) = members.find(|m| Some(m.store) == link.store) else { return true };
         // The operator's decision goes by whatever there is.
         let is_forced = self.forced().is_some_and(|force| force.member == line.id);
+        if self.is_contested(line.store) && line.address != link.address {
+            return false;
+        }
         is_forced || line.address.transport() == link.address.transport() || mutant!(AnyBinding)
     }
 
@@ -277,8 +283,81 @@ impl Client {
                 self.set_aside(other);
                 true
             }
+            // The one that the specification names comes first, as long as none is in use.
+            Some(other)
+                if matches!(self.state, State::Gathering { .. })
+                    && suits(id)
+                    && self.is_home(id)
+                    && !self.is_home(other) =>
+            {
+                self.set_aside(other);
+                true
+            }
             Some(_) => false,
         }
+    }
+
+    /// Whether a link goes to the address that the specification has for the store at its other end.
+    fn is_home(&self, id: LinkId) -> bool {
+        let Some(link) = self.link(id) else { return false };
+        let members = self.spec.iter().flat_map(|s| &s.members);
+        members.into_iter().any(|m| Some(m.store) == link.store && m.address == link.address)
+    }
+
+    /// Whether two nodes showed this store a moment ago, so that none but the one that the specification names may be it.
+    fn is_contested(&self, store: StoreId) -> bool {
+        let lately = self.config.leg_timeout * 2;
+        self.contested.is_some_and(|(s, since)| s == store && self.now - since <= lately)
+    }
+
+    /// Whether some leg does not go to the address that the specification has for its member.
+    pub(super) fn has_leg_away(&self) -> bool {
+        self.ready_members().iter().any(|m| self.legs[m.index()].is_some_and(|id| !self.is_home(id)))
+    }
+
+    /// Whether another node shows the same store, and this link is not to be used for that: then one is a copy of the other. The one
+    /// at the address that the specification has is used, or the one that is in use already; else neither is, and no chance decides.
+    fn is_duplicate(&mut self, id: LinkId, reply: &HelloReply) -> bool {
+        let (store, process) = (reply.store(), reply.process_boot);
+        let shows_it = |l: &super::Link| match &l.state {
+            LinkState::Ready(other) => other.store() == store && other.process_boot != process,
+            _ => false,
+        };
+        let fresh = |l: &super::Link| self.now - l.greeted <= self.config.leg_timeout;
+        let found = self.links.iter().zip(0u8..).map(|(l, i)| (l, LinkId(i)));
+        let mut twins = found.filter(|(l, i)| *i != id && !l.retired && shows_it(l));
+        let Some((twin, other)) = twins.next() else { return false };
+        if mutant!(DuplicateUsed) {
+            return false;
+        }
+        let is_leg = self.legs.contains(&Some(other)) && !matches!(self.state, State::Gathering { .. });
+        if !is_leg && !fresh(twin) {
+            // Its node may have been started again since, and have another address.
+            self.drop_link(other, "asked again: another node shows its store");
+            return false;
+        }
+        let (Some(here), Some(there)) = (self.link(id), self.link(other)) else { return false };
+        let (here, there) = (here.address.clone(), there.address.clone());
+        let used = if is_leg || self.is_home(other) {
+            Some(there.clone())
+        } else {
+            self.is_home(id).then(|| here.clone())
+        };
+        let is_used = used.as_ref() == Some(&here);
+        self.contested = Some((store, self.now));
+        if self.told_duplicate != Some((store, here.clone(), there.clone())) {
+            self.told_duplicate = Some((store, here.clone(), there.clone()));
+            self.notice(Notice::Duplicate(store, used.clone(), here.clone(), there.clone()));
+        }
+        let reason =
+            |at: &Address| format!("{at} shows store {store} as well, and only one can be the member's");
+        if used.as_ref() != Some(&there) {
+            self.drop_link(other, &reason(&here));
+        }
+        if !is_used {
+            self.drop_link(id, &reason(&there));
+        }
+        !is_used
     }
 
     /// Closes a link that is not needed, until the one that is used for its store is lost.
@@ -419,7 +498,9 @@ impl Client {
                 let is_up = !matches!(l.state, LinkState::Down { .. });
                 let is_its =
                     l.store == Some(member.store) && (self.suits(l) || self.legs.contains(&Some(LinkId(id))));
-                !l.retired && (l.address == member.address || is_up && is_its)
+                // Before an attach every member is looked for where it should be: what is found elsewhere may be a copy.
+                let is_enough = !matches!(self.state, State::Gathering { .. });
+                !l.retired && (l.address == member.address || is_enough && is_up && is_its)
             };
             if !self.links.iter().zip(0u8..).any(leads_there) {
                 self.add_link(member.address);

@@ -21,6 +21,7 @@ mod change;
 mod data;
 mod faults;
 mod force;
+mod history;
 mod links;
 mod parts;
 mod reconcile;
@@ -42,8 +43,8 @@ pub use status::{LegStatus, LinkSummary, PoolStatus};
 use crate::auth::{KeyRing, Nonce, Opener};
 use crate::map::BlockMap;
 use crate::pool::{
-    Address, BootId, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Refusal, Sequence,
-    Slot, StoreId, View, ViewNumber,
+    Address, BootId, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Position, Refusal,
+    Sequence, Slot, StoreId, View, ViewNumber,
 };
 use crate::time::Time;
 use crate::transport::rdma::{Fabric, ReadMode};
@@ -91,6 +92,9 @@ pub struct Config {
     pub reconnect_interval: Duration,
     /// A silent link is probed this often.
     pub ping_interval: Duration,
+    /// While writes arrive, members put on durable record this often how far the pool has come. A store that is put back to a
+    /// state of more than so long before its last write is known by that.
+    pub mark_interval: Duration,
     /// A verify that looks at a range again holds writes to it for so long at most.
     pub verify_hold: Duration,
     /// The keys of the pool: the node has to prove that it has one of them, and this client does. Empty: no authentication.
@@ -140,6 +144,7 @@ impl Config {
             attach_grace: Duration::from_secs(1),
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
+            mark_interval: Duration::from_secs(5),
             verify_hold: Duration::from_millis(20),
             keys: KeyRing::default(),
             tls: None,
@@ -381,6 +386,18 @@ pub enum Notice {
     LostWrites(MemberSet, u64),
     /// A verify began, or ended; how, in words.
     Verify(String),
+    /// The store of this member shows less than it had acknowledged: it went back in time, or is a copy of an earlier state. It is
+    /// taken as wholly stale.
+    Regressed {
+        /// The member.
+        member: MemberId,
+        /// How far it had come.
+        known: Position,
+        /// What it shows.
+        shown: Position,
+    },
+    /// Two nodes show one store. The first address is that of the one that is used; `None` if neither is.
+    Duplicate(StoreId, Option<Address>, Address, Address),
     /// A member cannot come back, because its store cannot hold the pool as it is now.
     NoRoom(MemberId, String),
     /// The client is over.
@@ -520,6 +537,11 @@ pub struct Client {
     ready_slots: Vec<Slot>,
     slot_scratch: Vec<(Sequence, Slot)>,
     stale: rejoin::Stale,
+    history: history::History,
+    /// The store that two nodes showed last, and where.
+    told_duplicate: Option<(StoreId, Address, Address)>,
+    /// The same, and when they last did.
+    contested: Option<(StoreId, Time)>,
     verify: Option<Box<verify::Verify>>,
     /// When the guest last asked for something.
     last_request: Option<Time>,
@@ -592,6 +614,9 @@ impl Client {
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
             stale: rejoin::Stale::default(),
+            history: history::History::default(),
+            told_duplicate: None,
+            contested: None,
             verify: None,
             last_request: None,
             commands: change::Commands::default(),
@@ -726,6 +751,7 @@ impl Client {
         self.tick_requests();
         self.tick_state();
         self.tick_stale();
+        self.tick_history();
         self.tick_commands();
     }
 }

@@ -129,11 +129,15 @@ impl Client {
         match AttachReply::decode(body) {
             Ok(reply) if header.status == Status::Ok && self.is_active() => {
                 self.go_on_above(&reply);
-                let ranges = self.left_behind(&reply);
                 let members = MemberSet::only(member);
-                let addition = |&(offset, length): &(u64, u64)| DirtyAddition { members, offset, length };
+                let additions: Vec<_> = if self.is_regressed_at_rejoin(member, &reply) {
+                    self.regress(members, &[(member, reply.position)]).into_iter().collect()
+                } else {
+                    let addition = |&(offset, length): &(u64, u64)| DirtyAddition { members, offset, length };
+                    self.left_behind(&reply).iter().map(addition).collect()
+                };
                 if let Some(rejoin) = &mut self.stale.rejoin {
-                    rejoin.additions = ranges.iter().map(addition).collect();
+                    rejoin.additions = additions;
                 }
                 let size = self.spec.as_ref().map_or(0, |s| s.size);
                 if reply.spec.size < size {
@@ -389,6 +393,7 @@ impl Client {
         }
         // One that was lost in the view under way has no link.
         let others = self.view_active().intersection(self.ready_members()).without(MemberSet::only(member));
+        self.history_reported(member);
         let done = list.blocks_left == 0 || mutant!(PromotedWhileStale);
         let body = list.encode();
         for other in others.iter() {
@@ -407,6 +412,9 @@ impl Client {
             return;
         }
         let Some(member) = self.stale.current.iter().next() else { return };
+        if !self.is_report_marked(member) {
+            return;
+        }
         self.stale.current.remove(member);
         let next = self.view.as_ref().map(|v| v.step(ViewStep::Promote(member), self.epoch));
         if let (Some(Ok(next)), Some(spec)) = (next, self.spec.clone()) {

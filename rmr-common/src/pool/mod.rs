@@ -4,15 +4,17 @@
 
 mod command;
 mod id;
+mod position;
 mod spec;
 mod verify;
 mod view;
 
 pub use command::{Command, CommandReply, Refusal};
 pub use id::{
-    Block, BootId, Chunk, ClientId, Epoch, MAX_NUMBER, MemberId, MemberSet, PoolId, Sequence, Slot, StoreId,
-    ViewNumber,
+    Block, BootId, Chunk, ClientId, Epoch, MAX_NUMBER, Mark, MemberId, MemberSet, PoolId, Sequence, Slot,
+    StoreId, ViewNumber,
 };
+pub use position::{Attested, Position};
 pub use spec::{
     Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,
     MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,

@@ -10,7 +10,11 @@ fn force(bench: &mut Bench, number: u8, session: u64, epoch: u64) {
     let view = bench.replica.view().step(ViewStep::Force(member), Epoch(epoch)).unwrap();
     let header = MessageHeader { view: view.number, ..bench.header(Kind::SetView, session) };
     let spec = bench.replica.spec().clone();
-    bench.message(1, header, &SetView { view, spec, additions: Vec::new(), more: false }.encode());
+    bench.message(
+        1,
+        header,
+        &SetView { view, spec, additions: Vec::new(), more: false, attested: Attested::default() }.encode(),
+    );
 }
 
 #[test]
@@ -70,7 +74,11 @@ fn only_a_view_of_this_member_alone_brings_an_epoch_with_it() {
     let view = View { epoch: Epoch(2), ..bench.replica.view().step(ViewStep::Amend, Epoch(1)).unwrap() };
     let header = MessageHeader { view: view.number, ..bench.header(Kind::SetView, 1) };
     let spec = bench.replica.spec().clone();
-    bench.message(1, header, &SetView { view, spec, additions: Vec::new(), more: false }.encode());
+    bench.message(
+        1,
+        header,
+        &SetView { view, spec, additions: Vec::new(), more: false, attested: Attested::default() }.encode(),
+    );
     assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::IllegalView));
 }
 

@@ -369,8 +369,11 @@ impl Replica {
             return;
         }
         let (now, watermark, idle) = (self.now, self.watermark, self.config.intent_idle);
+        // Until then a member that went back in time could not be told from one that did not.
+        let settled = self.history.settled;
         let is_done = |c: &Chunk, a: &Activity| {
             (a.sequence <= watermark || mutant!(WatermarkIgnored))
+                && (a.sequence <= settled || mutant!(IntentClearedUnsettled))
                 && now - a.last_write >= idle
                 && !self.frozen.contains(c)
         };

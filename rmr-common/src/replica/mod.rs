@@ -5,6 +5,7 @@
 //! the dirty bits of the members that miss it, then the data, then the answer.
 
 mod command;
+mod history;
 mod io;
 mod resync;
 mod room;
@@ -23,7 +24,8 @@ pub use status::{HolderStatus, MissedStatus, ReplicaCounters, ReplicaStatus};
 
 use crate::map::{MapPage, MemberMaps};
 use crate::pool::{
-    BootId, Chunk, ClientId, CommandReply, Epoch, MemberId, PoolSpec, Sequence, View, ViewNumber,
+    Attested, BootId, Chunk, ClientId, CommandReply, Epoch, Mark, MemberId, PoolSpec, Position, Sequence,
+    View, ViewNumber,
 };
 use crate::time::Time;
 use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, SlotEntry};
@@ -69,6 +71,25 @@ pub struct DurableState {
     pub epoch: Epoch,
     /// The client of that epoch.
     pub last_client: Option<LastClient>,
+    /// The last mark of the attachment that made the view.
+    pub mark: Mark,
+    /// What the member remembers of all members of the view.
+    pub attested: Attested,
+}
+
+impl DurableState {
+    /// The state of a member that no client has attached to yet.
+    #[must_use]
+    pub fn new(view: View, spec: PoolSpec) -> Self {
+        let (mark, attested) = (Mark(0), Attested::default());
+        Self { view, spec, epoch: Epoch(0), last_client: None, mark, attested }
+    }
+
+    /// How far the store has come.
+    #[must_use]
+    pub const fn position(&self) -> Position {
+        Position::new(self.epoch, &self.view, self.mark)
+    }
 }
 
 /// A piece of metadata to make durable.
@@ -239,6 +260,8 @@ pub enum Notice {
     View(View),
     /// Metadata cannot be made durable: the member stops to answer writes.
     MetadataFailed,
+    /// The coordinator found that the store of this member went back in time, and is to be copied over in full.
+    Regressed,
 }
 
 /// How a replica behaves.
@@ -283,6 +306,7 @@ enum Waiter {
     View(ViewNumber),
     DetachPages(Epoch),
     Detach(Epoch),
+    Mark(Epoch, Mark),
 }
 
 /// One member of a pool.
@@ -293,6 +317,7 @@ pub struct Replica {
     view: View,
     epoch: Epoch,
     last_client: Option<LastClient>,
+    history: history::History,
     /// The state as the superblock has it, and what is on its way there.
     durable_state: DurableState,
     coming_states: VecDeque<(Ticket, DurableState)>,
@@ -353,6 +378,7 @@ impl Replica {
     #[must_use]
     pub fn new(config: Config, member: MemberId, state: DurableState, maps: MemberMaps) -> Self {
         let durable_state = state.clone();
+        let history = history::History::new(&state);
         let spec = state.spec;
         let is_detached = state.last_client.as_ref().is_none_or(|c| !c.attached);
         let clean_detach = is_detached && maps.intent().count() == 0;
@@ -369,6 +395,7 @@ impl Replica {
             view: state.view,
             epoch: state.epoch,
             last_client: state.last_client,
+            history,
             durable_state,
             coming_states: VecDeque::new(),
             previous_client: None,
@@ -442,6 +469,9 @@ impl Replica {
             spec: spec.clone(),
             view: view.clone(),
             epoch,
+            position: self.durable_state.position(),
+            attested: self.durable_state.attested,
+            clean_detach: self.clean_detach,
         })
     }
 
@@ -532,6 +562,8 @@ impl Replica {
             spec: self.spec.clone(),
             epoch: self.epoch,
             last_client: self.last_client.clone(),
+            mark: self.history.mark,
+            attested: self.history.attested,
         }
     }
 
@@ -600,6 +632,7 @@ impl Replica {
                 Waiter::View(view) => self.view_durable(view),
                 Waiter::DetachPages(epoch) => self.detach_page_durable(epoch),
                 Waiter::Detach(epoch) => self.detach_durable(epoch),
+                Waiter::Mark(epoch, mark) => self.mark_durable(epoch, mark),
             }
         }
     }

@@ -25,7 +25,7 @@ fn set(bench: &mut Bench, step: ViewStep, change: impl FnOnce(&mut PoolSpec), mi
     let addition = |m| DirtyAddition { members: MemberSet::only(m), offset: 0, length: spec.size };
     let additions = missed.map(addition).into_iter().collect();
     let number = view.number;
-    let body = SetView { view, spec, additions, more: false }.encode();
+    let body = SetView { view, spec, additions, more: false, attested: Attested::default() }.encode();
     let header = MessageHeader { view: number, ..bench.header(Kind::SetView, 1) };
     bench.message(1, header, &body);
 }
@@ -130,7 +130,8 @@ fn a_pool_becomes_smaller_only_with_a_later_attachment_that_does_not_know_of_its
     let view = bench.replica.view().step(ViewStep::Attach(MemberSet::EMPTY), Epoch(2)).expect("a legal step");
     let mut spec = bench.replica.spec().clone();
     spec.size = size / 2;
-    let body = SetView { view, spec, additions: Vec::new(), more: false }.encode();
+    let body =
+        SetView { view, spec, additions: Vec::new(), more: false, attested: Attested::default() }.encode();
     bench.message(1, bench.header(Kind::SetView, 2), &body);
     bench.durable();
     assert_eq!((bench.answer(Kind::SetViewReply), bench.replica.spec().size), (Some(Status::Ok), size / 2));
@@ -178,7 +179,9 @@ fn a_view_in_which_the_store_is_another_one_is_refused() {
     let mut next = view.step(ViewStep::Amend, Epoch(1)).expect("a legal step");
     let store = StoreId::random();
     (next.members[0].store, spec.members[0].store) = (store, store);
-    let body = SetView { view: next, spec, additions: Vec::new(), more: false }.encode();
+    let body =
+        SetView { view: next, spec, additions: Vec::new(), more: false, attested: Attested::default() }
+            .encode();
     bench.message(1, bench.header(Kind::SetView, 1), &body);
     assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::IllegalView));
 }

@@ -4,8 +4,12 @@ use super::{
     BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
 };
 use crate::map::{ClearReason, ClearTarget};
-use crate::pool::{Chunk, Epoch, MemberId, MemberSet, MemberState, PoolSpec, Sequence, View, ViewNumber};
-use crate::wire::{Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status};
+use crate::pool::{
+    Attested, Chunk, Epoch, MemberId, MemberSet, MemberState, PoolSpec, Position, Sequence, View, ViewNumber,
+};
+use crate::wire::{
+    Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status, decode_attested,
+};
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
 pub(super) struct PendingAttach {
@@ -13,6 +17,8 @@ pub(super) struct PendingAttach {
     header: MessageHeader,
     durable: bool,
     flush: AttachFlush,
+    /// How far the store had come before.
+    position: Position,
 }
 
 /// The flush that comes before the answer to an attach. The new client does not know what the one before had not
@@ -29,6 +35,7 @@ pub(super) struct PendingView {
     header: MessageHeader,
     pub(super) view: View,
     pub(super) spec: PoolSpec,
+    attested: Attested,
     pages: usize,
     /// Room has to be made for the pool before anything else.
     pub(super) needs_room: bool,
@@ -57,7 +64,8 @@ impl Replica {
             }
             Kind::Attach => self.attach(connection, header, body),
             Kind::SetView => self.set_view(connection, header, body),
-            Kind::Detach => self.detach(connection, header),
+            Kind::Detach => self.detach(connection, header, body),
+            Kind::Mark => self.set_mark(connection, header, body),
             Kind::Prepare => self.prepare(connection, header, body),
             Kind::ClearDirty => self.clear_dirty(connection, header, body),
             Kind::PullMap => self.pull_map(connection, header),
@@ -153,6 +161,8 @@ impl Replica {
             self.outputs.push_back(Output::Close(old, "another client attached"));
         }
         self.lose_commands("another client attached");
+        let position = self.position();
+        self.history.attached();
         self.epoch = header.epoch;
         self.session += 1;
         self.set_view = None;
@@ -174,8 +184,13 @@ impl Replica {
             attached: true,
         });
         self.previous_client = previous.map(|c| c.client);
-        self.attach =
-            Some(PendingAttach { connection, header: *header, durable: false, flush: AttachFlush::Due });
+        self.attach = Some(PendingAttach {
+            connection,
+            header: *header,
+            durable: false,
+            flush: AttachFlush::Due,
+            position,
+        });
         self.persist_state(Waiter::Attach(self.epoch));
         if mutant!(AttachBeforeDurable) {
             self.attach_durable(self.epoch);
@@ -230,7 +245,7 @@ impl Replica {
             Some(AttachFlush::Running(_)) => return,
             Some(AttachFlush::Due | AttachFlush::Done) | None => {}
         }
-        let Some(PendingAttach { connection, header, .. }) = self.attach.take() else { return };
+        let Some(PendingAttach { connection, header, position, .. }) = self.attach.take() else { return };
         if header.epoch != self.epoch {
             return;
         }
@@ -261,6 +276,8 @@ impl Replica {
             } else {
                 self.intent_runs()
             },
+            position,
+            attested: self.history.attested,
         };
         if !self.clean_detach {
             self.frozen.extend(self.maps.intent().iter());
@@ -326,10 +343,18 @@ impl Replica {
             return;
         }
         let needs_room = set.spec.size > self.room.bytes();
-        let (view, spec) = (set.view, set.spec);
+        let (view, spec, attested) = (set.view, set.spec, set.attested);
         let header = *header;
-        self.set_view =
-            Some(PendingView { connection, header, view, spec, pages: 0, needs_room, adopted: false });
+        self.set_view = Some(PendingView {
+            connection,
+            header,
+            view,
+            spec,
+            attested,
+            pages: 0,
+            needs_room,
+            adopted: false,
+        });
         if needs_room {
             self.pump_room();
         } else {
@@ -476,8 +501,10 @@ impl Replica {
             }
         }
         self.epoch = pending.view.epoch;
-        self.view = pending.view.clone();
+        let (attested, replaced) =
+            (pending.attested, std::mem::replace(&mut self.view, pending.view.clone()));
         let old = std::mem::replace(&mut self.spec, pending.spec.clone());
+        self.remember(&replaced, &attested);
         self.room.fit(old.size, self.spec.size);
         self.view_session = self.session;
         self.persist_state(Waiter::View(self.view.number));
@@ -509,11 +536,20 @@ impl Replica {
         self.report_again();
     }
 
-    fn detach(&mut self, connection: ConnectionId, header: &MessageHeader) {
+    fn detach(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
         if self.holder_connection() != Some(connection) || header.epoch != self.epoch {
             return self.answer(connection, header, Kind::DetachReply, Status::NotAttached, Vec::new());
         }
+        let attested = match decode_attested(header.kind, body) {
+            Ok(attested) => attested,
+            Err(error) => {
+                let text = error.to_string().into_bytes();
+                return self.answer(connection, header, Kind::DetachReply, Status::BadRequest, text);
+            }
+        };
         self.note_committed(header);
+        // Durable with the word that the client has left: what was written up to here can be proved from then on.
+        self.learn(&attested);
         let flush = Some(self.own_flush());
         self.detach = Some(PendingDetach { connection, header: *header, flush, pages: 0 });
         if mutant!(DetachWithoutFlush) {

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::Replica;
-use crate::pool::{MemberId, View};
+use crate::pool::{Attested, MemberId, Position, View};
 use crate::time::Time;
 use crate::wire::{Kind, MessageHeader, Status};
 
@@ -106,6 +106,10 @@ pub struct ReplicaStatus {
     pub resync: Option<super::ResyncStatus>,
     /// Requests so far.
     pub counters: ReplicaCounters,
+    /// How far its store has come.
+    pub position: Position,
+    /// What it remembers of all members.
+    pub attested: Attested,
     /// Whether the member has stopped to serve because its metadata cannot be written.
     pub broken: bool,
 }
@@ -134,6 +138,8 @@ impl Replica {
             in_flight: self.ios.len() - self.free_ios.len(),
             resync: self.resync_status(),
             counters: self.counters,
+            position: self.position(),
+            attested: self.history.attested,
             broken: self.broken,
         }
     }

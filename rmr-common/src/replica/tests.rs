@@ -3,13 +3,20 @@
 use std::time::Duration;
 
 use super::*;
-use crate::pool::{Address, ChunkSize, MemberSet, MemberSpec, MemberState, PoolId, Slot, StoreId, ViewStep};
+use crate::pool::{
+    Address, ChunkSize, Mark, MemberSet, MemberSpec, MemberState, PoolId, Position, Slot, StoreId, ViewStep,
+};
 use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, Status};
 
 const CHUNK: u64 = 64 << 10;
 
 pub(super) fn member(index: u8) -> MemberId {
     MemberId::new(index).unwrap()
+}
+
+/// The body of a mark or a detach whose client remembers nothing of the members.
+pub(super) fn nothing_known() -> Vec<u8> {
+    crate::wire::encode_attested(&Attested::default())
 }
 
 /// A replica with the outputs that nobody has looked at yet.
@@ -41,7 +48,7 @@ impl Bench {
             process_boot: BootId::from_bytes([1; 16]),
             write_through,
         };
-        let state = DurableState { view, spec: spec.clone(), epoch: Epoch(0), last_client: None };
+        let state = DurableState::new(view, spec.clone());
         let maps = MemberMaps::new(&spec);
         Self { replica: Replica::new(config, member(0), state, maps), outputs: Vec::new() }
     }
@@ -104,6 +111,7 @@ impl Bench {
             spec: self.replica.spec().clone(),
             additions: chunks.iter().map(missed).collect(),
             more: false,
+            attested: Attested::default(),
         }
         .encode();
         self.message(connection, self.header(Kind::SetView, epoch), &body);
@@ -216,7 +224,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
         bench.durable();
     }
     let detach = MessageHeader { watermark: Sequence(1), ..bench.header(Kind::Detach, 1) };
-    bench.message(1, detach, &[]);
+    bench.message(1, detach, &nothing_known());
     let flush = bench.take_flush().expect("a flush");
     bench.apply(Event::Disk(flush, DiskResult::Done));
     bench.durable();
@@ -291,9 +299,14 @@ impl Bench {
         view.members.iter_mut().zip(states).for_each(|(line, state)| line.state = state);
         let addition = DirtyAddition { members: MemberSet::only(member(1)), offset: 0, length: 4096 };
         let header = MessageHeader { view: view.number, ..self.header(Kind::SetView, 1) };
-        let body =
-            SetView { view, spec: self.replica.spec().clone(), additions: vec![addition], more: false }
-                .encode();
+        let body = SetView {
+            view,
+            spec: self.replica.spec().clone(),
+            additions: vec![addition],
+            more: false,
+            attested: Attested::default(),
+        }
+        .encode();
         self.message(connection, header, &body);
     }
 
@@ -549,11 +562,104 @@ fn a_member_that_has_started_anew_is_no_source_until_its_client_is_back() {
     assert_eq!(bench.answer(Kind::PullMapReply), Some(Status::Ok));
 }
 
+/// A member with a client whose view is durable.
+fn in_use() -> Bench {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    let view = bench.replica.view().step(ViewStep::Attach(MemberSet::EMPTY), Epoch(1)).unwrap();
+    let header = MessageHeader { view: view.number, ..bench.header(Kind::SetView, 1) };
+    let (spec, additions, attested) = (bench.replica.spec().clone(), Vec::new(), Attested::default());
+    let body = SetView { view, spec, additions, more: false, attested }.encode();
+    bench.message(1, header, &body);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+    bench
+}
+
+fn mark(bench: &mut Bench, number: u64, watermark: u64, attested: &Attested) {
+    let header = MessageHeader {
+        sequence: Sequence(number),
+        watermark: Sequence(watermark),
+        ..bench.header(Kind::Mark, 1)
+    };
+    bench.message(1, header, &crate::wire::encode_attested(attested));
+}
+
+/// What a client knows when all three members have this mark.
+fn all_at(bench: &Bench, number: u64) -> Attested {
+    let mut attested = Attested::default();
+    for index in 0..3 {
+        attested.note(member(index), &Position::new(Epoch(1), bench.replica.view(), Mark(number)));
+    }
+    attested
+}
+
+#[test]
+fn a_mark_is_answered_when_it_is_durable_and_what_came_with_it_is_remembered() {
+    let mut bench = in_use();
+    let known = all_at(&bench, 3);
+    mark(&mut bench, 4, 0, &known);
+    assert_eq!(bench.answer(Kind::MarkReply), None);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::MarkReply), Some(Status::Ok));
+    let state = &bench.replica.durable_state;
+    assert_eq!((state.mark, state.attested), (Mark(4), known));
+    mark(&mut bench, 4, 0, &known);
+    assert_eq!(bench.answer(Kind::MarkReply), Some(Status::BadRequest), "marks grow");
+    bench.message(1, MessageHeader { sequence: Sequence(5), ..bench.header(Kind::Mark, 1) }, &[9]);
+    assert_eq!(bench.answer(Kind::MarkReply), Some(Status::BadRequest));
+    bench.message(
+        2,
+        MessageHeader { sequence: Sequence(5), ..bench.header(Kind::Mark, 1) },
+        &nothing_known(),
+    );
+    assert_eq!(bench.answer(Kind::MarkReply), Some(Status::NotAttached));
+    bench.attach(3, 2);
+    bench.durable();
+    assert_eq!(bench.attach_reply().position, Position::new(Epoch(1), bench.replica.view(), Mark(4)));
+    assert_eq!(bench.attach_reply().attested, known);
+}
+
+#[test]
+fn an_intent_stays_until_a_mark_that_covers_its_write_is_known_to_be_everywhere() {
+    let mut bench = in_use();
+    let write = MessageHeader {
+        slot: Slot(0),
+        sequence: Sequence(1),
+        length: 4096,
+        payload: 4096,
+        ..bench.header(Kind::Write, 1)
+    };
+    bench.message(1, write, &[]);
+    bench.durable();
+    let is_write = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Write(_), .. });
+    let at = bench.outputs.iter().position(is_write).unwrap();
+    let Output::Disk { io, .. } = bench.outputs.remove(at) else { unreachable!() };
+    bench.apply(Event::Disk(io, DiskResult::Done));
+    let tick = |bench: &mut Bench| {
+        bench.apply(Event::Tick);
+        if let Some(flush) = bench.take_flush() {
+            bench.apply(Event::Disk(flush, DiskResult::Done));
+        }
+        bench.durable();
+        bench.replica.maps().intent().count()
+    };
+    let ping = MessageHeader { watermark: Sequence(1), ..bench.header(Kind::Ping, 1) };
+    bench.message(1, ping, &[]);
+    assert_eq!(tick(&mut bench), 1, "no mark covers it");
+    mark(&mut bench, 1, 1, &Attested::default());
+    assert_eq!(tick(&mut bench), 1, "others may not have the mark");
+    let known = all_at(&bench, 1);
+    mark(&mut bench, 2, 1, &known);
+    assert_eq!(tick(&mut bench), 0);
+}
+
 #[test]
 fn a_detach_ends_the_resync() {
     let mut bench = Bench::new(true);
     bench.prepare();
-    bench.message(1, bench.header(Kind::Detach, 1), &[]);
+    bench.message(1, bench.header(Kind::Detach, 1), &nothing_known());
     let flush = bench.take_flush().unwrap();
     bench.apply(Event::Disk(flush, DiskResult::Done));
     bench.durable();

@@ -31,6 +31,8 @@ pub(super) enum Aim {
     GivenUp,
     /// The source of a resync loses its power and is up again before its client has noticed.
     Sources,
+    /// Stores go back in time. See `sim/rollback.rs`.
+    Rollbacks,
 }
 
 impl Aim {
@@ -40,6 +42,7 @@ impl Aim {
             1 => Self::HalfViews,
             3 => Self::Sources,
             4 => Self::Rivals,
+            5 | 9 => Self::Rollbacks,
             7 => Self::Scattered,
             10 => Self::Orphans,
             11 => Self::Divided,

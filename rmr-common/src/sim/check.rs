@@ -168,6 +168,7 @@ impl World<'_> {
         let start = usize::try_from(chunk.0).unwrap_or(0) * per_chunk;
         let others: Vec<_> =
             active.iter().filter(|&m| m != node.member).map(|m| (m, self.node_index(m))).collect();
+        let others: Vec<_> = others.into_iter().filter(|(_, i)| !self.is_back(*i)).collect();
         for sector in start..(start + per_chunk).min(self.sectors()) {
             // What was pulled is on record as missed until it is flushed.
             if node.disk.unflushed_since[sector] != 0 && !node.disk.pulled[sector] {
@@ -294,6 +295,9 @@ impl World<'_> {
                 Ok(())
             }
             Notice::Waiting(text) => {
+                if text.contains("went back in time") {
+                    self.history_awaited();
+                }
                 if text.contains("has met a client with epoch") {
                     self.coverage.hit("force: an attach waits for the later branch");
                 }
@@ -306,6 +310,8 @@ impl World<'_> {
                 Ok(())
             }
             Notice::Over(reason) => self.ended(host, &reason),
+            Notice::Regressed { member, known, shown } => self.regression_found(host, member, &known, &shown),
+            Notice::Duplicate(store, ..) => Err(format!("client {host} sees store {store} twice")),
             Notice::LegUp(..)
             | Notice::LinkLost(..)
             | Notice::Spec(_)
@@ -444,6 +450,9 @@ impl World<'_> {
             self.check_steps(&last, &view)?;
         }
         for member in view.active().iter() {
+            if self.is_back(self.node_in(&view, member)) {
+                continue; // It had the view when it answered.
+            }
             let durable = &self.nodes[self.node_in(&view, member)].durable.view;
             if durable.order() < view.order()
                 || (durable.epoch == view.epoch && durable.number == view.number && *durable != view)
@@ -452,6 +461,7 @@ impl World<'_> {
             }
         }
         self.check_spec(host, &view)?;
+        self.rollback_committed(&view);
         self.aim_agreed(&view);
         self.committed = Some(view);
         self.check_stale()
@@ -548,7 +558,9 @@ impl World<'_> {
         let Some(view) = self.hosts[host].committed.clone() else {
             return Err("completed before an attach".into());
         };
-        let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
+        // What one had answered and lost with its history, it loses its place for.
+        let has_all = |&index: &usize| !self.is_back(index);
+        let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).filter(has_all).collect();
         for sector in (request.first..request.first + request.count).filter(|&s| !self.oracle.is_open(s)) {
             let value = |index: usize| self.nodes[index].value(sector);
             // The content of memory that was changed in flight is not known, but it is the same everywhere.
@@ -568,6 +580,9 @@ impl World<'_> {
         }
         for member in view.active().iter() {
             let index = self.node_index(member);
+            if !has_all(&index) {
+                continue;
+            }
             let node = &self.nodes[index];
             for sector in request.first..request.first + request.count {
                 let value = node.value(sector);
@@ -588,7 +603,7 @@ impl World<'_> {
                     ));
                 }
             }
-            for absent in view.out().iter() {
+            for absent in view.out().iter().filter(|m| has_all(&self.node_index(*m))) {
                 let theirs = &self.nodes[self.node_index(absent)];
                 let misses = |&sector: &usize| {
                     theirs.disk.unflushed_since[sector] > 0

@@ -9,6 +9,10 @@ pub struct Coverage(BTreeMap<&'static str, u64>);
 /// Every situation that a campaign must reach.
 pub const SITUATIONS: &[&str] = &[
     "node asked over another binding",
+    "a store that went back in time is noticed",
+    "a store went back in time",
+    "attach waits for the right store",
+    "the right store was put back",
     "add: done",
     "add: client crashed",
     "add: node crashed",

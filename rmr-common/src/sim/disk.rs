@@ -93,6 +93,16 @@ impl Disk {
         }
     }
 
+    /// Another state of the store takes its place, durably.
+    pub(super) fn replace(&mut self, sectors: Vec<u64>) {
+        self.durable.clone_from(&sectors);
+        self.sectors = sectors;
+        self.unflushed_since.fill(0);
+        self.pulled.fill(false);
+        self.lost.clear();
+        self.bad.clear();
+    }
+
     /// Makes room: these sectors read as zeroes, durably.
     pub(super) fn zero(&mut self, first: usize, end: usize) {
         self.sectors[first..end].fill(0);

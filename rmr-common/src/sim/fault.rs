@@ -404,6 +404,8 @@ impl World<'_> {
             host.stalled_until.iter_mut().for_each(|s| *s = 0);
         }
         self.give_up_forces();
+        let patience = self.timeout() * 10;
+        self.await_right_stores(patience);
         // One that knows nobody who is still there would look for the pool for ever.
         for host in 0..self.hosts.len() {
             if self.hosts[host].is_live() && self.hosts[host].client.spec().is_none() {

@@ -7,8 +7,8 @@ use super::rng::Rng;
 use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::{self, CommandToken};
 use crate::pool::{
-    Address, Command, CommandReply, Epoch, MemberId, MemberSet, MemberSpec, MemberState, PoolSpec, Refusal,
-    StoreId, View,
+    Address, Command, CommandReply, MemberId, MemberSet, MemberSpec, MemberState, PoolSpec, Refusal, StoreId,
+    View,
 };
 use crate::replica::{self, CommandId, DurableState};
 use crate::time::Time;
@@ -359,7 +359,7 @@ impl World<'_> {
         }
         let view = View::unjoined(spec.members.iter().map(|m| (m.id, m.store)), member);
         let write_back = self.rng.percent(30);
-        let state = DurableState { view, spec, epoch: Epoch(0), last_client: None };
+        let state = DurableState::new(view, spec);
         let capacity = self.capacity();
         self.nodes.push(Node::new(member, store, address.clone(), state, write_back, capacity));
         for host in &mut self.hosts {

@@ -49,6 +49,7 @@ impl Profile {
         client.attach_grace = milliseconds(rng, &[0, 50, 500]);
         client.reconnect_interval = milliseconds(rng, &[10, 50, 300]);
         client.ping_interval = milliseconds(rng, &[50, 200, 1000]);
+        client.mark_interval = milliseconds(rng, &[20, 200, 5000]);
         client.verify_hold = milliseconds(rng, &[5, 20, 200]);
         client.data_digest = rng.pick(&[
             client::DataDigest::Off,

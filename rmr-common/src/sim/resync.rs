@@ -161,7 +161,10 @@ impl World<'_> {
     /// Whether a sector of a node is older than what was acknowledged, beyond doubt.
     fn is_missing(&self, index: usize, sector: usize) -> bool {
         let value = self.nodes[index].value(sector);
-        !self.oracle.is_current(sector, value) && !self.oracle.is_open(sector)
+        // What a client that lost its place left on a member that the others go on without, that member tells when it comes back.
+        let is_told = self.oracle.is_of_fenced(value)
+            && self.committed.as_ref().is_some_and(|v| self.nodes[index].durable.epoch < v.epoch);
+        !self.oracle.is_current(sector, value) && !self.oracle.is_open(sector) && !is_told
     }
 
     /// What a member that is not Clean misses is on record at each member that is active, and at itself while it syncs.
@@ -169,8 +172,13 @@ impl World<'_> {
         let Some(view) = &self.committed else { return Ok(()) };
         for stale in view.members.iter().filter(|m| m.state != MemberState::Clean) {
             let index = self.node_index(stale.id);
-            let keepers: Vec<_> =
+            if self.is_back_unknown(index, view) {
+                continue; // It is noticed when it is brought back in.
+            }
+            let keepers: Vec<usize> =
                 view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
+            // What one that went back in time had on record is lost with its history.
+            let keepers: Vec<_> = keepers.into_iter().filter(|&k| !self.is_back(k)).collect();
             let own = self.nodes[index].replica.as_ref();
             let knows_itself = own.is_some_and(|r| {
                 r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == *view
@@ -321,7 +329,11 @@ impl World<'_> {
             if disk.pulled[sector] && disk.unflushed_since[sector] > 0 {
                 return Err(format!("member {member} is promoted with pulled sector {sector} unflushed"));
             }
-            let differs = |&other: &usize| self.nodes[other].value(sector) != value;
+            // Another one that lost its cache since is on its way out, with what it had not flushed on record.
+            let differs = |&other: &usize| {
+                let theirs = &self.nodes[other];
+                theirs.value(sector) != value && !theirs.disk.lost.contains(&sector)
+            };
             let is_wrong = !self.oracle.is_current(sector, value) || others.iter().any(differs);
             // It may have lost its cache since it knows of its promotion: then it is Out with all of it on record when its client
             // hears of that. What it had pulled was flushed before.
@@ -392,7 +404,8 @@ impl World<'_> {
     pub(super) fn is_healed(&self, host: usize) -> bool {
         let host = &self.hosts[host];
         let is_clean = host.committed.as_ref().is_some_and(|v| v.clean().iter().count() == v.members.len());
-        host.client.is_active() && host.requests.is_empty() && is_clean && self.is_operator_content()
+        let is_staying = host.client.is_active() && host.client.status().state != "detaching";
+        is_staying && host.requests.is_empty() && is_clean && self.is_operator_content()
     }
 
     /// Whether a client has nothing to do, and leaves a leg out for its read errors.

@@ -90,6 +90,11 @@ pub enum Kind {
     GrowReply = 43,
     /// The data of the blocks that the [`Kind::PullReply`] behind it lists.
     PullData = 44,
+    /// The coordinator has members put on durable record how far the pool has come: `sequence` is the number of the mark, the
+    /// body what is remembered of all members.
+    Mark = 45,
+    /// Answer to [`Kind::Mark`]: it is durable.
+    MarkReply = 46,
 }
 
 impl Kind {
@@ -135,6 +140,8 @@ impl Kind {
             42 => Self::Grow,
             43 => Self::GrowReply,
             44 => Self::PullData,
+            45 => Self::Mark,
+            46 => Self::MarkReply,
             _ => return None,
         })
     }

@@ -9,7 +9,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rmr_common::pool::{Address, ClientId, MemberId, PoolId, PoolSpec, StoreId, View};
+use rmr_common::pool::{
+    Address, Attested, ClientId, MemberId, MemberState, PoolId, PoolSpec, Position, StoreId, View,
+};
 use rmr_common::transport::Counters;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -153,6 +155,18 @@ pub struct PoolStatus {
     /// The size up to which the pool can grow in this store.
     #[serde(default)]
     pub max_size_bytes: Option<u64>,
+    /// How far the store has come, and what it remembers of the others.
+    #[serde(default)]
+    pub history: HistoryStatus,
+}
+
+/// How far a store has come in the history of its pool, and what it remembers of all members.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct HistoryStatus {
+    /// Its own position.
+    pub position: Position,
+    /// The position that each member is known to have reached, by member id, and which of them went back since.
+    pub attested: Attested,
 }
 
 impl PoolStatus {
@@ -160,6 +174,13 @@ impl PoolStatus {
     #[must_use]
     pub const fn is_prepared(&self) -> bool {
         self.view.number.0 == 0
+    }
+
+    /// Whether the store went back in time, as a client found, and is not copied over yet.
+    #[must_use]
+    pub fn is_regressed(&self) -> bool {
+        self.history.attested.regressed.contains(self.member)
+            && self.view.state(self.member) != Some(MemberState::Clean)
     }
 }
 

@@ -12,8 +12,8 @@ use rmr_common::pool::{
 };
 
 use super::api::{
-    ClientState, ClientStatus, ControlError, CreateStore, DeleteStore, ErrorCode, IoCounters, LinkState,
-    Missed, NodeInfo, PeerStatus, PoolKey, PoolStatus, StoreCreated, StoreState, UnixMs,
+    ClientState, ClientStatus, ControlError, CreateStore, DeleteStore, ErrorCode, HistoryStatus, IoCounters,
+    LinkState, Missed, NodeInfo, PeerStatus, PoolKey, PoolStatus, StoreCreated, StoreState, UnixMs,
 };
 use super::{AdminLimits, AdminServer, NodeControl, Reply};
 
@@ -121,6 +121,7 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
         resync: None,
         authentication: crate::admin::api::Authentication::None,
         max_size_bytes: Some(8 * request.spec.size),
+        history: HistoryStatus::default(),
     }
 }
 

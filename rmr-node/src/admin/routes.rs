@@ -105,6 +105,10 @@ async fn health(State(control): Control) -> Result<Response, Refusal> {
     let problems: Vec<_> = pools
         .iter()
         .filter_map(|p| match &p.store_state {
+            StoreState::Serving if p.is_regressed() => Some(format!(
+                "pool '{}' member {}: its store went back in time (restored from a copy?) and is copied over in full",
+                p.spec.name, p.member
+            )),
             StoreState::Serving => None,
             StoreState::Waiting { reason } | StoreState::Failed { reason } => {
                 Some(format!("pool '{}' member {}: {reason}", p.spec.name, p.member))

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use rmr_common::pool::{MemberId, MemberSet, MemberState, PoolSpec, View};
+use rmr_common::pool::{Attested, MemberId, MemberSet, MemberState, PoolSpec, Position, View};
 use serde::Serialize;
 
 use super::format;
@@ -171,7 +171,7 @@ fn picture(statuses: &[PoolStatus]) -> Picture {
 /// |-----------------------------------------------|-----------|
 /// | two nodes disagree on it                      | Unknown   |
 /// | a member that is Clean in v\* was not seen    | Unknown: a newer view could be there (design.md §4) |
-/// | all Clean members seen, none of them serves   | Suspended |
+/// | all Clean members seen, none of them serves   | Suspended: one whose store went back in time does not serve |
 /// | all members Clean, serving, and have v\*      | Safe      |
 /// | otherwise                                     | Degraded  |
 #[must_use]
@@ -182,7 +182,9 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
         picture.reports.iter().filter(|r| r.store_state == StoreState::Serving).map(|r| r.member).collect();
     let behind: MemberSet =
         picture.reports.iter().filter(|r| r.view.order() < picture.view.order()).map(|r| r.member).collect();
-    let (unseen_clean, current) = (clean.without(seen), clean.intersection(serving));
+    let regressed = regressed(picture);
+    let back = regressed.iter().map(|(member, ..)| *member).collect();
+    let (unseen_clean, current) = (clean.without(seen), clean.intersection(serving).without(back));
     let members: Vec<_> = picture.view.members.iter().map(|m| member_line(picture, m.id, m.state)).collect();
     let copies = members.len();
 
@@ -204,6 +206,7 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
         (Level::Safe | Level::Degraded, _) => format!("{} of {copies} copies current", current.len()),
     }];
     parts.extend(members.iter().filter_map(|m| member_words(m, now)));
+    parts.extend(regressed.iter().map(|found| regressed_words(&members, found)));
     let late = clean.intersection(behind);
     if level == Level::Degraded && !late.is_empty() {
         parts.push(format!("view {} is not agreed yet: {} still below it", picture.view.number, names(late)));
@@ -226,6 +229,29 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
         members,
         client,
     }
+}
+
+/// The members whose store shows less than another one knows that it had, and is not on record as stale for it yet: what it had,
+/// and what it shows.
+fn regressed(picture: &Picture) -> Vec<(MemberId, Position, Position)> {
+    let mut known = Attested::default();
+    for report in &picture.reports {
+        known.merge(&picture.view, &report.history.attested, &report.view);
+    }
+    let shown = picture.reports.iter().map(|r| (r.member, *known.of(r.member), r.history.position));
+    let is_told = |m: MemberId| {
+        known.regressed.contains(m) && picture.view.state(m).is_some_and(|s| s != MemberState::Clean)
+    };
+    shown.filter(|(m, known, shown)| shown.is_behind(known) && !is_told(*m)).collect()
+}
+
+fn regressed_words(members: &[MemberLine], (id, known, shown): &(MemberId, Position, Position)) -> String {
+    let line = members.iter().find(|m| m.member == *id);
+    let node = line.map(|m| m.node.as_ref().unwrap_or(&m.address).clone()).unwrap_or_default();
+    format!(
+        "the store of member {id} ({node}) went back in time (restored from a copy or a snapshot?): it was at {known} and shows \
+         {shown}; put the right store back, or it is copied over in full when a client attaches"
+    )
 }
 
 fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLine {
@@ -401,7 +427,7 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use rmr_common::pool::{Epoch, StoreId};
+    use rmr_common::pool::{Epoch, Mark, StoreId};
 
     use super::*;
     use crate::admin::api::Missed;
@@ -430,6 +456,34 @@ mod tests {
 
     fn headline(statuses: Vec<PoolStatus>) -> String {
         assess(&one(statuses), true, NOW).headline
+    }
+
+    #[test]
+    fn a_store_that_went_back_in_time_is_not_current_whatever_the_view_says() {
+        use MemberState::{Clean, Out};
+        let position = |epoch, mark| Position { epoch: Epoch(epoch), mark: Mark(mark), ..Position::default() };
+        let mut pool = statuses(&[Clean, Clean]);
+        for status in &mut pool {
+            status.history.position = position(3, 7);
+            status.history.attested.note(member(0), &position(3, 7));
+            status.history.attested.note(member(1), &position(3, 7));
+        }
+        assert!(headline(pool.clone()).starts_with("SAFE"));
+        pool[0].history.position = position(2, 7);
+        let words = headline(pool.clone());
+        assert!(words.starts_with("DEGRADED: 1 of 2 copies current"), "{words}");
+        assert!(words.contains("the store of member 0 (n0) went back in time"), "{words}");
+        // Nor does the last one serve.
+        let mut alone = pool.clone();
+        alone.iter_mut().for_each(|s| set_state(s, 1, Out));
+        assert!(headline(alone).starts_with("SUSPENDED"));
+        // A client has dealt with it: it is Out, and all of it on record.
+        for status in &mut pool {
+            set_state(status, 0, Out);
+            status.history.attested.regressed = MemberSet::only(member(0));
+        }
+        let words = headline(pool);
+        assert!(words.starts_with("DEGRADED") && !words.contains("went back"), "{words}");
     }
 
     #[test]

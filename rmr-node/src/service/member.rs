@@ -18,8 +18,8 @@ use super::command::Asker;
 use super::pulls::Pulls;
 use super::source_link::SourceLink;
 use crate::admin::api::{
-    Authentication, ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus,
-    ResyncState, ResyncStatus, StoreState, UnixMs,
+    Authentication, ClientState, ClientStatus, HistoryStatus, IoCounters, LinkState, Missed, PeerStatus,
+    PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
 };
 use crate::disk::{Buffer, DiskId};
 use crate::store::{ClientRecord, MapKind, MetadataIo, MetadataWriter, Store, fit_client_name};
@@ -116,6 +116,8 @@ impl Member {
             view: superblock.view.clone(),
             spec: spec.clone(),
             epoch: superblock.epoch,
+            mark: superblock.mark,
+            attested: superblock.attested,
             last_client: superblock.client.as_ref().map(|c| LastClient {
                 client: c.id,
                 description: c.name.clone(),
@@ -181,6 +183,8 @@ impl Member {
                 superblock.view = state.view.clone();
                 superblock.spec = state.spec.clone();
                 superblock.epoch = state.epoch;
+                superblock.mark = state.mark;
+                superblock.attested = state.attested;
                 superblock.client = state.last_client.as_ref().map(|c| ClientRecord {
                     id: c.client,
                     name: fit_client_name(&c.description).to_owned(),
@@ -278,6 +282,12 @@ impl Member {
             Notice::MetadataFailed => {
                 tracing::error!(%pool, %member, %view, "metadata cannot be written: this member stops to serve");
             }
+            Notice::Regressed => {
+                tracing::error!(
+                    %pool, %member, %view,
+                    "this store went back in time (restored from a copy or a snapshot?): it is copied over in full from a current member"
+                );
+            }
         }
     }
 
@@ -322,7 +332,11 @@ impl Member {
         };
         Some(ResyncStatus {
             state,
-            reason: "this member was absent and has missed writes".to_owned(),
+            reason: if status.attested.regressed.contains(status.member) {
+                "its store went back in time and is copied over in full".to_owned()
+            } else {
+                "this member was absent and has missed writes".to_owned()
+            },
             since_unix_ms: self.progress.as_ref().map_or_else(UnixMs::now, |p| p.since),
             source: resync.map(|r| r.source),
             blocks_left: left,
@@ -400,6 +414,7 @@ impl Member {
             latency: None,
             resync,
             max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
+            history: HistoryStatus { position: status.position, attested: status.attested },
         }
     }
 }

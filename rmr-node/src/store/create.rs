@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rmr_common::pool::{MemberId, PoolSpec, StoreId, View};
+use rmr_common::pool::{Attested, Mark, MemberId, PoolSpec, StoreId, View};
 
 use super::backing::Backing;
 use super::error::{During, StoreError};
@@ -138,6 +138,8 @@ fn plan(options: &CreateOptions) -> Result<Superblock, InvalidSuperblock> {
     let (room, needed) = (0, chunk_size.count(largest));
     let layout = Layout::for_chunks(needed).ok_or(InvalidSuperblock::MapRoom { room, needed })?;
     let superblock = Superblock {
+        mark: Mark(0),
+        attested: Attested::default(),
         spec: options.spec.clone(),
         member: options.member,
         store: options.store,

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use rmr_common::pool::Position;
 use serde::Serialize;
 
 use super::backing::Backing;
@@ -187,6 +188,18 @@ impl Report {
         }
         writeln!(f, "{view}")?;
         writeln!(f, "newest epoch accepted: {}", superblock.epoch)?;
+        writeln!(f, "position: {}", superblock.position())?;
+        for member in &spec.members {
+            let known = superblock.attested.of(member.id);
+            let regressed = if superblock.attested.regressed.contains(member.id) {
+                "; it went back in time since"
+            } else {
+                ""
+            };
+            if *known != Position::default() {
+                writeln!(f, "  member {} was seen at {known}{regressed}", member.id)?;
+            }
+        }
         match &superblock.client {
             None => writeln!(f, "client: none yet")?,
             Some(client) => {

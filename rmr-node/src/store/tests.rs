@@ -204,7 +204,7 @@ fn foreign_newer_and_truncated_stores_are_refused() {
     assert_eq!(Store::inspect(&path).unwrap().problems.len(), 1);
     file.set_len(created.layout.store_size(POOL)).unwrap();
     let mut newer = created.encode(3).unwrap();
-    newer.bytes_mut()[8] = 2;
+    newer.bytes_mut()[8] = 3;
     reseal(newer.bytes_mut());
     change(&path, SUPERBLOCK_OFFSETS[1], newer.bytes());
     assert!(matches!(Store::open(&path, None), Err(StoreError::NewerFormat { .. })));

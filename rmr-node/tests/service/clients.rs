@@ -50,7 +50,11 @@ fn clients_reach_pools_on_other_shards_and_leave_them_at_any_moment() {
                 for i in 0..300 {
                     let mut raw = Raw::connect(&node, i % 4);
                     let hello = Hello {
-                        versions: if i % 2 == 0 { (9, 9) } else { (1, 1) },
+                        versions: if i % 2 == 0 {
+                            (9, 9)
+                        } else {
+                            (rmr_common::wire::PROTOCOL_VERSION, rmr_common::wire::PROTOCOL_VERSION)
+                        },
                         capabilities: 0,
                         role: Role::Client,
                         client: ClientId::random(),

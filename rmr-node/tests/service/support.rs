@@ -247,7 +247,7 @@ impl Raw {
         nonce: Option<[u8; NONCE_SIZE]>,
     ) -> (MessageHeader, Vec<u8>) {
         let hello = Hello {
-            versions: (1, 1),
+            versions: (rmr_common::wire::PROTOCOL_VERSION, rmr_common::wire::PROTOCOL_VERSION),
             capabilities: 0,
             role,
             client: ClientId::random(),

@@ -117,6 +117,7 @@ fn what_a_member_brought_back_counts_until_the_view_of_its_rejoin_is_committed()
     assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
     // As if the view had reached the Syncing member alone, which has a write of an earlier client, and has that on record.
     (bench.views[0], bench.specs[0]) = before;
+    bench.never_had_more(0);
     bench.slots = vec![vec![written(900, 6)], vec![written(7, 3), written(900, 6)]];
     bench.known[0] = Sequence(1000);
     bench.additions.clear();
@@ -133,6 +134,7 @@ fn after_a_death_in_a_view_change_only_those_stay_clean_that_heard_of_the_loss()
     bench.set_up(2, false);
     bench.views[0] = View { number: ViewNumber(bench.views[0].number.0 - 1), ..bench.views[0].clone() };
     bench.views[0].members[2].state = MemberState::Clean;
+    bench.never_had_more(0);
     bench.prepares = false;
     bench.start_client(|_| {});
     assert!(bench.client.is_active());
@@ -150,6 +152,7 @@ fn after_a_death_in_a_view_change_only_those_stay_clean_that_heard_of_the_loss()
     bench.set_up(2, false);
     bench.views[0] = View { number: ViewNumber(bench.views[0].number.0 - 1), ..bench.views[0].clone() };
     bench.views[0].members[2].state = MemberState::Clean;
+    bench.never_had_more(0);
     // Member 0 is ahead, so that member 1 is brought in line with it.
     bench.slots[0] = vec![written(900, 6)];
     bench.prepares = false;
