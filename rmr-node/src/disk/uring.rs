@@ -413,3 +413,85 @@ fn build(depth: u32) -> io::Result<IoUring> {
         result => result,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    /// What the kernel is taken to have moved before it stopped: within a page, and within the second segment.
+    const MOVED: usize = 4096 + 512;
+    const LENGTH: usize = 3 * 4096;
+
+    fn pattern() -> Vec<u8> {
+        (0u32..).flat_map(u32::to_le_bytes).take(LENGTH).collect()
+    }
+
+    /// Lets a transfer stop after `MOVED` bytes, and the ring carry out what is left of it.
+    fn continue_short(ring: &mut Ring, disk: &RingDisk, kind: IoKind, memory: Payload) -> Payload {
+        let (id, length) = (DiskId(0), LENGTH as u64);
+        let mut request = Request {
+            io: Some(Io { disk: id, id: 1, kind, offset: 4096, length, payload: memory }),
+            ..Request::default()
+        };
+        request.io.as_mut().unwrap().payload.segments(&mut request.segments);
+        request.entry(disk, ring.fixed, &mut ring.zeroes);
+        assert_eq!(request.after(&disk.file, i32::try_from(MOVED).unwrap()), None, "more is to be done");
+        let rest = request.entry(disk, ring.fixed, &mut ring.zeroes);
+        // SAFETY: `request` holds the memory and outlives the wait below.
+        unsafe { ring.ring.submission().push(&rest) }.unwrap();
+        ring.ring.submit_and_wait(1).unwrap();
+        let moved = ring.ring.completion().next().unwrap().result();
+        assert_eq!(moved, i32::try_from(LENGTH - MOVED).unwrap());
+        assert_eq!(request.after(&disk.file, moved), Some(Ok(())));
+        request.io.take().unwrap().payload
+    }
+
+    fn bytes(payload: &Payload) -> Vec<u8> {
+        match payload {
+            Payload::Buffer(buffer) => buffer.bytes().to_vec(),
+            Payload::Buffers(buffers) => buffers.iter().flat_map(|b| b.bytes().to_vec()).collect(),
+            other => panic!("no bytes of {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_transfer_that_stopped_short_goes_on_where_it_stopped_in_memory_and_on_disk() {
+        for (is_registered, is_list) in [(false, false), (false, true), (true, false), (true, true)] {
+            let case = format!("registered {is_registered}, list {is_list}");
+            let pool = BufferPool::new(1 << 20).unwrap();
+            let mut ring = Ring::new(8, 1).unwrap();
+            if is_registered {
+                ring.register_buffers(&pool).unwrap();
+            }
+            // In memory, where any byte may begin a transfer.
+            let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+            file.as_file().set_len(8 * 4096).unwrap();
+            let disk = ring.add_disk(0, DiskFile::new(file.reopen().unwrap(), 8 * 4096).unwrap());
+            let memory = |content: &[u8]| {
+                let lengths = if is_list { &[4096, 4096, 4096][..] } else { &[LENGTH][..] };
+                let mut buffers: Vec<_> = lengths.iter().map(|l| pool.try_acquire(*l).unwrap()).collect();
+                let mut at = 0;
+                for buffer in &mut buffers {
+                    let length = buffer.length();
+                    buffer.bytes_mut().copy_from_slice(&content[at..at + length]);
+                    at += length;
+                }
+                if is_list { Payload::Buffers(buffers) } else { Payload::Buffer(buffers.remove(0)) }
+            };
+            // The first part counts as moved, and was not.
+            let mut expected = vec![0; LENGTH];
+            expected[MOVED..].copy_from_slice(&pattern()[MOVED..]);
+
+            continue_short(&mut ring, &disk, IoKind::Write, memory(&pattern()));
+            let mut found = vec![9; LENGTH];
+            file.as_file().read_exact_at(&mut found, 4096).unwrap();
+            assert!(found == expected, "{case}: the disk has something else");
+
+            file.as_file().write_all_at(&pattern(), 4096).unwrap();
+            let read = continue_short(&mut ring, &disk, IoKind::Read, memory(&[0; LENGTH]));
+            assert!(bytes(&read) == expected, "{case}: the memory has something else");
+        }
+    }
+}
