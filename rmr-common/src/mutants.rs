@@ -124,6 +124,8 @@ mutants! {
     GuestWriteOverPulled,
     /// A guest write to a part of a stale block does not wait for the rest
     PartialWriteNotHeld,
+    /// Zeroes that are pulled are written, and not discarded
+    ZeroesWritten,
     /// Chunks are reported as current before they are flushed
     ReportBeforeFlush,
     /// Chunks are reported as current though their flush failed

@@ -118,6 +118,9 @@ pub enum DiskOperation {
     Discard,
     /// Make the range read as zeroes.
     WriteZeroes,
+    /// Zeroes that came from another member: as a discard, and nothing at all where the range reads as zeroes already. That
+    /// must be seen on the disk at this moment: the store may hold old data in any place.
+    ZeroPulled,
 }
 
 impl DiskOperation {

@@ -478,9 +478,11 @@ impl Replica {
         }
     }
 
-    /// Writes blocks in a row: zeroes, or data of a pull from a place in it on.
+    /// Writes blocks in a row: data of a pull from a place in it on, or makes them a hole.
     fn write_run(&mut self, chunk: Chunk, first: Block, count: u64, data: Option<(u64, u32)>) {
-        let operation = data.map_or(DiskOperation::WriteZeroes, |_| DiskOperation::WritePulled);
+        let zeroes =
+            if mutant!(ZeroesWritten) { DiskOperation::WriteZeroes } else { DiskOperation::ZeroPulled };
+        let operation = data.map_or(zeroes, |_| DiskOperation::WritePulled);
         let io = self.insert_own(operation);
         let offset = first.0 * BLOCK_SIZE;
         let length = u32::try_from(count * BLOCK_SIZE).unwrap_or(u32::MAX);

@@ -9,6 +9,8 @@ use crate::pool::{
 use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, Status};
 
 const CHUNK: u64 = 64 << 10;
+/// A pool of this size has two pages in each map.
+const TWO_PAGES: u64 = (crate::map::MAP_PAGE_BITS + 16) * CHUNK;
 
 pub(super) fn member(index: u8) -> MemberId {
     MemberId::new(index).unwrap()
@@ -27,6 +29,10 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new(write_through: bool) -> Self {
+        Self::of_size(write_through, 16 << 20)
+    }
+
+    fn of_size(write_through: bool, size: u64) -> Self {
         let line = |i: u8| {
             let store = StoreId::from_bytes([i + 1; 16]);
             MemberSpec::new(member(i), store, Address::tcp("node", 1 + u16::from(i)))
@@ -34,7 +40,7 @@ impl Bench {
         let spec = PoolSpec {
             id: PoolId::from_bytes([9; 16]),
             name: "p".into(),
-            size: 16 << 20,
+            size,
             chunk_size: ChunkSize::from_bytes(CHUNK).unwrap(),
             logical_block_size: 512,
             members: (0..3).map(line).collect(),
@@ -750,4 +756,119 @@ fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
     assert_eq!(status(&mut bench, 3), Some(Status::Ok));
     bench.attach_with(4, 3, &attach(4, false));
     assert_eq!(status(&mut bench, 4), Some(Status::Held), "a guest's client does not yield");
+}
+
+#[test]
+fn every_page_of_every_map_is_taken_over_before_the_view_is_answered() {
+    let mut bench = Bench::of_size(true, TWO_PAGES);
+    bench.prepare();
+    bench.syncing();
+    let asked = bench.take_sent(Kind::PullMap);
+    let pages: Vec<_> = asked.iter().map(|ask| (ask.slot.0, ask.offset)).collect();
+    assert_eq!(pages, [(0, 0), (0, 1), (1, 0), (1, 1)], "by member and page");
+    for (answered, ask) in asked.iter().enumerate() {
+        bench.durable();
+        bench.durable();
+        assert_eq!(bench.answer(Kind::SetViewReply), None, "after {answered} of 4 pages");
+        // The source has on record that both miss a chunk of the second page.
+        let mut bits = [0; crate::map::MAP_PAGE_BYTES];
+        bits[0] = if ask.offset == 1 { 0b1000 } else { 0 };
+        bench.apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::Ok), &bits));
+    }
+    bench.durable();
+    bench.durable();
+    assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+    let far = Chunk(crate::map::MAP_PAGE_BITS + 3);
+    for stale in [0, 1] {
+        let map = bench.replica.maps().dirty_chunks(member(stale)).expect("it misses something");
+        assert!(map.contains(far), "member {stale}: {:?}", map.iter().collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_write_across_the_border_of_two_map_pages_waits_for_the_pages_on_both_sides() {
+    let border = crate::map::MAP_PAGE_BITS * CHUNK;
+    for last in 0..4 {
+        let mut bench = Bench::of_size(true, TWO_PAGES);
+        bench.attach(1, 1);
+        bench.durable();
+        bench.set_view(1, 1, 1, &[]);
+        bench.durable();
+        bench.durable();
+        let write = |bench: &mut Bench, slot: u16, offset, length| {
+            let header = MessageHeader {
+                slot: Slot(slot),
+                sequence: Sequence(u64::from(slot) + 1),
+                offset,
+                length,
+                payload: length,
+                missing: MemberSet::only(member(1)),
+                ..bench.header(Kind::Write, 1)
+            };
+            bench.message(1, header, &[]);
+        };
+        let is_started = |bench: &Bench, slot: u32| {
+            let operation = DiskOperation::Write(BufferToken(slot));
+            bench.outputs.iter().any(|o| matches!(o, Output::Disk { operation: o, .. } if *o == operation))
+        };
+        // One on each side: the intent and the dirty bit of each chunk are on their way to disk.
+        write(&mut bench, 0, border - CHUNK, 4096);
+        write(&mut bench, 1, border + CHUNK - 4096, 4096);
+        // All bits of this one are set already, and none is durable.
+        write(&mut bench, 2, border - 4096, 8192);
+        let mut tickets = bench.take_tickets();
+        assert_eq!(tickets.len(), 4, "{tickets:?}");
+        let slowest = tickets.remove(last);
+        for (ticket, _) in tickets {
+            bench.apply(Event::Durable(ticket, Ok(())));
+        }
+        assert!(!is_started(&bench, 2), "{:?} is not durable", slowest.1);
+        bench.apply(Event::Durable(slowest.0, Ok(())));
+        assert!((0..3).all(|slot| is_started(&bench, slot)));
+    }
+}
+
+#[test]
+fn zeroes_of_a_pull_become_holes_by_the_run_and_are_reported_after_a_flush() {
+    let mut bench = Bench::new(false);
+    let finish_flush = |bench: &mut Bench| {
+        let flush = bench.take_flush().expect("a flush");
+        bench.apply(Event::Disk(flush, DiskResult::Done));
+    };
+    bench.attach_as(1, 1, true);
+    bench.durable();
+    finish_flush(&mut bench);
+    let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+    bench.message(1, bench.header(Kind::Prepare, 1), &body);
+    bench.apply(Event::PeerUp);
+    bench.syncing();
+    bench.hand_over();
+    bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(1));
+    bench.collect();
+    let pulls = bench.take_sent(Kind::Pull);
+    let [pull] = pulls[..] else { panic!("{pulls:?}") };
+    let found = (0..16).map(|block| (block, block != 5)).collect::<Vec<_>>();
+    let body = crate::wire::PullReply::encode(found.into_iter());
+    bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::Ok), &body));
+    let zeroes = |o: &Output| match o {
+        Output::Disk { io, operation: DiskOperation::ZeroPulled, offset, length } => {
+            Some((*io, *offset, *length))
+        }
+        _ => None,
+    };
+    let holes: Vec<_> = bench.outputs.iter().filter_map(zeroes).collect();
+    let ranges: Vec<_> = holes.iter().map(|(_, offset, length)| (*offset, *length)).collect();
+    assert_eq!(ranges, [(0, 5 * 4096), (6 * 4096, 10 * 4096)]);
+    let data = |o: &Output| if let Output::WritePulled { io, .. } = o { Some(*io) } else { None };
+    let data = bench.outputs.iter().find_map(data).expect("block 5 is written");
+    for io in holes.iter().map(|(io, ..)| *io).chain([data]) {
+        assert_eq!((bench.take_flush(), bench.answer(Kind::ChunksDone)), (None, None));
+        bench.apply(Event::Disk(io, DiskResult::Done));
+    }
+    bench.durable();
+    bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(2));
+    bench.collect();
+    assert_eq!(bench.answer(Kind::ChunksDone), None, "a hole may come back with a power cut");
+    finish_flush(&mut bench);
+    assert_eq!(bench.answer(Kind::ChunksDone), Some(Status::Ok));
 }

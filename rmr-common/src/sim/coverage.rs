@@ -133,6 +133,7 @@ pub const SITUATIONS: &[&str] = &[
     "request split",
     "resumed",
     "resync moved what was missed",
+    "resync left a hole",
     "second member rejoins while another syncs",
     "second view while the first is pending",
     "source changed in a resync",

@@ -20,8 +20,10 @@ const SECTORS_PER_LOOK: usize = 16 * SECTORS_PER_BLOCK;
 struct Started {
     link: usize,
     attempt: u64,
+    source: usize,
     /// Blocks that the source had on record.
     missed: u64,
+    blocks: Vec<Block>,
     /// Blocks that the member had pulled before.
     pulled: u64,
     /// Writes that it had carried out before.
@@ -74,8 +76,8 @@ impl World<'_> {
         let is_whole = offset.is_multiple_of(BLOCK_SIZE) && u64::from(length).is_multiple_of(BLOCK_SIZE);
         let is_stale = |b: u64| self.is_stale(index, usize::try_from(b).unwrap_or(0) * SECTORS_PER_BLOCK);
         match operation {
-            DiskOperation::WritePulled => true,
-            // A client's request for zeroes looks the same when it covers nothing but stale blocks.
+            DiskOperation::WritePulled | DiskOperation::ZeroPulled => true,
+            // Zeroes of a pull are no such request, but for a mistake that is being made. A client's request for zeroes looks the same when it covers nothing but stale blocks.
             DiskOperation::WriteZeroes => is_whole && { blocks }.all(is_stale),
             _ => false,
         }
@@ -367,6 +369,31 @@ impl World<'_> {
         if started.missed > 0 {
             self.coverage.hit("resync moved what was missed");
         }
+        if has_writes { Ok(()) } else { self.check_thin(index, &started) }
+    }
+
+    /// A resync without writes of a guest has left holes where its source has them.
+    fn check_thin(&mut self, index: usize, started: &Started) -> Check {
+        let (own, source) = (&self.nodes[index].disk, &self.nodes[started.source].disk);
+        let mut holes = 0;
+        for block in started.blocks.iter().map(|b| usize::try_from(b.0).unwrap_or(usize::MAX)) {
+            let sectors = block * SECTORS_PER_BLOCK..(block + 1) * SECTORS_PER_BLOCK;
+            // What rots there does not read as zeroes.
+            let is_rotten = { sectors }.any(|s| own.rot.mark(s) | source.rot.mark(s) != 0);
+            if source.is_allocated(block) || is_rotten {
+                continue;
+            }
+            if own.is_allocated(block) {
+                return Err(format!(
+                    "node {index} was brought up to date from node {}, and has block {block} allocated, which is a hole there",
+                    started.source
+                ));
+            }
+            holes += 1;
+        }
+        if holes > 0 {
+            self.coverage.hit("resync left a hole");
+        }
         Ok(())
     }
 
@@ -392,7 +419,9 @@ impl World<'_> {
         let started = Started {
             link,
             attempt: self.nodes[index].peer_attempt,
+            source: self.peers[link].source,
             missed: source.maps().missed(member).0,
+            blocks: source.maps().missed_in(member, 0, source.spec().size).collect(),
             pulled: self.peers[link].pulled_before,
             writes: counters.writes + counters.zeroes,
             faults: self.faults,

@@ -69,15 +69,6 @@ pub struct DiskFile {
     can_zero: Cell<bool>,
 }
 
-/// One way to make a range read as zeroes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum ZeroStep {
-    /// `fallocate` with this mode.
-    Fallocate(c_int),
-    /// Write zeroes.
-    Write,
-}
-
 impl DiskFile {
     /// Prepares an open file of `size` bytes: direct I/O where there is such a thing. A file system without it is used
     /// through the page cache, with a warning in the log.
@@ -188,26 +179,19 @@ impl DiskFile {
         Err(DiskError::Misaligned { offset: io.offset, length: io.length, alignment })
     }
 
-    /// The next way to try for a discard or write-zeroes. A block device punches only if its zeroes are certain (the
-    /// kernel refuses otherwise), so after each of these the range reads as zeroes.
-    pub(super) fn zero_step(&self, kind: IoKind) -> ZeroStep {
-        let keep = kind == IoKind::WriteZeroes { unmap: false };
-        if !keep && self.can_punch.get() {
-            ZeroStep::Fallocate(sys::PUNCH_HOLE)
-        } else if self.can_zero.get() {
-            ZeroStep::Fallocate(sys::ZERO_RANGE)
-        } else {
-            ZeroStep::Write
-        }
-    }
-
-    /// Notes that `fallocate` does not know this mode here; true when there is another way to try.
-    pub(super) fn note_unsupported(&self, mode: c_int, errno: i32) -> bool {
-        let unsupported = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV);
-        if unsupported {
+    /// Notes when `fallocate` does not know this mode here: it is not tried on this disk again.
+    pub(super) fn note_unsupported(&self, mode: c_int, errno: i32) {
+        if matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV) {
             let which = if mode == sys::PUNCH_HOLE { &self.can_punch } else { &self.can_zero };
             which.set(false);
         }
-        unsupported
+    }
+
+    /// Takes `fallocate` for unknown here, as on a disk that has no such thing.
+    #[cfg(test)]
+    pub(super) fn without(self, punch: bool, zero_range: bool) -> Self {
+        self.can_punch.set(!punch);
+        self.can_zero.set(!zero_range);
+        self
     }
 }

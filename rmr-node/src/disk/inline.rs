@@ -6,7 +6,8 @@ use std::io;
 
 use rmr_common::buffer::{Segment, gather};
 
-use super::file::{DiskFile, ZeroStep};
+use super::file::DiskFile;
+use super::zero::{ZeroCall, Zeroing};
 use super::{AlignedPage, DiskError, Io, IoKind, sys};
 
 /// Interrupted or refused attempts in a row before the error is believed.
@@ -36,33 +37,29 @@ impl Inline {
             IoKind::Read => self.transfer(disk, io, sys::read_at),
             IoKind::Write => self.transfer(disk, io, sys::write_at),
             IoKind::Flush => retry(|| disk.file().sync_data()).map_err(|e| to_error(io, &e)),
-            IoKind::Discard | IoKind::WriteZeroes { .. } if io.length == 0 => Ok(()),
-            IoKind::Discard | IoKind::WriteZeroes { .. } => self.zero(disk, io),
+            IoKind::Discard | IoKind::WriteZeroes { .. } | IoKind::EnsureZero => self.zero(disk, io),
         }
     }
 
     fn zero(&mut self, disk: &DiskFile, io: &Io) -> Result<(), DiskError> {
-        loop {
-            match disk.zero_step(io.kind) {
-                ZeroStep::Fallocate(mode) => {
-                    let Err(error) = retry(|| sys::fallocate(disk.file(), mode, io.offset, io.length)) else {
-                        return Ok(());
-                    };
-                    if !disk.note_unsupported(mode, error.raw_os_error().unwrap_or(libc::EIO)) {
-                        return Err(to_error(io, &error));
-                    }
+        let mut zeroing = Zeroing::new(disk, io);
+        while let Some(step) = zeroing.next(disk, io) {
+            let (file, offset) = (disk.file(), io.offset + step.at);
+            let result = match step.call {
+                ZeroCall::Fallocate(mode) => {
+                    retry(|| sys::fallocate(file, mode, offset, step.length).map(|()| step.length))
                 }
-                ZeroStep::Write => return self.write_zeroes(disk, io),
-            }
-        }
-    }
-
-    fn write_zeroes(&mut self, disk: &DiskFile, io: &Io) -> Result<(), DiskError> {
-        let mut done = 0;
-        while done < io.length {
-            zero_segments(&mut self.zeroes, io.length - done, &mut self.rest);
-            let written = retry(|| sys::write_at(disk.file(), &self.rest, io.offset + done));
-            done += advance(disk, io, done, written)?;
+                ZeroCall::Write => {
+                    zero_segments(&mut self.zeroes, step.length, &mut self.rest);
+                    retry(|| sys::write_at(file, &self.rest, offset)).map(|written| written as u64)
+                }
+                ZeroCall::Compare => {
+                    zeroing.memory(step.length, &mut self.rest);
+                    retry(|| sys::read_at(file, &self.rest, offset)).map(|read| read as u64)
+                }
+            };
+            let result = result.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO));
+            zeroing.ended(disk, io, step, result)?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ mod inline;
 mod part;
 pub(crate) mod sys;
 mod uring;
+mod zero;
 
 use std::os::fd::RawFd;
 
@@ -20,6 +21,7 @@ pub use buffer::{AlignedPage, Buffer, BufferPool, MAX_BUFFER, MIN_BUFFER};
 pub use engine::{DiskEngine, EngineChoice, EngineOptions};
 pub use file::{DiskFile, Medium};
 pub use part::{Part, Returned};
+pub(crate) use zero::first_other;
 
 /// A disk of an engine.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -41,6 +43,8 @@ pub enum IoKind {
         /// Whether the space may be given back.
         unmap: bool,
     },
+    /// As [`IoKind::Discard`], and nothing at all where the range reads as zeroes already.
+    EnsureZero,
 }
 
 /// Memory of an [`Io`]. The engine holds it until the completion gives it back, so owned memory cannot go away early.
@@ -211,7 +215,12 @@ impl IoKind {
             Self::Flush => "flush",
             Self::Discard => "discard",
             Self::WriteZeroes { .. } => "write zeroes",
+            Self::EnsureZero => "make a hole",
         }
+    }
+
+    const fn makes_zeroes(self) -> bool {
+        matches!(self, Self::Discard | Self::WriteZeroes { .. } | Self::EnsureZero)
     }
 
     const fn has_payload(self) -> bool {

@@ -303,6 +303,8 @@ fn a_block_device_is_claimed_zeroed_and_refused_while_in_use() {
     let mut data = vec![1; (32 << 20) - usize::try_from(created.layout.data_offset).unwrap()];
     File::open(&device.path).unwrap().read_exact_at(&mut data, created.layout.data_offset).unwrap();
     assert!(data.iter().all(|&b| b == 0), "the old signature at the end is still there");
+    let most = created.layout.data_offset;
+    assert!(device.allocated() <= most, "a new store takes {} bytes of a thin device", device.allocated());
 }
 
 fn grow(store: &Store, to: u64) -> Result<Growth, StoreError> {
