@@ -103,6 +103,7 @@ impl Disk {
         self.sectors = sectors;
         self.unflushed_since.fill(0);
         self.pulled.fill(false);
+        self.allocated.fill(false);
         self.lost.clear();
         self.bad.clear();
     }

@@ -461,7 +461,8 @@ mod tests {
     #[test]
     fn a_store_that_went_back_in_time_is_not_current_whatever_the_view_says() {
         use MemberState::{Clean, Out};
-        let position = |epoch, mark| Position { epoch: Epoch(epoch), mark: Mark(mark), ..Position::default() };
+        let position =
+            |epoch, mark| Position { epoch: Epoch(epoch), mark: Mark(mark), ..Position::default() };
         let mut pool = statuses(&[Clean, Clean]);
         for status in &mut pool {
             status.history.position = position(3, 7);

@@ -418,6 +418,7 @@ fn build(depth: u32) -> io::Result<IoUring> {
 mod tests {
     use std::os::unix::fs::FileExt;
 
+    use super::super::Payload;
     use super::*;
 
     /// What the kernel is taken to have moved before it stopped: within a page, and within the second segment.
