@@ -194,6 +194,8 @@ impl Member {
             }
         };
         match asked {
+            // The writer has stopped for good: what it is asked for now would never be answered.
+            Ok(_) if self.metadata_failed() => self.replica.apply(Event::Durable(ticket, Err(())), now),
             Ok(asked) => self.tickets.push_back((asked, ticket)),
             Err(error) => {
                 tracing::error!(pool = %self.replica.spec().name, "superblock refused: {error}");
