@@ -193,6 +193,19 @@ fn a_damaged_superblock_copy_costs_nothing_and_two_cost_the_store() {
 }
 
 #[test]
+fn the_mark_of_a_clean_shutdown_does_not_come_back_with_whichever_superblock_copy_is_left() {
+    for slot in [0, 1] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        make(&path);
+        assert!(Store::open(&path, None).unwrap().was_clean());
+        // The process ends without a word, and one copy rots.
+        change(&path, SUPERBLOCK_OFFSETS[slot], &[0xee; 4096]);
+        assert!(!Store::open(&path, None).unwrap().was_clean(), "copy {slot} is lost");
+    }
+}
+
+#[test]
 fn foreign_newer_and_truncated_stores_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");

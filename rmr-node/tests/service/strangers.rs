@@ -339,3 +339,17 @@ fn a_pool_is_served_over_tls_to_those_who_trust_the_node_and_whom_it_trusts() {
     pool.blocking().read_at(&mut back, 4096).expect("a read");
     assert!(back == data, "what is read is what was written");
 }
+
+#[test]
+fn a_message_for_another_pool_than_the_one_that_was_greeted_closes_the_connection_and_changes_nothing() {
+    let node = Node::start(2, &[]);
+    let mut raw = Raw::attached(&node, 0);
+    let header = MessageHeader { pool: node.pools[1].id, ..raw.write_header(0, 0, 4096) };
+    raw.send(&[(header, &[7; 4096])]);
+    assert!(raw.is_closed_within(PATIENCE));
+    for pool in 0..2 {
+        let mut back = vec![1; 4096];
+        node.attach(pool).unwrap().blocking().read_at(&mut back, 0).unwrap();
+        assert!(back.iter().all(|b| *b == 0), "pool {pool}");
+    }
+}

@@ -318,13 +318,13 @@ impl Raw {
     /// A connection that holds its pool.
     pub(crate) fn attached(node: &Node, pool: usize) -> Self {
         let mut raw = Self::greeted(node, pool);
-        let (header, _) = raw.attach();
+        let (header, _) = raw.try_attach().expect("an answer");
         assert_eq!((header.kind, header.status), (Kind::AttachReply, Status::Ok));
         raw
     }
 
-    /// Asks for the pool under the next epoch, and returns the answer.
-    pub(crate) fn attach(&mut self) -> (MessageHeader, Vec<u8>) {
+    /// Asks for the pool under the next epoch; the answer, or the end of the connection.
+    pub(crate) fn try_attach(&mut self) -> std::io::Result<(MessageHeader, Vec<u8>)> {
         self.epoch = Epoch(self.epoch.0 + 1);
         let attach = Attach {
             client: ClientId::random(),
@@ -336,7 +336,7 @@ impl Raw {
         .encode();
         let header = self.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));
         self.send(&[(header, &attach)]);
-        self.receive()
+        self.try_receive()
     }
 
     pub(crate) fn hello(&mut self, pool: PoolId) -> (MessageHeader, Vec<u8>) {
