@@ -60,7 +60,8 @@ pub struct Options {
     #[arg(long, value_name = "PATH", help_heading = "Hypervisor")]
     pub socket_path: Option<PathBuf>,
 
-    /// Use this inherited descriptor instead: a listening unix socket, or one that is connected already.
+    /// Use this inherited descriptor instead: a listening unix socket, or one that is connected already. Without this and
+    /// --socket-path, the one socket that systemd passes (LISTEN_FDS) is used.
     #[arg(long, value_name = "FDNUM", help_heading = "Hypervisor", conflicts_with = "socket_path")]
     pub fd: Option<i32>,
 
@@ -72,7 +73,7 @@ pub struct Options {
     #[arg(long, value_name = "WHAT", value_enum, help_heading = "Hypervisor")]
     pub on_disconnect: Option<Disconnect>,
 
-    /// Short for --on-disconnect exit.
+    /// Short for --on-disconnect exit. For QEMU only: cloud-hypervisor closes the connection for each reboot of its guest.
     #[arg(long, help_heading = "Hypervisor", conflicts_with = "on_disconnect", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub once: Option<bool>,
 
@@ -133,7 +134,7 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub num_queues: Option<u16>,
 
-    /// Largest size of a queue: a power of two from 2 to 1024. [default: 256]
+    /// Largest size of a queue: a power of two from 2 to 1024. [default: 1024]
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub queue_size: Option<u16>,
 
