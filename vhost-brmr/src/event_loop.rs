@@ -24,6 +24,7 @@ use crate::engine::Engine;
 use crate::frontend::{self, Drain, KickChange, Session};
 use crate::pace::Pace;
 use crate::queue::RingError;
+use crate::socket::{Listener, SocketFile};
 use crate::sys::{self, Peeked, StopSignals};
 
 /// What the loop waits for after it cancelled requests that took too long.
@@ -67,6 +68,8 @@ pub struct LoopOptions {
 pub enum FrontEnds {
     /// One after the other.
     Listener(UnixListener),
+    /// The same, on a socket with a file, which is removed at the end.
+    Path(SocketFile, UnixListener),
     /// This one, and then the loop ends.
     Connected(UnixStream),
 }
@@ -124,12 +127,13 @@ impl<D: Disk> EventLoop<D> {
         let mut session = Session::new(Device::new(device, geometry))?;
         session.memory.use_fabric(disk.fabric());
         let mut worker = Worker {
+            listener: None,
+            retired_listener: None,
             disk,
             session: Arc::new(Mutex::new(session)),
             engine: Engine::new(capacity),
             connection: None,
             retired: None,
-            listener: None,
             signals,
             options,
             state: State::Running,
@@ -144,10 +148,8 @@ impl<D: Disk> EventLoop<D> {
             armed: true,
         };
         match front_ends {
-            FrontEnds::Listener(listener) => {
-                listener.set_nonblocking(true)?;
-                worker.listener = Some(listener);
-            }
+            FrontEnds::Listener(socket) => worker.listener = Some(Listener::new(None, socket)?),
+            FrontEnds::Path(file, socket) => worker.listener = Some(Listener::new(Some(file), socket)?),
             FrontEnds::Connected(stream) => {
                 worker.options.on_disconnect = OnDisconnect::Exit;
                 worker.connect(stream);
@@ -232,6 +234,8 @@ impl<D: Disk> EventLoop<D> {
         }
         let worker = self.manager.subscriber_mut(self.id)?;
         worker.changes = disk;
+        // In this order: a front end that sees its connection close connects again at once.
+        worker.retired_listener = None;
         worker.retired = None;
         for queue in failed {
             error!(queue, "the kick descriptor cannot be watched, expected an eventfd");
@@ -290,6 +294,10 @@ struct Draining {
 
 /// Everything that the loop owns.
 struct Worker<D: Disk> {
+    // The listener comes first because fields are dropped in this order: however the loop ends, it is closed before the connection.
+    listener: Option<Listener>,
+    /// A listener that takes no more front ends, whose descriptor is still watched.
+    retired_listener: Option<Listener>,
     disk: D,
     /// Shared with the message handler of the connection only, on this very thread; the lock is never contended.
     session: Arc<Mutex<Session>>,
@@ -297,7 +305,6 @@ struct Worker<D: Disk> {
     connection: Option<Connection>,
     /// A connection whose descriptor is still watched.
     retired: Option<Connection>,
-    listener: Option<UnixListener>,
     signals: Option<StopSignals>,
     options: LoopOptions,
     state: State,
@@ -350,7 +357,8 @@ impl<D: Disk> Worker<D> {
         if self.session().take_reset() {
             self.disk.reset();
         }
-        if self.listener_ready {
+        // A front end that connects again has closed its connection before, and that may be among the messages that are left.
+        if self.listener_ready && !messages_left {
             self.accept();
         }
         if self.listener_rests.is_some_and(|until| until <= Instant::now()) {
@@ -568,7 +576,7 @@ impl<D: Disk> Worker<D> {
         self.listener_ready = false;
         let Some(listener) = &self.listener else { return };
         match listener.accept() {
-            Ok((stream, _)) if self.connection.is_none() && matches!(self.state, State::Running) => {
+            Ok(stream) if self.connection.is_none() && matches!(self.state, State::Running) => {
                 self.connect(stream);
             }
             Ok(_) => warn!("a second front end was turned away: one at a time"),
@@ -624,7 +632,13 @@ impl<D: Disk> Worker<D> {
         }
     }
 
+    /// Begins the end. Front ends that connect from here on are refused, so that they try again, and meet the next daemon.
     fn stop(&mut self) {
+        (self.listener_ready, self.listener_rests) = (false, None);
+        if let Some(listener) = self.listener.take() {
+            self.control_changes.push(ControlChange::Remove(listener.as_raw_fd()));
+            self.retired_listener = Some(listener);
+        }
         let deadline = Instant::now() + self.options.drain_timeout;
         self.state = State::Stopping { deadline, cancelled: false };
     }
