@@ -251,6 +251,7 @@ fn a_write_through_disk_answers_a_write_only_after_the_flush_behind_it() {
         let features = if no_flush { !bit(VIRTIO_BLK_F_FLUSH) } else { ALL };
         let (daemon, mut guest) = Setup { features, ..Setup::default() }.boot();
         if !no_flush {
+            guest.acknowledge_config_wce();
             guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
         }
         daemon.disk.hold(true);

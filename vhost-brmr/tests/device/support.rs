@@ -181,6 +181,13 @@ impl Guest {
         (frontend, features)
     }
 
+    /// Acknowledges `VIRTIO_BLK_F_CONFIG_WCE`, as a guest does that negotiated it with an earlier daemon.
+    pub(crate) fn acknowledge_config_wce(&self) {
+        let features = self.frontend.get_features().unwrap();
+        assert_eq!(features & bit(blk::VIRTIO_BLK_F_CONFIG_WCE), 0, "offered");
+        self.frontend.set_features(self.features | bit(blk::VIRTIO_BLK_F_CONFIG_WCE)).unwrap();
+    }
+
     /// Closes the socket; memory and rings stay as they are.
     pub(crate) fn disconnect(&mut self) {
         let (ours, _) = UnixStream::pair().unwrap();
