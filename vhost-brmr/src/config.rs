@@ -323,7 +323,10 @@ fn endpoint(options: &Options) -> Result<Endpoint, ConfigError> {
             Err(bad("fd", fd, "an inherited descriptor above 2, which are the standard streams"))
         }
         (None, Some(fd)) => Ok(Endpoint::Inherited(fd)),
-        (None, None) => Err(ConfigError::Missing("socket-path", " (or --fd, or a socket that the service manager passes)")),
+        (None, None) => Err(ConfigError::Missing(
+            "socket-path",
+            " (or --fd, or a socket that the service manager passes)",
+        )),
     }
 }
 

@@ -39,7 +39,7 @@ pub mod vm;
 mod workspace;
 
 pub use checks::Checks;
-pub use daemon::{Daemon, DaemonBuilder};
+pub use daemon::{Daemon, DaemonBuilder, SocketUnit};
 pub use fabric::{Fabric, Transport};
 pub use frontend::{Frontend, FrontendBuilder, Status};
 pub use guest::{Command, Image, ImageBuilder, Output};
