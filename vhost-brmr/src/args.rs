@@ -77,6 +77,12 @@ pub struct Options {
     #[arg(long, help_heading = "Hypervisor", conflicts_with = "on_disconnect", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub once: Option<bool>,
 
+    /// Keep the pool for so many milliseconds after the hypervisor went away with nothing in flight, so that no other client
+    /// attaches before the hypervisor that takes the guest over: for local migrations and reboots of cloud-hypervisor. At most
+    /// 10000. [default: 0]
+    #[arg(long, value_name = "MILLISECONDS", help_heading = "Hypervisor")]
+    pub linger_ms: Option<u32>,
+
     /// The pool to serve, by name or uuid.
     #[arg(long, value_name = "NAME|UUID", help_heading = "Pool")]
     pub pool: Option<String>,
@@ -248,6 +254,7 @@ impl Options {
             socket_mode: self.socket_mode.or(file.socket_mode),
             on_disconnect: self.on_disconnect.or(file_disconnect),
             once: self.once.or(file_once),
+            linger_ms: self.linger_ms.or(file.linger_ms),
             pool: self.pool.or(file.pool),
             node: self.node.or(file.node),
             takeover: self.takeover.or(file.takeover),

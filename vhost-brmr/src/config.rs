@@ -28,6 +28,8 @@ const DEFAULT_QUEUE_SIZE: u16 = MAX_QUEUE_SIZE;
 /// Spins are this long unless told otherwise, in microseconds: about as long as a write to two legs takes.
 const DEFAULT_POLL_US: u32 = 50;
 const MAX_POLL_US: u32 = 10_000;
+/// Whoever waits for a pool that is kept for nobody waits that long.
+const MAX_LINGER_MS: u32 = 10_000;
 const MAX_TIMEOUT_S: u32 = 24 * 60 * 60;
 
 /// Where the hypervisor connects.
@@ -237,6 +239,10 @@ impl Settings {
         if !(10..=MAX_TIMEOUT_S * 1000).contains(&leg_timeout_ms) {
             return Err(bad("leg-timeout-ms", leg_timeout_ms, "10 milliseconds to one day"));
         }
+        let linger_ms = options.linger_ms.unwrap_or(0);
+        if linger_ms > MAX_LINGER_MS {
+            return Err(bad("linger-ms", linger_ms, "0 to 10000"));
+        }
         let suspend_timeout_s = seconds("suspend-timeout-s", options.suspend_timeout_s, 60)?;
         let bounce_memory_mib = options.bounce_memory_mib.unwrap_or(DEFAULT_BOUNCE_MEMORY >> 20);
         if !(1..=1024).contains(&bounce_memory_mib) {
@@ -285,6 +291,7 @@ impl Settings {
                 poll: Duration::from_micros(poll_us.into()),
                 drain_timeout,
                 on_disconnect: if exit { OnDisconnect::Exit } else { OnDisconnect::Wait },
+                linger: Duration::from_millis(linger_ms.into()),
             },
             log_format: options.log_format.unwrap_or_default(),
         })
@@ -395,6 +402,7 @@ mod tests {
         assert_eq!(settings.event_loop.poll, Duration::from_micros(50));
         assert_eq!(settings.event_loop.on_disconnect, OnDisconnect::Wait);
         assert_eq!(settings.event_loop.drain_timeout, Duration::from_secs(30));
+        assert_eq!(settings.event_loop.linger, Duration::ZERO);
         assert_eq!(settings.pool.suspend_timeout, Duration::from_secs(60));
         assert_eq!((settings.pool.data_digest, settings.pool.bounce_memory), (DataDigest::Off, 32 << 20));
     }
@@ -438,6 +446,7 @@ mod tests {
             ("--socket-mode 888", "socket-mode"),
             ("--socket-mode 7777", "socket-mode"),
             ("--poll-us 10001", "poll-us"),
+            ("--linger-ms 10001", "linger-ms"),
             ("--leg-timeout-ms 1", "leg-timeout-ms"),
             ("--suspend-timeout-s 90000", "suspend-timeout-s"),
             ("--bounce-memory-mib 0", "bounce-memory-mib"),

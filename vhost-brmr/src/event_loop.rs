@@ -61,6 +61,8 @@ pub struct LoopOptions {
     pub drain_timeout: Duration,
     /// What happens when the front end goes away.
     pub on_disconnect: OnDisconnect,
+    /// Keep the disk for so long after the front end went away, for the one that takes its guest over; zero gives it back at once.
+    pub linger: Duration,
 }
 
 /// Where front ends come from.
@@ -140,6 +142,7 @@ impl<D: Disk> EventLoop<D> {
             kicks: Vec::new(),
             listener_ready: false,
             listener_rests: None,
+            lingers: None,
             changes: Vec::new(),
             control_changes: Vec::new(),
             kick_changes: Vec::new(),
@@ -312,6 +315,8 @@ struct Worker<D: Disk> {
     listener_ready: bool,
     /// The listener is not watched until then.
     listener_rests: Option<Instant>,
+    /// The disk is kept until then, although no front end uses it.
+    lingers: Option<Instant>,
     changes: Vec<WatchChange>,
     control_changes: Vec<ControlChange>,
     kick_changes: Vec<KickChange>,
@@ -366,6 +371,7 @@ impl<D: Disk> Worker<D> {
             self.control_changes
                 .extend(self.listener.as_ref().map(|listener| ControlChange::Listen(listener.as_raw_fd())));
         }
+        self.end_lingering();
         self.attach_or_stop();
         let serve = matches!(self.state, State::Running)
             && matches!(self.disk.attachment(), Attachment::Attached | Attachment::Attaching);
@@ -432,7 +438,8 @@ impl<D: Disk> Worker<D> {
             State::Running | State::Finished(_) => None,
         };
         let resting = self.listener_rests.map(until);
-        let wait = [self.disk.timeout(), draining, stopping, resting].into_iter().flatten().min();
+        let lingering = self.lingers.map(until);
+        let wait = [self.disk.timeout(), draining, stopping, resting, lingering].into_iter().flatten().min();
         // Rounded up: waking early would only find that nothing is due yet.
         wait.map_or(-1, |wait| i32::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX))
     }
@@ -611,11 +618,36 @@ impl<D: Disk> Worker<D> {
             self.disk.attachment(),
             Attachment::Attached | Attachment::Attaching | Attachment::Displaced(_)
         );
-        if has_claim {
+        // With requests in flight the guest was cut off, and nobody goes on with it.
+        let may_linger = in_flight == 0
+            && !self.options.linger.is_zero()
+            && self.options.on_disconnect == OnDisconnect::Wait
+            && matches!(self.state, State::Running)
+            && matches!(self.disk.attachment(), Attachment::Attached);
+        if may_linger {
+            debug!(linger = ?self.options.linger, "keeping the disk for the next front end");
+            // One that comes and goes without using the disk does not keep it any longer.
+            self.lingers.get_or_insert(Instant::now() + self.options.linger);
+        } else if has_claim {
+            self.lingers = None;
             self.disk.detach();
         }
         if self.options.on_disconnect == OnDisconnect::Exit && matches!(self.state, State::Running) {
             self.stop();
+        }
+    }
+
+    /// Gives the disk back that was kept for another front end, when none came in time, or another client has taken it.
+    fn end_lingering(&mut self) {
+        let Some(deadline) = self.lingers else { return };
+        if self.session().is_running() {
+            self.lingers = None;
+            return;
+        }
+        let is_attached = matches!(self.disk.attachment(), Attachment::Attached);
+        if !is_attached || deadline <= Instant::now() {
+            self.lingers = None;
+            self.disk.detach();
         }
     }
 
@@ -634,7 +666,7 @@ impl<D: Disk> Worker<D> {
 
     /// Begins the end. Front ends that connect from here on are refused, so that they try again, and meet the next daemon.
     fn stop(&mut self) {
-        (self.listener_ready, self.listener_rests) = (false, None);
+        (self.listener_ready, self.listener_rests, self.lingers) = (false, None, None);
         if let Some(listener) = self.listener.take() {
             self.control_changes.push(ControlChange::Remove(listener.as_raw_fd()));
             self.retired_listener = Some(listener);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vhost_brmr::event_loop::{EventLoop, FrontEnds, LoopError, OnDisconnect};
 use vhost_brmr::socket::{Listener, SocketFile};
 use vhost_brmr::sys::StopSignals;
-use vhost_brmr::testing::MemoryDisk;
+use vhost_brmr::testing::{Event, MemoryDisk};
 
 use crate::support::*;
 
@@ -89,7 +89,8 @@ fn a_daemon_that_ends_by_itself_refuses_front_ends_before_it_closes_the_connecti
 fn told_to_stop_the_daemon_refuses_front_ends_while_it_still_serves_the_one_that_it_has() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("s");
-    let setup = Setup::default();
+    // However long it would keep the disk for another front end.
+    let setup = Setup { linger: PATIENCE * 2, ..Setup::default() };
     let (disk, handle) = MemoryDisk::new(setup.geometry).unwrap();
     let (options, behaviour) = setup.options();
     let (file, socket) = SocketFile::listen(&path, 0o600).unwrap();
@@ -115,6 +116,7 @@ fn told_to_stop_the_daemon_refuses_front_ends_while_it_still_serves_the_one_that
     handle.hold(false);
     thread.join().unwrap().unwrap();
     assert_eq!(guest.used(0, 1), [(0, 1)]);
+    assert_eq!(handle.log().last(), Some(&Event::Detached));
     assert!(path.exists());
     drop(next);
 }

@@ -76,6 +76,7 @@ pub(crate) struct Setup {
     pub(crate) read_only: bool,
     pub(crate) poll: Duration,
     pub(crate) drain_timeout: Duration,
+    pub(crate) linger: Duration,
     pub(crate) features: u64,
     pub(crate) geometry: Geometry,
 }
@@ -88,6 +89,7 @@ impl Default for Setup {
             read_only: false,
             poll: Duration::ZERO,
             drain_timeout: Duration::from_secs(20),
+            linger: Duration::ZERO,
             features: ALL,
             geometry: geometry(DISK_SIZE),
         }
@@ -118,7 +120,8 @@ impl Setup {
             read_only: self.read_only,
         };
         let on_disconnect = OnDisconnect::Wait;
-        let behaviour = LoopOptions { poll: self.poll, drain_timeout: self.drain_timeout, on_disconnect };
+        let Self { poll, drain_timeout, linger, .. } = *self;
+        let behaviour = LoopOptions { poll, drain_timeout, on_disconnect, linger };
         (options, behaviour)
     }
 
