@@ -93,7 +93,7 @@ fn a_front_end_that_connects_again_at_the_hang_up_is_refused_however_the_daemon_
                     again.join().map_err(|_| anyhow::anyhow!("the front end panicked"))?
                 })?;
                 if let Ok(again) = again {
-                    // It did connect, so somebody has to serve it.
+                    // The connection was made, so a daemon must serve it.
                     lost += usize::from(negotiate(&again).is_err());
                 }
                 daemon.process().wait_exit(PATIENCE)?;

@@ -28,7 +28,7 @@ const DEFAULT_QUEUE_SIZE: u16 = MAX_QUEUE_SIZE;
 /// Spins are this long unless told otherwise, in microseconds: about as long as a write to two legs takes.
 const DEFAULT_POLL_US: u32 = 50;
 const MAX_POLL_US: u32 = 10_000;
-/// Whoever waits for a pool that is kept for nobody waits that long.
+/// An ordinary client elsewhere is refused for that long where no hypervisor comes for the pool.
 const MAX_LINGER_MS: u32 = 10_000;
 const MAX_TIMEOUT_S: u32 = 24 * 60 * 60;
 

@@ -618,7 +618,7 @@ impl<D: Disk> Worker<D> {
             self.disk.attachment(),
             Attachment::Attached | Attachment::Attaching | Attachment::Displaced(_)
         );
-        // With requests in flight the guest was cut off, and nobody goes on with it.
+        // Requests in flight mean that the hypervisor died: no other one goes on with its guest.
         let may_linger = in_flight == 0
             && !self.options.linger.is_zero()
             && self.options.on_disconnect == OnDisconnect::Wait
@@ -689,7 +689,15 @@ impl<D: Disk> Worker<D> {
         if let Attachment::Refused(reason) = self.disk.attachment()
             && matches!(self.state, State::Running)
         {
-            self.state = State::Finished(Some(LoopError::Refused(reason.to_owned())));
+            let error = LoopError::Refused(reason.to_owned());
+            let mut session = self.session();
+            // Requests were taken while the disk was being attached. They fail with it, and the guest is not told where the next
+            // daemon can serve them: another client may be about to give the disk back.
+            if session.inflight.is_some() {
+                session.leave_in_flight();
+            }
+            drop(session);
+            self.state = State::Finished(Some(error));
             return;
         }
         // With its rings stopped the guest does not notice. It may have gone to the host of that client, and its hypervisor here

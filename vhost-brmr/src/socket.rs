@@ -2,9 +2,9 @@
 //! closed before any connection is.
 //!
 //! A front end that loses its connection may connect again within microseconds, and cloud-hypervisor gives a disk up for good when
-//! a connection that was made then breaks. While the old daemon still listens, such a connection lands in the queue of a
-//! listener that nobody serves. So [`Listener`] is closed first in every orderly end, and is held at a descriptor number
-//! that the kernel closes first when the process is killed.
+//! a connection that was made then breaks. While the old daemon still listens, such a connection lands in its queue and is
+//! never accepted. So [`Listener`] is closed first in every orderly end, and is held at a descriptor number that the kernel
+//! closes first when the process is killed.
 
 use std::fs;
 use std::io;
@@ -94,7 +94,7 @@ impl SocketFile {
     /// Whether a socket can be made at `path`: true if a stale one has to be removed first.
     ///
     /// # Errors
-    /// When somebody listens there, or something else has the name.
+    /// When another process listens there, or something else has the name.
     pub fn check(path: &Path) -> Result<bool, SocketError> {
         let failed = |what| move |source| SocketError::Io { path: path.to_owned(), what, source };
         match fs::symlink_metadata(path) {
