@@ -637,20 +637,6 @@ impl<D: Disk> Worker<D> {
         }
     }
 
-    /// Gives the disk back that was kept for another front end, when none came in time, or another client has taken it.
-    fn end_lingering(&mut self) {
-        let Some(deadline) = self.lingers else { return };
-        if self.session().is_running() {
-            self.lingers = None;
-            return;
-        }
-        let is_attached = matches!(self.disk.attachment(), Attachment::Attached);
-        if !is_attached || deadline <= Instant::now() {
-            self.lingers = None;
-            self.disk.detach();
-        }
-    }
-
     fn stop_requested(&mut self) {
         if !self.signals.as_ref().is_some_and(StopSignals::take) {
             return;
@@ -682,6 +668,20 @@ impl<D: Disk> Worker<D> {
             Attachment::Detached | Attachment::Refused(_) | Attachment::Displaced(_)
         );
         matches!(self.state, State::Stopping { .. }) && self.engine.in_flight() == 0 && detached
+    }
+
+    /// Gives the disk back that was kept for another front end, when none came in time, or another client has taken it.
+    fn end_lingering(&mut self) {
+        let Some(deadline) = self.lingers else { return };
+        if self.session().is_running() {
+            self.lingers = None;
+            return;
+        }
+        let is_attached = matches!(self.disk.attachment(), Attachment::Attached);
+        if !is_attached || deadline <= Instant::now() {
+            self.lingers = None;
+            self.disk.detach();
+        }
     }
 
     /// Claims the disk when the first ring runs (live migration: not before), and gives it back before the end.
