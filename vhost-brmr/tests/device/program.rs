@@ -44,10 +44,10 @@ fn capabilities_are_json_for_a_block_device_and_the_file_for_management_software
 
 /// The value of the only line of a unit that sets this.
 fn setting<'a>(unit: &'a str, name: &str) -> &'a str {
-    let mut values = unit.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-    let value = values.next().unwrap_or_else(|| panic!("{name} is not set"));
-    assert!(values.next().is_none(), "{name} is set twice");
-    value
+    let values = unit.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    let values: Vec<_> = values.collect();
+    assert_eq!(values.len(), 1, "{name} is {values:?}");
+    values[0]
 }
 
 #[test]
