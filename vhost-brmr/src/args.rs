@@ -60,7 +60,8 @@ pub struct Options {
     #[arg(long, value_name = "PATH", help_heading = "Hypervisor")]
     pub socket_path: Option<PathBuf>,
 
-    /// Use this inherited descriptor instead: a listening unix socket, or one that is connected already.
+    /// Use this inherited descriptor instead: a listening unix socket, or one that is connected already. Without this and
+    /// --socket-path, the one socket that systemd passes (LISTEN_FDS) is used.
     #[arg(long, value_name = "FDNUM", help_heading = "Hypervisor", conflicts_with = "socket_path")]
     pub fd: Option<i32>,
 
@@ -72,9 +73,15 @@ pub struct Options {
     #[arg(long, value_name = "WHAT", value_enum, help_heading = "Hypervisor")]
     pub on_disconnect: Option<Disconnect>,
 
-    /// Short for --on-disconnect exit.
+    /// Short for --on-disconnect exit. For QEMU only: cloud-hypervisor closes the connection for each reboot of its guest.
     #[arg(long, help_heading = "Hypervisor", conflicts_with = "on_disconnect", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub once: Option<bool>,
+
+    /// Keep the pool for so many milliseconds after the hypervisor went away with nothing in flight, so that no other client
+    /// attaches before the hypervisor that takes the guest over: for local migrations and reboots of cloud-hypervisor. At most
+    /// 10000. [default: 0]
+    #[arg(long, value_name = "MILLISECONDS", help_heading = "Hypervisor")]
+    pub linger_ms: Option<u32>,
 
     /// The pool to serve, by name or uuid.
     #[arg(long, value_name = "NAME|UUID", help_heading = "Pool")]
@@ -133,7 +140,7 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub num_queues: Option<u16>,
 
-    /// Largest size of a queue: a power of two from 2 to 1024. [default: 256]
+    /// Largest size of a queue: a power of two from 2 to 1024. [default: 1024]
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub queue_size: Option<u16>,
 
@@ -247,6 +254,7 @@ impl Options {
             socket_mode: self.socket_mode.or(file.socket_mode),
             on_disconnect: self.on_disconnect.or(file_disconnect),
             once: self.once.or(file_once),
+            linger_ms: self.linger_ms.or(file.linger_ms),
             pool: self.pool.or(file.pool),
             node: self.node.or(file.node),
             takeover: self.takeover.or(file.takeover),

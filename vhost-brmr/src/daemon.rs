@@ -3,12 +3,13 @@
 
 use std::fmt::Display;
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
 use sd_notify::NotifyState;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Args, LogFormat};
@@ -66,10 +67,16 @@ fn run<D: Disk>(
     settings: &Settings,
     open: impl FnOnce(&Settings) -> anyhow::Result<D>,
 ) -> anyhow::Result<()> {
-    // Before anything starts a thread: the signals must be blocked in all of them, and the file mode mask is shared.
+    // Before anything starts a thread: the signals must be blocked in all of them.
     let signals = StopSignals::new().context("cannot take over SIGTERM and SIGINT")?;
-    let (_socket_file, front_ends) = front_ends(&settings.endpoint)?;
+    if let Err(error) = sys::raise_descriptor_limit() {
+        warn!("the limit of open files cannot be raised: {error}");
+    }
+    let entrance = Entrance::claim(&settings.endpoint)?;
     let disk = open(settings).with_context(|| format!("pool {}", settings.pool.pool))?;
+    // Not before: a front end that is accepted, and cut off because no node answers, may give its disk up for good. One that is
+    // refused tries again.
+    let front_ends = entrance.open()?;
     let size = disk.geometry().size;
     let (device, options) = (settings.device.clone(), settings.event_loop);
     let event_loop = EventLoop::new(disk, device, options, front_ends, Some(signals))?;
@@ -89,19 +96,37 @@ fn run<D: Disk>(
     Ok(())
 }
 
-fn front_ends(endpoint: &Endpoint) -> anyhow::Result<(Option<SocketFile>, FrontEnds)> {
-    match endpoint {
-        Endpoint::Path { path, mode } => {
-            let (file, listener) = SocketFile::listen(path, *mode)?;
-            Ok((Some(file), FrontEnds::Listener(listener)))
-        }
-        Endpoint::Inherited(fd) => {
-            let socket = sys::inherit(*fd).with_context(|| format!("inherited descriptor {fd}"))?;
-            Ok(match socket {
-                Inherited::Listener(listener) => (None, FrontEnds::Listener(listener)),
-                Inherited::Stream(stream) => (None, FrontEnds::Connected(stream)),
-            })
-        }
+/// Where front ends will come from, checked and not open yet.
+enum Entrance<'a> {
+    /// This path is free.
+    Path(&'a Path, u32),
+    /// Inherited. Connections that wait there are left alone until the disk is known, and stay if this process ends before.
+    Inherited(Inherited),
+}
+
+impl<'a> Entrance<'a> {
+    fn claim(endpoint: &'a Endpoint) -> anyhow::Result<Self> {
+        Ok(match endpoint {
+            Endpoint::Path { path, mode } => {
+                SocketFile::check(path)?;
+                Self::Path(path, *mode)
+            }
+            Endpoint::Inherited(fd) => {
+                let socket = sys::inherit(*fd).with_context(|| format!("inherited descriptor {fd}"))?;
+                Self::Inherited(socket)
+            }
+        })
+    }
+
+    fn open(self) -> anyhow::Result<FrontEnds> {
+        Ok(match self {
+            Self::Path(path, mode) => {
+                let (file, listener) = SocketFile::listen(path, mode)?;
+                FrontEnds::Path(file, listener)
+            }
+            Self::Inherited(Inherited::Listener(listener)) => FrontEnds::Listener(listener),
+            Self::Inherited(Inherited::Stream(stream)) => FrontEnds::Connected(stream),
+        })
     }
 }
 

@@ -24,6 +24,7 @@ use crate::engine::Engine;
 use crate::frontend::{self, Drain, KickChange, Session};
 use crate::pace::Pace;
 use crate::queue::RingError;
+use crate::socket::{Listener, SocketFile};
 use crate::sys::{self, Peeked, StopSignals};
 
 /// What the loop waits for after it cancelled requests that took too long.
@@ -60,6 +61,8 @@ pub struct LoopOptions {
     pub drain_timeout: Duration,
     /// What happens when the front end goes away.
     pub on_disconnect: OnDisconnect,
+    /// Keep the disk for so long after the front end went away, for the one that takes its guest over; zero gives it back at once.
+    pub linger: Duration,
 }
 
 /// Where front ends come from.
@@ -67,6 +70,8 @@ pub struct LoopOptions {
 pub enum FrontEnds {
     /// One after the other.
     Listener(UnixListener),
+    /// The same, on a socket with a file, which is removed at the end.
+    Path(SocketFile, UnixListener),
     /// This one, and then the loop ends.
     Connected(UnixStream),
 }
@@ -124,18 +129,20 @@ impl<D: Disk> EventLoop<D> {
         let mut session = Session::new(Device::new(device, geometry))?;
         session.memory.use_fabric(disk.fabric());
         let mut worker = Worker {
+            listener: None,
+            retired_listener: None,
             disk,
             session: Arc::new(Mutex::new(session)),
             engine: Engine::new(capacity),
             connection: None,
             retired: None,
-            listener: None,
             signals,
             options,
             state: State::Running,
             kicks: Vec::new(),
             listener_ready: false,
             listener_rests: None,
+            lingers: None,
             changes: Vec::new(),
             control_changes: Vec::new(),
             kick_changes: Vec::new(),
@@ -144,10 +151,8 @@ impl<D: Disk> EventLoop<D> {
             armed: true,
         };
         match front_ends {
-            FrontEnds::Listener(listener) => {
-                listener.set_nonblocking(true)?;
-                worker.listener = Some(listener);
-            }
+            FrontEnds::Listener(socket) => worker.listener = Some(Listener::new(None, socket)?),
+            FrontEnds::Path(file, socket) => worker.listener = Some(Listener::new(Some(file), socket)?),
             FrontEnds::Connected(stream) => {
                 worker.options.on_disconnect = OnDisconnect::Exit;
                 worker.connect(stream);
@@ -232,6 +237,8 @@ impl<D: Disk> EventLoop<D> {
         }
         let worker = self.manager.subscriber_mut(self.id)?;
         worker.changes = disk;
+        // In this order: a front end that sees its connection close connects again at once.
+        worker.retired_listener = None;
         worker.retired = None;
         for queue in failed {
             error!(queue, "the kick descriptor cannot be watched, expected an eventfd");
@@ -290,6 +297,10 @@ struct Draining {
 
 /// Everything that the loop owns.
 struct Worker<D: Disk> {
+    // The listener comes first because fields are dropped in this order: however the loop ends, it is closed before the connection.
+    listener: Option<Listener>,
+    /// A listener that takes no more front ends, whose descriptor is still watched.
+    retired_listener: Option<Listener>,
     disk: D,
     /// Shared with the message handler of the connection only, on this very thread; the lock is never contended.
     session: Arc<Mutex<Session>>,
@@ -297,7 +308,6 @@ struct Worker<D: Disk> {
     connection: Option<Connection>,
     /// A connection whose descriptor is still watched.
     retired: Option<Connection>,
-    listener: Option<UnixListener>,
     signals: Option<StopSignals>,
     options: LoopOptions,
     state: State,
@@ -305,6 +315,8 @@ struct Worker<D: Disk> {
     listener_ready: bool,
     /// The listener is not watched until then.
     listener_rests: Option<Instant>,
+    /// The disk is kept until then, although no front end uses it.
+    lingers: Option<Instant>,
     changes: Vec<WatchChange>,
     control_changes: Vec<ControlChange>,
     kick_changes: Vec<KickChange>,
@@ -350,7 +362,8 @@ impl<D: Disk> Worker<D> {
         if self.session().take_reset() {
             self.disk.reset();
         }
-        if self.listener_ready {
+        // A front end that connects again has closed its connection before, and that may be among the messages that are left.
+        if self.listener_ready && !messages_left {
             self.accept();
         }
         if self.listener_rests.is_some_and(|until| until <= Instant::now()) {
@@ -358,6 +371,7 @@ impl<D: Disk> Worker<D> {
             self.control_changes
                 .extend(self.listener.as_ref().map(|listener| ControlChange::Listen(listener.as_raw_fd())));
         }
+        self.end_lingering();
         self.attach_or_stop();
         let serve = matches!(self.state, State::Running)
             && matches!(self.disk.attachment(), Attachment::Attached | Attachment::Attaching);
@@ -424,7 +438,8 @@ impl<D: Disk> Worker<D> {
             State::Running | State::Finished(_) => None,
         };
         let resting = self.listener_rests.map(until);
-        let wait = [self.disk.timeout(), draining, stopping, resting].into_iter().flatten().min();
+        let lingering = self.lingers.map(until);
+        let wait = [self.disk.timeout(), draining, stopping, resting, lingering].into_iter().flatten().min();
         // Rounded up: waking early would only find that nothing is due yet.
         wait.map_or(-1, |wait| i32::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX))
     }
@@ -568,7 +583,7 @@ impl<D: Disk> Worker<D> {
         self.listener_ready = false;
         let Some(listener) = &self.listener else { return };
         match listener.accept() {
-            Ok((stream, _)) if self.connection.is_none() && matches!(self.state, State::Running) => {
+            Ok(stream) if self.connection.is_none() && matches!(self.state, State::Running) => {
                 self.connect(stream);
             }
             Ok(_) => warn!("a second front end was turned away: one at a time"),
@@ -603,7 +618,18 @@ impl<D: Disk> Worker<D> {
             self.disk.attachment(),
             Attachment::Attached | Attachment::Attaching | Attachment::Displaced(_)
         );
-        if has_claim {
+        // Requests in flight mean that the hypervisor died: no other one goes on with its guest.
+        let may_linger = in_flight == 0
+            && !self.options.linger.is_zero()
+            && self.options.on_disconnect == OnDisconnect::Wait
+            && matches!(self.state, State::Running)
+            && matches!(self.disk.attachment(), Attachment::Attached);
+        if may_linger {
+            debug!(linger = ?self.options.linger, "keeping the disk for the next front end");
+            // One that comes and goes without using the disk does not keep it any longer.
+            self.lingers.get_or_insert(Instant::now() + self.options.linger);
+        } else if has_claim {
+            self.lingers = None;
             self.disk.detach();
         }
         if self.options.on_disconnect == OnDisconnect::Exit && matches!(self.state, State::Running) {
@@ -624,7 +650,13 @@ impl<D: Disk> Worker<D> {
         }
     }
 
+    /// Begins the end. Front ends that connect from here on are refused, so that they try again, and meet the next daemon.
     fn stop(&mut self) {
+        (self.listener_ready, self.listener_rests, self.lingers) = (false, None, None);
+        if let Some(listener) = self.listener.take() {
+            self.control_changes.push(ControlChange::Remove(listener.as_raw_fd()));
+            self.retired_listener = Some(listener);
+        }
         let deadline = Instant::now() + self.options.drain_timeout;
         self.state = State::Stopping { deadline, cancelled: false };
     }
@@ -638,12 +670,34 @@ impl<D: Disk> Worker<D> {
         matches!(self.state, State::Stopping { .. }) && self.engine.in_flight() == 0 && detached
     }
 
+    /// Gives the disk back that was kept for another front end, when none came in time, or another client has taken it.
+    fn end_lingering(&mut self) {
+        let Some(deadline) = self.lingers else { return };
+        if self.session().is_running() {
+            self.lingers = None;
+            return;
+        }
+        let is_attached = matches!(self.disk.attachment(), Attachment::Attached);
+        if !is_attached || deadline <= Instant::now() {
+            self.lingers = None;
+            self.disk.detach();
+        }
+    }
+
     /// Claims the disk when the first ring runs (live migration: not before), and gives it back before the end.
     fn attach_or_stop(&mut self) {
         if let Attachment::Refused(reason) = self.disk.attachment()
             && matches!(self.state, State::Running)
         {
-            self.state = State::Finished(Some(LoopError::Refused(reason.to_owned())));
+            let error = LoopError::Refused(reason.to_owned());
+            let mut session = self.session();
+            // Requests were taken while the disk was being attached. They fail with it, and the guest is not told where the next
+            // daemon can serve them: another client may be about to give the disk back.
+            if session.inflight.is_some() {
+                session.leave_in_flight();
+            }
+            drop(session);
+            self.state = State::Finished(Some(error));
             return;
         }
         // With its rings stopped the guest does not notice. It may have gone to the host of that client, and its hypervisor here

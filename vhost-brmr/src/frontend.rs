@@ -290,6 +290,13 @@ impl Session {
             self.announced = true;
             let protocol = VhostUserProtocolFeatures::from_bits_truncate(self.protocol_features);
             info!("guest started; negotiated {}; vhost-user {protocol:?}", self.device);
+            if self.device.is_cache_unknown() {
+                warn!(
+                    "the guest negotiated with an earlier daemon that it may turn the write cache off (config-wce), and whether it did \
+                     is not known: every write is flushed, which is safe and slow; stop the virtual machine and start it again to \
+                     end that"
+                );
+            }
         }
         Ok(())
     }
@@ -358,7 +365,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        self.ring(index)?.set_size(num).map_err(refused)
+        self.ring(index)?.set_size(num).map_err(|error| {
+            refused(format!(
+                "ring {index}: {error}; the guest cannot use this disk until the hypervisor's queue size is lowered, or --queue-size \
+                 raised"
+            ))
+        })
     }
 
     fn set_vring_addr(

@@ -195,6 +195,51 @@ impl AsRawFd for StopSignals {
     }
 }
 
+/// The number that the listening socket is moved to, if the limit of open files allows it: above every number that this process
+/// may come to use, and low enough that the kernel's table of descriptors takes 128 KiB.
+///
+/// Linux lets go of a killed process' files from the highest number to the lowest, as `close_files` queues them in ascending order on
+/// a list that is worked off from its end.
+pub const HIGH_DESCRIPTOR: RawFd = 16_000;
+
+/// Moves a descriptor to the first free number from `number` on, or from just below the limit of open files where that is lower.
+/// If that is not possible it stays where it is, and the error says why.
+pub fn move_above(fd: OwnedFd, number: RawFd) -> (OwnedFd, io::Result<()>) {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one `rlimit`.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
+        return (fd, Err(io::Error::last_os_error()));
+    }
+    // A few numbers are left above it: more than one listener may be moved.
+    let highest = RawFd::try_from(limit.rlim_cur).unwrap_or(RawFd::MAX).saturating_sub(16);
+    let number = number.min(highest).max(0);
+    // SAFETY: plain fcntl on a descriptor that is owned here.
+    let moved = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, number) };
+    if moved < 0 {
+        return (fd, Err(io::Error::last_os_error()));
+    }
+    // SAFETY: the descriptor is new and owned from here on. The old one is closed.
+    (unsafe { OwnedFd::from_raw_fd(moved) }, Ok(()))
+}
+
+/// Raises the limit of open files as far as this process may.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one `rlimit`.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: the kernel reads one `rlimit`.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// A socket that was inherited from whoever started this process.
 #[derive(Debug)]
 pub enum Inherited {
@@ -233,7 +278,7 @@ fn socket_option(fd: RawFd, option: libc::c_int) -> io::Result<libc::c_int> {
 }
 
 /// Calls `create` with file permissions limited to `mode`, e.g. to make a socket that is never open to others, not even
-/// for a moment. To be called while there is one thread.
+/// for a moment. The mask belongs to the whole process: no other thread may make files meanwhile, and the daemon's never do.
 pub fn with_mode<T>(mode: u32, create: impl FnOnce() -> T) -> T {
     // SAFETY: umask cannot fail and touches no memory.
     let before = unsafe { libc::umask(!mode & 0o777) };

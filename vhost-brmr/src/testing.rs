@@ -55,6 +55,7 @@ struct State {
     attached: bool,
     detaching: bool,
     refusal: Option<String>,
+    refuses_now: bool,
     displaced: bool,
 }
 
@@ -144,6 +145,11 @@ impl Handle {
     /// Will not be attached.
     pub fn refuse(&self, reason: &str) {
         self.change(|state| state.refusal = Some(reason.to_owned()));
+    }
+
+    /// Will not be attached after all, with requests waiting for it, which fail.
+    pub fn refuse_late(&self, reason: &str) {
+        self.change(|state| (state.refusal, state.refuses_now) = (Some(reason.to_owned()), true));
     }
 
     /// Another client takes the disk.
@@ -326,6 +332,11 @@ impl Disk for MemoryDisk {
         let mut bytes = [0; 64];
         while (&self.wake).read(&mut bytes).is_ok_and(|count| count > 0) {}
         let mut state = lock(&self.state);
+        if std::mem::take(&mut state.refuses_now) {
+            let State { waiting, done, refusal, .. } = &mut *state;
+            done.extend(waiting.drain(..).map(|request| (request.token, Err(DiskError::Fenced))));
+            self.refused.clone_from(refusal);
+        }
         state.work();
         if std::mem::take(&mut state.displaced) {
             (self.displaced, state.attached) = (true, false);

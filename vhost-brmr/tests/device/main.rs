@@ -7,6 +7,7 @@ mod cost;
 mod dirty_log;
 mod handover;
 mod hostile;
+mod listener;
 mod program;
 mod requests;
 mod resize;

@@ -5,6 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Output};
 
+use clap::Parser;
+use vhost_brmr::args::Args;
 use vhost_brmr::socket::{SocketError, SocketFile};
 
 fn run(arguments: &[&str]) -> Output {
@@ -38,6 +40,32 @@ fn capabilities_are_json_for_a_block_device_and_the_file_for_management_software
     let file: serde_json::Value = serde_json::from_str(include_str!("../../50-vhost-brmr.json")).unwrap();
     assert_eq!(file["type"], printed["type"]);
     assert!(file["binary"].as_str().unwrap().ends_with("/vhost-brmr"));
+}
+
+/// The value of the only line of a unit that sets this.
+fn setting<'a>(unit: &'a str, name: &str) -> &'a str {
+    let values = unit.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    let values: Vec<_> = values.collect();
+    assert_eq!(values.len(), 1, "{name} is {values:?}");
+    values[0]
+}
+
+#[test]
+fn the_units_for_systemd_start_the_daemon_with_options_that_it_has() {
+    let (socket, service) =
+        (include_str!("../../systemd/vhost-brmr@.socket"), include_str!("../../systemd/vhost-brmr@.service"));
+    let mut words = setting(service, "ExecStart").split_whitespace();
+    assert_eq!(words.next(), Some("/usr/bin/vhost-brmr"));
+    let args = Args::try_parse_from(std::iter::once("vhost-brmr").chain(words)).unwrap();
+    // A path would be a second socket.
+    assert!(args.options.socket_path.is_none() && args.options.fd.is_none() && args.options.once.is_none());
+    assert!(setting(socket, "ListenStream").starts_with('/'));
+    assert!(!socket.contains("Accept="), "the daemon accepts by itself");
+    assert_eq!(setting(service, "Type"), "notify");
+    assert_eq!(setting(service, "RestartPreventExitStatus"), "3");
+    assert_eq!(setting(service, "StartLimitIntervalSec"), "0");
+    // Otherwise the next attempt of the hypervisor to connect would start a daemon for a guest whose disk was taken.
+    assert!(setting(service, "ExecStopPost").contains("!= 3 || systemctl stop"));
 }
 
 #[test]

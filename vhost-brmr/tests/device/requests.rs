@@ -2,10 +2,16 @@
 
 use std::time::Duration;
 
+use rmr_common::buffer::Segment;
+use rmr_common::client::MAX_QUEUED;
+
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
-use vhost_brmr::disk::Operation;
+use vhost_brmr::disk::{Operation, Token};
+use vhost_brmr::flight::{Flight, Origin, Progress};
+use vhost_brmr::memory::GuestMemory;
+use vhost_brmr::request::MAX_RANGES;
 use vhost_brmr::testing::Event;
 use virtio_bindings::virtio_blk::*;
 
@@ -251,6 +257,7 @@ fn a_write_through_disk_answers_a_write_only_after_the_flush_behind_it() {
         let features = if no_flush { !bit(VIRTIO_BLK_F_FLUSH) } else { ALL };
         let (daemon, mut guest) = Setup { features, ..Setup::default() }.boot();
         if !no_flush {
+            guest.acknowledge_config_wce();
             guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
         }
         daemon.disk.hold(true);
@@ -298,4 +305,49 @@ fn errors_of_the_disk_become_io_errors_of_the_guest() {
     assert_eq!((read.status, read.used_length), (IOERR, 1));
     assert_eq!(guest.flush(), IOERR);
     assert_eq!(guest.flush(), OK);
+}
+
+/// Enters a request of this many parts; its tokens.
+fn enter(flight: &mut Flight, parts: u16, flush_behind: bool) -> Vec<Token> {
+    let origin = Origin { queue: 0, head: 0, incarnation: 1 };
+    // SAFETY: nothing is ever written through a segment without length.
+    let status = unsafe { Segment::new(std::ptr::NonNull::dangling().as_ptr(), 0) };
+    let memory = std::sync::Arc::new(GuestMemory::default());
+    let index = flight.enter(origin, status, &[], parts, flush_behind, &memory).unwrap();
+    (0..parts).map(|part| flight.token(index, part as u8)).collect()
+}
+
+#[test]
+fn the_table_of_requests_is_full_before_the_disk_has_more_parts_than_it_takes() {
+    // As with a thousand queues of 1024.
+    let mut flight = Flight::new(1 << 20);
+    // Twice, as what is left of the count would show then.
+    for _ in 0..2 {
+        let mut tokens = Vec::new();
+        while !flight.is_full() {
+            let parts = if tokens.len() % 3 == 0 { MAX_RANGES as u16 } else { 1 };
+            tokens.extend(enter(&mut flight, parts, parts == 1));
+            assert!(tokens.len() <= MAX_QUEUED, "{} parts", tokens.len());
+        }
+        assert!(tokens.len() > MAX_QUEUED - MAX_RANGES, "{} parts", tokens.len());
+        let mut written = None;
+        for token in tokens {
+            match flight.complete(token, false) {
+                Progress::Waiting => (),
+                Progress::Written(index) => {
+                    flight.share_flush(index, written);
+                    written = Some(index);
+                }
+                Progress::Done(index) => assert!(flight.release(index).is_some()),
+                Progress::Unknown => panic!("an unknown token"),
+            }
+        }
+        let head = written.unwrap();
+        assert_eq!(flight.complete(flight.token(head, u8::MAX), false), Progress::Done(head));
+        let mut next = Some(head);
+        while let Some((_, rest)) = next.and_then(|index| flight.release(index)) {
+            next = rest;
+        }
+        assert!(flight.is_empty() && !flight.is_full());
+    }
 }

@@ -231,6 +231,32 @@ fn a_stop_that_runs_out_of_time_leaves_what_is_in_flight_to_the_next_daemon() {
 }
 
 #[test]
+fn a_disk_that_is_refused_while_requests_wait_for_it_leaves_them_to_the_next_daemon() {
+    let setup = Setup::default();
+    let (first, stream) = setup.device();
+    let mut guest = Guest::connect(stream, &setup);
+    let (region, file) = inflight_region(&mut guest);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    guest.start_ring(0, 0);
+    first.disk.hold(true);
+    guest.submit(0, 0, VIRTIO_BLK_T_OUT, 0, &pattern(512, 1), 0);
+    guest.kick(0);
+    eventually("the request reaches the disk", || first.disk.waiting() == 1);
+    first.disk.refuse_late("still held by the daemon that was killed");
+    assert!(matches!(first.join(), Err(LoopError::Refused(_))));
+    assert_eq!(guest.used_index(0), 0, "the guest was told of an end that there was not");
+    let (second, stream) = setup.device();
+    guest.reconnect(stream, &setup);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    guest.start_ring(0, 1);
+    assert_eq!(guest.used(0, 1), [(0, 1)]);
+    assert_eq!(guest.status(0, 0), OK);
+    assert!(second.disk.data()[..512] == pattern(512, 1));
+}
+
+#[test]
 fn a_front_end_whose_socket_cannot_be_watched_does_not_end_the_daemon_with_an_error() {
     let (disk, _handle) = MemoryDisk::new(Setup::default().geometry).unwrap();
     let (options, behaviour) = Setup::default().options();
