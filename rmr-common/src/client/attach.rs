@@ -232,7 +232,7 @@ impl Client {
             }
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                return self.drop_member(member, &format!("attach refused: {status:?} {text}"));
+                return self.drop_member(member, &refusal("attach", status, &text));
             }
         }
         let reply = match AttachReply::decode(body) {
@@ -368,7 +368,7 @@ impl Client {
             Status::StaleEpoch | Status::NotAttached => self.end(OverReason::Fenced(header.epoch)),
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                self.drop_member(member, &format!("view {} refused: {status:?} {text}", header.view));
+                self.drop_member(member, &refusal(&format!("view {}", header.view), status, &text));
             }
         }
     }
@@ -620,6 +620,11 @@ impl Client {
         self.sequence = self.sequence.next();
         self.sequence
     }
+}
+
+fn refusal(what: &str, status: Status, text: &str) -> String {
+    let text = if text.is_empty() { String::new() } else { format!(": {text}") };
+    format!("{what} refused: {status}{text}")
 }
 
 fn protocol(error: &WireError) -> String {

@@ -197,6 +197,18 @@ pub enum Operation {
     WriteZeroes,
 }
 
+impl std::fmt::Display for Operation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes => "write of zeroes",
+        })
+    }
+}
+
 impl Operation {
     /// Whether it changes the pool's data.
     #[must_use]

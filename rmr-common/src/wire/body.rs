@@ -144,7 +144,11 @@ impl HelloReply {
             || !(1..=MAX_SLOTS).contains(&limits.slots)
             || limits.max_bytes < limits.max_io
         {
-            return Err(d.value_error(format!("limits {limits:?}")));
+            return Err(d.value_error(format!(
+                "limits of {} bytes a message, {} slots, {} bytes in flight: expected 4096 to {MAX_IO}, 1 to {MAX_SLOTS}, and no less \
+                 in flight than in a message",
+                limits.max_io, limits.slots, limits.max_bytes
+            )));
         }
         let member = d.member()?;
         let write_through = d.u8()? != 0;
