@@ -150,6 +150,9 @@ pub struct PoolStatus {
     /// What whoever connects to this member has to prove.
     #[serde(default)]
     pub authentication: Authentication,
+    /// Numbers of the keys of the pool on this node, the newest first: equal numbers are equal keys.
+    #[serde(default)]
+    pub key_fingerprints: Vec<String>,
     /// The size up to which the pool can grow in this store.
     #[serde(default)]
     pub max_size_bytes: Option<u64>,
@@ -397,6 +400,8 @@ pub struct StoreDeleted {
 pub enum ErrorCode {
     /// The request is malformed or breaks a limit.
     Invalid,
+    /// The configuration of the node does not allow it.
+    Forbidden,
     /// There is no such route, pool or store.
     NotFound,
     /// The route exists, but not with this method.
@@ -430,6 +435,7 @@ impl ErrorCode {
     pub const fn http_status(self) -> u16 {
         match self {
             Self::Invalid => 400,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::Method => 405,
             Self::Exists | Self::InUse | Self::HoldsData => 409,
@@ -463,7 +469,9 @@ impl ControlError {
 impl From<StoreError> for ControlError {
     fn from(error: StoreError) -> Self {
         let code = match &error {
-            StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
+            StoreError::Occupied { .. } | StoreError::FileHasData(_) | StoreError::HasData { .. } => {
+                ErrorCode::HoldsData
+            }
             StoreError::Busy { .. } => ErrorCode::InUse,
             StoreError::TooSmall { .. } | StoreError::NoMapRoom { .. } => ErrorCode::NoSpace,
             StoreError::Io { source, .. } => match source.kind() {

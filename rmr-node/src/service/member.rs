@@ -399,6 +399,7 @@ impl Member {
             authentication: Authentication::None,
             latency: None,
             resync,
+            key_fingerprints: Vec::new(),
             max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
         }
     }
