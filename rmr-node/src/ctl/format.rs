@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+pub use rmr_common::words::duration;
+
 use crate::admin::api::UnixMs;
 
 /// Bytes with one decimal in the largest unit that gives at least 1: `512 B`, `12.5 MiB`, `10 GiB`.
@@ -41,21 +43,6 @@ pub fn utc_with_age(moment: UnixMs, now: UnixMs) -> String {
     match now.0.checked_sub(moment.0) {
         Some(age_ms) => format!("{} ({} ago)", utc(moment), duration(age_ms / 1000)),
         None => utc(moment),
-    }
-}
-
-/// Seconds in the two largest units: `42 s`, `5 min 2 s`, `3 h 10 min`, `2 d 4 h`.
-#[must_use]
-pub fn duration(seconds: u64) -> String {
-    let two = |large: u64, large_unit: &str, small: u64, small_unit: &str| match small {
-        0 => format!("{large} {large_unit}"),
-        _ => format!("{large} {large_unit} {small} {small_unit}"),
-    };
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3_600 => two(seconds / 60, "min", seconds % 60, "s"),
-        3_600..86_400 => two(seconds / 3_600, "h", seconds / 60 % 60, "min"),
-        _ => two(seconds / 86_400, "d", seconds / 3_600 % 24, "h"),
     }
 }
 

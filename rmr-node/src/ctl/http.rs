@@ -8,6 +8,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use rmr_common::words;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -186,7 +187,7 @@ impl Client {
         body: Vec<u8>,
     ) -> Result<T, CallError> {
         let deadline = tokio::time::Instant::now() + self.timeout;
-        let late = format!("no answer within {} s", self.timeout.as_secs_f64());
+        let late = format!("no answer within {}", words::time(self.timeout));
         let unreachable = |reason: String| CallError::Unreachable { node: node.clone(), reason };
         let no_answer = |reason: String| CallError::NoAnswer { node: node.clone(), reason };
         let connect = TcpStream::connect((node.host.as_str(), node.port));
