@@ -11,6 +11,7 @@ use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
 use rmr_common::transport::rdma::{self, Fabric};
 use rmr_common::transport::tls::ClientTls;
+use rmr_common::words;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
@@ -216,7 +217,7 @@ impl Disk for PoolDisk {
             .context("cannot start the pool client")
         {
             Ok(driver) => self.driver = Some(driver),
-            Err(error) => self.refused = Some(format!("{error:#}")),
+            Err(error) => self.refused = Some(words::error(error.as_ref())),
         }
     }
 
