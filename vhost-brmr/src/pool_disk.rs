@@ -152,7 +152,8 @@ impl PoolDisk {
                     );
                 }
                 Notice::Over(OverReason::Detached) => {
-                    tracing::info!(pool, transport = ?driver.counters(), "detached; {traffic}");
+                    tracing::info!(pool, "detached; {traffic}");
+                    tracing::debug!(pool, transport = ?driver.counters(), "what the connections have done");
                 }
                 // What it means is known above: a guest that went elsewhere is no failure.
                 Notice::Over(reason @ (OverReason::Fenced(_) | OverReason::Held(_))) => {

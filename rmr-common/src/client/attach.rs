@@ -142,6 +142,7 @@ impl Client {
             rejoin: false,
             yields: self.config.yields,
             description: self.config.description.clone(),
+            held_ms: self.held_ms(),
         }
         .encode();
         self.state = State::Attaching { waiting: asked, replies: Vec::new(), since: self.now };
@@ -149,6 +150,12 @@ impl Client {
             let header = self.header(Kind::Attach);
             self.send_body(member, header, body.clone());
         }
+    }
+
+    /// For how long this client has had the pool.
+    pub(super) fn held_ms(&self) -> u64 {
+        let held = self.held_since.map(|since| self.now - since).unwrap_or_default();
+        u64::try_from(held.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Some node has met a client of a branch that the operator forced into use, and nobody has shown a view of it.
@@ -388,6 +395,7 @@ impl Client {
         self.highest_epoch = self.highest_epoch.max(self.epoch);
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
+        self.held_since.get_or_insert(self.now);
         self.was_cut_short = false;
         self.committed_out = next.out();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };

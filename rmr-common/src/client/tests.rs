@@ -4,7 +4,7 @@ use super::*;
 use crate::pool::{
     BootId, ChunkSize, CommandReply, MemberSpec, MemberState, StoreId, TransportKind, ViewStep,
 };
-use crate::wire::{DirtyAddition, Kind, Limits, SetView, SlotEntry, Status};
+use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, SlotEntry, Status};
 
 mod auth;
 mod bindings;
@@ -60,6 +60,8 @@ pub(super) struct Bench {
     pub(super) sent: Vec<(MemberId, MessageHeader)>,
     /// The node that each link leads to.
     pub(super) nodes: Vec<usize>,
+    /// For how long the client has had the pool, as it told with each attach.
+    held_ms: Vec<u64>,
     /// What came with views.
     pub(super) additions: Vec<DirtyAddition>,
     pub(super) done: Vec<(Token, Result<(), IoError>)>,
@@ -113,6 +115,7 @@ impl Bench {
             sent: Vec::new(),
             nodes: Vec::new(),
             held: Vec::new(),
+            held_ms: Vec::new(),
             additions: Vec::new(),
             done: Vec::new(),
         };
@@ -209,6 +212,7 @@ impl Bench {
                 return self.client.apply(Event::Message(link, &reply, b"another"), self.now);
             }
             Kind::Attach => {
+                self.held_ms.push(Attach::decode(&body).unwrap().held_ms);
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
                     view: self.views[node].clone(),

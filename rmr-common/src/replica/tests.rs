@@ -86,7 +86,7 @@ impl Bench {
         self.attach_with(
             connection,
             epoch,
-            &Attach { client, takeover: false, rejoin, yields: false, description },
+            &Attach { client, takeover: false, rejoin, yields: false, description, held_ms: 0 },
         );
     }
 
@@ -600,6 +600,7 @@ fn a_client_that_is_displaced_is_told_so_before_its_connection_is_closed() {
             rejoin: false,
             yields: false,
             description: format!("client {client}"),
+            held_ms: 0,
         };
         bench.attach_with(1, 1, &attach(1, false));
         bench.durable();
@@ -627,6 +628,7 @@ fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
         rejoin: false,
         yields,
         description: format!("client {client}"),
+        held_ms: 0,
     };
     let status = |bench: &mut Bench, to: u32| {
         bench.durable();
@@ -644,4 +646,17 @@ fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
     assert_eq!(status(&mut bench, 3), Some(Status::Ok));
     bench.attach_with(4, 3, &attach(4, false));
     assert_eq!(status(&mut bench, 4), Some(Status::Held), "a guest's client does not yield");
+}
+
+#[test]
+fn a_member_knows_for_how_long_its_client_has_had_the_pool() {
+    let mut bench = Bench::new(true);
+    let client = ClientId::from_bytes([1; 16]);
+    let description = "test".into();
+    let attach =
+        Attach { client, takeover: false, rejoin: false, yields: false, description, held_ms: 90_000 };
+    bench.attach_with(1, 1, &attach);
+    bench.durable();
+    let held = bench.replica.status().holder.map(|holder| holder.held);
+    assert_eq!(held, Some(Duration::from_secs(90)));
 }

@@ -189,6 +189,8 @@ pub struct Attach {
     pub yields: bool,
     /// Who the client is, in words for operators; named to whoever is refused because of it.
     pub description: String,
+    /// For how long the client has had the pool, in milliseconds: more than nothing where it comes back to a member.
+    pub held_ms: u64,
 }
 
 impl Attach {
@@ -200,7 +202,8 @@ impl Attach {
             .u8(self.takeover.into())
             .u8(self.rejoin.into())
             .u8(self.yields.into())
-            .text(&self.description);
+            .text(&self.description)
+            .u64(self.held_ms);
         e.finish()
     }
 
@@ -212,7 +215,7 @@ impl Attach {
         let mut d = Decoder::new(Kind::Attach, body);
         let client = ClientId::from_bytes(d.uuid()?);
         let (takeover, rejoin, yields) = (d.u8()? != 0, d.u8()? != 0, d.u8()? != 0);
-        let attach = Self { client, takeover, rejoin, yields, description: d.text()? };
+        let attach = Self { client, takeover, rejoin, yields, description: d.text()?, held_ms: d.u64()? };
         d.finish()?;
         Ok(attach)
     }
@@ -587,6 +590,7 @@ mod tests {
             rejoin: true,
             yields: true,
             description: "x".into(),
+            held_ms: 7,
         };
         check(&attach, attach.encode(), Attach::decode);
         let entry =

@@ -195,7 +195,7 @@ pub struct ClientStatus {
     pub address: String,
     /// Attached now, or lost.
     pub state: ClientState,
-    /// When it attached to this member; absent when that was before the node was started.
+    /// Since when it has the pool, as it told this member when it attached; absent when that was before the node was started.
     pub attached_unix_ms: Option<UnixMs>,
 }
 

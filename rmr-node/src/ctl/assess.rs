@@ -247,8 +247,8 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     }
 }
 
-/// The client that holds the pool. Each member tells since when the client is attached to it, which begins again when the
-/// member comes back; the client is attached since the first of these moments.
+/// The client that holds the pool. Each member tells since when the client has it, as the client said when it attached there;
+/// where that differs, as clocks do, the first of these moments counts.
 fn holder<'a>(told: impl Iterator<Item = &'a ClientStatus> + Clone) -> Option<ClientStatus> {
     let latest = told.clone().max_by_key(|c| (c.state == ClientState::Attached, c.attached_unix_ms))?;
     let of_it = told.filter(|c| c.id == latest.id);

@@ -251,7 +251,12 @@ impl Member {
         let (pool, member, view) = (spec.name.clone(), self.replica.member(), self.replica.view().number);
         match notice {
             Notice::Attached(epoch, who) => {
-                self.attached = client.map(|address| (UnixMs::now(), address));
+                // By its own account: it has had the pool before it came back to this member.
+                let held =
+                    self.replica.status().holder.map_or(std::time::Duration::ZERO, |holder| holder.held);
+                let since =
+                    UnixMs::now().0.saturating_sub(u64::try_from(held.as_millis()).unwrap_or(u64::MAX));
+                self.attached = client.map(|address| (UnixMs(since), address));
                 tracing::info!(%pool, %member, %view, %epoch, client = %who, "client attached");
             }
             Notice::Refused(who, holder) => {
