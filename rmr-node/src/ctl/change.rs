@@ -76,20 +76,20 @@ async fn conclude(
 pub(super) async fn remove(context: &Context, args: &RemoveMemberArgs) -> Result<Outcome, CtlError> {
     let (survey, picture) = look(context, &args.pool).await?;
     let (member, name) = (args.member.0, picture.spec.name.clone());
-    let is_left_over = picture.reports.iter().chain(&picture.strays).any(|s| s.member == member);
-    if !is_left_over {
-        ensure_member(&picture, member)?;
-    }
     ensure_found(&survey, &picture, member, args.delete_store)?;
     let left = leave(context, &survey, &picture, member, args.delete_store).await?;
     let (survey, picture) = look(context, &args.pool).await?;
     let mut headline = match left.was_member {
         true => format!("pool {name}: member {member} is removed"),
-        false => format!("pool {name} has no member {member}; nothing was to be removed"),
+        false => no_member(&picture, member),
     };
     headline += &left.stores_words(&picture.advice, member);
     let json = json!({"member": member, "changed": left.was_member, "deleted_stores": left.deleted});
-    Ok(outcome(&survey, &picture, &headline, json))
+    let mut outcome = outcome(&survey, &picture, &headline, json);
+    if !left.was_member && left.deleted.is_empty() {
+        outcome.warnings.push(no_member(&picture, member));
+    }
+    Ok(outcome)
 }
 
 pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Outcome, CtlError> {
@@ -100,8 +100,9 @@ pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Ou
     // Known before the new copy is added, and gone from the pool once it was moved away from.
     let leaves = picture.spec.member(from).cloned();
     // Moved in an earlier run, it is gone, and its copy is where it was to go.
-    if !matches!(place(&survey, &picture, &args.to.node), Place::Member(..)) {
-        ensure_member(&picture, from)?;
+    let is_moved = matches!(place(&survey, &picture, &args.to.node), Place::Member(..));
+    if leaves.is_none() && !is_moved {
+        return Err(CtlError::failed(no_member(&picture, from)));
     }
     let joined = join(context, &args.pool, None, &args.to, &args.store).await?;
     if joined.member == from {
@@ -131,7 +132,14 @@ pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Ou
 pub(super) async fn maintenance(context: &Context, args: &MaintenanceArgs) -> Result<Outcome, CtlError> {
     let (survey, picture) = look(context, &args.pool).await?;
     let (member, on, name) = (args.member.0, args.switch == Switch::On, &picture.spec.name);
-    ensure_member(&picture, member)?;
+    // As a removal that is repeated: what is to be so is so, since the pool does not need the node.
+    if picture.spec.member(member).is_none() {
+        let text = no_member(&picture, member);
+        let json = json!({"member": member, "maintenance": false, "changed": false});
+        let mut outcome = outcome(&survey, &picture, &text, json);
+        outcome.warnings.push(text);
+        return Ok(outcome);
+    }
     let command = Command::Maintenance { member, on };
     deliver(context, &survey, &picture, &command, COMMAND_LIMIT).await?;
     let headline = if on {
@@ -389,17 +397,14 @@ impl Left {
     }
 }
 
-/// Refuses a member that the pool does not have, which is as likely a mistyped number as a member that is gone already.
-fn ensure_member(picture: &Picture, member: MemberId) -> Result<(), CtlError> {
-    if picture.spec.member(member).is_some() {
-        return Ok(());
-    }
+/// What is said of a member that the pool does not have: it is gone already, or its number is mistyped.
+fn no_member(picture: &Picture, member: MemberId) -> String {
     let has: Vec<_> = picture.spec.members.iter().map(|m| m.id.to_string()).collect();
-    Err(CtlError::failed(format!(
-        "nothing was done: pool '{}' has no member {member}, only {}; if it was removed before, nothing is left to do",
+    format!(
+        "pool {} has no member {member}, only {}; nothing was to be done",
         picture.spec.name,
         has.join(", ")
-    )))
+    )
 }
 
 /// A store that is to be deleted has to be on a node that was asked, or it would stay for good without a word.
