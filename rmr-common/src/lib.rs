@@ -42,3 +42,4 @@ pub mod sim;
 pub mod time;
 pub mod transport;
 pub mod wire;
+pub mod words;

@@ -2,12 +2,13 @@
 //! is made elsewhere.
 
 use std::fmt::Display;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use rmr_common::words;
 use sd_notify::NotifyState;
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
@@ -39,13 +40,14 @@ const DISPLACED: u8 = 3;
 pub fn main<D: Disk>(open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> ExitCode {
     let args = Args::parse();
     if args.print_capabilities {
-        println!("{CAPABILITIES}");
+        // Nobody has to read all of it.
+        ignore(writeln!(std::io::stdout(), "{CAPABILITIES}"));
         return ExitCode::SUCCESS;
     }
     let settings = match Settings::load(&args) {
         Ok(settings) => settings,
         Err(error) => {
-            eprintln!("vhost-brmr: {error}");
+            ignore(writeln!(std::io::stderr(), "vhost-brmr: {error}"));
             return ExitCode::from(USAGE);
         }
     };
@@ -53,8 +55,9 @@ pub fn main<D: Disk>(open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> ExitC
     match run(&settings, open) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error!("{error:#}");
-            notify(&[NotifyState::Status(&format!("failed: {error:#}"))]);
+            let text = words::error(error.as_ref());
+            error!("{text}");
+            notify(&[NotifyState::Status(&format!("failed: {text}"))]);
             match error.downcast_ref() {
                 Some(LoopError::Displaced(_)) => ExitCode::from(DISPLACED),
                 _ => ExitCode::FAILURE,
@@ -134,6 +137,8 @@ fn start_log(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let ansi = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr);
+    // Else a log that nobody reads any more would end the daemon: the complaint about it panics.
+    let log = log.log_internal_errors(false);
     let started = match format {
         LogFormat::Text => log.with_target(false).try_init(),
         LogFormat::Json => log.json().try_init(),

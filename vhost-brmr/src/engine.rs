@@ -205,7 +205,7 @@ impl Engine {
                     answer(Status::Ok, u32::try_from(copied).unwrap_or(0))
                 }
                 Action::Refuse(status, reason) => {
-                    refusals.log(|more| warn!(queue, ?reason, more, "refused a request of the guest"));
+                    refusals.log(|more| warn!(queue, %reason, more, "refused a request of the guest"));
                     answer(status, 0)
                 }
             })

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use rmr_common::reactor::WatchChange;
+use rmr_common::words;
 use thiserror::Error;
 use tracing::{debug, error, info, warn};
 use vhost::vhost_user::message::FrontendReq;
@@ -86,7 +87,7 @@ pub enum LoopError {
     #[error("{0}")]
     Ring(#[from] RingError),
     /// The loop itself failed.
-    #[error("event loop: {0:?}")]
+    #[error("event loop: {0}")]
     Events(event_manager::Error),
     /// The disk will not be attached.
     #[error("the disk is refused: {0}")]
@@ -198,7 +199,7 @@ impl<D: Disk> EventLoop<D> {
         let mut ops = self.manager.event_ops(self.id)?;
         for change in disk.drain(..) {
             if let Err(error) = change.apply(&mut ops) {
-                error!(?change, ?error, "a descriptor of the disk cannot be watched");
+                error!(%error, ?change, "a descriptor of the disk cannot be watched");
             }
         }
         for change in control {
@@ -206,18 +207,18 @@ impl<D: Disk> EventLoop<D> {
                 ControlChange::Add(fd) => {
                     let set = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
                     if let Err(error) = ops.add(Events::with_data_raw(fd, TAG_CONTROL, set)) {
-                        error!(?error, "the front end's socket cannot be watched");
+                        error!(%error, "the front end's socket cannot be watched");
                         unwatched = true;
                     }
                 }
                 ControlChange::Listen(fd) => {
                     if let Err(error) = ops.add(Events::with_data_raw(fd, TAG_LISTENER, EventSet::IN)) {
-                        error!(?error, "the listening socket cannot be watched");
+                        error!(%error, "the listening socket cannot be watched");
                     }
                 }
                 ControlChange::Remove(fd) => {
                     if let Err(error) = ops.remove(Events::empty_raw(fd)) {
-                        debug!(?error, fd, "was not watched");
+                        debug!(%error, fd, "was not watched");
                     }
                 }
             }
@@ -349,7 +350,7 @@ impl<D: Disk> MutEventSubscriber for Worker<D> {
         let signals = self.signals.as_ref().map(|signals| (signals.as_raw_fd(), TAG_SIGNALS));
         for (fd, tag) in listener.into_iter().chain(signals) {
             if let Err(error) = ops.add(Events::with_data_raw(fd, tag, EventSet::IN)) {
-                error!(?error, fd, "cannot be watched");
+                error!(%error, fd, "cannot be watched");
             }
         }
     }
@@ -523,7 +524,7 @@ impl<D: Disk> Worker<D> {
             return true;
         }
         if left > 0 && !draining.cancelled {
-            warn!(left, timeout = ?self.options.drain_timeout, "requests did not complete in time; cancelling them");
+            warn!(left, timeout = %words::time(self.options.drain_timeout), "requests did not complete in time; cancelling them");
             self.disk.cancel();
             let deadline = Instant::now() + CANCEL_GRACE;
             if let Some(connection) = &mut self.connection {

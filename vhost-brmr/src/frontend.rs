@@ -193,7 +193,11 @@ impl Session {
         let message = [BackendReq::CONFIG_CHANGE_MSG as u32, 1, 0].map(u32::to_ne_bytes).concat();
         let sent = self.channel.as_ref().map(|mut channel| channel.write(&message));
         if !matches!(sent, Some(Ok(length)) if length == message.len()) {
-            warn!(size, "the front end cannot be told of the new size: {sent:?}");
+            let why = match sent {
+                Some(Err(error)) => error.to_string(),
+                _ => "the message was taken in part".to_owned(),
+            };
+            warn!(size, "the front end cannot be told of the new size: {why}");
             self.channel = None;
         }
     }
@@ -289,7 +293,8 @@ impl Session {
         if self.is_running() && !self.announced {
             self.announced = true;
             let protocol = VhostUserProtocolFeatures::from_bits_truncate(self.protocol_features);
-            info!("guest started; negotiated {}; vhost-user {protocol:?}", self.device);
+            let flags: Vec<_> = protocol.iter_names().map(|(name, _)| name).collect();
+            info!("guest started; negotiated {}; vhost-user {}", self.device, flags.join(", "));
             if self.device.is_cache_unknown() {
                 warn!(
                     "the guest negotiated with an earlier daemon that it may turn the write cache off (config-wce), and whether it did \

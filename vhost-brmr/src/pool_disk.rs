@@ -11,6 +11,7 @@ use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
 use rmr_common::reactor::WatchChange;
 use rmr_common::transport::rdma::{self, Fabric};
 use rmr_common::transport::tls::ClientTls;
+use rmr_common::words;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
@@ -171,7 +172,8 @@ impl PoolDisk {
                     );
                 }
                 Notice::Over(OverReason::Detached) => {
-                    tracing::info!(pool, transport = ?driver.counters(), "detached; {traffic}");
+                    tracing::info!(pool, "detached; {traffic}");
+                    tracing::debug!(pool, transport = ?driver.counters(), "what the connections have done");
                 }
                 // What it means is known above: a guest that went elsewhere is no failure.
                 Notice::Over(reason @ (OverReason::Fenced(_) | OverReason::Held(_))) => {
@@ -236,7 +238,7 @@ impl Disk for PoolDisk {
             .context("cannot start the pool client")
         {
             Ok(driver) => self.driver = Some(driver),
-            Err(error) => self.refused = Some(format!("{error:#}")),
+            Err(error) => self.refused = Some(words::error(error.as_ref())),
         }
     }
 

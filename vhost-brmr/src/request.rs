@@ -116,6 +116,22 @@ pub enum Refusal {
     BadFlags,
 }
 
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::ShortHeader => "its header is too short",
+            Self::OutsideMemory => "a buffer is outside of guest memory",
+            Self::TooManySegments => "it has more buffers than a request may have",
+            Self::UnknownType => "its type is not served",
+            Self::BadLength => "its data has no bytes, or no multiple of a sector",
+            Self::OutOfRange => "it is beyond the end of the disk",
+            Self::ReadOnly => "it changes a read-only disk",
+            Self::BadRanges => "it has too many ranges, one too long, or one cut short",
+            Self::BadFlags => "a range has a flag that is not known or not allowed",
+        })
+    }
+}
+
 /// Why a chain cannot even be answered, so that the ring must be stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Broken {

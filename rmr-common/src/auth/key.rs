@@ -178,6 +178,18 @@ impl KeyRing {
         self.0.len()
     }
 
+    /// Numbers by which two nodes are seen to have the same keys of a pool, and nothing else is: eight bytes of an HMAC, in
+    /// hexadecimal digits.
+    #[must_use]
+    pub fn fingerprints(&self, pool: PoolId) -> Vec<String> {
+        let of = |key: &SecretKey| {
+            let text = [b"rmr key fingerprint".as_slice(), pool.as_bytes()].concat();
+            let tag = hmac::sign(&key.hmac(), &text);
+            tag.as_ref().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+        };
+        self.0.iter().map(of).collect()
+    }
+
     pub(super) fn iter(&self) -> std::slice::Iter<'_, SecretKey> {
         self.0.iter()
     }
@@ -227,6 +239,18 @@ mod tests {
             assert!(error.contains(&format!("{mode:04o}")) && error.contains("expected 0600"), "{error}");
         }
         assert!(matches!(SecretKey::read(directory.path()), Err(KeyFileError::NoFile { .. })));
+    }
+
+    #[test]
+    fn fingerprints_tell_keys_and_pools_apart() {
+        let ring =
+            |bytes: &[u8]| KeyRing::new(bytes.iter().map(|&b| SecretKey::from_bytes([b; 32])).collect());
+        let (pool, other) = (PoolId::from_bytes([7; 16]), PoolId::from_bytes([8; 16]));
+        let both = ring(&[1, 2]).fingerprints(pool);
+        assert_eq!((both.len(), both[0].len()), (2, 16));
+        assert_ne!(both[0], both[1]);
+        assert_eq!(ring(&[2]).fingerprints(pool), both[1..]);
+        assert_ne!(ring(&[1, 2]).fingerprints(other), both);
     }
 
     #[test]

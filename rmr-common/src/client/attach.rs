@@ -150,6 +150,7 @@ impl Client {
             rejoin: false,
             yields: self.config.yields,
             description: self.config.description.clone(),
+            held_ms: self.held_ms(),
         }
         .encode();
         self.state = State::Attaching { waiting: asked, replies: Vec::new(), since: self.now };
@@ -157,6 +158,12 @@ impl Client {
             let header = self.header(Kind::Attach);
             self.send_body(member, header, body.clone());
         }
+    }
+
+    /// For how long this client has had the pool.
+    pub(super) fn held_ms(&self) -> u64 {
+        let held = self.held_since.map(|since| self.now - since).unwrap_or_default();
+        u64::try_from(held.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Some node has met a client of a branch that the operator forced into use, and nobody has shown a view of it.
@@ -262,7 +269,7 @@ impl Client {
             }
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                return self.drop_member(member, &format!("attach refused: {status:?} {text}"));
+                return self.drop_member(member, &refusal("attach", status, &text));
             }
         }
         let reply = match AttachReply::decode(body) {
@@ -418,7 +425,7 @@ impl Client {
             Status::StaleEpoch | Status::NotAttached => self.end(OverReason::Fenced(header.epoch)),
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                self.drop_member(member, &format!("view {} refused: {status:?} {text}", header.view));
+                self.drop_member(member, &refusal(&format!("view {}", header.view), status, &text));
             }
         }
     }
@@ -438,6 +445,7 @@ impl Client {
         self.highest_epoch = self.highest_epoch.max(self.epoch);
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
+        self.held_since.get_or_insert(self.now);
         self.was_cut_short = false;
         self.committed_out = next.out();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
@@ -678,6 +686,11 @@ impl Client {
         self.sequence = self.sequence.next();
         self.sequence
     }
+}
+
+fn refusal(what: &str, status: Status, text: &str) -> String {
+    let text = if text.is_empty() { String::new() } else { format!(": {text}") };
+    format!("{what} refused: {status}{text}")
 }
 
 fn protocol(error: &WireError) -> String {

@@ -321,9 +321,8 @@ impl Client {
                 others.iter().for_each(|m| self.drop_member(m, "the only Clean copy failed a write"));
                 self.part_failed(header.slot, IoError::Media);
             }
-            status => {
-                self.drop_member(member, &format!("{operation:?} at {offset}+{length} answered {status:?}"))
-            }
+            status => self
+                .drop_member(member, &format!("{operation} of {length} bytes at {offset} failed: {status}")),
         }
     }
 
@@ -555,7 +554,7 @@ impl Client {
             Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
                 self.finish_flush(Some(IoError::Media));
             }
-            status => self.drop_member(member, &format!("flush answered {status:?}")),
+            status => self.drop_member(member, &format!("flush failed: {status}")),
         }
     }
 

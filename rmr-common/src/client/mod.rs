@@ -202,6 +202,18 @@ pub enum Operation {
     WriteZeroes,
 }
 
+impl std::fmt::Display for Operation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes => "write of zeroes",
+        })
+    }
+}
+
 impl Operation {
     /// Whether it changes the pool's data.
     #[must_use]
@@ -506,6 +518,8 @@ pub struct Client {
     highest_epoch: Epoch,
     /// The attachment of the last commit, and those under which views were proposed since. Empty before the first.
     own_epochs: Vec<Epoch>,
+    /// When the pool was attached first.
+    held_since: Option<Time>,
     /// An attach of this client did not come through since the last one that did.
     was_cut_short: bool,
     /// The epoch of a client that cut one short, and when it was seen first.
@@ -592,6 +606,7 @@ impl Client {
             epoch: Epoch(0),
             highest_epoch: Epoch(0),
             own_epochs: Vec::new(),
+            held_since: None,
             was_cut_short: false,
             rival: None,
             committed_out: MemberSet::EMPTY,

@@ -115,6 +115,7 @@ impl Client {
             rejoin: true,
             yields: self.config.yields,
             description: self.config.description.clone(),
+            held_ms: self.held_ms(),
         };
         let header = self.header(Kind::Attach);
         self.send_body(member, header, body.encode());

@@ -5,7 +5,7 @@ use crate::pool::{
     Attested, BootId, ChunkSize, CommandReply, Mark, MemberSpec, MemberState, Position, StoreId,
     TransportKind, ViewStep,
 };
-use crate::wire::{DirtyAddition, Kind, Limits, SetView, SlotEntry, Status, decode_attested};
+use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, SlotEntry, Status, decode_attested};
 
 mod auth;
 mod bindings;
@@ -62,6 +62,8 @@ pub(super) struct Bench {
     pub(super) sent: Vec<(MemberId, MessageHeader)>,
     /// The node that each link leads to.
     pub(super) nodes: Vec<usize>,
+    /// For how long the client has had the pool, as it told with each attach.
+    held_ms: Vec<u64>,
     /// What came with views.
     pub(super) additions: Vec<DirtyAddition>,
     pub(super) done: Vec<(Token, Result<(), IoError>)>,
@@ -125,6 +127,7 @@ impl Bench {
             sent: Vec::new(),
             nodes: Vec::new(),
             held: Vec::new(),
+            held_ms: Vec::new(),
             additions: Vec::new(),
             done: Vec::new(),
             marks: vec![Mark(0); count],
@@ -236,6 +239,7 @@ impl Bench {
             }
             Kind::Attach => {
                 let position = self.position(node);
+                self.held_ms.push(Attach::decode(&body).unwrap().held_ms);
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
                     view: self.views[node].clone(),

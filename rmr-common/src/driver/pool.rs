@@ -18,6 +18,7 @@ use crate::client::{
 };
 use crate::pool::{self, Address, CommandReply, MemberId, MemberState, PoolSpec, Refusal};
 use crate::reactor::WatchChange;
+use crate::words;
 
 /// A scatter/gather list that its request owns while it is under way.
 pub type Buffers = Vec<Vec<u8>>;
@@ -29,7 +30,7 @@ pub enum PoolError {
     #[error(transparent)]
     Over(#[from] OverReason),
     /// The pool did not become active within the time allowed.
-    #[error("the pool did not become active within {after:?}: {waiting_for}")]
+    #[error("the pool did not become active within {}: {waiting_for}", words::time(*after))]
     Timeout {
         /// The time allowed.
         after: Duration,

@@ -290,6 +290,8 @@ struct Holder {
     /// `None` once the connection is gone.
     connection: Option<ConnectionId>,
     since: Time,
+    /// For how long it had the pool then.
+    held: Duration,
     /// Whoever comes and does not yield may have its place.
     yields: bool,
 }

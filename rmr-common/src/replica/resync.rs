@@ -309,7 +309,7 @@ impl Replica {
             }
             (status, _, _) => {
                 resync.handover = None;
-                self.fail_handover(&format!("the source answered {status:?}"));
+                self.fail_handover(&format!("the source refused: {status}"));
             }
         }
     }
@@ -402,7 +402,7 @@ impl Replica {
             pull.offset.checked_add(header.length.into()).filter(|&end| end <= pull.end && end > pull.offset);
         let reply = PullReply::decode(body);
         let (Status::Ok, Ok(reply), Some(covered)) = (header.status, reply, covered) else {
-            let reason = format!("pull of {} answered {:?}", pull.chunk, header.status);
+            let reason = format!("pull of chunk {} failed at the source: {}", pull.chunk, header.status);
             resync.busy_chunks.remove(&pull.chunk);
             if header.status == Status::StaleView {
                 // The view is durable here before it is there; both are about to have it.

@@ -1,5 +1,7 @@
 //! Attach, views and detach: who may write, and under which view.
 
+use std::time::Duration;
+
 use super::{
     BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
 };
@@ -176,6 +178,7 @@ impl Replica {
             description: attach.description.clone(),
             connection: Some(connection),
             since: self.now,
+            held: Duration::from_millis(attach.held_ms),
             yields: attach.yields,
         });
         let previous = self.last_client.replace(LastClient {

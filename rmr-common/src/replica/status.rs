@@ -1,5 +1,7 @@
 //! What a replica tells operators about itself.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use super::Replica;
@@ -70,6 +72,9 @@ pub struct HolderStatus {
     /// When it attached.
     #[serde(skip)]
     pub since: Time,
+    /// For how long it had the pool then, as it says itself.
+    #[serde(skip)]
+    pub held: Duration,
 }
 
 /// What another member has missed, as far as this one knows.
@@ -126,6 +131,7 @@ impl Replica {
             description: h.description.clone(),
             connected: h.connection.is_some(),
             since: h.since,
+            held: h.held,
         });
         ReplicaStatus {
             member: self.member,

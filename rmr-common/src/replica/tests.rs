@@ -99,7 +99,7 @@ impl Bench {
         self.attach_with(
             connection,
             epoch,
-            &Attach { client, takeover: false, rejoin, yields: false, description },
+            &Attach { client, takeover: false, rejoin, yields: false, description, held_ms: 0 },
         );
     }
 
@@ -712,6 +712,7 @@ fn a_client_that_is_displaced_is_told_so_before_its_connection_is_closed() {
             rejoin: false,
             yields: false,
             description: format!("client {client}"),
+            held_ms: 0,
         };
         bench.attach_with(1, 1, &attach(1, false));
         bench.durable();
@@ -739,6 +740,7 @@ fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
         rejoin: false,
         yields,
         description: format!("client {client}"),
+        held_ms: 0,
     };
     let status = |bench: &mut Bench, to: u32| {
         bench.durable();
@@ -871,4 +873,17 @@ fn zeroes_of_a_pull_become_holes_by_the_run_and_are_reported_after_a_flush() {
     assert_eq!(bench.answer(Kind::ChunksDone), None, "a hole may come back with a power cut");
     finish_flush(&mut bench);
     assert_eq!(bench.answer(Kind::ChunksDone), Some(Status::Ok));
+}
+
+#[test]
+fn a_member_knows_for_how_long_its_client_has_had_the_pool() {
+    let mut bench = Bench::new(true);
+    let client = ClientId::from_bytes([1; 16]);
+    let description = "test".into();
+    let attach =
+        Attach { client, takeover: false, rejoin: false, yields: false, description, held_ms: 90_000 };
+    bench.attach_with(1, 1, &attach);
+    bench.durable();
+    let held = bench.replica.status().holder.map(|holder| holder.held);
+    assert_eq!(held, Some(Duration::from_secs(90)));
 }

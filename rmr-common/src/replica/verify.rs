@@ -246,7 +246,7 @@ impl Replica {
             (status, _) => {
                 let (connection, asked) = (comparing.connection, comparing.header);
                 self.verify.compares.remove(&number);
-                let text = format!("the reference answered {status:?}").into_bytes();
+                let text = format!("the reference refused: {status}").into_bytes();
                 return self.answer(connection, &asked, Kind::CompareReply, status, text);
             }
         }

@@ -152,7 +152,11 @@ impl HelloReply {
             || !(1..=MAX_SLOTS).contains(&limits.slots)
             || limits.max_bytes < limits.max_io
         {
-            return Err(d.value_error(format!("limits {limits:?}")));
+            return Err(d.value_error(format!(
+                "limits of {} bytes a message, {} slots, {} bytes in flight: expected 4096 to {MAX_IO}, 1 to {MAX_SLOTS}, and no less \
+                 in flight than in a message",
+                limits.max_io, limits.slots, limits.max_bytes
+            )));
         }
         let member = d.member()?;
         let write_through = d.u8()? != 0;
@@ -197,6 +201,8 @@ pub struct Attach {
     pub yields: bool,
     /// Who the client is, in words for operators; named to whoever is refused because of it.
     pub description: String,
+    /// For how long the client has had the pool, in milliseconds: more than nothing where it comes back to a member.
+    pub held_ms: u64,
 }
 
 impl Attach {
@@ -208,7 +214,8 @@ impl Attach {
             .u8(self.takeover.into())
             .u8(self.rejoin.into())
             .u8(self.yields.into())
-            .text(&self.description);
+            .text(&self.description)
+            .u64(self.held_ms);
         e.finish()
     }
 
@@ -220,7 +227,7 @@ impl Attach {
         let mut d = Decoder::new(Kind::Attach, body);
         let client = ClientId::from_bytes(d.uuid()?);
         let (takeover, rejoin, yields) = (d.u8()? != 0, d.u8()? != 0, d.u8()? != 0);
-        let attach = Self { client, takeover, rejoin, yields, description: d.text()? };
+        let attach = Self { client, takeover, rejoin, yields, description: d.text()?, held_ms: d.u64()? };
         d.finish()?;
         Ok(attach)
     }
@@ -653,6 +660,7 @@ mod tests {
             rejoin: true,
             yields: true,
             description: "x".into(),
+            held_ms: 7,
         };
         check(&attach, attach.encode(), Attach::decode);
         let entry =

@@ -232,6 +232,31 @@ impl Status {
     }
 }
 
+/// What a status means, for logs and operators.
+impl std::fmt::Display for Status {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "done",
+            Self::BadRequest => "malformed request",
+            Self::StaleEpoch => "another client has attached since",
+            Self::StaleView => "the member has another view",
+            Self::NotAttached => "not attached",
+            Self::Held => "another client holds the pool",
+            Self::NoSuchPool => "no such pool",
+            Self::Version => "no common protocol version",
+            Self::IoError => "I/O error of the disk",
+            Self::NoSpace => "the disk is full",
+            Self::IllegalView => "no legal step from the member's view",
+            Self::Stopping => "the node is stopping",
+            Self::Limit => "a limit of the node is reached",
+            Self::DigestDiffers => "the data does not fit its digest",
+            Self::KeyRequired => "the pool has a key, and none was shown",
+            Self::KeyRefused => "the key is not the pool's",
+            Self::NoKey => "the node has no key for the pool",
+        })
+    }
+}
+
 /// Header of a message, as it stands on the wire: 80 bytes, little-endian, no padding.
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]

@@ -152,6 +152,9 @@ pub struct PoolStatus {
     /// What whoever connects to this member has to prove.
     #[serde(default)]
     pub authentication: Authentication,
+    /// Numbers of the keys of the pool on this node, the newest first: equal numbers are equal keys.
+    #[serde(default)]
+    pub key_fingerprints: Vec<String>,
     /// The size up to which the pool can grow in this store.
     #[serde(default)]
     pub max_size_bytes: Option<u64>,
@@ -213,7 +216,7 @@ pub struct ClientStatus {
     pub address: String,
     /// Attached now, or lost.
     pub state: ClientState,
-    /// When it attached to this member; absent when that was before the node was started.
+    /// Since when it has the pool, as it told this member when it attached; absent when that was before the node was started.
     pub attached_unix_ms: Option<UnixMs>,
 }
 
@@ -418,6 +421,8 @@ pub struct StoreDeleted {
 pub enum ErrorCode {
     /// The request is malformed or breaks a limit.
     Invalid,
+    /// The configuration of the node does not allow it.
+    Forbidden,
     /// There is no such route, pool or store.
     NotFound,
     /// The route exists, but not with this method.
@@ -451,6 +456,7 @@ impl ErrorCode {
     pub const fn http_status(self) -> u16 {
         match self {
             Self::Invalid => 400,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::Method => 405,
             Self::Exists | Self::InUse | Self::HoldsData => 409,
@@ -484,7 +490,9 @@ impl ControlError {
 impl From<StoreError> for ControlError {
     fn from(error: StoreError) -> Self {
         let code = match &error {
-            StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
+            StoreError::Occupied { .. } | StoreError::FileHasData(_) | StoreError::HasData { .. } => {
+                ErrorCode::HoldsData
+            }
             StoreError::Busy { .. } => ErrorCode::InUse,
             StoreError::TooSmall { .. } | StoreError::NoMapRoom { .. } => ErrorCode::NoSpace,
             StoreError::Io { source, .. } => match source.kind() {

@@ -26,9 +26,11 @@ const MAX_BUFFER_MEMORY: ByteSize = ByteSize(64 << 30);
 /// Extension of store files in the store directory.
 const STORE_EXTENSION: &str = "store";
 
+mod places;
 mod settings;
 mod values;
 
+pub use places::PlaceError;
 pub use settings::{
     AdminSettings, ConfigError, KeySettings, LogSettings, ResyncSettings, Settings, TlsSettings,
 };
@@ -45,10 +47,14 @@ pub struct Config {
     pub advertise: Vec<Address>,
     /// Where the admin API listens.
     pub admin: SocketAddr,
+    /// Names by which callers may know the admin API, besides those that the node knows itself.
+    pub admin_names: Vec<String>,
     /// Devices or files of stores to open at start.
     pub stores: Vec<PathBuf>,
     /// Directory of file stores.
     pub store_dir: Option<PathBuf>,
+    /// Devices, files and directories on which the admin API may make stores, besides.
+    pub store_places: Vec<PathBuf>,
     /// I/O threads.
     pub shards: usize,
     /// Buffer memory of each shard in bytes, a multiple of 4096.
@@ -120,8 +126,10 @@ impl Config {
             listen: given("listen", s.listen)?,
             advertise: given("advertise", s.advertise)?,
             admin: given("admin", s.admin)?,
+            admin_names: given("admin_names", s.admin_names)?,
             stores: given("stores", s.stores)?,
             store_dir: s.store_dir,
+            store_places: given("store_places", s.store_places)?,
             shards: given("shards", s.shards)?.as_usize(),
             buffer_memory: given("buffer_memory", s.buffer_memory)?.0,
             engine: given("engine", s.engine)?,
@@ -163,6 +171,14 @@ impl Config {
         }
         check_advertise(&self.advertise)?;
         check_distinct("stores", &self.stores, |p| p.display().to_string())?;
+        if let Some(place) = self.store_places.iter().find(|place| !place.is_absolute()) {
+            let problem = format!("{}: expected an absolute path", place.display());
+            return Err(ConfigError::value("store_places", problem));
+        }
+        if let Some(name) = self.admin_names.iter().find(|name| !is_host_name(name)) {
+            let problem = format!("'{name}': expected a host name or IP address without a port");
+            return Err(ConfigError::value("admin_names", problem));
+        }
         let memory = ByteSize(self.buffer_memory);
         if !(MIN_BUFFER_MEMORY..=MAX_BUFFER_MEMORY).contains(&memory) || !memory.0.is_multiple_of(4096) {
             let problem = format!(
@@ -233,6 +249,15 @@ impl Config {
         Ok(paths)
     }
 
+    /// Host names by which callers of the admin API may call this node: its own, those of its addresses, and those that are
+    /// configured.
+    #[must_use]
+    pub fn known_names(&self) -> Vec<String> {
+        let addresses = self.listen.iter().chain(&self.advertise).map(|address| address.host().to_owned());
+        let own = [self.node_name.clone(), host_name().unwrap_or_default()];
+        own.into_iter().chain(addresses).chain(self.admin_names.iter().cloned()).collect()
+    }
+
     /// Where a new store of this member goes when the request names no path; `None` without a store directory.
     #[must_use]
     pub fn new_store_path(&self, pool: PoolId, member: MemberId) -> Option<PathBuf> {
@@ -242,6 +267,11 @@ impl Config {
 
 fn given<T>(key: &'static str, value: Option<T>) -> Result<T, ConfigError> {
     value.ok_or_else(|| ConfigError::value(key, "no value"))
+}
+
+fn is_host_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    name.parse::<IpAddr>().is_ok() || !name.is_empty() && name.chars().all(good)
 }
 
 fn host_name() -> Result<String, ConfigError> {

@@ -29,12 +29,18 @@ pub struct Settings {
     /// Where the admin API listens [default: 127.0.0.1:7701]
     #[arg(long, value_name = "IP:PORT")]
     pub admin: Option<SocketAddr>,
+    /// Host names by which callers of the admin API may call this node, besides its own, comma-separated
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub admin_names: Option<Vec<String>>,
     /// Devices or files of stores to open at start, comma-separated
     #[arg(long, value_name = "PATH,…", value_delimiter = ',')]
     pub stores: Option<Vec<PathBuf>>,
     /// Directory of file stores: all *.store in it are opened, new pools get files in it
     #[arg(long, value_name = "DIRECTORY")]
     pub store_dir: Option<PathBuf>,
+    /// Devices, files and directories on which rmrctl may make stores, besides --store-dir and --stores, comma-separated
+    #[arg(long, value_name = "PATH,…", value_delimiter = ',')]
+    pub store_places: Option<Vec<PathBuf>>,
     /// I/O threads, 1 to 64 [default: 1]
     #[arg(long, value_name = "N")]
     pub shards: Option<Bounded<1, 64>>,
@@ -210,8 +216,10 @@ impl Settings {
             listen: self.listen.or(base.listen),
             advertise: self.advertise.or(base.advertise),
             admin: self.admin.or(base.admin),
+            admin_names: self.admin_names.or(base.admin_names),
             stores: self.stores.or(base.stores),
             store_dir: self.store_dir.or(base.store_dir),
+            store_places: self.store_places.or(base.store_places),
             shards: self.shards.or(base.shards),
             buffer_memory: self.buffer_memory.or(base.buffer_memory),
             engine: self.engine.or(base.engine),
@@ -263,9 +271,11 @@ impl Settings {
             listen: Some(vec![Address::tcp("0.0.0.0", DEFAULT_DATA_PORT)]),
             advertise: Some(Vec::new()),
             admin: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_ADMIN_PORT))),
+            admin_names: Some(Vec::new()),
             stores: Some(Vec::new()),
             // No default: a node that is given no directory makes no files anywhere.
             store_dir: None,
+            store_places: Some(Vec::new()),
             shards: Some(Bounded::of::<1>()),
             buffer_memory: Some(ByteSize(64 << 20)),
             engine: Some(EngineChoice::default()),

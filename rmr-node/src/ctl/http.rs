@@ -1,6 +1,7 @@
 //! One HTTP request to a node's admin address, bounded in time and size, with errors that name the node.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use rmr_common::words;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -186,7 +188,7 @@ impl Client {
         body: Vec<u8>,
     ) -> Result<T, CallError> {
         let deadline = tokio::time::Instant::now() + self.timeout;
-        let late = format!("no answer within {} s", self.timeout.as_secs_f64());
+        let late = format!("no answer within {}", words::time(self.timeout));
         let unreachable = |reason: String| CallError::Unreachable { node: node.clone(), reason };
         let no_answer = |reason: String| CallError::NoAnswer { node: node.clone(), reason };
         let connect = TcpStream::connect((node.host.as_str(), node.port));
@@ -195,7 +197,9 @@ impl Client {
             Ok(Err(e)) => return Err(unreachable(e.to_string())),
             Err(_) => return Err(unreachable(late)),
         };
-        let exchange = exchange(stream, node, method, path, body);
+        // The address and not the name: a node refuses names that it does not know to be its own, and cannot know them all.
+        let host = stream.peer_addr().map(|peer| SocketAddr::new(peer.ip(), peer.port()).to_string());
+        let exchange = exchange(stream, host.unwrap_or_else(|_| node.to_string()), method, path, body);
         match tokio::time::timeout_at(deadline, exchange).await {
             Ok(Ok((status, bytes))) => read_answer(status, &bytes).map_err(|e| match e {
                 Unread::Refusal(error) => CallError::Refused { node: node.clone(), error },
@@ -210,7 +214,7 @@ impl Client {
 /// Sends one request on the connection and reads the whole answer.
 async fn exchange(
     stream: TcpStream,
-    node: &NodeAddress,
+    host: String,
     method: Method,
     path: &str,
     body: Vec<u8>,
@@ -220,7 +224,7 @@ async fn exchange(
     let request = Request::builder()
         .method(method)
         .uri(path)
-        .header(header::HOST, node.to_string())
+        .header(header::HOST, host)
         .header(header::CONTENT_TYPE, "application/json")
         .body(Full::new(Bytes::from(body)))
         .map_err(|e| format!("request cannot be made: {e}"))?;

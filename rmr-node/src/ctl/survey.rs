@@ -6,6 +6,7 @@ use rmr_common::transport::tls::ClientTls;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use super::advice::Advice;
 use super::http::{CallError, Client, NodeAddress};
 use super::{CtlError, assess};
 use crate::admin::api::{PoolKey, PoolList, PoolStatus};
@@ -23,6 +24,8 @@ pub(super) struct Context {
     pub(super) tls: Option<ClientTls>,
     /// A client that left without a goodbye will not come back.
     pub(super) client_is_gone: bool,
+    /// How this program was called.
+    pub(super) advice: Advice,
 }
 
 impl Context {
@@ -35,7 +38,7 @@ impl Context {
     pub(super) async fn survey(&self) -> Survey {
         let lists: Vec<(_, Result<PoolList, _>)> = self.get_all(self.nodes(), "/v1/pools").await;
         let answers = lists.into_iter().map(|(node, list)| (node, list.map(|l| l.pools))).collect();
-        Survey { answers }
+        Survey { answers, advice: self.advice.clone() }
     }
 
     /// Asks nodes at the same time; the answers come in the order of `nodes`.
@@ -61,6 +64,7 @@ impl Context {
 /// What the nodes said when asked for their pools.
 pub(super) struct Survey {
     pub(super) answers: Vec<(NodeAddress, Result<Vec<PoolStatus>, CallError>)>,
+    advice: Advice,
 }
 
 impl Survey {
@@ -70,6 +74,12 @@ impl Survey {
 
     pub(super) fn any_answered(&self) -> bool {
         self.answers.iter().any(|(_, answer)| answer.is_ok())
+    }
+
+    /// The nodes that did not answer.
+    pub(super) fn silent(&self) -> String {
+        let silent = self.answers.iter().filter(|(_, answer)| answer.is_err());
+        silent.map(|(node, _)| node.to_string()).collect::<Vec<_>>().join(", ")
     }
 
     /// What went wrong, one line for each node that did not answer.
@@ -84,7 +94,15 @@ impl Survey {
     }
 
     pub(super) fn pictures(&self) -> Vec<assess::Picture> {
-        assess::merge(self.answers.iter().filter_map(|(_, a)| a.as_ref().ok()).flatten().cloned().collect())
+        let statuses = self.answers.iter().filter_map(|(_, a)| a.as_ref().ok()).flatten().cloned().collect();
+        let mut pictures = assess::merge(statuses);
+        let names: Vec<_> = pictures.iter().map(|p| p.spec.name.clone()).collect();
+        for picture in &mut pictures {
+            let is_alone = names.iter().filter(|&name| *name == picture.spec.name).count() == 1;
+            let pool = if is_alone { picture.spec.name.clone() } else { picture.spec.id.to_string() };
+            picture.advice = self.advice.of(pool);
+        }
+        pictures
     }
 
     /// The one pool that the key names.

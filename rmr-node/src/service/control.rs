@@ -79,7 +79,8 @@ impl NodeControl for Control {
             }
             // Here and not on the shards: it reads files.
             for pool in &mut pools {
-                pool.authentication = shared.keys.authentication(pool.spec.id, &pool.spec.name);
+                (pool.authentication, pool.key_fingerprints) =
+                    shared.keys.authentication(pool.spec.id, &pool.spec.name);
             }
             Ok(pools)
         })
@@ -172,7 +173,10 @@ fn create(shared: &Shared, request: &CreateStore) -> Result<Store, ControlError>
         return Err(ControlError::new(ErrorCode::Invalid, text));
     };
     let path = match &request.path {
-        Some(path) => path.clone(),
+        Some(path) => shared
+            .config
+            .place_for_store(path)
+            .map_err(|error| ControlError::new(ErrorCode::Forbidden, error.to_string()))?,
         None => shared.config.new_store_path(spec.id, request.member).ok_or_else(|| {
             let text = "this node has no store directory (store_dir): name a device or file for the store";
             ControlError::new(ErrorCode::Invalid, text)
@@ -184,7 +188,7 @@ fn create(shared: &Shared, request: &CreateStore) -> Result<Store, ControlError>
         store: member.store,
         view: request.view.clone(),
         overwrite: request.overwrite,
-        zero: if request.assume_zero { ZeroPolicy::AssumeZero } else { ZeroPolicy::Zero },
+        zero: if request.assume_zero { ZeroPolicy::Check } else { ZeroPolicy::Zero },
         max_size: request.max_size_bytes,
     };
     Store::create(&path, &options, &mut |_, _| {}).map_err(ControlError::from)?;

@@ -56,15 +56,18 @@ impl Keys {
         Ok(keys)
     }
 
-    /// What operators are told of a pool's keys.
-    pub(super) fn authentication(&self, pool: PoolId, name: &str) -> Authentication {
+    /// What operators are told of a pool's keys, and the fingerprints of these.
+    pub(super) fn authentication(&self, pool: PoolId, name: &str) -> (Authentication, Vec<String>) {
         match self.of(pool, name) {
-            Ok(keys) => match keys.len() {
-                0 => Authentication::None,
-                1 => Authentication::Key,
-                _ => Authentication::Rotating,
-            },
-            Err(reason) => Authentication::Unusable { reason },
+            Ok(keys) => {
+                let state = match keys.len() {
+                    0 => Authentication::None,
+                    1 => Authentication::Key,
+                    _ => Authentication::Rotating,
+                };
+                (state, keys.fingerprints(pool))
+            }
+            Err(reason) => (Authentication::Unusable { reason }, Vec::new()),
         }
     }
 
@@ -230,8 +233,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let keys =
             |required| Keys::new(KeysConfig { directory: Some(directory.path().to_owned()), required });
-        assert_eq!(keys(false).authentication(PoolId::random(), "vm-1"), Authentication::None);
-        let unusable = keys(true).authentication(PoolId::random(), "vm-1");
+        assert_eq!(keys(false).authentication(PoolId::random(), "vm-1").0, Authentication::None);
+        let (unusable, _) = keys(true).authentication(PoolId::random(), "vm-1");
         assert!(matches!(unusable, Authentication::Unusable { .. }), "{unusable:?}");
     }
 }

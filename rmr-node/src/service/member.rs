@@ -255,7 +255,12 @@ impl Member {
         let (pool, member, view) = (spec.name.clone(), self.replica.member(), self.replica.view().number);
         match notice {
             Notice::Attached(epoch, who) => {
-                self.attached = client.map(|address| (UnixMs::now(), address));
+                // By its own account: it has had the pool before it came back to this member.
+                let held =
+                    self.replica.status().holder.map_or(std::time::Duration::ZERO, |holder| holder.held);
+                let since =
+                    UnixMs::now().0.saturating_sub(u64::try_from(held.as_millis()).unwrap_or(u64::MAX));
+                self.attached = client.map(|address| (UnixMs(since), address));
                 tracing::info!(%pool, %member, %view, %epoch, client = %who, "client attached");
             }
             Notice::Refused(who, holder) => {
@@ -413,6 +418,7 @@ impl Member {
             authentication: Authentication::None,
             latency: None,
             resync,
+            key_fingerprints: Vec::new(),
             max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
             history: HistoryStatus { position: status.position, attested: status.attested },
         }

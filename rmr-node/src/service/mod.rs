@@ -32,8 +32,8 @@ use rmr_common::transport::rdma::{Fabric, RdmaListener};
 use rmr_common::transport::tls::{ClientTls, ServerTls};
 use rmr_common::transport::{Counters, Listener};
 
-use crate::admin::AdminServer;
 use crate::admin::api::UnixMs;
+use crate::admin::{AdminServer, HostNames};
 use crate::config::{Config, TlsConfig};
 use crate::lifecycle::{Shutdown, ready};
 use crate::store::{Store, remove_unfinished};
@@ -155,7 +155,10 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     while opened.recv().is_ok() {}
     handles[0].send(Command::Listen(listeners));
     let control = Arc::new(Control::new(Arc::clone(&shared), handles));
-    let admin = AdminServer::start(shared.config.admin, shared.config.admin_limits, control)?;
+    let mut names = shared.config.known_names();
+    names.extend(shared.advertised().iter().map(|address| address.host().to_owned()));
+    let (address, limits) = (shared.config.admin, shared.config.admin_limits);
+    let admin = AdminServer::start(address, limits, HostNames::new(names), control)?;
     let addresses: Vec<String> = shared.advertised().iter().map(ToString::to_string).collect();
     let line = format!("serving {count} stores at {}", addresses.join(", "));
     tracing::info!(admin = %admin.local_addr(), "{line}");

@@ -129,7 +129,11 @@ impl Receiver for Sink<'_> {
             }
         } else {
             let text = String::from_utf8_lossy(body);
-            self.error = Some(format!("the source refuses: {:?} {text}", header.status));
+            self.error = Some(format!(
+                "the source refuses: {}{}{text}",
+                header.status,
+                if text.is_empty() { "" } else { ": " }
+            ));
         }
     }
 }

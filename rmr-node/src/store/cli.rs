@@ -154,9 +154,10 @@ fn create(args: &CreateArgs) -> anyhow::Result<()> {
     let show = std::io::stderr().is_terminal();
     let mut progress = |done: u64, total: u64| {
         if show {
-            eprint!("\rzeroing: {} of {} MiB", done >> 20, total >> 20);
+            // Nobody has to watch.
+            let _ = write!(std::io::stderr(), "\rzeroing: {} of {} MiB", done >> 20, total >> 20);
             if done == total {
-                eprintln!();
+                let _ = writeln!(std::io::stderr());
             }
         }
     };

@@ -53,6 +53,14 @@ pub enum StoreError {
         /// What was recognised.
         found: Vec<Signature>,
     },
+    /// It was said to read as zeroes, and has data of no known kind.
+    #[error("{}: said to read as zeroes, and has data at byte {offset}, which the new pool would be served: leave --assume-zero out, and it is zeroed", path.display())]
+    HasData {
+        /// The device.
+        path: PathBuf,
+        /// Where the first byte is that is not zero.
+        offset: u64,
+    },
     /// It is smaller than the store that is, or is to be, on it.
     #[error("{}: has {}, the store needs {} ({} bytes)", path.display(), ByteSize(*found), ByteSize(*needed), needed)]
     TooSmall {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use rmr_common::pool::Position;
+use rmr_common::words;
 use serde::Serialize;
 
 use super::backing::Backing;
@@ -210,7 +211,7 @@ impl Report {
         let yes_no = |yes| if yes { "yes" } else { "no" };
         writeln!(f, "closed in order: {}", yes_no(superblock.clean_shutdown))?;
         writeln!(f, "write-through: {}", yes_no(superblock.write_through))?;
-        writeln!(f, "created: {} s after 1970-01-01 UTC", superblock.created_unix_s)?;
+        writeln!(f, "created: {}", words::utc(superblock.created_unix_s))?;
         writeln!(
             f,
             "maps at {} and {}, {} pages each, room for {} chunks: the pool may grow to {}; data at {}",

@@ -307,6 +307,30 @@ fn a_block_device_is_claimed_zeroed_and_refused_while_in_use() {
     assert!(device.allocated() <= most, "a new store takes {} bytes of a thin device", device.allocated());
 }
 
+#[test]
+fn a_device_that_is_said_to_be_empty_is_read_before_a_pool_is_served_from_it() {
+    let Some(device) = crate::disk::tests::LoopDevice::new(32 << 20) else { return };
+    let first = options();
+    let data = create(&device.path, &first).unwrap().layout.data_offset;
+    change(&device.path, data + 8192, b"secret of a pool with a key");
+    Store::destroy(&device.path, None).unwrap();
+    // Nothing on it is recognised any more, and its data is still there.
+    let check = CreateOptions { zero: ZeroPolicy::Check, overwrite: true, ..options() };
+    match create(&device.path, &check) {
+        Err(StoreError::HasData { offset, .. }) => assert_eq!(offset, data + 8192),
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(Store::open(&device.path, None), Err(StoreError::NoSuperblock { .. })));
+    // Also where only a larger pool would reach it.
+    change(&device.path, data + 8192, &[0; 32]);
+    change(&device.path, (32 << 20) - 1, b"x");
+    assert!(matches!(create(&device.path, &check), Err(StoreError::HasData { .. })));
+    // Without the claim it is zeroed, and then the claim is true.
+    create(&device.path, &CreateOptions { zero: ZeroPolicy::Zero, ..check.clone() }).unwrap();
+    Store::destroy(&device.path, None).unwrap();
+    create(&device.path, &check).unwrap();
+}
+
 fn grow(store: &Store, to: u64) -> Result<Growth, StoreError> {
     store.growth(store.superblock().spec.chunk_size, POOL, to)
 }

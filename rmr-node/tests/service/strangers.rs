@@ -256,6 +256,7 @@ fn nonsense_of_one_pools_clients_never_reaches_another_pool() {
                             rejoin: false,
                             yields: false,
                             description: "raw".into(),
+                            held_ms: 0,
                         }
                         .encode();
                         let header = raw.header(Kind::Attach, 0, u32::try_from(body.len()).unwrap());

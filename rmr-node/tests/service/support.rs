@@ -227,6 +227,7 @@ impl Raw {
             rejoin: false,
             yields: false,
             description: "raw".into(),
+            held_ms: 0,
         }
         .encode();
         let header = raw.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));

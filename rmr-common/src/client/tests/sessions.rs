@@ -232,3 +232,20 @@ fn a_client_that_is_told_that_another_attached_ends_and_leaves_no_view_in_its_wa
     told(&mut bench, epoch);
     assert_eq!((bench.client.over(), bench.state(member(0))), (None, Some(MemberState::Out)));
 }
+
+#[test]
+fn a_member_that_comes_back_is_told_since_when_the_client_has_the_pool() {
+    let mut bench = Bench::new(2, |_| {});
+    assert_eq!(bench.held_ms, [0, 0]);
+    bench.pass(Duration::from_secs(60));
+    bench.set_up(1, false);
+    bench.pass(Duration::from_secs(2));
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    let told = *bench.held_ms.last().unwrap();
+    assert!((62_000..=64_000).contains(&told), "{told}");
+    // Another client begins with nothing.
+    bench.start_client(|config| config.takeover = true);
+    assert_eq!(bench.held_ms.last(), Some(&0));
+}
