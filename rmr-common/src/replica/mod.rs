@@ -5,6 +5,7 @@
 //! the dirty bits of the members that miss it, then the data, then the answer.
 
 mod command;
+mod flush;
 mod io;
 mod resync;
 mod room;
@@ -69,6 +70,9 @@ pub struct DurableState {
     pub epoch: Epoch,
     /// The client of that epoch.
     pub last_client: Option<LastClient>,
+    /// Set when a flush of the data failed, until a view of a later session is committed: what had completed and was not flushed
+    /// may be gone.
+    pub flush_failed: bool,
 }
 
 /// A piece of metadata to make durable.
@@ -239,6 +243,8 @@ pub enum Notice {
     View(View),
     /// Metadata cannot be made durable: the member stops to answer writes.
     MetadataFailed,
+    /// The disk failed a flush, for this purpose: what it had answered and not flushed may be gone. The session ends.
+    FlushFailed(&'static str),
 }
 
 /// How a replica behaves.
@@ -283,6 +289,8 @@ enum Waiter {
     View(ViewNumber),
     DetachPages(Epoch),
     Detach(Epoch),
+    /// Nothing: the superblock is written for the next process.
+    Mark,
 }
 
 /// One member of a pool.
@@ -305,6 +313,11 @@ pub struct Replica {
     /// Whether the last client left in good order, so that the slot table needs no look.
     clean_detach: bool,
     maps: MemberMaps,
+    /// A flush failed, and no view of a later session is known to be committed: see [`DurableState::flush_failed`].
+    flush_failed: bool,
+    /// A flush failed, and the member has adopted no view since: it hands out nothing of what it may have lost.
+    distrusted: bool,
+    flushes: flush::Flushes,
     /// What came with the view that is being set.
     additions: Vec<crate::wire::DirtyAddition>,
     /// Whether the slot table was lost with an earlier run of the process, and no attachment is known to have dealt with that.
@@ -355,7 +368,7 @@ impl Replica {
         let durable_state = state.clone();
         let spec = state.spec;
         let is_detached = state.last_client.as_ref().is_none_or(|c| !c.attached);
-        let clean_detach = is_detached && maps.intent().count() == 0;
+        let clean_detach = is_detached && maps.intent().count() == 0 && !state.flush_failed;
         let none = |slot| SlotEntry {
             slot: crate::pool::Slot(slot),
             sequence: Sequence(0),
@@ -376,6 +389,9 @@ impl Replica {
             commands: command::Commands::default(),
             room: room::Room::new(spec.size),
             clean_detach,
+            flush_failed: state.flush_failed,
+            distrusted: false,
+            flushes: flush::Flushes::new(&spec),
             maps,
             additions: Vec::new(),
             tables_lost: !clean_detach && !mutant!(RestartNotTold),
@@ -520,6 +536,12 @@ impl Replica {
         self.holder.as_ref()?.connection
     }
 
+    /// Whether a flush failed, and no view of a later session is known to be committed.
+    #[must_use]
+    pub const fn flush_failed(&self) -> bool {
+        self.flush_failed
+    }
+
     /// Whether disk or metadata requests are under way.
     #[must_use]
     pub fn is_busy(&self) -> bool {
@@ -532,6 +554,7 @@ impl Replica {
             spec: self.spec.clone(),
             epoch: self.epoch,
             last_client: self.last_client.clone(),
+            flush_failed: self.flush_failed,
         }
     }
 
@@ -600,6 +623,7 @@ impl Replica {
                 Waiter::View(view) => self.view_durable(view),
                 Waiter::DetachPages(epoch) => self.detach_page_durable(epoch),
                 Waiter::Detach(epoch) => self.detach_durable(epoch),
+                Waiter::Mark => {}
             }
         }
     }
@@ -609,6 +633,8 @@ impl Replica {
     }
 }
 
+#[cfg(test)]
+mod flush_tests;
 #[cfg(test)]
 mod force_tests;
 #[cfg(test)]

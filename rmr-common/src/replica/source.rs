@@ -51,12 +51,13 @@ impl PulledData {
 impl Replica {
     /// A member that is stale may only be told by one that is Clean in the same attachment, and has not started anew since: one that has
     /// may have lost with its cache what the stale one missed, and the client, which has not noticed, would promote that one
-    /// without it.
+    /// without it. The same holds for one whose flush failed.
     pub(super) fn may_be_source(&self, header: &MessageHeader) -> bool {
         header.epoch == self.epoch
             && (self.session > 0 || mutant!(SourceStartedAnew))
             && (self.view.state(self.member) == Some(MemberState::Clean) || mutant!(PullFromStale))
             && !self.broken
+            && (!self.distrusted || mutant!(SourceServesAfterFailedFlush))
             && self.attach.is_none()
     }
 

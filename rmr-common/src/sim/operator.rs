@@ -359,7 +359,7 @@ impl World<'_> {
         }
         let view = View::unjoined(spec.members.iter().map(|m| (m.id, m.store)), member);
         let write_back = self.rng.percent(30);
-        let state = DurableState { view, spec, epoch: Epoch(0), last_client: None };
+        let state = DurableState { view, spec, epoch: Epoch(0), last_client: None, flush_failed: false };
         let capacity = self.capacity();
         self.nodes.push(Node::new(member, store, address.clone(), state, write_back, capacity));
         for host in &mut self.hosts {

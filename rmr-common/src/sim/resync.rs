@@ -173,7 +173,8 @@ impl World<'_> {
                 view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
             let own = self.nodes[index].replica.as_ref();
             let knows_itself = own.is_some_and(|r| {
-                r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == *view
+                let is_syncing = r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == *view;
+                is_syncing && !r.flush_failed()
             });
             let has = |k: &usize, sector: usize| {
                 self.has_record(*k, stale.id, sector) || self.has_dropped(*k, stale)
@@ -189,6 +190,9 @@ impl World<'_> {
             // of that, it is Out with all of it on record, and judged as such.
             let is_promoted = stale.state == MemberState::Syncing
                 && self.nodes[index].durable.view.state(stale.id) == Some(MemberState::Clean);
+            // So is one whose flush failed: its session is over, of which its client hears next.
+            let has_left = own.is_none_or(|r| r.holder_connection().is_none() || r.flush_failed());
+            let is_promoted = is_promoted || stale.state == MemberState::Syncing && has_left;
             let is_lost = |sector: usize| is_promoted && self.nodes[index].disk.lost.contains(&sector);
             if let Some(sector) = sectors.find(|&s| self.is_missing(index, s) && !is_lost(s)) {
                 let silent: Vec<_> = keepers.iter().filter(|k| !has(k, sector)).collect();

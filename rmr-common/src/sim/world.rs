@@ -224,7 +224,7 @@ impl<'a> World<'a> {
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
         let all_write_back = rng.percent(40) || aiming.aim.needs_caches();
         let state =
-            DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None };
+            DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None, flush_failed: false };
         let nodes: Vec<_> = spec
             .members
             .iter()
@@ -348,6 +348,9 @@ impl<'a> World<'a> {
                         let end = (running.first + running.count).div_ceil(SECTORS_PER_BLOCK);
                         self.nodes[node].disk.unread.extend(running.first / SECTORS_PER_BLOCK..end);
                     }
+                }
+                if running.operation == DiskOperation::Flush && running.result != DiskResult::Done {
+                    self.drop_unflushed(node);
                 }
                 let stale = self.own_stale(node);
                 self.disk_ended(node, io, &running)?;

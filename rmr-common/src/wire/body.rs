@@ -248,6 +248,9 @@ pub struct AttachReply {
     pub tables_lost: bool,
     /// Runs of chunks, as `(first, count)`, that may hold writes which are not complete everywhere or not durable here.
     pub intents: Vec<(Chunk, u64)>,
+    /// The disk failed a flush, and no later attachment is known to have dealt with that: what the member had answered and not
+    /// flushed may be gone.
+    pub flush_failed: bool,
 }
 
 impl AttachReply {
@@ -270,6 +273,7 @@ impl AttachReply {
         for (first, count) in &self.intents {
             e.u64(first.0).u64(*count);
         }
+        e.u8(self.flush_failed.into());
         e.finish()
     }
 
@@ -309,8 +313,19 @@ impl AttachReply {
         for _ in 0..count {
             intents.push((Chunk(d.u64()?), d.u64()?));
         }
+        let flush_failed = d.u8()? != 0;
         d.finish()?;
-        Ok(Self { view, spec, last_client, clean_detach, slots, watermark, tables_lost, intents })
+        Ok(Self {
+            view,
+            spec,
+            last_client,
+            clean_detach,
+            slots,
+            watermark,
+            tables_lost,
+            intents,
+            flush_failed,
+        })
     }
 }
 
@@ -596,6 +611,7 @@ mod tests {
             watermark: Sequence(4),
             tables_lost: true,
             intents: vec![(Chunk(3), 2)],
+            flush_failed: true,
         };
         check(&attached, attached.encode(), AttachReply::decode);
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
@@ -628,6 +644,7 @@ mod tests {
             watermark: Sequence(0),
             tables_lost: false,
             intents: Vec::new(),
+            flush_failed: false,
         };
         let is_read = |reply: &AttachReply| AttachReply::decode(&reply.encode()).is_ok();
         let with = |entry| AttachReply { slots: vec![entry], ..reply.clone() };

@@ -112,6 +112,7 @@ impl Bench {
                     watermark: Sequence(0),
                     tables_lost: false,
                     intents: Vec::new(),
+                    flush_failed: false,
                 }
                 .encode()
             }
