@@ -4,6 +4,8 @@
 mod buddy;
 mod buffer;
 mod engine;
+#[doc(hidden)]
+pub mod faults;
 mod file;
 mod inline;
 mod part;
@@ -32,8 +34,11 @@ pub enum IoKind {
     Read,
     /// Write the payload.
     Write,
-    /// Make durable every write that completed before this was submitted. Offset and length mean nothing.
+    /// Make durable every write that completed before this was submitted. Offset and length mean nothing. It is tried once: after
+    /// a failure the kernel counts the pages as written, and another flush would succeed without having written them.
     Flush,
+    /// The same, through the disk's other open file description: see [`DiskFile::with_metadata`].
+    FlushMetadata,
     /// Make the range read as zeroes and give its space back where that is possible.
     Discard,
     /// Make the range read as zeroes; with `unmap`, as [`IoKind::Discard`], without, it stays allocated.
@@ -209,9 +214,14 @@ impl IoKind {
             Self::Read => "read",
             Self::Write => "write",
             Self::Flush => "flush",
+            Self::FlushMetadata => "flush of metadata",
             Self::Discard => "discard",
             Self::WriteZeroes { .. } => "write zeroes",
         }
+    }
+
+    const fn is_flush(self) -> bool {
+        matches!(self, Self::Flush | Self::FlushMetadata)
     }
 
     const fn has_payload(self) -> bool {

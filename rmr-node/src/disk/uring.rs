@@ -304,6 +304,10 @@ impl Request {
                 let flags = types::FsyncFlags::DATASYNC;
                 return on_disk!(|fd| opcode::Fsync::new(fd).flags(flags).build());
             }
+            IoKind::FlushMetadata => {
+                let fd = types::Fd(disk.file.metadata_file().as_raw_fd());
+                return opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
+            }
             IoKind::Read | IoKind::Write => {
                 self.part.clear();
                 let skip = usize::try_from(self.done).expect("below the length of memory");
@@ -347,11 +351,15 @@ impl Request {
             {
                 return None;
             }
+            if io.kind.is_flush() {
+                disk.forget_unwritten();
+                return Some(Err(io.errno(errno)));
+            }
             self.attempts += 1;
             let again = matches!(errno, libc::EINTR | libc::EAGAIN) && self.attempts < MAX_ATTEMPTS;
             return if again { None } else { Some(Err(io.errno(errno))) };
         };
-        if io.kind == IoKind::Flush || matches!(self.zero_step, Some(ZeroStep::Fallocate(_))) {
+        if io.kind.is_flush() || matches!(self.zero_step, Some(ZeroStep::Fallocate(_))) {
             return Some(Ok(()));
         }
         if moved == 0 {
