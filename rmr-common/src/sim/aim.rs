@@ -31,6 +31,8 @@ pub(super) enum Aim {
     GivenUp,
     /// The source of a resync loses its power and is up again before its client has noticed.
     Sources,
+    /// Disks fail flushes, most of all those that cover data of a resync.
+    Flushes,
 }
 
 impl Aim {
@@ -41,6 +43,7 @@ impl Aim {
             3 => Self::Sources,
             4 => Self::Rivals,
             7 => Self::Scattered,
+            9 => Self::Flushes,
             10 => Self::Orphans,
             11 => Self::Divided,
             13 => Self::SlowLeg,

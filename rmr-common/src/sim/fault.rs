@@ -241,9 +241,26 @@ impl World<'_> {
         self.nodes[node].flush_fails = true;
     }
 
+    /// Whether a flush that begins now is to fail: most do harm only if there is something to lose.
+    pub(super) fn fails_flush(&mut self, node: usize) -> bool {
+        let fails_once = std::mem::take(&mut self.nodes[node].flush_fails);
+        let disk = &self.nodes[node].disk;
+        if self.is_calm || self.profile.lost_flushes == 0 || !disk.has_unflushed(false) {
+            return fails_once;
+        }
+        let (is_pulled, is_aimed) = (disk.has_unflushed(true), self.aiming.aim == super::aim::Aim::Flushes);
+        let percent = if is_pulled && is_aimed { 40 } else { self.profile.lost_flushes };
+        let fails = fails_once || self.rng.percent(percent);
+        self.had_errors |= fails;
+        fails
+    }
+
     /// A flush has failed: what was not flushed is gone, or not, block by block; and no later flush says so.
     pub(super) fn drop_unflushed(&mut self, node: usize) {
         self.nodes[node].has_failed_flush = true;
+        if self.nodes[node].disk.has_unflushed(true) {
+            self.coverage.hit("flush of pulled data failed");
+        }
         if self.nodes[node].disk.lose_cache(&mut self.rng) {
             trace!(self, "node {node} has lost what a failed flush covered");
             self.coverage.hit("failed flush lost what it covered");

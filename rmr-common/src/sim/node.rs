@@ -386,8 +386,8 @@ impl World<'_> {
         let is_flush = operation == DiskOperation::Flush;
         let errors =
             self.nodes[index].disk_errors + if is_flush { self.nodes[index].flush_errors } else { 0 };
-        let fails_once = is_flush && std::mem::take(&mut self.nodes[index].flush_fails);
-        let is_bad = self.rng.percent(errors) || is_unreadable || fails_once;
+        let fails = is_flush && self.fails_flush(index);
+        let is_bad = self.rng.percent(errors) || is_unreadable || fails;
         let no_space = self.rng.percent(30) && !is_read;
         let result = match (is_bad, no_space) {
             (false, _) => DiskResult::Done,
