@@ -102,8 +102,6 @@ mutants! {
     HandoverWithEachView,
     /// A detach clears intents without a flush
     DetachWithoutFlush,
-    /// Room that was made while the pool became smaller counts, though the part in between was not zeroed
-    OutdatedRoomCounts,
 
     // Failed flushes.
     /// A member's own flush that failed before intents are cleared is repeated and believed

@@ -168,8 +168,15 @@ impl Replica {
             self.persist_cleared();
         }
         self.flushes.flushing.clear();
-        self.persist_state(Waiter::Mark);
+        self.persist_mark();
         self.notice(Notice::FlushFailed(purpose));
+    }
+
+    /// Writes down for the next process whether a flush failed. Without working metadata there is no use in it.
+    pub(super) fn persist_mark(&mut self) {
+        if !self.broken {
+            self.persist_state(Waiter::Mark);
+        }
     }
 
     /// Lets the client know that it has lost this leg. One that is attaching is answered as any other, with a lost table.

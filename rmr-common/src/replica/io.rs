@@ -122,7 +122,7 @@ impl Replica {
         self.settled_session = self.session;
         self.tables_lost = false;
         if std::mem::take(&mut self.flush_failed) {
-            self.persist_state(Waiter::Mark);
+            self.persist_mark();
         }
         for chunk in std::mem::take(&mut self.frozen) {
             let settled = Activity { sequence: Sequence(0), last_write: self.now };

@@ -167,6 +167,13 @@ impl DiskFile {
         self.file.as_raw_fd()
     }
 
+    /// What data, metadata and the lock go through.
+    #[cfg(test)]
+    pub(crate) fn descriptions(&self) -> Vec<&File> {
+        let (metadata, lock) = self.metadata.as_ref().expect("a store has them");
+        vec![&self.file, metadata, lock]
+    }
+
     /// What a flush of metadata goes through.
     pub(super) fn metadata_file(&self) -> &File {
         self.metadata.as_ref().map_or(&self.file, |(metadata, _)| metadata)
