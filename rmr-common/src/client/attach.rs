@@ -45,7 +45,10 @@ impl Client {
                     }
                     Kind::Goodbye if header.status == Status::IoError => {
                         self.note_failed_flush(member);
-                        self.drop_link(id, "its disk failed a flush; what it had not flushed counts as missed");
+                        self.drop_link(
+                            id,
+                            "its disk failed a flush; what it had not flushed counts as missed",
+                        );
                     }
                     Kind::Goodbye => self.drop_link(id, "the node is stopping"),
                     _ => self.drop_link(id, &format!("protocol error: {kind:?} is not expected by a client")),

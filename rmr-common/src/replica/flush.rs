@@ -125,7 +125,9 @@ impl Replica {
     /// What a flush was for, in words.
     fn purpose(&self, flush: &[IoId]) -> &'static str {
         let is_its = |io: Option<IoId>| io.is_some_and(|io| flush.contains(&io));
-        let is_request = |io: &IoId| self.ios.get(io.0 as usize).is_some_and(|io| io.as_ref().is_some_and(|io| io.request.is_some()));
+        let is_request = |io: &IoId| {
+            self.ios.get(io.0 as usize).is_some_and(|io| io.as_ref().is_some_and(|io| io.request.is_some()))
+        };
         if is_its(self.attach_flush()) {
             "before the answer to an attach"
         } else if is_its(self.detach.as_ref().and_then(|d| d.flush)) {

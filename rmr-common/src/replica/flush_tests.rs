@@ -116,7 +116,8 @@ fn a_failed_flush_of_its_own_costs_the_member_its_session_and_its_table() {
     bench.outputs.retain(|o| !matches!(o, Output::Send(..)));
     bench.end_flush(DiskResult::Failed);
     assert!(bench.is_closed(1), "the client records what was not flushed as missed");
-    let told = bench.outputs.iter().position(|o| matches!(o, Output::Send(_, h, _) if h.kind == Kind::Goodbye));
+    let told =
+        bench.outputs.iter().position(|o| matches!(o, Output::Send(_, h, _) if h.kind == Kind::Goodbye));
     let closed = bench.outputs.iter().position(|o| matches!(o, Output::Close(..)));
     assert!(told.is_some() && told < closed, "it is told why before the connection is closed");
     assert_eq!(bench.answer(Kind::Goodbye), Some(Status::IoError));
@@ -217,7 +218,11 @@ fn a_flush_waits_for_the_one_under_way_and_fails_with_it() {
             _ => None,
         })
         .collect();
-    assert_eq!(answers, [(6, Status::IoError), (7, Status::IoError)], "every request fails, not only the first");
+    assert_eq!(
+        answers,
+        [(6, Status::IoError), (7, Status::IoError)],
+        "every request fails, not only the first"
+    );
     assert_eq!(bench.take_flush(), None);
 }
 
@@ -295,7 +300,10 @@ fn what_was_pulled_before_a_failed_flush_is_stale_again_and_not_reported() {
     assert!(stale.contains(crate::pool::Block(16)), "of a chunk that was not finished");
     bench.durable();
     assert_eq!(bench.replica.view().state(member(0)), Some(MemberState::Syncing));
-    assert!(bench.next_client(2, 2).tables_lost, "the next client takes it out, and the source has all on record");
+    assert!(
+        bench.next_client(2, 2).tables_lost,
+        "the next client takes it out, and the source has all on record"
+    );
 }
 
 #[test]

@@ -316,7 +316,13 @@ impl Replica {
         }
     }
 
-    pub(super) fn request_done(&mut self, id: IoId, connection: ConnectionId, header: &MessageHeader, status: Status) {
+    pub(super) fn request_done(
+        &mut self,
+        id: IoId,
+        connection: ConnectionId,
+        header: &MessageHeader,
+        status: Status,
+    ) {
         self.counters.count(header, status);
         let is_write = matches!(header.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
         let is_kept =

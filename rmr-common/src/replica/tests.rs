@@ -41,7 +41,13 @@ impl Bench {
             process_boot: BootId::from_bytes([1; 16]),
             write_through,
         };
-        let state = DurableState { view, spec: spec.clone(), epoch: Epoch(0), last_client: None, flush_failed: false };
+        let state = DurableState {
+            view,
+            spec: spec.clone(),
+            epoch: Epoch(0),
+            last_client: None,
+            flush_failed: false,
+        };
         let maps = MemberMaps::new(&spec);
         Self { replica: Replica::new(config, member(0), state, maps), outputs: Vec::new() }
     }

@@ -256,7 +256,10 @@ impl Disk {
 
     /// Whether something is not flushed; of what came from another member, if that is asked.
     pub(super) fn has_unflushed(&self, is_pulled: bool) -> bool {
-        self.unflushed_since.iter().zip(&self.pulled).any(|(since, pulled)| *since > 0 && (*pulled || !is_pulled))
+        self.unflushed_since
+            .iter()
+            .zip(&self.pulled)
+            .any(|(since, pulled)| *since > 0 && (*pulled || !is_pulled))
     }
 
     /// Whether a write of a client to this block is under way.

@@ -223,8 +223,13 @@ impl<'a> World<'a> {
         };
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
         let all_write_back = rng.percent(40) || aiming.aim.needs_caches();
-        let state =
-            DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None, flush_failed: false };
+        let state = DurableState {
+            view: view.clone(),
+            spec: spec.clone(),
+            epoch: Epoch(0),
+            last_client: None,
+            flush_failed: false,
+        };
         let nodes: Vec<_> = spec
             .members
             .iter()

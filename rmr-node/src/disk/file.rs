@@ -107,7 +107,17 @@ impl DiskFile {
         };
         let (can_punch, can_zero) = (Cell::new(true), Cell::new(true));
         let metadata = None;
-        Ok(Self { file, metadata, size, medium, direct, offset_alignment, memory_alignment, can_punch, can_zero })
+        Ok(Self {
+            file,
+            metadata,
+            size,
+            medium,
+            direct,
+            offset_alignment,
+            memory_alignment,
+            can_punch,
+            can_zero,
+        })
     }
 
     /// Gives the disk another open file description, `metadata`, for [`IoKind::FlushMetadata`]. The kernel reports a failed

@@ -32,7 +32,9 @@ impl Nodes {
         let addresses: Vec<_> = (0..count).map(|_| own_address()).collect();
         let members: Vec<MemberSpec> = MemberId::all()
             .zip(&addresses)
-            .map(|(id, at)| MemberSpec::new(id, StoreId::random(), Address::tcp(at.ip().to_string(), at.port())))
+            .map(|(id, at)| {
+                MemberSpec::new(id, StoreId::random(), Address::tcp(at.ip().to_string(), at.port()))
+            })
             .collect();
         let spec = PoolSpec {
             id: PoolId::random(),

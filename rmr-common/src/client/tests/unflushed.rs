@@ -116,7 +116,11 @@ fn the_only_clean_member_whose_flush_failed_has_lost_writes_for_good() {
         bench.pass(Duration::from_secs(2));
         assert!(bench.client.is_active() && bench.client.has_lost_writes(), "{told}");
         bench.submit(3, Operation::Flush, 0, 0);
-        assert_eq!(bench.done, [(Token(3), Err(IoError::LostWrites))], "a flush after a failed one proves nothing");
+        assert_eq!(
+            bench.done,
+            [(Token(3), Err(IoError::LostWrites))],
+            "a flush after a failed one proves nothing"
+        );
     }
 }
 
@@ -150,7 +154,8 @@ fn a_flush_that_fails_fails_every_request_that_shares_it_and_the_next_one_fails_
     assert_eq!(bench.sent.len(), 1);
     bench.submit(6, Operation::Write, 0, 4096);
     bench.answer(Some(member(0)), Status::IoError);
-    let mut failed: Vec<_> = bench.done.iter().filter(|(_, r)| *r == Err(IoError::Media)).map(|(t, _)| t.0).collect();
+    let mut failed: Vec<_> =
+        bench.done.iter().filter(|(_, r)| *r == Err(IoError::Media)).map(|(t, _)| t.0).collect();
     failed.sort_unstable();
     assert_eq!(failed, [3, 4, 5]);
 }
@@ -184,7 +189,10 @@ fn a_detach_that_a_member_did_not_answer_well_is_told() {
             }
         }
         for (answer, node) in answers.iter().zip(0u8..) {
-            let header = MessageHeader { epoch: bench.client.epoch, ..MessageHeader::new(Kind::Detach, bench.spec.id) };
+            let header = MessageHeader {
+                epoch: bench.client.epoch,
+                ..MessageHeader::new(Kind::Detach, bench.spec.id)
+            };
             if let Some(status) = answer {
                 let reply = header.reply(Kind::DetachReply, *status);
                 bench.client.apply(Event::Message(LinkId(node), &reply, &[]), bench.now);
@@ -198,7 +206,9 @@ fn a_detach_that_a_member_did_not_answer_well_is_told() {
             }
         }
         assert_eq!(bench.client.over(), Some(&OverReason::Detached));
-        notices.into_iter().find_map(|n| if let Notice::DetachFailed(m, all) = n { Some((m, all)) } else { None })
+        notices
+            .into_iter()
+            .find_map(|n| if let Notice::DetachFailed(m, all) = n { Some((m, all)) } else { None })
     };
     let (ok, bad) = (Some(Status::Ok), Some(Status::IoError));
     let only = |i| MemberSet::only(member(i));
