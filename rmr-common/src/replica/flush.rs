@@ -143,12 +143,20 @@ impl Replica {
 
     /// The mistakes of a member that repeats a failed flush and believes it.
     fn believes_failed(&self, flush: &[IoId]) -> bool {
-        let is_first = |io: IoId| flush.first() == Some(&io);
-        let clearing = self.clearing.as_ref().is_some_and(|(io, _)| is_first(*io));
-        mutant!(OwnFlushRepeated) && clearing
-            || mutant!(AttachFlushRepeated) && self.attach.is_some()
-            || mutant!(ResyncFlushRepeated) && self.report_flush().is_some_and(is_first)
-            || mutant!(ReportAfterFailedFlush) && self.report_flush().is_some_and(is_first)
+        let is_its = |io: Option<IoId>| io.is_some_and(|io| flush.first() == Some(&io));
+        if mutant!(OwnFlushRepeated) {
+            return is_its(self.clearing.as_ref().map(|(io, _)| *io));
+        }
+        if mutant!(AttachFlushRepeated) {
+            return self.attach.is_some();
+        }
+        if mutant!(ResyncFlushRepeated) {
+            return is_its(self.report_flush());
+        }
+        if mutant!(ReportAfterFailedFlush) {
+            return is_its(self.report_flush());
+        }
+        false
     }
 
     /// A flush failed: nothing is known of what the disk had answered and not flushed.

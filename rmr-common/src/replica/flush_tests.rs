@@ -318,8 +318,18 @@ fn a_member_whose_flush_failed_is_no_source_before_it_has_a_view_of_a_later_sess
     };
     assert_eq!(pull(&mut bench, 1), Some(Status::Ok));
     bench.client_flush(1, 6);
-    bench.end_flush(DiskResult::Failed);
+    // Of another pull the disk is reading what the other member misses.
+    let missed = MemberSet::only(member(1));
+    bench.replica.maps.set_dirty(missed, 0, 4096, &mut Vec::new());
+    let flush = bench.take_flush().expect("a flush");
+    assert_eq!(pull(&mut bench, 1), None);
+    let is_read = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Read, .. });
+    let at = bench.outputs.iter().position(is_read).expect("a read");
+    let Output::Disk { io: read, .. } = bench.outputs.remove(at) else { return };
+    bench.apply(Event::Disk(flush, DiskResult::Failed));
     bench.durable();
+    bench.apply(Event::Disk(read, DiskResult::Done));
+    assert_eq!(bench.answer(Kind::PullReply), Some(Status::IoError), "it may be what was there before");
     assert_eq!(pull(&mut bench, 1), Some(Status::NotAttached));
     bench.next_client(2, 2);
     assert_eq!(pull(&mut bench, 2), Some(Status::NotAttached), "it may be on its way out of the view");

@@ -115,7 +115,7 @@ fn data_metadata_and_growth_have_open_file_descriptions_of_their_own() {
     let store = Store::open(&path, None).unwrap();
     let disk = store.disk_file().unwrap();
     let files = disk.descriptions();
-    for (mut file, at) in files.iter().zip([4096, 8192, 12288]) {
+    for (mut file, at) in files.iter().copied().zip([4096, 8192, 12288]) {
         file.seek(SeekFrom::Start(at)).unwrap();
     }
     let positions: Vec<_> = files.into_iter().map(|mut file| file.stream_position().unwrap()).collect();
