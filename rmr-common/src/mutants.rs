@@ -103,6 +103,26 @@ mutants! {
     /// A detach clears intents without a flush
     DetachWithoutFlush,
 
+    // Failed flushes.
+    /// A member's own flush that failed before intents are cleared is repeated and believed
+    OwnFlushRepeated,
+    /// A flush that failed in an attach is repeated by the next attach and believed
+    AttachFlushRepeated,
+    /// A flush that failed before a report of a resync is repeated and believed
+    ResyncFlushRepeated,
+    /// A detach whose flush failed counts as one in good order
+    FailedDetachInOrder,
+    /// A member whose flush failed keeps its session
+    FailedFlushKeepsSession,
+    /// A member whose flush failed keeps its slot table
+    FailedFlushKeepsTable,
+    /// A member whose flush failed tells its next client that its table is lost, and not that its cache is
+    FailedFlushNotTold,
+    /// A member whose flush failed goes on as a source
+    SourceServesAfterFailedFlush,
+    /// A flush that failed on the only Clean member is repeated and believed
+    LastFlushRepeated,
+
     // Resync at a member.
     /// A member goes Syncing with the maps that it has
     NoHandover,

@@ -167,8 +167,21 @@ impl PoolDisk {
                 Notice::LostWrites(members, blocks) => {
                     tracing::error!(
                         pool, %members, blocks,
-                        "the machines of all current members were started anew, and completed writes that were not flushed are \
-                         lost; every request fails until the guest resets the device"
+                        "the machines of all current members were started anew, or their disks failed a flush: completed writes \
+                         that were not flushed are lost; every request fails until the guest resets the device"
+                    );
+                }
+                Notice::DetachFailed(members, true) => {
+                    tracing::error!(
+                        pool, %members,
+                        "no current member has detached in order: writes that were not flushed may be lost; look at the logs \
+                         of their nodes before the disk is used again"
+                    );
+                }
+                Notice::DetachFailed(members, false) => {
+                    tracing::warn!(
+                        pool, %members,
+                        "members have not detached in order: they are brought up to date from the others at the next attach"
                     );
                 }
                 Notice::Over(OverReason::Detached) => {

@@ -51,6 +51,7 @@ struct State {
     reversed: bool,
     ignores_cancel: bool,
     failures: u32,
+    flush_failures: u32,
     resets: u32,
     attached: bool,
     detaching: bool,
@@ -129,6 +130,11 @@ impl Handle {
     /// Lets the next requests fail.
     pub fn fail_next(&self, count: u32) {
         self.change(|state| state.failures = count);
+    }
+
+    /// Lets the next flushes fail, and no other request.
+    pub fn fail_flushes(&self, count: u32) {
+        self.change(|state| state.flush_failures = count);
     }
 
     /// How often it was told that the guest has reset the device.
@@ -222,6 +228,9 @@ impl State {
             let Some(request) = next else { break };
             let result = if self.failures > 0 {
                 self.failures -= 1;
+                Err(DiskError::Failed)
+            } else if request.operation == Operation::Flush && self.flush_failures > 0 {
+                self.flush_failures -= 1;
                 Err(DiskError::Failed)
             } else {
                 self.perform(&request);

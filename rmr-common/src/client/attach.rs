@@ -33,8 +33,8 @@ impl Client {
                     Kind::GrowReply => self.grow_reply(member, header, body),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::SourceFailed => self.source_failed(member, header),
-                    Kind::DetachReply => self.detach_reply(member),
                     Kind::MarkReply => self.mark_reply(member, header, body),
+                    Kind::DetachReply => self.detach_reply(member, header.status == Status::Ok),
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
@@ -45,6 +45,13 @@ impl Client {
                     }
                     Kind::Goodbye if header.status == Status::StaleEpoch => {
                         self.told_fenced(id, header.epoch)
+                    }
+                    Kind::Goodbye if header.status == Status::IoError => {
+                        self.note_failed_flush(member);
+                        self.drop_link(
+                            id,
+                            "its disk failed a flush; what it had not flushed counts as missed",
+                        );
                     }
                     Kind::Goodbye => self.drop_link(id, "the node is stopping"),
                     _ => self.drop_link(id, &format!("protocol error: {kind:?} is not expected by a client")),
@@ -324,12 +331,13 @@ impl Client {
         // is one whose promotion is taken back.
         let behind = replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
         let absent = best.active().without(attached);
-        let powerless = self.lost_caches(&best);
+        let failed: MemberSet = replies.iter().filter(|(_, r)| r.flush_failed).map(|(m, _)| *m).collect();
+        let powerless = self.lost_caches(&best, failed);
         let is_all = best.clean().is_subset(powerless);
         if is_all {
             self.lose_writes(powerless.intersection(best.clean()));
         }
-        let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless);
+        let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless.union(failed));
         let stale = if is_all { stale } else { stale.union(powerless) };
         let mut lost = recovery::lost_in_attach(&best, attached, stale, behind);
         if self.own_epochs.is_empty() && !mutant!(DeafStaysClean) {
@@ -518,7 +526,7 @@ impl Client {
                 return;
             }
             State::Detaching { .. } => {
-                members.iter().for_each(|m| self.detach_reply(m));
+                members.iter().for_each(|m| self.detach_reply(m, false));
                 return;
             }
             // Nothing was promised under this attachment yet: begin it anew.
@@ -624,7 +632,8 @@ impl Client {
                 let waiting = self.view_active();
                 let Some(view) = &self.view else { return };
                 let body = encode_attested(&self.attested_in(view));
-                self.state = State::Detaching { waiting, since: self.now };
+                let failed = MemberSet::EMPTY;
+                self.state = State::Detaching { waiting, failed, since: self.now };
                 for member in waiting.iter() {
                     let header = self.header(Kind::Detach);
                     self.send_body(member, header, body.clone());
@@ -642,13 +651,30 @@ impl Client {
         }
     }
 
-    fn detach_reply(&mut self, member: MemberId) {
-        if let State::Detaching { waiting, .. } = &mut self.state {
-            waiting.remove(member);
-            if waiting.is_empty() {
-                self.end(OverReason::Detached);
+    /// The end of a detach at one member. Unless it was in order, the member keeps its intents, and the next client compares it
+    /// with the others.
+    fn detach_reply(&mut self, member: MemberId, in_order: bool) {
+        let State::Detaching { waiting, failed, .. } = &mut self.state else { return };
+        if !waiting.remove(member) {
+            return;
+        }
+        if !in_order {
+            failed.insert(member);
+        }
+        if waiting.is_empty() {
+            self.detached();
+        }
+    }
+
+    /// Ends the client after a detach; whoever has not answered did not take part in it.
+    fn detached(&mut self) {
+        if let State::Detaching { waiting, failed, .. } = &self.state {
+            let failed = failed.union(*waiting);
+            if !failed.is_empty() {
+                self.notice(Notice::DetachFailed(failed, self.view_clean().is_subset(failed)));
             }
         }
+        self.end(OverReason::Detached);
     }
 
     pub(super) fn tick_state(&mut self) {
@@ -666,7 +692,7 @@ impl Client {
                 let silent = *waiting;
                 silent.iter().for_each(|m| self.drop_member(m, "the view was not answered in time"));
             }
-            State::Detaching { since, .. } if self.now - *since > timeout => self.end(OverReason::Detached),
+            State::Detaching { since, .. } if self.now - *since > timeout => self.detached(),
             State::Attaching { .. }
             | State::Changing { .. }
             | State::Detaching { .. }

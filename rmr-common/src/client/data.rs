@@ -545,6 +545,9 @@ impl Client {
         {
             return;
         }
+        if matches!(header.status, Status::IoError | Status::NoSpace) && !mutant!(LastFlushRepeated) {
+            self.failed_flushes.insert(member);
+        }
         match header.status {
             Status::Ok => {
                 flush.pending.remove(member);
@@ -552,7 +555,11 @@ impl Client {
             }
             Status::StaleEpoch | Status::NotAttached => self.end(super::OverReason::Fenced(header.epoch)),
             Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
+                // The guest has to know. What was not flushed may be gone, and no other member has it.
                 self.finish_flush(Some(IoError::Media));
+                if !mutant!(LastFlushRepeated) {
+                    self.drop_member(member, "the only Clean member failed a flush");
+                }
             }
             status => self.drop_member(member, &format!("flush failed: {status}")),
         }

@@ -33,6 +33,7 @@ impl Client {
             ping_since: None,
             last_error: "not connected yet".into(),
             asked: false,
+            contested_since: None,
             denied: false,
             retired: false,
         };
@@ -317,23 +318,33 @@ impl Client {
 
     /// Whether another node shows the same store, and this link is not to be used for that: then one is a copy of the other. The one
     /// at the address that the specification has is used, or the one that is in use already; else neither is, and no chance decides.
+    ///
+    /// A node that was started again has another run of its process as well, and an older link to it may not be known to be gone. So
+    /// the older link is asked again first; one that is in use shows by its pings that it is alive.
     fn is_duplicate(&mut self, id: LinkId, reply: &HelloReply) -> bool {
         let (store, process) = (reply.store(), reply.process_boot);
         let shows_it = |l: &super::Link| match &l.state {
             LinkState::Ready(other) => other.store() == store && other.process_boot != process,
             _ => false,
         };
-        let fresh = |l: &super::Link| self.now - l.greeted <= self.config.leg_timeout;
         let found = self.links.iter().zip(0u8..).map(|(l, i)| (l, LinkId(i)));
-        let mut twins = found.filter(|(l, i)| *i != id && !l.retired && shows_it(l));
-        let Some((twin, other)) = twins.next() else { return false };
-        if mutant!(DuplicateUsed) {
+        let other = found.filter(|(l, i)| *i != id && !l.retired && shows_it(l)).map(|(_, i)| i).next();
+        let Some(other) = other.filter(|_| !mutant!(DuplicateUsed)) else {
+            self.links[usize::from(id.0)].contested_since = None;
             return false;
-        }
+        };
+        let (now, timeout) = (self.now, self.config.leg_timeout);
         let is_leg = self.legs.contains(&Some(other)) && !matches!(self.state, State::Gathering { .. });
-        if !is_leg && !fresh(twin) {
-            // Its node may have been started again since, and have another address.
+        let since = *self.links[usize::from(id.0)].contested_since.get_or_insert(now);
+        if is_leg && now - since <= timeout {
+            self.drop_link(id, "another node shows its store, and is in use");
+            return true;
+        }
+        if !is_leg && since == now {
+            let again = &mut self.links[usize::from(other.0)];
+            again.contested_since = Some(now);
             self.drop_link(other, "asked again: another node shows its store");
+            self.links[usize::from(other.0)].asked = false;
             return false;
         }
         let (Some(here), Some(there)) = (self.link(id), self.link(other)) else { return false };
@@ -344,18 +355,18 @@ impl Client {
             self.is_home(id).then(|| here.clone())
         };
         let is_used = used.as_ref() == Some(&here);
-        self.contested = Some((store, self.now));
-        if self.told_duplicate != Some((store, here.clone(), there.clone())) {
-            self.told_duplicate = Some((store, here.clone(), there.clone()));
-            self.notice(Notice::Duplicate(store, used.clone(), here.clone(), there.clone()));
+        self.contested = Some((store, now));
+        let pair = if here.to_string() < there.to_string() { (here, there) } else { (there, here) };
+        if self.told_duplicate != Some((store, pair.0.clone(), pair.1.clone())) {
+            self.told_duplicate = Some((store, pair.0.clone(), pair.1.clone()));
+            self.notice(Notice::Duplicate(store, used.clone(), pair.0, pair.1));
         }
-        let reason =
-            |at: &Address| format!("{at} shows store {store} as well, and only one can be the member's");
-        if used.as_ref() != Some(&there) {
-            self.drop_link(other, &reason(&here));
+        let reason = format!("two nodes show store {store}, and only one can be the member's");
+        if used.is_none() || is_used {
+            self.drop_link(other, &reason);
         }
         if !is_used {
-            self.drop_link(id, &reason(&there));
+            self.drop_link(id, &reason);
         }
         !is_used
     }

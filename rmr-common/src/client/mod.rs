@@ -246,8 +246,8 @@ pub enum IoError {
     Suspended,
     /// Every current copy lost writes that had completed and were not flushed.
     #[error(
-        "completed writes were lost: every current copy's machine was started anew before they were flushed; nothing is served \
-         until that is acknowledged"
+        "completed writes were lost: every current copy's machine was started anew before they were flushed, or its disk failed \
+         the flush; nothing is served until that is acknowledged"
     )]
     LostWrites,
     /// Another client has taken the pool.
@@ -393,9 +393,12 @@ pub enum Notice {
     Waiting(String),
     /// A copy's disk answered a read with an error; another copy served it.
     ReadError(MemberId, u64, u32),
-    /// The machines of all these members, which are all that are Clean, were started anew, and so many blocks of completed
-    /// writes were not flushed on them: every request fails until that is acknowledged.
+    /// The machines of all these members, which are all that are Clean, were restarted, or their disks failed a flush. The number
+    /// of blocks of completed writes that were not flushed on them follows. Every request fails until that is acknowledged.
     LostWrites(MemberSet, u64),
+    /// These members did not detach in order: they could not flush, or did not answer. True if they are all that are Clean. The
+    /// next client compares them with the others; what they had not flushed may be gone.
+    DetachFailed(MemberSet, bool),
     /// A verify began, or ended; how, in words.
     Verify(String),
     /// The store of this member shows less than it had acknowledged: it went back in time, or is a copy of an earlier state. It is
@@ -448,6 +451,8 @@ struct Link {
     last_error: String,
     /// Since the client began to gather, the node has answered the hello, or could not be reached.
     asked: bool,
+    /// Since when another node shows the same store.
+    contested_since: Option<Time>,
     /// The node said that it has no such pool, or one does not believe the other that it may have to do with it.
     denied: bool,
     /// It leads to nobody who is of interest, and may be made to lead elsewhere.
@@ -468,7 +473,7 @@ enum State {
     /// Requests flow.
     Active,
     /// The goodbye is under way.
-    Detaching { waiting: MemberSet, since: Time },
+    Detaching { waiting: MemberSet, failed: MemberSet, since: Time },
     /// Nothing more will happen.
     Over(OverReason),
 }
@@ -546,6 +551,8 @@ pub struct Client {
     write_through: MemberSet,
     /// The machine's run of each member that is active in the view committed last.
     host_boots: [Option<BootId>; MAX_MEMBERS],
+    /// Members that said so since the last commit: a flush failed. A member whose process is restarted may not know of it.
+    failed_flushes: MemberSet,
     /// See [`IoError::LostWrites`].
     lost_writes: bool,
     ready_slots: Vec<Slot>,
@@ -625,6 +632,7 @@ impl Client {
             slot_limit: 0,
             write_through: MemberSet::EMPTY,
             host_boots: [None; MAX_MEMBERS],
+            failed_flushes: MemberSet::EMPTY,
             lost_writes: false,
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),

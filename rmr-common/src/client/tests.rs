@@ -35,6 +35,8 @@ pub(super) struct Bench {
     pub(super) views: Vec<View>,
     pub(super) epochs: Vec<Epoch>,
     pub(super) host_boots: Vec<u8>,
+    /// The nodes whose disks failed a flush.
+    pub(super) flush_failed: Vec<bool>,
     pub(super) write_through: bool,
     pub(super) up: Vec<bool>,
     /// Nodes to which connections take until [`Bench::connect`].
@@ -112,6 +114,7 @@ impl Bench {
             views: vec![view; count],
             epochs: vec![Epoch(0); count],
             host_boots: vec![1; count],
+            flush_failed: vec![false; count],
             write_through: true,
             up: vec![true; count],
             slow: Vec::new(),
@@ -252,6 +255,7 @@ impl Bench {
                     intents: Vec::new(),
                     position,
                     attested: self.attested[node],
+                    flush_failed: self.flush_failed[node],
                 };
                 (Kind::AttachReply, reply.encode())
             }
@@ -329,6 +333,7 @@ impl Bench {
         self.room.push(Some(Status::Ok));
         self.epochs.push(Epoch(0));
         self.host_boots.push(1);
+        self.flush_failed.push(false);
         self.up.push(true);
         self.slots.push(Vec::new());
         self.known.push(Sequence(0));

@@ -11,13 +11,13 @@ use crate::wire::{Kind, MAX_SLOTS, MessageHeader, SlotEntry, Status};
 /// A disk request, and the message that asked for it.
 pub(super) struct Io {
     /// `None` for one of the replica's own: a flush, or a part of a resync or a verify.
-    request: Option<(ConnectionId, MessageHeader)>,
-    session: u64,
-    operation: DiskOperation,
+    pub(super) request: Option<(ConnectionId, MessageHeader)>,
+    pub(super) session: u64,
+    pub(super) operation: DiskOperation,
     /// Whether the disk has it.
-    started: bool,
+    pub(super) started: bool,
     /// Metadata pages that must be durable before the disk request starts.
-    awaited: usize,
+    pub(super) awaited: usize,
 }
 
 impl Replica {
@@ -121,6 +121,9 @@ impl Replica {
         }
         self.settled_session = self.session;
         self.tables_lost = false;
+        if std::mem::take(&mut self.flush_failed) {
+            self.persist_mark();
+        }
         for chunk in std::mem::take(&mut self.frozen) {
             let settled = Activity { sequence: Sequence(0), last_write: self.now };
             self.activity.entry(chunk).or_insert(settled);
@@ -145,7 +148,7 @@ impl Replica {
         });
     }
 
-    fn insert_io(&mut self, io: Io) -> IoId {
+    pub(super) fn insert_io(&mut self, io: Io) -> IoId {
         if let Some(index) = self.free_ios.pop() {
             self.ios[index as usize] = Some(io);
             return IoId(index);
@@ -227,6 +230,9 @@ impl Replica {
         }
         let (offset, length) = io.request.as_ref().map_or((0, 0), |(_, h)| (h.offset, h.length));
         let operation = io.operation;
+        if operation == DiskOperation::Flush {
+            return self.start_flush(id);
+        }
         if operation.is_write() && self.holds_write(id, offset, length.into()) {
             return;
         }
@@ -268,6 +274,9 @@ impl Replica {
     }
 
     pub(super) fn disk_done(&mut self, id: IoId, result: DiskResult) {
+        if self.flush_ended(id, result) {
+            return self.check_drained();
+        }
         let Some(io) = self.ios.get_mut(id.0 as usize).and_then(Option::take) else { return };
         let is_own = io.request.is_none();
         if is_own && self.pull_read_done(id, result) {
@@ -307,7 +316,13 @@ impl Replica {
         }
     }
 
-    fn request_done(&mut self, id: IoId, connection: ConnectionId, header: &MessageHeader, status: Status) {
+    pub(super) fn request_done(
+        &mut self,
+        id: IoId,
+        connection: ConnectionId,
+        header: &MessageHeader,
+        status: Status,
+    ) {
         self.counters.count(header, status);
         let is_write = matches!(header.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
         let is_kept =
@@ -341,24 +356,6 @@ impl Replica {
         self.ios.iter().flatten().filter(|io| io.session < self.session).count()
     }
 
-    /// Starts a flush of the replica's own.
-    pub(super) fn own_flush(&mut self) -> IoId {
-        let id = self.insert_io(Io {
-            request: None,
-            session: self.session,
-            operation: DiskOperation::Flush,
-            started: true,
-            awaited: 0,
-        });
-        self.outputs.push_back(Output::Disk {
-            io: id,
-            operation: DiskOperation::Flush,
-            offset: 0,
-            length: 0,
-        });
-        id
-    }
-
     /// Once a second: chunks that were idle for long and are complete everywhere lose their intent bit, after a flush
     /// that began when both were known. While no client is attached the watermark stands still, so that nothing
     /// that was in flight when it died is forgotten.
@@ -388,7 +385,7 @@ impl Replica {
         }
     }
 
-    fn own_flush_done(&mut self, id: IoId, status: Status) {
+    pub(super) fn own_flush_done(&mut self, id: IoId, status: Status) {
         if self.detach.as_ref().is_some_and(|d| d.flush == Some(id)) {
             return self.detach_flushed(status);
         }

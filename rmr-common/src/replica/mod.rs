@@ -5,6 +5,7 @@
 //! the dirty bits of the members that miss it, then the data, then the answer.
 
 mod command;
+mod flush;
 mod history;
 mod io;
 mod resync;
@@ -75,6 +76,9 @@ pub struct DurableState {
     pub mark: Mark,
     /// What the member remembers of all members of the view.
     pub attested: Attested,
+    /// Set when a flush of the data failed, until a view of a later session is committed: what had completed and was not flushed
+    /// may be gone.
+    pub flush_failed: bool,
 }
 
 impl DurableState {
@@ -82,7 +86,7 @@ impl DurableState {
     #[must_use]
     pub fn new(view: View, spec: PoolSpec) -> Self {
         let (mark, attested) = (Mark(0), Attested::default());
-        Self { view, spec, epoch: Epoch(0), last_client: None, mark, attested }
+        Self { view, spec, epoch: Epoch(0), last_client: None, mark, attested, flush_failed: false }
     }
 
     /// How far the store has come.
@@ -265,6 +269,8 @@ pub enum Notice {
     MetadataFailed,
     /// The coordinator found that the store of this member went back in time, and is to be copied over in full.
     Regressed,
+    /// The disk failed a flush, for this purpose: what it had answered and not flushed may be gone. The session ends.
+    FlushFailed(&'static str),
 }
 
 /// How a replica behaves.
@@ -312,6 +318,8 @@ enum Waiter {
     DetachPages(Epoch),
     Detach(Epoch),
     Mark(Epoch, Mark),
+    /// Nothing: the superblock is written for the next process.
+    Nobody,
 }
 
 /// One member of a pool.
@@ -335,6 +343,11 @@ pub struct Replica {
     /// Whether the last client left in good order, so that the slot table needs no look.
     clean_detach: bool,
     maps: MemberMaps,
+    /// A flush failed, and no view of a later session is known to be committed: see [`DurableState::flush_failed`].
+    flush_failed: bool,
+    /// A flush failed, and the member has adopted no view since: it hands out nothing of what it may have lost.
+    distrusted: bool,
+    flushes: flush::Flushes,
     /// What came with the view that is being set.
     additions: Vec<crate::wire::DirtyAddition>,
     /// Whether the slot table was lost with an earlier run of the process, and no attachment is known to have dealt with that.
@@ -386,7 +399,7 @@ impl Replica {
         let history = history::History::new(&state);
         let spec = state.spec;
         let is_detached = state.last_client.as_ref().is_none_or(|c| !c.attached);
-        let clean_detach = is_detached && maps.intent().count() == 0;
+        let clean_detach = is_detached && maps.intent().count() == 0 && !state.flush_failed;
         let none = |slot| SlotEntry {
             slot: crate::pool::Slot(slot),
             sequence: Sequence(0),
@@ -408,6 +421,9 @@ impl Replica {
             commands: command::Commands::default(),
             room: room::Room::new(spec.size),
             clean_detach,
+            flush_failed: state.flush_failed,
+            distrusted: false,
+            flushes: flush::Flushes::new(&spec),
             maps,
             additions: Vec::new(),
             tables_lost: !clean_detach && !mutant!(RestartNotTold),
@@ -555,6 +571,12 @@ impl Replica {
         self.holder.as_ref()?.connection
     }
 
+    /// Whether a flush failed, and no view of a later session is known to be committed.
+    #[must_use]
+    pub const fn flush_failed(&self) -> bool {
+        self.flush_failed
+    }
+
     /// Whether disk or metadata requests are under way.
     #[must_use]
     pub fn is_busy(&self) -> bool {
@@ -569,6 +591,7 @@ impl Replica {
             last_client: self.last_client.clone(),
             mark: self.history.mark,
             attested: self.history.attested,
+            flush_failed: self.flush_failed,
         }
     }
 
@@ -638,6 +661,7 @@ impl Replica {
                 Waiter::DetachPages(epoch) => self.detach_page_durable(epoch),
                 Waiter::Detach(epoch) => self.detach_durable(epoch),
                 Waiter::Mark(epoch, mark) => self.mark_durable(epoch, mark),
+                Waiter::Nobody => {}
             }
         }
     }
@@ -647,6 +671,8 @@ impl Replica {
     }
 }
 
+#[cfg(test)]
+mod flush_tests;
 #[cfg(test)]
 mod force_tests;
 #[cfg(test)]

@@ -510,6 +510,7 @@ impl Replica {
                     ClearReason::Pulled,
                     &mut self.changed,
                 );
+                self.flushes.note_fresh(block);
             }
         } else if let Some(resync) = self.resync.as_mut() {
             resync.last_error = Some("the disk failed to write pulled data".into());
@@ -592,15 +593,23 @@ impl Replica {
         self.pump_resync();
     }
 
+    /// The flush before a report, if it is under way.
+    pub(super) fn report_flush(&self) -> Option<IoId> {
+        self.resync.as_ref()?.flush.as_ref().map(|(io, _)| *io)
+    }
+
     /// True if the flush was that before a report.
     pub(super) fn report_flushed(&mut self, io: IoId, status: Status) -> bool {
         let (member, stale) = (self.member, self.maps.missed(self.member).0);
         let Some(resync) = self.resync.as_mut() else { return false };
         let Some((_, chunks)) = resync.flush.take_if(|(flush, _)| *flush == io) else { return false };
         if status != Status::Ok && !mutant!(ReportAfterFailedFlush) {
+            // They are stale again, by `distrust`.
             resync.last_error = Some("the disk failed to flush pulled data".into());
-            resync.finished.extend(chunks);
-            resync.finished_since = self.now + RETRY;
+            if mutant!(ResyncFlushRepeated) {
+                resync.finished.extend(chunks);
+                resync.finished_since = self.now + RETRY;
+            }
             return true;
         }
         // What is under way may have been written after the flush began, or not at all.
@@ -677,6 +686,7 @@ impl Replica {
         let mut chunks = BTreeSet::new();
         for block in blocks.map(Block) {
             self.maps.clear(ClearTarget::Block(member, block), ClearReason::Overwritten, &mut self.changed);
+            self.flushes.note_fresh(block);
             chunks.insert(self.spec.chunk_size.chunk_of_block(block));
         }
         for chunk in chunks {

@@ -9,13 +9,15 @@ pub(super) struct Room {
     bytes: u64,
     /// What the node makes room for at present.
     making: Option<u64>,
+    /// The pool became smaller while room was made. The node leaves the part in between as it is, so the work does not count.
+    is_outdated: bool,
     /// Who waits for it.
     asked: Vec<(ConnectionId, MessageHeader)>,
 }
 
 impl Room {
     pub(super) const fn new(bytes: u64) -> Self {
-        Self { bytes, making: None, asked: Vec::new() }
+        Self { bytes, making: None, is_outdated: false, asked: Vec::new() }
     }
 
     pub(super) const fn bytes(&self) -> u64 {
@@ -28,6 +30,7 @@ impl Room {
         if size < old || size > self.bytes {
             self.bytes = size;
         }
+        self.is_outdated |= size < old && self.making.is_some();
     }
 }
 
@@ -59,7 +62,8 @@ impl Replica {
     /// The node has made room, or cannot.
     pub(super) fn grown(&mut self, result: Result<(), &str>) {
         let Some(made) = self.room.making.take() else { return };
-        if result.is_ok() {
+        let is_outdated = std::mem::take(&mut self.room.is_outdated);
+        if result.is_ok() && !is_outdated {
             self.room.bytes = self.room.bytes.max(made);
         }
         for (connection, header) in std::mem::take(&mut self.room.asked) {
@@ -74,7 +78,12 @@ impl Replica {
         }
         match self.set_view.as_ref().filter(|p| p.needs_room).map(|p| p.spec.size) {
             Some(size) if size <= self.room.bytes => self.begin_view(),
-            Some(size) if size <= made => self.refuse_room(result.err().unwrap_or("it was not made")),
+            // One that needs more room waits for the next answer, as does any when this one does not count.
+            Some(size) if size <= made => {
+                if let Err(reason) = result {
+                    self.refuse_room(reason);
+                }
+            }
             Some(_) | None => {}
         }
         self.pump_room();

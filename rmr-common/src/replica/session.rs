@@ -274,6 +274,7 @@ impl Replica {
             slots,
             watermark: self.watermark,
             tables_lost: self.tables_lost,
+            flush_failed: self.flush_failed && !mutant!(FailedFlushNotTold),
             intents: if self.clean_detach || mutant!(IntentsNotTold) {
                 Vec::new()
             } else {
@@ -291,6 +292,14 @@ impl Replica {
         let who = self.holder.as_ref().map(|h| h.description.clone()).unwrap_or_default();
         self.notice(Notice::Attached(self.epoch, who));
         self.answer(connection, &header, Kind::AttachReply, Status::Ok, reply.encode());
+    }
+
+    /// The flush of the pending attach, if it is under way.
+    pub(super) fn attach_flush(&self) -> Option<IoId> {
+        match self.attach.as_ref()?.flush {
+            AttachFlush::Running(io) => Some(io),
+            AttachFlush::Due | AttachFlush::Done => None,
+        }
     }
 
     /// True if the flush was that of the pending attach.
@@ -371,6 +380,7 @@ impl Replica {
         pending.needs_room = false;
         let next = pending.view.clone();
         self.maps.resize(&pending.spec, &mut self.changed);
+        self.flushes.resize(&pending.spec);
         if !mutant!(AdditionsIgnored) {
             self.record_additions();
         }
@@ -510,6 +520,7 @@ impl Replica {
         self.remember(&replaced, &attested);
         self.room.fit(old.size, self.spec.size);
         self.view_session = self.session;
+        self.distrusted = false;
         self.persist_state(Waiter::View(self.view.number));
         if mutant!(ViewBeforeDurable) {
             self.view_durable(self.view.number);
@@ -563,7 +574,7 @@ impl Replica {
     pub(super) fn detach_flushed(&mut self, status: Status) {
         let Some(detach) = &mut self.detach else { return };
         detach.flush = None;
-        if status != Status::Ok {
+        if status != Status::Ok && !mutant!(FailedDetachInOrder) {
             let Some(detach) = self.detach.take() else { return };
             return self.answer(detach.connection, &detach.header, Kind::DetachReply, status, Vec::new());
         }

@@ -36,6 +36,8 @@ pub struct ReplicaCounters {
     pub read_errors: u64,
     /// Writes whose data did not fit their digest.
     pub digest_mismatches: u64,
+    /// Flushes that the disk failed, of clients and of the member's own.
+    pub failed_flushes: u64,
     /// Requests refused: another epoch or view, or a broken rule.
     pub refused: u64,
 }
@@ -117,6 +119,8 @@ pub struct ReplicaStatus {
     pub attested: Attested,
     /// Whether the member has stopped to serve because its metadata cannot be written.
     pub broken: bool,
+    /// Whether a flush failed, and no view of a later session is known to be committed.
+    pub flush_failed: bool,
 }
 
 impl Replica {
@@ -147,6 +151,7 @@ impl Replica {
             position: self.position(),
             attested: self.history.attested,
             broken: self.broken,
+            flush_failed: self.flush_failed,
         }
     }
 }

@@ -93,7 +93,7 @@ impl Bench {
         self.attach_as(connection, epoch, false);
     }
 
-    fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
+    pub(super) fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
         let client = ClientId::from_bytes([1; 16]);
         let description = "test".into();
         self.attach_with(
@@ -108,7 +108,7 @@ impl Bench {
     }
 
     /// A view without `lost`, which has missed the chunks at these indices.
-    fn set_view(&mut self, connection: u32, epoch: u64, lost: u8, chunks: &[u64]) {
+    pub(super) fn set_view(&mut self, connection: u32, epoch: u64, lost: u8, chunks: &[u64]) {
         let lost = MemberSet::only(member(lost));
         let view = self.replica.view().step(ViewStep::Lose(lost), Epoch(epoch)).unwrap();
         let missed = |c: &u64| DirtyAddition { members: lost, offset: c * CHUNK, length: 4096 };
@@ -139,7 +139,7 @@ impl Bench {
         }
     }
 
-    fn take_flush(&mut self) -> Option<IoId> {
+    pub(super) fn take_flush(&mut self) -> Option<IoId> {
         let is_flush = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Flush, .. });
         let at = self.outputs.iter().position(is_flush)?;
         if let Output::Disk { io, .. } = self.outputs.remove(at) { Some(io) } else { None }
@@ -241,7 +241,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
 
 impl Bench {
     /// The last one.
-    fn attach_reply(&self) -> crate::wire::AttachReply {
+    pub(super) fn attach_reply(&self) -> crate::wire::AttachReply {
         let body = self.outputs.iter().rev().find_map(|o| match o {
             Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => {
                 Some(body)
@@ -293,12 +293,12 @@ impl Bench {
     }
 
     /// A view that has this member Syncing and member 1 Out, which adds to what that one misses.
-    fn syncing(&mut self) {
+    pub(super) fn syncing(&mut self) {
         self.syncing_in(1, 7);
     }
 
     /// The view with this number, on this connection.
-    fn syncing_in(&mut self, connection: u32, number: u64) {
+    pub(super) fn syncing_in(&mut self, connection: u32, number: u64) {
         let states = [MemberState::Syncing, MemberState::Out, MemberState::Clean];
         let mut view = self.replica.view().clone();
         (view.number, view.epoch) = (ViewNumber(number), Epoch(1));
@@ -322,7 +322,7 @@ impl Bench {
     }
 
     /// The same with the first eight chunks of which this member misses those whose bits are set.
-    fn hand_over_chunks(&mut self, chunks: u8) {
+    pub(super) fn hand_over_chunks(&mut self, chunks: u8) {
         for ask in self.take_sent(Kind::PullMap) {
             let mut bits = [0; crate::map::MAP_PAGE_BYTES];
             bits[0] = if ask.slot == Slot(0) { chunks } else { 0 };
@@ -583,7 +583,7 @@ fn in_use() -> Bench {
     bench
 }
 
-fn mark(bench: &mut Bench, number: u64, watermark: u64, attested: &Attested) {
+pub(super) fn mark(bench: &mut Bench, number: u64, watermark: u64, attested: &Attested) {
     let header = MessageHeader {
         sequence: Sequence(number),
         watermark: Sequence(watermark),
@@ -593,7 +593,7 @@ fn mark(bench: &mut Bench, number: u64, watermark: u64, attested: &Attested) {
 }
 
 /// What a client knows when all three members have this mark.
-fn all_at(bench: &Bench, number: u64) -> Attested {
+pub(super) fn all_at(bench: &Bench, number: u64) -> Attested {
     let mut attested = Attested::default();
     for index in 0..3 {
         attested.note(member(index), &Position::new(Epoch(1), bench.replica.view(), Mark(number)));

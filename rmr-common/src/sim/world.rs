@@ -353,6 +353,9 @@ impl<'a> World<'a> {
                         self.nodes[node].disk.unread.extend(running.first / SECTORS_PER_BLOCK..end);
                     }
                 }
+                if running.operation == DiskOperation::Flush && running.result != DiskResult::Done {
+                    self.drop_unflushed(node);
+                }
                 let stale = self.own_stale(node);
                 self.disk_ended(node, io, &running)?;
                 self.cover_disk_done(node, &running, stale);

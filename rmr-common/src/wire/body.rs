@@ -271,6 +271,9 @@ pub struct AttachReply {
     pub position: Position,
     /// What the member remembers of all members.
     pub attested: Attested,
+    /// The disk failed a flush, and no later attachment is known to have dealt with that: what the member had answered and not
+    /// flushed may be gone.
+    pub flush_failed: bool,
 }
 
 impl AttachReply {
@@ -294,6 +297,7 @@ impl AttachReply {
             e.u64(first.0).u64(*count);
         }
         e.position(&self.position).attested(&self.attested);
+        e.u8(self.flush_failed.into());
         e.finish()
     }
 
@@ -334,6 +338,7 @@ impl AttachReply {
             intents.push((Chunk(d.u64()?), d.u64()?));
         }
         let (position, attested) = (d.position()?, d.attested()?);
+        let flush_failed = d.u8()? != 0;
         d.finish()?;
         Ok(Self {
             view,
@@ -346,6 +351,7 @@ impl AttachReply {
             intents,
             position,
             attested,
+            flush_failed,
         })
     }
 }
@@ -676,6 +682,7 @@ mod tests {
             intents: vec![(Chunk(3), 2)],
             position: attested_positions().of(MemberId::new(1).unwrap()).to_owned(),
             attested: attested_positions(),
+            flush_failed: true,
         };
         check(&attached, attached.encode(), AttachReply::decode);
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
@@ -718,6 +725,7 @@ mod tests {
             intents: Vec::new(),
             position: Position::default(),
             attested: Attested::default(),
+            flush_failed: false,
         };
         let is_read = |reply: &AttachReply| AttachReply::decode(&reply.encode()).is_ok();
         let with = |entry| AttachReply { slots: vec![entry], ..reply.clone() };

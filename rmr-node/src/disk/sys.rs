@@ -98,6 +98,15 @@ pub(crate) fn fallocate(file: &File, mode: c_int, offset: u64, length: u64) -> i
     Ok(())
 }
 
+/// Lets go of the pages of a file that are in the page cache and not waiting to be written.
+pub(super) fn forget_pages(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the duration of the call; no memory is involved.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 /// Reads into the segments; gives the number of bytes, which may be fewer than asked for.
 pub(super) fn read_at(file: &File, segments: &[Segment], offset: u64) -> io::Result<usize> {
     let count = c_int::try_from(segments.len().min(MAX_SEGMENTS)).expect("at most 1024");

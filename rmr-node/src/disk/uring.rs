@@ -314,6 +314,10 @@ impl Request {
                 let flags = types::FsyncFlags::DATASYNC;
                 return on_disk!(|fd| opcode::Fsync::new(fd).flags(flags).build());
             }
+            IoKind::FlushMetadata => {
+                let fd = types::Fd(disk.file.metadata_file().as_raw_fd());
+                return opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
+            }
             IoKind::Read | IoKind::Write => {
                 self.part.clear();
                 let skip = usize::try_from(self.done).expect("below the length of memory");
@@ -354,6 +358,12 @@ impl Request {
     fn after(&mut self, disk: &DiskFile, result: i32) -> Option<Result<(), DiskError>> {
         let io = self.io.as_ref().expect("an entry completes once");
         let result = u64::try_from(result).map_err(|_| -result);
+        if let Err(errno) = result
+            && io.kind.is_flush()
+        {
+            disk.forget_unwritten();
+            return Some(Err(io.errno(errno)));
+        }
         if matches!(result, Err(libc::EINTR | libc::EAGAIN)) && self.attempts < MAX_ATTEMPTS {
             self.attempts += 1;
             return None;
@@ -370,7 +380,7 @@ impl Request {
             Ok(moved) => moved,
             Err(errno) => return Some(Err(io.errno(errno))),
         };
-        if io.kind == IoKind::Flush {
+        if io.kind.is_flush() {
             return Some(Ok(()));
         }
         if moved == 0 {

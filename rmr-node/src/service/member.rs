@@ -123,6 +123,7 @@ impl Member {
                 description: c.name.clone(),
                 attached: c.attached,
             }),
+            flush_failed: superblock.flush_failed,
         };
         let replica = Replica::new(config, superblock.member, state, maps);
         let writer = store.metadata_writer();
@@ -185,6 +186,7 @@ impl Member {
                 superblock.epoch = state.epoch;
                 superblock.mark = state.mark;
                 superblock.attested = state.attested;
+                superblock.flush_failed = state.flush_failed;
                 superblock.client = state.last_client.as_ref().map(|c| ClientRecord {
                     id: c.client,
                     name: fit_client_name(&c.description).to_owned(),
@@ -283,6 +285,14 @@ impl Member {
                 } else {
                     tracing::warn!(%pool, %member, "{new}: members {out} are absent, what they miss is recorded");
                 }
+            }
+            Notice::FlushFailed(purpose) => {
+                tracing::error!(
+                    %pool, %member, %view,
+                    "a flush failed ({purpose}): what was written since the last one may be gone from this disk. The member leaves \
+                     the pool and is brought up to date from the others; if it is the only current one, completed writes may be \
+                     lost. Check the disk, and replace it if this is repeated"
+                );
             }
             Notice::MetadataFailed => {
                 tracing::error!(%pool, %member, %view, "metadata cannot be written: this member stops to serve");

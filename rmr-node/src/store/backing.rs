@@ -87,6 +87,17 @@ impl Backing {
         Ok(Self { path: path.to_owned(), file, medium, size })
     }
 
+    /// Opens the device or file once more, for flushes of its own.
+    pub(super) fn open_again(path: &Path, file: &File) -> io::Result<File> {
+        // Without O_EXCL: this process has claimed a block device already.
+        let again = OpenOptions::new().read(true).write(true).open(path)?;
+        let identity = |found: &fs::Metadata| (found.dev(), found.ino(), found.rdev());
+        if identity(&again.metadata()?) != identity(&file.metadata()?) {
+            return Err(io::Error::other("another file has this name now"));
+        }
+        Ok(again)
+    }
+
     /// Smallest write in bytes.
     pub(super) fn sector_size(&self) -> Result<u32, StoreError> {
         if self.medium == Medium::Memory {

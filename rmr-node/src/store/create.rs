@@ -154,6 +154,7 @@ fn plan(options: &CreateOptions) -> Result<Superblock, InvalidSuperblock> {
         client: None,
         clean_shutdown: true,
         write_through: false,
+        flush_failed: false,
         created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         layout,
     };

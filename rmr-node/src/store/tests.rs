@@ -105,6 +105,62 @@ fn a_store_is_created_sparse_opened_once_and_destroyed() {
     }
 }
 
+/// The kernel reports a failed write-back once for each open file description. Descriptors of one share their position.
+#[test]
+fn data_metadata_and_growth_have_open_file_descriptions_of_their_own() {
+    use std::io::{Seek, SeekFrom};
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    create(&path, &options()).unwrap();
+    let store = Store::open(&path, None).unwrap();
+    let disk = store.disk_file().unwrap();
+    let files = disk.descriptions();
+    for (mut file, at) in files.iter().copied().zip([4096, 8192, 12288]) {
+        file.seek(SeekFrom::Start(at)).unwrap();
+    }
+    let positions: Vec<_> = files.into_iter().map(|mut file| file.stream_position().unwrap()).collect();
+    assert_eq!(positions, [4096, 8192, 12288]);
+}
+
+#[test]
+fn a_store_is_not_opened_by_a_name_that_another_file_has_now() {
+    let directory = tempfile::tempdir().unwrap();
+    let [path, other] = ["store", "other"].map(|name| directory.path().join(name));
+    create(&path, &options()).unwrap();
+    let store = Store::open(&path, None).unwrap();
+    std::fs::rename(&path, &other).unwrap();
+    std::fs::copy(&other, &path).unwrap();
+    let error = store.disk_file().unwrap_err().to_string();
+    assert!(error.contains("another file has this name now"), "{error}");
+}
+
+/// A process that ends after a failed flush leaves pages that read as written, and are not on the disk.
+#[test]
+fn after_an_unclean_end_every_page_is_written_again_and_after_a_clean_one_none_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let superblock = create(&path, &options()).unwrap();
+    let page = |slot| {
+        let mut bytes = vec![0; 4096];
+        let offset = superblock.layout.page_offset(dirty(1), 0, slot);
+        File::open(&path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    };
+    let read = |sequence: u64| {
+        let slot = slot_of(sequence);
+        super::page::decode_page(&page(slot), superblock.store, dirty(1), 0, slot).unwrap()
+    };
+    // As created, with the sequences 1 and 2.
+    drop(Store::open(&path, None).unwrap());
+    assert_eq!((read(1).0, read(2).0), (1, 2));
+    write_page(&path, &superblock, dirty(1), 3, 0x80);
+    let store = Store::open(&path, None).unwrap();
+    assert_eq!(chunks(&store, dirty(1)), [7]);
+    // The newest copy stays, the older one is as new.
+    assert_eq!((read(3).0, read(4).0), (3, 4));
+    assert_eq!(read(3).1, read(4).1);
+}
+
 #[test]
 fn a_creation_that_was_cut_short_is_in_nobodys_way() {
     let directory = tempfile::tempdir().unwrap();

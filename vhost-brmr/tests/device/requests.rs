@@ -290,6 +290,26 @@ fn a_write_through_disk_answers_a_write_only_after_the_flush_behind_it() {
 }
 
 #[test]
+fn a_flush_that_fails_fails_every_write_that_shares_it() {
+    let features = !bit(VIRTIO_BLK_F_FLUSH);
+    let (daemon, mut guest) = Setup { features, ..Setup::default() }.boot();
+    daemon.disk.hold(true);
+    for slot in 0..4u16 {
+        guest.submit(0, slot, VIRTIO_BLK_T_OUT, u64::from(slot), &pattern(512, slot as u8), 0);
+    }
+    guest.kick(0);
+    eventually("all writes reach the disk", || daemon.disk.waiting() == 4);
+    daemon.disk.fail_flushes(1);
+    daemon.disk.hold(false);
+    assert_eq!(guest.used(0, 4).len(), 4);
+    let flushed = |event: &&Event| matches!(event, Event::Submitted(Operation::Flush, ..));
+    assert_eq!(daemon.disk.log().iter().filter(flushed).count(), 1);
+    for slot in 0..4u16 {
+        assert_eq!(guest.status(0, slot), IOERR, "write {slot} shares the flush");
+    }
+}
+
+#[test]
 fn a_write_back_disk_answers_a_write_without_a_flush() {
     let (daemon, mut guest) = Setup::default().boot();
     assert_eq!(guest.write_disk(0, &pattern(512, 1)), OK);

@@ -538,7 +538,7 @@ impl Shard {
                 MetadataIo::Flush { id } => Io {
                     disk,
                     id: tag(id),
-                    kind: IoKind::Flush,
+                    kind: IoKind::FlushMetadata,
                     offset: 0,
                     length: 0,
                     payload: Payload::None,
