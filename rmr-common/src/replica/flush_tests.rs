@@ -177,6 +177,27 @@ fn a_flush_that_failed_in_an_attach_is_not_believed_by_the_next_attach() {
 }
 
 #[test]
+fn intents_are_not_cleared_by_a_flush_that_follows_a_failed_one_while_the_next_client_attaches() {
+    let mut bench = Bench::in_service();
+    bench.write_chunk(5, 0);
+    let ping = MessageHeader { watermark: Sequence(5), ..bench.header(Kind::Ping, 1) };
+    bench.message(1, ping, &[]);
+    bench.client_flush(1, 6);
+    bench.end_flush(DiskResult::Failed);
+    // The attach is not durable yet, and the watermark of the client before covers the write.
+    let client = ClientId::from_bytes([2; 16]);
+    let description = "next".into();
+    let attach = Attach { client, takeover: false, rejoin: false, yields: false, description };
+    bench.message(2, bench.header(Kind::Attach, 2), &attach.encode());
+    bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(30));
+    bench.apply(Event::Tick);
+    assert_eq!(bench.take_flush(), None);
+    bench.durable();
+    bench.end_flush(DiskResult::Done);
+    assert_doubted(&bench.attach_reply(), &[0]);
+}
+
+#[test]
 fn a_failed_flush_is_told_until_a_view_of_a_later_session_is_committed_and_no_longer() {
     let mut bench = Bench::in_service();
     bench.write_chunk(5, 0);

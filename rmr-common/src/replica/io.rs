@@ -365,6 +365,11 @@ impl Replica {
         if self.clearing.is_some() || self.broken || self.holder_connection().is_none() || !is_clean {
             return;
         }
+        // What the watermark says is of the client before, until the next one is answered. A flush that failed since may have
+        // covered these chunks, and another one proves nothing.
+        if self.attach.is_some() || self.flush_failed && !mutant!(OwnFlushRepeated) {
+            return;
+        }
         let (now, watermark, idle) = (self.now, self.watermark, self.config.intent_idle);
         // Until then a member that went back in time could not be told from one that did not.
         let settled = self.history.settled;

@@ -205,7 +205,11 @@ impl World<'_> {
                 && self.nodes[index].durable.view.state(stale.id) == Some(MemberState::Clean);
             // So is one whose flush failed: its session is over, of which its client hears next.
             let has_left = own.is_none_or(|r| r.holder_connection().is_none() || r.flush_failed());
-            let is_promoted = is_promoted || stale.state == MemberState::Syncing && has_left;
+            // What one had not flushed of a client that died, and lost with a failed flush while it was not attached, it tells when it
+            // comes back: see `check_rejoined`.
+            let tells = self.nodes[index].durable.flush_failed || own.is_some_and(Replica::flush_failed);
+            let is_untold = tells && self.resyncs.is_unflushed_unknown && stale.state == MemberState::Out;
+            let is_promoted = is_promoted || is_untold || stale.state == MemberState::Syncing && has_left;
             let is_lost = |sector: usize| is_promoted && self.nodes[index].disk.lost.contains(&sector);
             if let Some(sector) = sectors.find(|&s| self.is_missing(index, s) && !is_lost(s)) {
                 let silent: Vec<_> = keepers.iter().filter(|k| !has(k, sector)).collect();

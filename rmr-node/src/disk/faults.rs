@@ -17,6 +17,12 @@ pub fn flushes_to_fail() -> u32 {
 
 /// Whether this flush fails.
 pub(super) fn take_flush() -> bool {
-    FLUSHES.load(Ordering::Relaxed) > 0
-        && FLUSHES.try_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
+    let mut left = FLUSHES.load(Ordering::Relaxed);
+    while left > 0 {
+        match FLUSHES.compare_exchange(left, left - 1, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => return true,
+            Err(found) => left = found,
+        }
+    }
+    false
 }
