@@ -170,6 +170,11 @@ pub enum DiskError {
     /// Another client took the disk over.
     #[error("another client took the disk over")]
     Fenced,
+    /// Guest memory of the request could not be read or written.
+    #[error(
+        "guest memory of the request cannot be reached: the file behind it was cut short, or has no pages left"
+    )]
+    Memory,
 }
 
 /// Where the disk stands between its first and its last request.

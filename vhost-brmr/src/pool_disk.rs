@@ -333,6 +333,7 @@ const fn disk_error(error: IoError) -> DiskError {
         IoError::Suspended => DiskError::Suspended,
         IoError::LostWrites => DiskError::LostWrites,
         IoError::Fenced => DiskError::Fenced,
+        IoError::Memory => DiskError::Memory,
         IoError::BadRange | IoError::Media | IoError::Detached | IoError::TooMany => DiskError::Failed,
     }
 }

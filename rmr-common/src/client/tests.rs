@@ -10,6 +10,7 @@ mod auth;
 mod bindings;
 mod change;
 mod digests;
+mod memory;
 mod reads;
 mod sessions;
 mod unflushed;

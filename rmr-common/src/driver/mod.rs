@@ -25,7 +25,7 @@ use crate::client::{
     Client, CommandToken, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason,
     Payload, PoolSelector, PoolStatus, Token,
 };
-use crate::pool::{Address, Command, CommandReply, PoolSpec};
+use crate::pool::{Address, Command, CommandReply, PoolSpec, Sequence, Slot};
 use crate::reactor::WatchChange;
 use crate::time::Time;
 use crate::transport::connect::Connector;
@@ -114,6 +114,7 @@ pub struct PoolDriver {
     requests: Vec<Request>,
     free_requests: Vec<u32>,
     bounces: Bounces,
+    faults: Vec<(Slot, Sequence)>,
     done: Vec<(Token, Result<(), IoError>)>,
     replies: Vec<(CommandToken, CommandReply)>,
     notices: Vec<Notice>,
@@ -170,6 +171,7 @@ impl PoolDriver {
             requests: Vec::new(),
             free_requests: Vec::new(),
             bounces: Bounces::default(),
+            faults: Vec::new(),
             done: Vec::new(),
             replies: Vec::new(),
             notices: Vec::new(),
@@ -288,24 +290,39 @@ impl PoolDriver {
                 }
             }
         }
-        // A connection that is lost gives the others something to send, also those that were flushed before it.
+        // A connection that is lost gives the others something to send, also those that were flushed before it. So does a write
+        // whose memory could not be read.
         while self.flush_all() {}
         self.watch_wires();
         self.is_now = false;
     }
 
-    /// Sends what is queued; true if a connection was lost by that.
+    /// Sends what is queued; true if there may be more to send by that.
     fn flush_all(&mut self) -> bool {
-        let mut lost = false;
+        let mut more = false;
         for index in 0..MAX_LINKS {
             let Some(wire) = &mut self.wires[index] else { continue };
-            if let Err(error) = wire.connection.flush() {
+            let flushed = wire.connection.flush();
+            wire.connection.take_faults(&mut self.faults);
+            if let Err(error) = flushed {
                 self.lost(index, &error.to_string());
                 self.carry_out();
-                lost = true;
+                more = true;
             }
         }
-        lost
+        more | self.take_faults()
+    }
+
+    /// Tells the client of writes whose memory could not be read; whether there were any.
+    fn take_faults(&mut self) -> bool {
+        if self.faults.is_empty() {
+            return false;
+        }
+        for (slot, sequence) in std::mem::take(&mut self.faults) {
+            self.client.apply(Event::MemoryFault(slot, sequence), self.now);
+        }
+        self.carry_out();
+        true
     }
 
     /// Lets as few links wake the loop as will do. A write is complete when every leg answered it, so a wake-up for the
@@ -543,8 +560,14 @@ impl PoolDriver {
                                     header.digest = Some(self.bounces.digest(&header, segments, offset));
                                     segments
                                 }
-                                Protection::Bounce => {
-                                    let (segment, digest) = self.bounces.copy(&header, segments, offset);
+                                Protection::Bounce | Protection::Salvage => {
+                                    let copy_out = if protection == Protection::Salvage {
+                                        buffer::salvage
+                                    } else {
+                                        buffer::copy_out
+                                    };
+                                    let (segment, digest) =
+                                        self.bounces.copy(&header, segments, offset, copy_out);
                                     (header.digest, offset) = (Some(digest), 0);
                                     copy = [segment];
                                     &copy[..]
@@ -653,6 +676,13 @@ impl Receiver for Sink<'_> {
             return self.client.apply(Event::Message(self.link, &header, body), self.now);
         }
         self.client.apply(Event::Message(self.link, header, body), self.now);
+    }
+
+    fn deliver_faulted(&mut self, header: &MessageHeader) -> bool {
+        self.owed.received(header);
+        self.traffic.received(header);
+        self.client.apply(Event::MemoryFault(header.slot, header.sequence), self.now);
+        true
     }
 }
 
