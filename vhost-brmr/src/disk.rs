@@ -177,6 +177,11 @@ pub enum DiskError {
     Memory,
 }
 
+/// The daemon was told to stop before the disk was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("told to stop before any node answered")]
+pub struct ToldToStop;
+
 /// Where the disk stands between its first and its last request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attachment<'a> {

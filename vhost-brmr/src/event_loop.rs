@@ -24,7 +24,7 @@ use crate::engine::Engine;
 use crate::frontend::{self, Drain, KickChange, Session};
 use crate::pace::Pace;
 use crate::queue::RingError;
-use crate::sys::{self, Peeked, StopSignals};
+use crate::sys::{self, Nudge, Peeked, StopSignals};
 
 /// What the loop waits for after it cancelled requests that took too long.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
@@ -131,6 +131,7 @@ impl<D: Disk> EventLoop<D> {
             retired: None,
             listener: None,
             signals,
+            nudge: None,
             options,
             state: State::Running,
             kicks: Vec::new(),
@@ -199,7 +200,9 @@ impl<D: Disk> EventLoop<D> {
         for change in control {
             match change {
                 ControlChange::Add(fd) => {
-                    let set = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+                    // Writable again: answers that it did not read kept its messages waiting.
+                    let set =
+                        EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
                     if let Err(error) = ops.add(Events::with_data_raw(fd, TAG_CONTROL, set)) {
                         error!(?error, "the front end's socket cannot be watched");
                         unwatched = true;
@@ -299,6 +302,8 @@ struct Worker<D: Disk> {
     retired: Option<Connection>,
     listener: Option<UnixListener>,
     signals: Option<StopSignals>,
+    /// Set while a front end is there, whose descriptors might make this thread wait.
+    nudge: Option<Nudge>,
     options: LoopOptions,
     state: State,
     kicks: Vec<usize>,
@@ -467,7 +472,18 @@ impl<D: Disk> Worker<D> {
                         self.disconnect(&format!("the front end's socket failed: {error}"));
                         return false;
                     }
+                    Ok(Peeked::TooManyDescriptors) => {
+                        self.disconnect(
+                            "it sent a message with more than 32 descriptors, or more than this process may have open",
+                        );
+                        return false;
+                    }
                     Ok(Peeked::Message { code, need_reply, length, index, value }) => {
+                        if !matches!(sys::can_answer(&connection.handler), Ok(true)) {
+                            // Its socket becomes writable when it reads.
+                            connection.readable = false;
+                            return false;
+                        }
                         if code == FrontendReq::SET_BACKEND_REQ_FD as u32 {
                             match sys::peek_descriptor(&connection.handler) {
                                 Ok(socket) => self.session().set_channel(socket),
@@ -585,6 +601,7 @@ impl<D: Disk> Worker<D> {
 
     fn connect(&mut self, stream: UnixStream) {
         info!("front end connected");
+        self.set_nudge(true);
         let fd = stream.as_raw_fd();
         let handler = BackendReqHandler::from_stream(stream, Arc::clone(&self.session));
         self.connection = Some(Connection { handler, readable: true, hung_up: false, draining: None });
@@ -596,6 +613,7 @@ impl<D: Disk> Worker<D> {
         let Some(connection) = self.connection.take() else { return };
         let in_flight = self.engine.in_flight();
         info!(in_flight, "front end gone: {reason}");
+        self.set_nudge(false);
         self.control_changes.push(ControlChange::Remove(connection.handler.as_raw_fd()));
         self.retired = Some(connection);
         self.session().end();
@@ -608,6 +626,17 @@ impl<D: Disk> Worker<D> {
         }
         if self.options.on_disconnect == OnDisconnect::Exit && matches!(self.state, State::Running) {
             self.stop();
+        }
+    }
+
+    fn set_nudge(&mut self, on: bool) {
+        let result = match &self.nudge {
+            Some(nudge) => nudge.set(on),
+            None if !on => Ok(()),
+            None => Nudge::new().and_then(|nudge| self.nudge.insert(nudge).set(on)),
+        };
+        if let Err(error) = result {
+            warn!("no timer that ends writes to a descriptor that blocks: {error}");
         }
     }
 

@@ -1,20 +1,23 @@
 //! The disk behind the device is a pool: joins [`Disk`] to the pool driver of `rmr_common`.
 
 use std::os::fd::RawFd;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use rmr_common::auth::KeyRing;
 use rmr_common::client::{self, Config, Force, IoError, Notice, OverReason, PoolSelector};
-use rmr_common::driver::{PoolDriver, discover};
-use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
+use rmr_common::driver::{NO_ANSWER, PoolDriver, PoolError, discover_while};
+use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec, TransportKind};
 use rmr_common::reactor::WatchChange;
 use rmr_common::transport::rdma::{self, Fabric};
 use rmr_common::transport::tls::ClientTls;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
-use crate::disk::{Attachment, Disk, DiskError, Geometry, Operation, RangeLimits, Request, Token};
+use crate::disk::{
+    Attachment, Disk, DiskError, Geometry, Operation, RangeLimits, Request, ToldToStop, Token,
+};
+use crate::sys;
 
 /// Segments that a driver is advised to use at most: what fits a queue of 128 with header and status.
 const MAX_SEGMENTS: u32 = 126;
@@ -26,6 +29,36 @@ const MAX_RANGE: u64 = 1 << 30;
 const DEVICE_BEAT: Duration = Duration::from_secs(1);
 /// Most ranges of one discard or write-zeroes.
 const MAX_RANGES: u32 = 16;
+
+/// How long nothing is said while no node answers, and the shortest time between two warnings.
+const FIRST_WARNING: Duration = Duration::from_secs(1);
+/// How often the same is said.
+const NEXT_WARNING: Duration = Duration::from_secs(10);
+
+/// Says in the log what the start of the daemon waits for: at once when a node could not be used, and again from time to time.
+struct Waiting {
+    since: Instant,
+    told: Option<(Instant, String)>,
+}
+
+impl Waiting {
+    fn new() -> Self {
+        Self { since: Instant::now(), told: None }
+    }
+
+    fn tell(&mut self, pool: &str, reason: &str) {
+        let is_early = match &self.told {
+            None => reason == NO_ANSWER && self.since.elapsed() < FIRST_WARNING,
+            Some((at, told)) => at.elapsed() < if told == reason { NEXT_WARNING } else { FIRST_WARNING },
+        };
+        if is_early {
+            return;
+        }
+        let seconds = self.since.elapsed().as_secs();
+        tracing::warn!(pool, seconds, "the pool is not found yet, and no front end is served before: {reason}");
+        self.told = Some((Instant::now(), reason.to_owned()));
+    }
+}
 
 /// A pool as a disk. Its specification is learned at the start; the pool is claimed when a guest uses it.
 pub struct PoolDisk {
@@ -76,7 +109,26 @@ impl PoolDisk {
         config.data_digest = pool.data_digest;
         config.bounce_memory = pool.bounce_memory;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
-        let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
+        if config.tls.is_none()
+            && let Some(node) = pool.nodes.iter().find(|node| node.transport() == TransportKind::Tls)
+        {
+            anyhow::bail!(
+                "node {node} is reached by TLS, and no certificate authority is trusted: set tls-authorities"
+            );
+        }
+        let (pool_name, mut waiting) = (pool.pool.to_string(), Waiting::new());
+        let mut goes_on = |reason: &str| {
+            waiting.tell(&pool_name, reason);
+            !sys::is_stop_pending()
+        };
+        let spec =
+            discover_while(config.clone(), selector, &pool.nodes, pool.suspend_timeout, &mut goes_on);
+        let spec = match spec {
+            Err(PoolError::GivenUp { waiting_for }) => {
+                return Err(anyhow::Error::new(ToldToStop).context(format!("waited for: {waiting_for}")));
+            }
+            spec => spec?,
+        };
         anyhow::ensure!(
             spec.logical_block_size <= 4096,
             "logical block size {}: expected at most 4096",

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
 
-pub use pool::{BlockingPool, Buffers, Pool, PoolError, discover};
+pub use pool::{BlockingPool, Buffers, NO_ANSWER, Pool, PoolError, discover, discover_while};
 pub use traffic::Traffic;
 
 use crate::auth::Nonce;
@@ -29,7 +29,7 @@ use crate::pool::{Address, Command, CommandReply, PoolSpec, Sequence, Slot};
 use crate::reactor::WatchChange;
 use crate::time::Time;
 use crate::transport::connect::Connector;
-use crate::transport::{Connection, Counters, Place, Receiver, Wire as AnyConnection};
+use crate::transport::{Connection, ConnectionError, Counters, Place, Receiver, Wire as AnyConnection};
 use crate::wire::{Kind, MessageHeader, Status, data_digest};
 use bounce::Bounces;
 use clock::Clock;
@@ -109,6 +109,10 @@ pub struct PoolDriver {
     owed: [Owed; MAX_LINKS],
     /// The link whose answers wake the loop for those of the others as well.
     leading: usize,
+    /// Where each link leads.
+    addresses: [Option<Address>; MAX_LINKS],
+    /// Links whose last connection ended in distrust, and the words.
+    distrusted: [Option<String>; MAX_LINKS],
     /// Tells an attempt to connect from an earlier one on the same link.
     attempts: [u64; MAX_LINKS],
     requests: Vec<Request>,
@@ -167,6 +171,8 @@ impl PoolDriver {
             wires: std::array::from_fn(|_| None),
             owed: [Owed::default(); MAX_LINKS],
             leading: 0,
+            addresses: std::array::from_fn(|_| None),
+            distrusted: std::array::from_fn(|_| None),
             attempts: [0; MAX_LINKS],
             requests: Vec::new(),
             free_requests: Vec::new(),
@@ -305,7 +311,7 @@ impl PoolDriver {
             let flushed = wire.connection.flush();
             wire.connection.take_faults(&mut self.faults);
             if let Err(error) = flushed {
-                self.lost(index, &error.to_string());
+                self.lost(index, &error);
                 self.carry_out();
                 more = true;
             }
@@ -418,6 +424,17 @@ impl PoolDriver {
         self.client.has_asked_all()
     }
 
+    /// Why no node can be reached, if all were tried and none is trusted, or trusts this client: see [`ConnectionError::is_distrust`].
+    #[must_use]
+    pub fn distrust(&self) -> Option<String> {
+        let mut links = self.addresses.iter().zip(&self.distrusted).filter(|(address, _)| address.is_some());
+        let has_none = self.distrusted.iter().all(Option::is_none);
+        if has_none || !self.client.has_asked_all() || !links.all(|(_, distrusted)| distrusted.is_some()) {
+            return None;
+        }
+        Some(self.distrusted.iter().flatten().cloned().collect::<Vec<_>>().join("; "))
+    }
+
     /// Whether requests flow.
     #[must_use]
     pub const fn is_active(&self) -> bool {
@@ -477,7 +494,10 @@ impl PoolDriver {
                 self.owed[index] = Owed::default();
                 self.client.apply(Event::LinkUp(id, nonce), self.now);
             }
-            Err(error) => self.client.apply(Event::LinkDown(id, &error), self.now),
+            Err(error) => {
+                self.distrusted[index] = None;
+                self.client.apply(Event::LinkDown(id, &error), self.now);
+            }
         }
     }
 
@@ -500,13 +520,16 @@ impl PoolDriver {
             self.last_request = self.now;
         }
         if let Err(error) = received {
-            self.lost(index, &error.to_string());
+            self.lost(index, &error);
         }
     }
 
-    fn lost(&mut self, index: usize, reason: &str) {
+    fn lost(&mut self, index: usize, error: &ConnectionError) {
+        let reason = error.to_string();
+        let address = self.addresses[index].as_ref().filter(|_| error.is_distrust());
+        self.distrusted[index] = address.map(|address| format!("{address}: {reason}"));
         self.close(index);
-        self.client.apply(Event::LinkDown(LinkId(u8::try_from(index).unwrap_or(u8::MAX)), reason), self.now);
+        self.client.apply(Event::LinkDown(LinkId(u8::try_from(index).unwrap_or(u8::MAX)), &reason), self.now);
     }
 
     fn close(&mut self, index: usize) {
@@ -588,6 +611,7 @@ impl PoolDriver {
                     *attempt += MAX_LINKS as u64;
                     *attempt = *attempt / MAX_LINKS as u64 * MAX_LINKS as u64 + u64::from(link.0);
                     self.connector.connect(*attempt, &address);
+                    self.addresses[index] = Some(address);
                 }
                 Output::Disconnect(link) => {
                     let index = usize::from(link.0);

@@ -51,6 +51,14 @@ pub enum ConnectionError {
     Link(String),
 }
 
+impl ConnectionError {
+    /// Whether the two sides do not trust each other's certificates, or do not both speak TLS: see [`tls::Distrust`].
+    #[must_use]
+    pub fn is_distrust(&self) -> bool {
+        matches!(self, Self::Io(error) if error.get_ref().is_some_and(|e| e.is::<tls::Distrust>()))
+    }
+}
+
 /// What a connection did so far: system calls and work for the network, and what was copied on the way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Counters {
