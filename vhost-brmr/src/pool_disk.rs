@@ -391,12 +391,19 @@ const fn disk_error(error: IoError) -> DiskError {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code, dead_code, clippy::expect_used)]
+#[path = "../../rmr-common/src/driver/fake_node.rs"]
+mod fake_node;
+
+#[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::time::Instant;
 
     use rmr_common::buffer::Segment;
     use rmr_common::pool::{ChunkSize, MemberId, MemberSpec, PoolId, StoreId};
 
+    use super::fake_node::{FakeNode, eventually};
     use super::*;
 
     /// A pool whose only node is not there.
@@ -411,12 +418,17 @@ mod tests {
             logical_block_size: 512,
             members: vec![MemberSpec::new(member, StoreId::random(), address.clone())],
         };
+        disk(spec, suspend_timeout)
+    }
+
+    fn disk(spec: PoolSpec, suspend_timeout: Duration) -> PoolDisk {
         let mut config = Config::new(ClientId::random(), "a test");
         config.suspend_timeout = suspend_timeout;
+        config.reconnect_interval = Duration::from_millis(10);
         PoolDisk {
             config,
+            seeds: spec.members.iter().map(|member| member.address.clone()).collect(),
             spec,
-            seeds: vec![address],
             driver: None,
             retired: None,
             was_active: false,
@@ -474,5 +486,121 @@ mod tests {
         submit(&mut disk, 1, 1 << 40);
         disk.upkeep();
         assert_eq!(disk.timeout(), Some(Duration::ZERO));
+    }
+
+    /// A disk with a node, in the turns of the loop.
+    struct Turns {
+        disk: PoolDisk,
+        watched: BTreeSet<RawFd>,
+        done: Vec<(Token, Result<(), DiskError>)>,
+    }
+
+    impl Turns {
+        fn new(node: &FakeNode) -> Self {
+            let disk = disk(node.spec(), Duration::from_secs(60));
+            Self { disk, watched: BTreeSet::new(), done: Vec::new() }
+        }
+
+        fn turn(&mut self) {
+            self.watched.iter().for_each(|fd| self.disk.ready(*fd, EventSet::IN));
+            self.disk.completions(&mut self.done);
+            self.disk.upkeep();
+            let mut changes = Vec::new();
+            self.disk.watch_changes(&mut changes);
+            for change in changes {
+                match change {
+                    WatchChange::Add(fd, _) => drop(self.watched.insert(fd)),
+                    WatchChange::Modify(..) => {}
+                    WatchChange::Remove(fd) => drop(self.watched.remove(&fd)),
+                }
+            }
+        }
+
+        fn until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
+            eventually(what, || {
+                self.turn();
+                condition(self)
+            });
+        }
+
+        fn attach(&mut self) {
+            self.disk.attach();
+            self.until("the attachment", |t| matches!(t.disk.attachment(), Attachment::Attached));
+        }
+
+        fn detach(&mut self) {
+            self.disk.detach();
+            self.until("the detachment", |t| matches!(t.disk.attachment(), Attachment::Detached));
+        }
+
+        fn request(&mut self, operation: Operation) -> Result<(), DiskError> {
+            let length = if operation == Operation::Flush { 0 } else { 4096 };
+            self.disk.submit(Token(7), Request { operation, offset: 0, length, segments: &[] });
+            self.until("the completion", |t| !t.done.is_empty());
+            self.done.remove(0).1
+        }
+    }
+
+    #[test]
+    fn lost_writes_are_not_forgotten_with_the_front_end_that_was_not_told() {
+        let node = FakeNode::start();
+        let mut turns = Turns::new(&node);
+        turns.attach();
+        assert_eq!(turns.request(Operation::Discard), Ok(()));
+        // The machine loses power with what was not flushed.
+        {
+            let mut state = node.state();
+            state.host_boot = 2;
+            state.cut = true;
+        }
+        turns.until("the loss", |t| t.disk.driver.as_ref().is_some_and(PoolDriver::has_lost_writes));
+        assert_eq!(turns.request(Operation::Discard), Err(DiskError::LostWrites));
+        for _ in 0..2 {
+            turns.detach();
+            turns.attach();
+            assert_eq!(turns.request(Operation::Discard), Err(DiskError::Failed), "by another front end");
+        }
+        turns.disk.reset();
+        assert_eq!(turns.request(Operation::Discard), Ok(()));
+        turns.detach();
+        turns.attach();
+        assert_eq!(turns.request(Operation::Flush), Ok(()));
+    }
+
+    #[test]
+    fn what_is_meant_for_one_attachment_is_not_done_by_the_next() {
+        let node = FakeNode::start();
+        let mut turns = Turns::new(&node);
+        turns.disk.incoming = true;
+        let member = node.spec().members[0].id;
+        turns.disk.config.force_from = Some(Force { member, decided: SystemTime::now() });
+        turns.disk.attach();
+        assert!(turns.disk.config.force_from.is_none(), "forced once");
+        assert!(turns.disk.incoming, "not attached yet");
+        turns.until("the attachment", |t| matches!(t.disk.attachment(), Attachment::Attached));
+        turns.turn();
+        assert!(!turns.disk.incoming, "the guest has come");
+        assert!(!turns.disk.config.takeover);
+        turns.detach();
+        assert!(turns.watched.is_empty(), "watched by nobody");
+    }
+
+    #[test]
+    fn a_client_that_was_displaced_says_so_until_the_guest_begins_anew() {
+        let node = FakeNode::start();
+        let mut turns = Turns::new(&node);
+        turns.attach();
+        node.state().fences = true;
+        assert_eq!(turns.request(Operation::Discard), Err(DiskError::Fenced));
+        turns.until("the end", |t| matches!(t.disk.attachment(), Attachment::Displaced(_)));
+        node.state().fences = false;
+        turns.disk.reset();
+        turns.until("the end of the driver", |t| matches!(t.disk.attachment(), Attachment::Detached));
+        turns.attach();
+        assert_eq!(turns.request(Operation::Discard), Ok(()));
+        // A front end that leaves in order is not displaced, whatever the nodes say meanwhile.
+        node.state().fences = true;
+        turns.detach();
+        assert!(turns.disk.displaced.is_none());
     }
 }

@@ -711,6 +711,13 @@ impl Receiver for Sink<'_> {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code, clippy::expect_used)]
+mod fake_node;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation)]
+mod node_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::pool::{ClientId, PoolId};

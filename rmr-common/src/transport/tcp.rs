@@ -761,4 +761,6 @@ impl ReceiveState {
 }
 
 #[cfg(test)]
+pub(crate) use tests::faults::torn_pages;
+#[cfg(test)]
 mod tests;

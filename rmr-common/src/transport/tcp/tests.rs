@@ -8,7 +8,7 @@ use super::*;
 use crate::pool::{PoolId, Slot};
 use crate::wire::{Kind, Status};
 
-mod faults;
+pub(crate) mod faults;
 
 /// Longest wait for what comes in any case, and the time after which a silent peer is dead.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -46,6 +46,14 @@ impl Drop for Holes {
     }
 }
 
+/// Memory with these bytes, of which one page cannot be reached; it is never given back.
+pub(crate) fn torn_pages(bytes: &[u8], hole: usize) -> Segment {
+    let memory = Holes::new(bytes, &[hole]);
+    let segment = memory.segment().part(0, bytes.len());
+    std::mem::forget(memory);
+    segment
+}
+
 /// A sink with such memory for the data of slot 1.
 struct Target<'a> {
     memory: &'a Holes,
