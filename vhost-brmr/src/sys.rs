@@ -314,10 +314,12 @@ extern "C" fn bus_error<const JSON: bool>(
         // A page that nobody has touched was found to be bad.
         libc::BUS_MCEERR_AO => return,
         libc::BUS_MCEERR_AR => bus_error_lines!(
-            "ended: the machine reports a hardware error in memory that is in use (SIGBUS); the guest's requests in flight are served              by the next daemon, if its hypervisor keeps them (inflight tracking); see the kernel log for the memory module"
+            "ended: the machine reports a hardware error in memory that is in use (SIGBUS); see the kernel log for the module. The next \
+             daemon serves the guest's requests in flight, if its hypervisor tracks them"
         ),
         _ => bus_error_lines!(
-            "ended: memory that the front end shares with this daemon is gone (SIGBUS): the file behind guest memory, the dirty log or the              inflight region was cut short, or has no huge pages left; the pool is not harmed, and the front end has to connect anew"
+            "ended: memory that the front end shares with this daemon is gone (SIGBUS): the file behind guest memory, the dirty log or \
+             the inflight region was cut short, or has no huge pages left. The pool is not harmed; the front end has to connect again"
         ),
     };
     let line = if JSON { json } else { text };
