@@ -193,7 +193,10 @@ impl Session {
         let message = [BackendReq::CONFIG_CHANGE_MSG as u32, 1, 0].map(u32::to_ne_bytes).concat();
         // What cannot be sent at once is given up.
         if let Some(Err(error)) = self.channel.as_ref().map(|channel| sys::send_now(channel, &message)) {
-            warn!(size, "the front end cannot be told of the new size, and sees it when it asks again: {error}");
+            warn!(
+                size,
+                "the front end cannot be told of the new size, and sees it when it asks again: {error}"
+            );
             self.channel = None;
         }
     }

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
 use crate::disk::{
-    Attachment, Disk, DiskError, Geometry, Operation, RangeLimits, Request, ToldToStop, Token,
+    Attachment, Disk, DiskError, Geometry, Operation, RangeLimits, Request, Token, ToldToStop,
 };
 use crate::sys;
 
@@ -55,7 +55,11 @@ impl Waiting {
             return;
         }
         let seconds = self.since.elapsed().as_secs();
-        tracing::warn!(pool, seconds, "the pool is not found yet, and no front end is served before: {reason}");
+        tracing::warn!(
+            pool,
+            seconds,
+            "the pool is not found yet, and no front end is served before: {reason}"
+        );
         self.told = Some((Instant::now(), reason.to_owned()));
     }
 }
@@ -121,8 +125,7 @@ impl PoolDisk {
             waiting.tell(&pool_name, reason);
             !sys::is_stop_pending()
         };
-        let spec =
-            discover_while(config.clone(), selector, &pool.nodes, pool.suspend_timeout, &mut goes_on);
+        let spec = discover_while(config.clone(), selector, &pool.nodes, pool.suspend_timeout, &mut goes_on);
         let spec = match spec {
             Err(PoolError::GivenUp { waiting_for }) => {
                 return Err(anyhow::Error::new(ToldToStop).context(format!("waited for: {waiting_for}")));

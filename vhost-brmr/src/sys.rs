@@ -109,7 +109,8 @@ struct Control<const N: usize>([u8; N]);
 
 /// Whether all descriptors of the message that waits can be had.
 fn has_few_descriptors(fd: RawFd) -> io::Result<bool> {
-    let mut control = Control([0; mem::size_of::<libc::cmsghdr>() + MAX_DESCRIPTORS * mem::size_of::<RawFd>()]);
+    let mut control =
+        Control([0; mem::size_of::<libc::cmsghdr>() + MAX_DESCRIPTORS * mem::size_of::<RawFd>()]);
     let (found, is_cut) = peek_control(fd, &mut control.0)?;
     // They are copies of those that the reader of the message takes.
     drop(found);
@@ -285,7 +286,8 @@ pub fn explain_bus_errors(json: bool) -> io::Result<()> {
     // SAFETY: `sigaction` is plain data, for which zeroes are valid. The handler makes only calls that a signal handler may.
     unsafe {
         let mut action: libc::sigaction = mem::zeroed();
-        action.sa_sigaction = handler as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize;
+        action.sa_sigaction =
+            handler as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize;
         action.sa_flags = libc::SA_SIGINFO;
         libc::sigemptyset(&mut action.sa_mask);
         let failed = libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
@@ -298,7 +300,11 @@ macro_rules! bus_error_lines {
     ($text:literal) => {
         (
             concat!("ERROR ", $text, "\n"),
-            concat!("{\"level\":\"ERROR\",\"fields\":{\"message\":\"", $text, "\"},\"target\":\"vhost_brmr::sys\"}\n"),
+            concat!(
+                "{\"level\":\"ERROR\",\"fields\":{\"message\":\"",
+                $text,
+                "\"},\"target\":\"vhost_brmr::sys\"}\n"
+            ),
         )
     };
 }

@@ -162,7 +162,8 @@ impl FakeNode {
         let mut data = peer.inbox.data.drain(..);
         for (header, body) in peer.inbox.messages.drain(..) {
             if header.kind.carries_data() && header.payload > 0 {
-                let (bytes, at) = (data.next().expect("data"), usize::try_from(header.offset).expect("an offset"));
+                let (bytes, at) =
+                    (data.next().expect("data"), usize::try_from(header.offset).expect("an offset"));
                 state.data[at..at + bytes.len()].copy_from_slice(&bytes);
             }
             let is_request = header.kind.is_request();

@@ -236,7 +236,8 @@ impl World<'_> {
             (Operation::Read, _) => vec![u64::MAX; count],
             _ => Vec::new(),
         };
-        let request = Request { operation, first, count, start: self.step, write, memory, changes: 0, faulted: false };
+        let request =
+            Request { operation, first, count, start: self.step, write, memory, changes: 0, faulted: false };
         trace!(self, "client {host}: {token:?} {operation:?} sectors {first}+{count} as write {write:?}");
         self.hosts[host].requests.insert(token.0, request);
         let (offset, length) = (first as u64 * SECTOR, count as u64 * SECTOR);
@@ -256,7 +257,8 @@ impl World<'_> {
         let request = request.ok_or_else(|| format!("client {host} completed {token:?} twice"))?;
         let step = self.step;
         let described = |e: String| format!("client {host}, {token:?} {:?}: {e}", request.operation);
-        if request.faulted != (result == Err(client::IoError::Memory)) && (result.is_ok() || !request.faulted) {
+        if request.faulted != (result == Err(client::IoError::Memory)) && (result.is_ok() || !request.faulted)
+        {
             return Err(described(format!("memory faulted: {}, but ends with {result:?}", request.faulted)));
         }
         if let Err(error) = result {

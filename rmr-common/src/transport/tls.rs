@@ -14,7 +14,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::version::TLS13;
-use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore, ServerConfig,
+    ServerConnection,
+};
 use thiserror::Error;
 
 use crate::buffer::Segment;
@@ -84,7 +87,9 @@ impl From<rustls::Error> for Distrust {
                 "the peer wants a certificate; configure one (tls-certificate, tls-key)"
             }
             rustls::Error::AlertReceived(_) => "the peer refuses the session, its log says why",
-            rustls::Error::InvalidMessage(_) => "the peer does not speak TLS; look at the scheme of its address",
+            rustls::Error::InvalidMessage(_) => {
+                "the peer does not speak TLS; look at the scheme of its address"
+            }
             _ => return Self(error.to_string()),
         };
         Self(format!("{advice} ({error})"))

@@ -32,7 +32,8 @@ fn other_kinds() -> Vec<OwnedFd> {
     let (socket, _) = UnixStream::pair().unwrap();
     let epoll = vmm_sys_util::epoll::Epoll::new().unwrap();
     // SAFETY: the descriptor is open; the copy is owned here.
-    let epoll = unsafe { std::os::fd::BorrowedFd::borrow_raw(epoll.as_raw_fd()) }.try_clone_to_owned().unwrap();
+    let epoll =
+        unsafe { std::os::fd::BorrowedFd::borrow_raw(epoll.as_raw_fd()) }.try_clone_to_owned().unwrap();
     vec![
         pipe.into(),
         other.into(),
@@ -187,6 +188,53 @@ fn what_an_earlier_daemon_left_in_flight_is_served_before_its_ring_is_stopped() 
     assert_eq!(guest.used(0, 2), [(0, 1), (4, 1)]);
     assert_eq!(guest.used_index(0), 2, "took what was made available since");
     assert!(second.disk.data()[..1024] == [pattern(512, 1), pattern(512, 2)].concat());
+}
+
+#[test]
+fn the_order_of_requests_outlives_two_daemons_and_a_session_without_a_region_leaves_it_alone() {
+    let setup = Setup::default();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let (first, stream) = setup.device();
+    let mut guest = Guest::connect(stream, &setup);
+    let (region, file) = inflight_region(&mut guest);
+    let resume = |guest: &mut Guest, base| {
+        guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+        guest.share_memory();
+        guest.start_ring(0, base);
+    };
+    resume(&mut guest, 0);
+    first.disk.hold(true);
+    for slot in [2, 1] {
+        guest.submit(0, slot, VIRTIO_BLK_T_OUT, u64::from(slot), &pattern(512, slot as u8), 0);
+    }
+    guest.kick(0);
+    eventually("the requests reach the disk", || first.disk.waiting() == 2);
+    guest.disconnect();
+    let (second, stream) = setup.device();
+    guest.reconnect(stream, &setup);
+    second.disk.hold(true);
+    resume(&mut guest, 2);
+    guest.submit(0, 0, VIRTIO_BLK_T_OUT, 0, &pattern(512, 0), 0);
+    guest.kick(0);
+    eventually("the requests reach the disk", || second.disk.waiting() == 3);
+    guest.disconnect();
+    let third = setup.serve(FrontEnds::Listener(UnixListener::bind(&path).unwrap()));
+    guest.reconnect(UnixStream::connect(&path).unwrap(), &setup);
+    resume(&mut guest, 3);
+    let heads: Vec<_> = guest.used(0, 3).into_iter().map(|(head, _)| head).collect();
+    assert_eq!(heads, [8, 4, 0], "in the order in which the guest made them available");
+    // The next front end of the same daemon keeps no region.
+    guest.settle();
+    let content = || std::fs::read(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+    let before = content();
+    guest.disconnect();
+    drop(guest);
+    eventually("the disk is free", || !third.disk.is_attached());
+    let mut other = Guest::boot(UnixStream::connect(&path).unwrap(), &setup);
+    assert_eq!(other.flush(), OK);
+    other.settle();
+    assert!(content() == before, "notes of another guest");
 }
 
 #[test]

@@ -287,6 +287,23 @@ fn a_write_through_disk_answers_a_write_only_after_the_flush_behind_it() {
 }
 
 #[test]
+fn a_flush_that_fails_fails_every_write_that_shares_it() {
+    let (daemon, mut guest) = Setup { features: !bit(VIRTIO_BLK_F_FLUSH), ..Setup::default() }.boot();
+    daemon.disk.hold(true);
+    for slot in 0..3u16 {
+        guest.submit(0, slot, VIRTIO_BLK_T_OUT, u64::from(slot), &pattern(512, slot as u8), 0);
+    }
+    guest.kick(0);
+    eventually("all writes reach the disk", || daemon.disk.waiting() == 3);
+    daemon.disk.steps(3);
+    eventually("one flush reaches the disk", || daemon.disk.waiting() == 1);
+    daemon.disk.fail_next(1);
+    daemon.disk.hold(false);
+    assert_eq!(guest.used(0, 3).len(), 3);
+    assert_eq!([0, 1, 2].map(|slot| guest.status(0, slot)), [IOERR; 3]);
+}
+
+#[test]
 fn a_write_back_disk_answers_a_write_without_a_flush() {
     let (daemon, mut guest) = Setup::default().boot();
     assert_eq!(guest.write_disk(0, &pattern(512, 1)), OK);

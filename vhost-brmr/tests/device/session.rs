@@ -417,14 +417,43 @@ fn messages_that_make_no_sense_are_refused_and_the_session_goes_on() {
 }
 
 #[test]
-fn a_kick_descriptor_that_cannot_be_watched_fails_its_ring_only() {
-    let (_daemon, mut guest) = Setup { queues: 2, ..Setup::default() }.boot();
-    guest.frontend.get_vring_base(1).unwrap();
-    guest.configure_ring(1, 0);
-    // One description is watched once.
-    let watched = guest.rings[0].kick.try_clone().unwrap();
-    guest.frontend.set_vring_kick(1, &watched).unwrap();
+fn what_is_made_available_while_memory_is_replaced_is_served_afterwards() {
+    let (daemon, mut guest) = Setup::default().boot();
+    daemon.disk.hold(true);
+    guest.submit(0, 0, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    guest.kick(0);
+    eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
+    let (frontend, region) = (guest.frontend.clone(), guest.region());
+    let replacer = std::thread::spawn(move || frontend.set_mem_table(&[region]).is_ok());
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!replacer.is_finished(), "answered while the disk may still use the memory of before");
+    guest.submit(0, 1, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    guest.kick(0);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(daemon.disk.waiting(), 1, "took a request while it waits for the end of all");
+    daemon.disk.hold(false);
+    assert!(replacer.join().unwrap());
+    // The kick was for nothing, and none comes after it.
+    assert_eq!(guest.used(0, 2).len(), 2);
+}
+
+#[test]
+fn what_completes_in_a_stopped_ring_is_told_to_nobody_and_the_ring_can_be_started_again() {
+    let setup = Setup { drain_timeout: Duration::from_millis(20), ..Setup::default() };
+    let (daemon, mut guest) = setup.boot();
+    daemon.disk.hold(true);
+    daemon.disk.ignore_cancel();
+    guest.submit(0, 0, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    guest.kick(0);
+    eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
+    assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 1);
+    daemon.disk.hold(false);
+    eventually("the request completes", || daemon.disk.waiting() == 0);
+    guest.settle();
+    assert_eq!(guest.used_index(0), 0, "the guest was told by a ring that is stopped");
+    guest.start_ring(0, 1);
     assert_eq!(guest.flush(), OK);
+    assert_eq!(guest.used_index(0), 1);
 }
 
 #[test]

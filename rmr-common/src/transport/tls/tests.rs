@@ -231,8 +231,7 @@ fn discover_at(node: &Certificates, authority: &Path) -> (crate::driver::PoolErr
     // It ends with the test's process.
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            let mut connection =
-                TcpConnection::accepted_with_tls(stream.unwrap(), DEAD_AFTER, &tls).unwrap();
+            let mut connection = TcpConnection::accepted_with_tls(stream.unwrap(), DEAD_AFTER, &tls).unwrap();
             let mut sink = Sink::default();
             while connection.receive(&mut sink).is_ok() && connection.flush().is_ok() {
                 std::thread::sleep(Duration::from_millis(1));

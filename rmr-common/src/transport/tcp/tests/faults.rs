@@ -15,7 +15,8 @@ impl Holes {
     fn new(bytes: &[u8], holes: &[usize]) -> Self {
         // SAFETY: a new mapping touches no memory that Rust knows of, and is written to within its length.
         unsafe {
-            let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let (access, kind) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
             let base = libc::mmap(std::ptr::null_mut(), LENGTH, access, kind, -1, 0);
             assert_ne!(base, libc::MAP_FAILED);
             let base: *mut u8 = base.cast();
@@ -146,7 +147,8 @@ fn data_for_memory_that_is_gone_goes_nowhere_and_the_next_message_is_whole() {
         // SAFETY: `bytes` outlives the connection's use of it.
         let data = unsafe { Segment::new(bytes.as_ptr().cast_mut(), LENGTH) };
         (0..3).for_each(|slot| a.queue_data(&request(slot), None, &mut |list| list.push(data)));
-        let mut target = Target { memory: &torn, sink: Sink::default(), faulted: Vec::new(), tolerates: true };
+        let mut target =
+            Target { memory: &torn, sink: Sink::default(), faulted: Vec::new(), tolerates: true };
         let deadline = Instant::now() + PATIENCE;
         while target.sink.messages.len() < 2 {
             assert!(Instant::now() < deadline, "{holes:?}: messages are missing");
