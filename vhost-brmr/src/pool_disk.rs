@@ -565,6 +565,15 @@ mod tests {
         }
         turns.disk.reset();
         assert_eq!(turns.request(Operation::Discard), Ok(()));
+        // And once more, by a guest that stays and resets its device.
+        {
+            let mut state = node.state();
+            state.host_boot = 3;
+            state.cut = true;
+        }
+        turns.until("the loss", |t| t.disk.driver.as_ref().is_some_and(PoolDriver::has_lost_writes));
+        turns.disk.reset();
+        assert_eq!(turns.request(Operation::Discard), Ok(()));
         turns.detach();
         turns.attach();
         assert_eq!(turns.request(Operation::Flush), Ok(()));
@@ -601,9 +610,19 @@ mod tests {
         turns.until("the end of the driver", |t| matches!(t.disk.attachment(), Attachment::Detached));
         turns.attach();
         assert_eq!(turns.request(Operation::Discard), Ok(()));
-        // A front end that leaves in order is not displaced, whatever the nodes say meanwhile.
-        node.state().fences = true;
-        turns.detach();
-        assert!(turns.disk.displaced.is_none());
+        // A front end that leaves is not displaced, whatever the nodes say meanwhile.
+        node.state().holds = true;
+        turns.disk.submit(
+            Token(8),
+            Request { operation: Operation::Discard, offset: 0, length: 4096, segments: &[] },
+        );
+        turns.turn();
+        turns.disk.detach();
+        {
+            let mut state = node.state();
+            (state.holds, state.fences) = (false, true);
+        }
+        turns.until("the end", |t| matches!(t.disk.attachment(), Attachment::Detached));
+        assert_eq!(turns.done, [(Token(8), Err(DiskError::Fenced))]);
     }
 }

@@ -15,27 +15,27 @@ use rmr_common::transport::{Connection, Place, Receiver};
 use rmr_common::wire::{AttachReply, HelloReply, Kind, Limits, MessageHeader, SetView, Status};
 
 /// How long tests wait for what comes in any case.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 const SIZE: usize = 1 << 20;
 
 /// What a test sees and sets.
-pub struct State {
+pub(super) struct State {
     /// The bytes of the store.
-    pub data: Vec<u8>,
+    pub(super) data: Vec<u8>,
     /// Requests in the order in which they came.
-    pub requests: Vec<MessageHeader>,
+    pub(super) requests: Vec<MessageHeader>,
     /// Requests are not answered.
-    pub holds: bool,
+    pub(super) holds: bool,
     /// Answers to reads carry this digest instead of none.
-    pub digest: Option<u32>,
+    pub(super) digest: Option<u32>,
     /// The run of its machine; a write-back store loses by another what was not flushed.
-    pub host_boot: u8,
+    pub(super) host_boot: u8,
     /// Requests are answered as to a client that another one has displaced.
-    pub fences: bool,
+    pub(super) fences: bool,
     /// All connections are closed once.
-    pub cut: bool,
+    pub(super) cut: bool,
     /// How many connections were made.
-    pub connections: usize,
+    pub(super) connections: usize,
     spec: PoolSpec,
     view: View,
     epoch: Epoch,
@@ -44,7 +44,7 @@ pub struct State {
 
 /// The node, seen from a test.
 #[derive(Clone)]
-pub struct FakeNode(Arc<Mutex<State>>);
+pub(super) struct FakeNode(Arc<Mutex<State>>);
 
 /// The memory of a message, and what came with it.
 #[derive(Default)]
@@ -76,7 +76,7 @@ struct Peer {
 
 impl FakeNode {
     /// A node with the one member of a pool.
-    pub fn start() -> Self {
+    pub(super) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a socket");
         let address = Address::tcp("127.0.0.1", listener.local_addr().expect("an address").port());
         let member = MemberId::all().next().expect("a member");
@@ -110,17 +110,17 @@ impl FakeNode {
     }
 
     /// Its state, between two messages.
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The pool.
-    pub fn spec(&self) -> PoolSpec {
+    pub(super) fn spec(&self) -> PoolSpec {
         self.state().spec.clone()
     }
 
     /// Where it listens.
-    pub fn address(&self) -> Address {
+    pub(super) fn address(&self) -> Address {
         self.state().spec.members[0].address.clone()
     }
 
@@ -250,7 +250,7 @@ impl Peer {
 }
 
 /// Waits until something is so, and does something between two looks.
-pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(super) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "{what} did not happen in time");
@@ -259,7 +259,7 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// The bytes of segments, for memory that tests own.
-pub fn bytes_of(segments: &[Segment]) -> Vec<u8> {
+pub(super) fn bytes_of(segments: &[Segment]) -> Vec<u8> {
     let mut bytes = Vec::new();
     copy_out(segments, 0, segments.iter().map(Segment::length).sum(), &mut bytes);
     bytes

@@ -417,14 +417,33 @@ fn messages_that_make_no_sense_are_refused_and_the_session_goes_on() {
 }
 
 #[test]
-fn what_is_made_available_while_memory_is_replaced_is_served_afterwards() {
+fn what_is_made_available_while_memory_changes_is_served_afterwards() {
+    for removes in [false, true] {
+        make_available_while_memory_changes(removes);
+    }
+}
+
+fn make_available_while_memory_changes(removes: bool) {
     let (daemon, mut guest) = Setup::default().boot();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(4096).unwrap();
+    let extra = VhostUserMemoryRegionInfo {
+        guest_phys_addr: GUEST_BASE << 8,
+        memory_size: 4096,
+        userspace_addr: USER_BASE << 1,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    guest.frontend.add_mem_region(&extra).unwrap();
     daemon.disk.hold(true);
     guest.submit(0, 0, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
     guest.kick(0);
     eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
-    let (frontend, region) = (guest.frontend.clone(), guest.region());
-    let replacer = std::thread::spawn(move || frontend.set_mem_table(&[region]).is_ok());
+    let (mut frontend, region) = (guest.frontend.clone(), guest.region());
+    let replacer = std::thread::spawn(move || match removes {
+        true => frontend.remove_mem_region(&extra).is_ok(),
+        false => frontend.set_mem_table(&[region]).is_ok(),
+    });
     std::thread::sleep(Duration::from_millis(50));
     assert!(!replacer.is_finished(), "answered while the disk may still use the memory of before");
     guest.submit(0, 1, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
