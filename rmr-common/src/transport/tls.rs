@@ -78,7 +78,8 @@ impl From<rustls::Error> for Distrust {
                     "the peer's certificate does not name the host of the address; use a name that it has, or give it one \
                      with this name"
                 }
-                CertificateError::UnknownIssuer => {
+                // An authority that was made again under the same name has another key.
+                CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                     "the peer's certificate is of no authority that is trusted here (tls-authorities)"
                 }
                 _ => "the peer's certificate is not accepted",
