@@ -12,7 +12,7 @@ use rmr_common::pool::{Address, BootId, ChunkSize, Epoch, MemberId, MemberSpec, 
 use rmr_common::pool::{StoreId, View};
 use rmr_common::transport::tcp::TcpConnection;
 use rmr_common::transport::{Connection, Place, Receiver};
-use rmr_common::wire::{AttachReply, HelloReply, Kind, Limits, MessageHeader, SetView, Status};
+use rmr_common::wire::{AttachReply, HelloReply, Kind, Limits, MessageHeader, SetView, Status, data_digest};
 
 /// How long tests wait for what comes in any case.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,6 +26,10 @@ pub(super) struct State {
     pub(super) requests: Vec<MessageHeader>,
     /// Requests are not answered.
     pub(super) holds: bool,
+    /// The next answer to a read brings other data than the store has.
+    pub(super) spoils: bool,
+    /// Writes whose data did not fit their digest.
+    pub(super) mismatches: usize,
     /// Answers to reads carry this digest instead of none.
     pub(super) digest: Option<u32>,
     /// The run of its machine; a write-back store loses by another what was not flushed.
@@ -93,6 +97,8 @@ impl FakeNode {
             data: vec![0; SIZE],
             requests: Vec::new(),
             holds: false,
+            spoils: false,
+            mismatches: 0,
             digest: None,
             host_boot: 1,
             fences: false,
@@ -153,7 +159,7 @@ impl FakeNode {
             let held = std::mem::take(&mut state.held);
             for (of, header) in held {
                 if of == index {
-                    peer.reply_to_request(&state, &header);
+                    peer.reply_to_request(&mut state, &header);
                 } else {
                     state.held.push((of, header));
                 }
@@ -164,6 +170,7 @@ impl FakeNode {
             if header.kind.carries_data() && header.payload > 0 {
                 let (bytes, at) =
                     (data.next().expect("data"), usize::try_from(header.offset).expect("an offset"));
+                state.mismatches += usize::from(header.digest.is_some_and(|d| d != data_digest(&bytes)));
                 state.data[at..at + bytes.len()].copy_from_slice(&bytes);
             }
             let is_request = header.kind.is_request();
@@ -232,7 +239,7 @@ impl Peer {
         Self { connection, inbox: Inbox::default(), sending: Vec::new() }
     }
 
-    fn reply_to_request(&mut self, state: &State, header: &MessageHeader) {
+    fn reply_to_request(&mut self, state: &mut State, header: &MessageHeader) {
         let kind = if header.kind == Kind::Flush { Kind::FlushReply } else { Kind::IoReply };
         let status = if state.fences { Status::StaleEpoch } else { Status::Ok };
         let mut reply = header.reply(kind, status);
@@ -241,6 +248,9 @@ impl Peer {
         }
         let at = usize::try_from(header.offset).expect("an offset");
         let mut bytes = state.data[at..at + header.length as usize].to_vec();
+        if std::mem::take(&mut state.spoils) {
+            bytes[0] ^= 0xff;
+        }
         (reply.payload, reply.digest) = (header.length, state.digest);
         // SAFETY: kept as long as the connection.
         let segment = unsafe { Segment::new(bytes.as_mut_ptr(), bytes.len()) };
