@@ -27,6 +27,10 @@ macro_rules! mutant {
     };
 }
 
+// Files that tests of other crates share name this crate as those do.
+#[cfg(test)]
+extern crate self as rmr_common;
+
 pub mod auth;
 pub mod buffer;
 pub mod client;

@@ -228,6 +228,8 @@ mutants! {
     WatermarkTooHigh,
     /// The watermark passes a write that was given up, and members take it from a view that is not committed
     UnsettledForgotten,
+    /// A write whose memory could not be read fails with what each leg happened to get
+    FaultedWriteNotRepeated,
     /// A flush completes with the first answer
     FlushByOneLeg,
     /// A flush covers what was written while it was under way

@@ -28,7 +28,8 @@ Examples:
     vhost-brmr --socket-path /run/vm7.sock --pool vm7 --node stor1:7700 --once --incoming
 
 Exit code: 0 after a stop that was asked for, 1 when something failed, 2 for a bad option or configuration, 3 when another
-client took the pool over while the guest ran (do not start the daemon again by itself then).";
+client took the pool over while the guest ran (do not start the daemon again by itself then), 4 when memory that the front end
+shares was taken away.";
 
 /// Serves one replicated disk to one virtual machine, over vhost-user-blk.
 ///

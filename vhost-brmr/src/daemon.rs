@@ -15,7 +15,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{Args, LogFormat};
 use crate::config::{Endpoint, Settings};
-use crate::disk::Disk;
+use crate::disk::{Disk, ToldToStop};
 use crate::event_loop::{EventLoop, FrontEnds, LoopError};
 use crate::socket::SocketFile;
 use crate::sys::{self, Inherited, StopSignals};
@@ -52,8 +52,13 @@ pub fn main<D: Disk>(open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> ExitC
         }
     };
     start_log(settings.log_format);
+    ignore(sys::explain_bus_errors(matches!(settings.log_format, LogFormat::Json)));
     match run(&settings, open) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<ToldToStop>() => {
+            info!("ended: {error:#}");
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             let text = words::error(error.as_ref());
             error!("{text}");

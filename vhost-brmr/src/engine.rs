@@ -181,6 +181,7 @@ impl Engine {
                     Taken::InFlight
                 }
                 Action::Flush if limits.read_only => answer(Status::Ok, 0),
+                Action::Nothing => answer(Status::Ok, 0),
                 Action::Flush => {
                     let Some(index) = flight.enter(origin, parsed.status, &[], 1, false, memory) else {
                         return Ok(Taken::NoRoom);

@@ -26,7 +26,7 @@ use crate::frontend::{self, Drain, KickChange, Session};
 use crate::pace::Pace;
 use crate::queue::RingError;
 use crate::socket::{Listener, SocketFile};
-use crate::sys::{self, Peeked, StopSignals};
+use crate::sys::{self, Nudge, Peeked, StopSignals};
 
 /// What the loop waits for after it cancelled requests that took too long.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
@@ -138,6 +138,7 @@ impl<D: Disk> EventLoop<D> {
             connection: None,
             retired: None,
             signals,
+            nudge: None,
             options,
             state: State::Running,
             kicks: Vec::new(),
@@ -205,7 +206,9 @@ impl<D: Disk> EventLoop<D> {
         for change in control {
             match change {
                 ControlChange::Add(fd) => {
-                    let set = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+                    // Writable again: answers that it did not read kept its messages waiting.
+                    let set =
+                        EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
                     if let Err(error) = ops.add(Events::with_data_raw(fd, TAG_CONTROL, set)) {
                         error!(%error, "the front end's socket cannot be watched");
                         unwatched = true;
@@ -310,6 +313,8 @@ struct Worker<D: Disk> {
     /// A connection whose descriptor is still watched.
     retired: Option<Connection>,
     signals: Option<StopSignals>,
+    /// Set while a front end is there, whose descriptors might make this thread wait.
+    nudge: Option<Nudge>,
     options: LoopOptions,
     state: State,
     kicks: Vec<usize>,
@@ -483,7 +488,18 @@ impl<D: Disk> Worker<D> {
                         self.disconnect(&format!("the front end's socket failed: {error}"));
                         return false;
                     }
+                    Ok(Peeked::TooManyDescriptors) => {
+                        self.disconnect(
+                            "it sent a message with more than 32 descriptors, or more than this process may have open",
+                        );
+                        return false;
+                    }
                     Ok(Peeked::Message { code, need_reply, length, index, value }) => {
+                        if !matches!(sys::can_answer(&connection.handler), Ok(true)) {
+                            // Its socket becomes writable when it reads.
+                            connection.readable = false;
+                            return false;
+                        }
                         if code == FrontendReq::SET_BACKEND_REQ_FD as u32 {
                             match sys::peek_descriptor(&connection.handler) {
                                 Ok(socket) => self.session().set_channel(socket),
@@ -601,6 +617,7 @@ impl<D: Disk> Worker<D> {
 
     fn connect(&mut self, stream: UnixStream) {
         info!("front end connected");
+        self.set_nudge(true);
         let fd = stream.as_raw_fd();
         let handler = BackendReqHandler::from_stream(stream, Arc::clone(&self.session));
         self.connection = Some(Connection { handler, readable: true, hung_up: false, draining: None });
@@ -612,6 +629,7 @@ impl<D: Disk> Worker<D> {
         let Some(connection) = self.connection.take() else { return };
         let in_flight = self.engine.in_flight();
         info!(in_flight, "front end gone: {reason}");
+        self.set_nudge(false);
         self.control_changes.push(ControlChange::Remove(connection.handler.as_raw_fd()));
         self.retired = Some(connection);
         self.session().end();
@@ -635,6 +653,17 @@ impl<D: Disk> Worker<D> {
         }
         if self.options.on_disconnect == OnDisconnect::Exit && matches!(self.state, State::Running) {
             self.stop();
+        }
+    }
+
+    fn set_nudge(&mut self, on: bool) {
+        let result = match &self.nudge {
+            Some(nudge) => nudge.set(on),
+            None if !on => Ok(()),
+            None => Nudge::new().and_then(|nudge| self.nudge.insert(nudge).set(on)),
+        };
+        if let Err(error) = result {
+            warn!("no timer that ends writes to a descriptor that blocks: {error}");
         }
     }
 

@@ -226,3 +226,6 @@ impl Flight {
         Some((Finished { origin, status, length, failed, memory }, next))
     }
 }
+
+#[cfg(test)]
+mod tests;

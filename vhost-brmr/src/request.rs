@@ -78,6 +78,8 @@ pub enum Action {
     Flush,
     /// Discards or zeroes [`Parser::ranges`].
     Ranges,
+    /// Discards or zeroes nothing: all ranges are empty.
+    Nothing,
     /// The identification, to be copied to [`Parser::data`].
     Identify,
     /// To be answered with this status, for this reason.
@@ -398,7 +400,7 @@ impl Parser {
                 self.ranges.push(Range { operation, offset, length });
             }
         }
-        if self.ranges.is_empty() { Err(bad) } else { Ok(Action::Ranges) }
+        Ok(if self.ranges.is_empty() { Action::Nothing } else { Action::Ranges })
     }
 }
 

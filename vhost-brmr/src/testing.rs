@@ -122,6 +122,11 @@ impl Handle {
         self.change(|state| state.steps += 1);
     }
 
+    /// Completes so many of them at the same time.
+    pub fn steps(&self, count: u32) {
+        self.change(|state| state.steps += count);
+    }
+
     /// Completes what waits in the reverse order.
     pub fn reverse(&self, reversed: bool) {
         self.change(|state| state.reversed = reversed);

@@ -223,7 +223,19 @@ impl Client {
         let Some(part) = self.parts.get_mut(slot).filter(|p| p.operation == Operation::Write) else {
             return Protection::None;
         };
-        let (was_sent, was_bounced) = (part.barrier, part.bounce);
+        let (was_sent, was_bounced, is_faulted) = (part.barrier, part.bounce, part.fault);
+        if is_faulted {
+            // Legs may have filler on record under the sequence of before, if an attachment ended before the repetition.
+            if !was_bounced {
+                let sequence = self.next_sequence();
+                if let Some(part) = self.parts.get_mut(slot) {
+                    part.sequence = sequence;
+                    part.bounce = true;
+                }
+            }
+            self.counters.bounced += 1;
+            return Protection::Salvage;
+        }
         match mode {
             DataDigest::Off => return Protection::None,
             DataDigest::Detect if !was_bounced => {
@@ -246,6 +258,23 @@ impl Client {
     #[must_use]
     pub fn is_bounced(&self, slot: Slot) -> bool {
         self.parts.get(slot).is_some_and(|p| p.bounce)
+    }
+
+    /// Memory of a part could not be reached. A read fails. A write fails as well, but some legs may have other data than others by
+    /// now: first it is repeated on all from one copy, in which zeroes stand for what cannot be read.
+    pub(super) fn memory_fault(&mut self, slot: Slot, sequence: Sequence) {
+        let Some(part) = self.parts.get_mut(slot) else { return };
+        if part.sequence != sequence || part.state != PartState::Sent {
+            return;
+        }
+        self.counters.memory_faults += 1;
+        match part.operation {
+            Operation::Write => {
+                part.fault = true;
+                part.repeat = !mutant!(FaultedWriteNotRepeated);
+            }
+            _ => self.part_failed(slot, IoError::Memory),
+        }
     }
 
     /// A transfer did not bring the data that its digest says.
@@ -383,7 +412,8 @@ impl Client {
                 self.unflushed.insert_bytes(offset, length.into());
             }
         }
-        self.finish_part(slot, None);
+        let fault = self.parts.get(slot).is_some_and(|p| p.fault);
+        self.finish_part(slot, fault.then_some(IoError::Memory));
     }
 
     /// Whether the committed view does not need these members any more: they are Out, or were removed since.

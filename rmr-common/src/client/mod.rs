@@ -250,6 +250,9 @@ pub enum IoError {
          the flush; nothing is served until that is acknowledged"
     )]
     LostWrites,
+    /// The request's memory could not be read or written.
+    #[error("the memory of the request could not be reached: its owner has taken it away")]
+    Memory,
     /// Another client has taken the pool.
     #[error("this client lost the pool to another one")]
     Fenced,
@@ -313,6 +316,9 @@ pub enum Event<'a> {
     /// A message arrived. Data of a read went to where [`Client::payload_target`] said; other payloads are the body. An answer
     /// whose data does not fit the digest in its header is handed in with [`crate::wire::Status::DigestDiffers`].
     Message(LinkId, &'a MessageHeader, &'a [u8]),
+    /// Memory of this part could not be read or written: its owner has taken it away. Of a write, the leg may have been sent other
+    /// data in place of it. Handed in before any answer to what was sent so.
+    MemoryFault(Slot, Sequence),
     /// Time has passed; due at the latest at [`Client::deadline`].
     Tick,
     /// Leave the pool in good order: finish, flush, say so to the nodes.
@@ -351,6 +357,9 @@ pub enum Protection {
     /// The data is sent from a copy, made for the first message of the slot and kept until [`Output::Unbounce`], and the header
     /// gets the copy's digest.
     Bounce,
+    /// As [`Protection::Bounce`], for memory of which some cannot be read: that is zeroes in the copy. Reading it the usual way may
+    /// end the process.
+    Salvage,
 }
 
 /// What the driver has to do, in this order.
@@ -594,6 +603,8 @@ pub struct Counters {
     pub bounced: u64,
     /// Reads that a leg's disk failed, and that were repeated on another one.
     pub read_errors: u64,
+    /// Parts of requests whose memory could not be reached.
+    pub memory_faults: u64,
 }
 
 impl Client {
@@ -677,6 +688,7 @@ impl Client {
             Event::LinkUp(link, nonce) => self.link_up(link, nonce),
             Event::LinkDown(link, reason) => self.link_down(link, reason),
             Event::Message(link, header, body) => self.message(link, header, body),
+            Event::MemoryFault(slot, sequence) => self.memory_fault(slot, sequence),
             Event::Tick => self.tick(),
             Event::Detach => {
                 self.detach_requested = true;

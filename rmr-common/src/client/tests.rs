@@ -12,6 +12,7 @@ mod bindings;
 mod change;
 mod digests;
 mod history;
+mod memory;
 mod reads;
 mod sessions;
 mod unflushed;

@@ -187,7 +187,7 @@ fn intents_are_not_cleared_by_a_flush_that_follows_a_failed_one_while_the_next_c
     // The attach is not durable yet, and the watermark of the client before covers the write.
     let client = ClientId::from_bytes([2; 16]);
     let description = "next".into();
-    let attach = Attach { client, takeover: false, rejoin: false, yields: false, description };
+    let attach = Attach { client, takeover: false, rejoin: false, yields: false, description, held_ms: 0 };
     bench.message(2, bench.header(Kind::Attach, 2), &attach.encode());
     bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(30));
     bench.apply(Event::Tick);

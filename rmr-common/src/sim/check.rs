@@ -519,6 +519,8 @@ impl World<'_> {
             return Err(format!("failed when nothing was wrong: {error}"));
         }
         match error {
+            // Held against the request itself.
+            IoError::Memory => self.coverage.hit("request failed for its memory"),
             IoError::Media if self.had_errors => self.coverage.hit("disk error shown to the guest"),
             IoError::LostWrites if self.hosts[host].has_lost_writes => {
                 self.coverage.hit("request refused after writes were lost");

@@ -10,6 +10,7 @@ use super::tcp::TcpConnection;
 use super::tls::ServerTls;
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
+use crate::pool::{Sequence, Slot};
 use crate::wire::MessageHeader;
 
 /// The last words of a connection may take so long.
@@ -141,6 +142,14 @@ impl Connection for Wire {
         match self {
             Self::Tcp(connection) => connection.take_sent(tags),
             Self::Rdma(connection) => connection.take_sent(tags),
+        }
+    }
+
+    fn take_faults(&mut self, faults: &mut Vec<(Slot, Sequence)>) {
+        match self {
+            Self::Tcp(connection) => connection.take_faults(faults),
+            // The card reads memory that is pinned: it stays readable when its owner gives it up.
+            Self::Rdma(_) => {}
         }
     }
 

@@ -5,6 +5,7 @@
 
 mod cost;
 mod dirty_log;
+mod front_end;
 mod handover;
 mod hostile;
 mod listener;

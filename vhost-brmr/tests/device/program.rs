@@ -1,9 +1,11 @@
 //! The program itself: exit codes, words, sockets.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use vhost_brmr::args::Args;
@@ -89,6 +91,47 @@ fn a_runtime_failure_ends_with_code_one_and_leaves_no_socket() {
     assert_eq!(fs::read(&path).unwrap(), b"a file");
     let output = run(&["--fd", "77", "--pool", "p", "--node", "127.0.0.1:1"]);
     assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn a_signal_ends_a_daemon_that_waits_for_its_first_node_and_the_log_says_what_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let arguments = ["--socket-path", path.to_str().unwrap(), "--pool", "p", "--node", "127.0.0.1:1"];
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_vhost-brmr"))
+        .args(arguments)
+        .env_remove("RUST_LOG")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(daemon.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("127.0.0.1:1") {
+        line.clear();
+        assert_ne!(log.read_line(&mut line).unwrap(), 0, "ended without a word");
+    }
+    assert!(line.contains("WARN") && line.contains("the pool is not found yet"), "{line}");
+    // SAFETY: a plain call; the process is ours and not reaped.
+    assert_eq!(unsafe { libc::kill(daemon.id().cast_signed(), libc::SIGTERM) }, 0);
+    let start = Instant::now();
+    assert_eq!(daemon.wait().unwrap().code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(10), "took {:?}", start.elapsed());
+    line.clear();
+    log.read_to_string(&mut line).unwrap();
+    assert!(line.contains("told to stop before any node answered"), "{line}");
+    assert!(!path.exists(), "left its socket");
+}
+
+#[test]
+fn a_tls_address_without_an_authority_is_an_error_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let start = Instant::now();
+    let output =
+        run(&["--socket-path", path.to_str().unwrap(), "--pool", "p", "--node", "tls://127.0.0.1:1"]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("tls-authorities") && start.elapsed() < Duration::from_secs(20), "{error}");
 }
 
 #[test]

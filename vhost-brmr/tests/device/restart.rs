@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::*;
 use crate::support::*;
 
 /// A region for the guest's rings, as a front end keeps it.
-fn inflight_region(guest: &mut Guest) -> (VhostUserInflight, File) {
+pub(crate) fn inflight_region(guest: &mut Guest) -> (VhostUserInflight, File) {
     let queues = u16::try_from(guest.rings.len()).unwrap();
     let wanted = VhostUserInflight::new(0, 0, queues, guest.rings[0].size);
     guest.frontend.get_inflight_fd(&wanted).unwrap()
@@ -136,7 +136,10 @@ fn an_inflight_region_that_makes_no_sense_is_refused_and_a_fresh_one_is_empty() 
 }
 
 /// Runs the loop in a thread that takes SIGTERM, and gives the means to send it.
-fn with_signals(setup: &Setup, stream: UnixStream) -> (Handle, impl Fn(), JoinHandle<Result<(), LoopError>>) {
+pub(crate) fn with_signals(
+    setup: &Setup,
+    stream: UnixStream,
+) -> (Handle, impl Fn(), JoinHandle<Result<(), LoopError>>) {
     let (disk, handle) = MemoryDisk::new(setup.geometry).unwrap();
     let (sender, receiver) = std::sync::mpsc::channel();
     let (options, behaviour) = setup.options();

@@ -8,6 +8,8 @@ use super::*;
 use crate::pool::{PoolId, Slot};
 use crate::wire::{Kind, Status};
 
+pub(crate) mod faults;
+
 /// Longest wait for what comes in any case, and the time after which a silent peer is dead.
 const PATIENCE: Duration = Duration::from_secs(60);
 
