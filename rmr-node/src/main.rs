@@ -1,18 +1,23 @@
 //! `rmr-node`: the storage service of a replicated disk. Without a subcommand it serves; `store` works on stores
 //! offline.
 
+use std::fmt::{Debug, Write as _};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rmr_common::text::Printable;
 use rmr_node::config::{Config, ConfigError, LogFormat, LogLevel, Settings};
 use rmr_node::doctor::{DoctorArgs, Report};
 use rmr_node::lifecycle::Shutdown;
 use rmr_node::service;
 use rmr_node::store::cli::StoreCommand;
 use tracing::error;
+use tracing::field::Field;
 use tracing_subscriber::Layer;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 
@@ -132,7 +137,18 @@ fn start_log(format: LogFormat, level: &LogLevel) -> anyhow::Result<()> {
     let colours = std::io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
     let layer = match format {
-        LogFormat::Text => lines.with_target(false).boxed(),
+        // What strangers say may have line ends and orders to terminals in it.
+        LogFormat::Text => {
+            let fields = debug_fn(|writer: &mut Writer<'_>, field: &Field, value: &dyn Debug| {
+                let mut shown = Printable(writer);
+                if field.name() == "message" {
+                    write!(shown, "{value:?}")
+                } else {
+                    write!(shown, "{}={value:?}", field.name())
+                }
+            });
+            lines.fmt_fields(fields.delimited(" ")).with_target(false).boxed()
+        }
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer.with_filter(targets)))?;

@@ -1,15 +1,19 @@
 //! The daemon around the event loop: command line, log, sockets, signals, service manager, exit codes. Only the disk
 //! is made elsewhere.
 
-use std::fmt::Display;
+use std::fmt::{Debug, Display, Write as _};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
 use sd_notify::NotifyState;
+use rmr_common::text::{Printable, printable};
+use tracing::field::Field;
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 
 use crate::args::{Args, LogFormat};
 use crate::config::{Endpoint, Settings};
@@ -53,7 +57,8 @@ pub fn main<D: Disk>(open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> ExitC
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");
-            notify(&[NotifyState::Status(&format!("failed: {error:#}"))]);
+            // A line end in it would be another assignment for the service manager.
+            notify(&[NotifyState::Status(&printable(&format!("failed: {error:#}")))]);
             match error.downcast_ref() {
                 Some(LoopError::Displaced(_)) => ExitCode::from(DISPLACED),
                 _ => ExitCode::FAILURE,
@@ -110,7 +115,18 @@ fn start_log(format: LogFormat) {
     let ansi = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr);
     let started = match format {
-        LogFormat::Text => log.with_target(false).try_init(),
+        // What nodes and front ends say may have line ends and orders to terminals in it.
+        LogFormat::Text => {
+            let fields = debug_fn(|writer: &mut Writer<'_>, field: &Field, value: &dyn Debug| {
+                let mut shown = Printable(writer);
+                if field.name() == "message" {
+                    write!(shown, "{value:?}")
+                } else {
+                    write!(shown, "{}={value:?}", field.name())
+                }
+            });
+            log.with_target(false).fmt_fields(fields.delimited(" ")).try_init()
+        }
         LogFormat::Json => log.json().try_init(),
     };
     ignore(started);

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
 use crate::pool::{Chunk, MemberState, Sequence};
-use crate::wire::{Kind, MAX_SLOTS, MessageHeader, SlotEntry, Status};
+use crate::wire::{Kind, MAX_RANGE, MAX_SLOTS, MessageHeader, SlotEntry, Status};
 
 /// A disk request, and the message that asked for it.
 pub(super) struct Io {
@@ -99,8 +99,11 @@ impl Replica {
         let unit = self.spec.logical_block_size;
         let within = header.offset.checked_add(header.length.into()).is_some_and(|end| end <= self.spec.size);
         let aligned = header.offset.is_multiple_of(unit.into()) && header.length.is_multiple_of(unit);
-        let fits =
-            !matches!(header.kind, Kind::Read | Kind::Write) || header.length <= self.config.limits.max_io;
+        let most = match header.kind {
+            Kind::Read | Kind::Write => self.config.limits.max_io,
+            _ => MAX_RANGE,
+        };
+        let fits = header.length <= most;
         let known_missing = header.kind == Kind::Read || header.missing == self.view.out();
         if within && aligned && fits && known_missing && header.length > 0 {
             Status::Ok

@@ -4,6 +4,7 @@
 //! for. What a write needs for recovery is durable before the write is answered: first the intent bit of its chunk and
 //! the dirty bits of the members that miss it, then the data, then the answer.
 
+mod additions;
 mod command;
 mod io;
 mod resync;
@@ -26,7 +27,7 @@ use crate::pool::{
     BootId, Chunk, ClientId, CommandReply, Epoch, MemberId, PoolSpec, Sequence, View, ViewNumber,
 };
 use crate::time::Time;
-use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, SlotEntry};
+use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, Role, SlotEntry};
 use io::Io;
 use resync::{Resync, Writing};
 use session::{PendingAttach, PendingDetach, PendingView};
@@ -139,6 +140,8 @@ pub enum Event<'a> {
     Message {
         /// Where it came from.
         connection: ConnectionId,
+        /// In which role that connection was opened.
+        role: Role,
         /// Its header.
         header: &'a MessageHeader,
         /// Its body, if it is a control message.
@@ -256,6 +259,10 @@ pub struct Config {
     pub write_through: bool,
     /// How hard a resync of this member may work.
     pub resync: ResyncLimits,
+    /// Bytes of the largest pool that the store can ever hold. Views and questions for more are refused at once.
+    pub max_size: u64,
+    /// Other nodes, and the members of the pool, are reached by `tls://` and in no other way.
+    pub tls_only: bool,
 }
 
 struct Holder {
@@ -306,7 +313,7 @@ pub struct Replica {
     clean_detach: bool,
     maps: MemberMaps,
     /// What came with the view that is being set.
-    additions: Vec<crate::wire::DirtyAddition>,
+    additions: additions::Additions,
     /// Whether the slot table was lost with an earlier run of the process, and no attachment is known to have dealt with that.
     tables_lost: bool,
     slots: Vec<SlotEntry>,
@@ -339,6 +346,8 @@ pub struct Replica {
     tickets: HashMap<Ticket, (Option<MapPage>, Vec<Waiter>)>,
     attach: Option<PendingAttach>,
     set_view: Option<PendingView>,
+    /// Views that were replaced before they were durable, since the last one that is.
+    views_given_up: u32,
     detach: Option<PendingDetach>,
     /// Set when metadata could not be written: nothing that depends on it is answered any more.
     broken: bool,
@@ -377,7 +386,7 @@ impl Replica {
             room: room::Room::new(spec.size),
             clean_detach,
             maps,
-            additions: Vec::new(),
+            additions: additions::Additions::default(),
             tables_lost: !clean_detach && !mutant!(RestartNotTold),
             spec,
             slots: (0..MAX_SLOTS).map(none).collect(),
@@ -401,6 +410,7 @@ impl Replica {
             tickets: HashMap::new(),
             attach: None,
             set_view: None,
+            views_given_up: 0,
             detach: None,
             broken: false,
             changed: Vec::new(),
@@ -449,8 +459,16 @@ impl Replica {
     pub fn apply(&mut self, event: Event<'_>, now: Time) {
         self.now = now;
         match event {
-            Event::Message { connection, header, body, buffer } => {
-                self.message(connection, header, body, buffer)
+            Event::Message { connection, role, header, .. } if !header.kind.is_from(role) => {
+                let reason = match role {
+                    Role::Client => "a message that no client sends",
+                    Role::Peer => "a message that nodes do not send one another",
+                };
+                self.outputs.push_back(Output::Close(connection, reason));
+                self.closed(connection);
+            }
+            Event::Message { connection, role, header, body, buffer } => {
+                self.message(connection, role, header, body, buffer)
             }
             Event::Closed(connection) => self.closed(connection),
             Event::Disk(io, result) => self.disk_done(io, result),
@@ -512,6 +530,12 @@ impl Replica {
     #[must_use]
     pub const fn view(&self) -> &View {
         &self.view
+    }
+
+    /// The highest epoch that the member has accepted.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
     }
 
     /// The connection of the client that is attached.
@@ -611,6 +635,8 @@ impl Replica {
 
 #[cfg(test)]
 mod force_tests;
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(test)]
 mod room_tests;
 #[cfg(test)]

@@ -40,6 +40,8 @@ impl Bench {
             host_boot: BootId::from_bytes([1; 16]),
             process_boot: BootId::from_bytes([1; 16]),
             write_through,
+            max_size: 1 << 30,
+            tls_only: false,
         };
         let state = DurableState { view, spec: spec.clone(), epoch: Epoch(0), last_client: None };
         let maps = MemberMaps::new(&spec);
@@ -63,9 +65,15 @@ impl Bench {
     }
 
     pub(super) fn message(&mut self, connection: u32, header: MessageHeader, body: &[u8]) {
+        let role = if header.kind.is_from(Role::Client) { Role::Client } else { Role::Peer };
+        self.message_as(role, connection, header, body);
+    }
+
+    pub(super) fn message_as(&mut self, role: Role, connection: u32, header: MessageHeader, body: &[u8]) {
         let is_write = header.kind == Kind::Write;
         let buffer = is_write.then_some(BufferToken(u32::from(header.slot.0)));
-        self.apply(Event::Message { connection: ConnectionId(connection), header: &header, body, buffer });
+        let connection = ConnectionId(connection);
+        self.apply(Event::Message { connection, role, header: &header, body, buffer });
     }
 
     pub(super) fn header(&self, kind: Kind, epoch: u64) -> MessageHeader {
@@ -272,7 +280,8 @@ impl Bench {
     pub(super) fn prepare(&mut self) {
         self.attach_as(1, 1, true);
         self.durable();
-        let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+        let spec = self.replica.spec().clone();
+        let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);
         self.apply(Event::PeerUp);
         assert_eq!(self.answer(Kind::PrepareReply), Some(Status::Ok));

@@ -50,6 +50,7 @@ pub const SITUATIONS: &[&str] = &[
     "a link lost while changing the view",
     "a link lost while active",
     "a link lost while detaching",
+    "a liar is refused",
     "attach refused: held",
     "attach refused: stale epoch",
     "attach tells of a write that the disk failed",

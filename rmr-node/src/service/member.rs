@@ -52,6 +52,8 @@ pub(super) struct Member {
     pub(super) in_line: bool,
     /// Its replica may have something to say.
     pub(super) active: bool,
+    /// What its connections have made the shard do in this loop iteration, in bytes.
+    pub(super) spent: usize,
     attached: Option<(UnixMs, SocketAddr)>,
     state_since: [Option<UnixMs>; rmr_common::pool::MAX_MEMBERS],
     pub(super) closing: bool,
@@ -59,6 +61,10 @@ pub(super) struct Member {
     pub(super) source: Option<SourceLink>,
     /// Tells an attempt to connect to it from an earlier one.
     pub(super) source_attempt: u64,
+    /// An attempt is under way, if only one that nobody waits for any more. There is one thread at a time.
+    pub(super) connecting: Option<u64>,
+    /// Where to connect when that has ended.
+    pub(super) next_source: Option<rmr_common::pool::Address>,
     /// Memory for what it pulls; goes after the connection.
     pub(super) pulls: Pulls,
     progress: Option<Progress>,
@@ -111,6 +117,8 @@ impl Member {
                 max_inflight: shared.config.resync.max_inflight,
                 bytes_per_s: shared.config.resync.bytes_per_s,
             },
+            max_size: superblock.layout.largest_pool(spec.chunk_size),
+            tls_only: shared.config.is_tls_only(),
         };
         let state = DurableState {
             view: superblock.view.clone(),
@@ -135,11 +143,14 @@ impl Member {
             waiting_reads: VecDeque::new(),
             in_line: false,
             active: false,
+            spent: 0,
             attached: None,
             state_since: [None; rmr_common::pool::MAX_MEMBERS],
             closing: false,
             source: None,
             source_attempt: 0,
+            connecting: None,
+            next_source: None,
             pulls: Pulls::default(),
             progress: None,
             resync_sent: 0,
