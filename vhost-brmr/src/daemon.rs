@@ -7,8 +7,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use sd_notify::NotifyState;
 use rmr_common::text::{Printable, printable};
+use sd_notify::NotifyState;
 use tracing::field::Field;
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;

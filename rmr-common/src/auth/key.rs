@@ -235,7 +235,9 @@ mod tests {
         assert!(matches!(SecretKey::read(directory.path()), Err(KeyFileError::NoFile { .. })));
         // A pipe that nobody writes to, and a link to it.
         let (pipe, link) = (directory.path().join("pipe"), directory.path().join("link"));
-        assert!(std::process::Command::new("mkfifo").args(["-m", "600"]).arg(&pipe).status().unwrap().success());
+        assert!(
+            std::process::Command::new("mkfifo").args(["-m", "600"]).arg(&pipe).status().unwrap().success()
+        );
         std::os::unix::fs::symlink(&pipe, &link).unwrap();
         for path in [pipe, link, "/dev/zero".into()] {
             assert!(matches!(SecretKey::read(&path), Err(KeyFileError::NoFile { .. })), "{}", path.display());

@@ -150,8 +150,9 @@ impl BlockMap {
     pub fn iter_in(&self, first: Block, count: u64) -> impl Iterator<Item = Block> + '_ {
         let end = first.0.saturating_add(count).min(self.leaves.len() as u64 * LEAF_BITS);
         let words = first.0 / 64..end.div_ceil(64).max(first.0 / 64);
-        words.filter_map(|w| Some((w * 64, self.words_at(Block(w * 64))?[index(w % LEAF_WORDS as u64)]))).flat_map(
-            move |(base, word)| {
+        words
+            .filter_map(|w| Some((w * 64, self.words_at(Block(w * 64))?[index(w % LEAF_WORDS as u64)])))
+            .flat_map(move |(base, word)| {
                 let mut left = word;
                 let bits = std::iter::from_fn(move || {
                     let bit = (left != 0).then(|| u64::from(left.trailing_zeros()))?;
@@ -159,8 +160,7 @@ impl BlockMap {
                     Some(Block(base + bit))
                 });
                 bits.filter(move |b| (first.0..end).contains(&b.0))
-            },
-        )
+            })
     }
 
     /// Calls `found` with the runs `(first, count)` of those units of which any block is in the set. `blocks` is the size of

@@ -485,7 +485,8 @@ mod tests {
     fn a_store_whose_address_loses_protection_is_found_and_one_that_gains_it_is_not() {
         let with = |address: &str| {
             let mut spec = spec();
-            (spec.members[0].store, spec.members[1].store) = (StoreId::from_bytes([1; 16]), StoreId::from_bytes([2; 16]));
+            (spec.members[0].store, spec.members[1].store) =
+                (StoreId::from_bytes([1; 16]), StoreId::from_bytes([2; 16]));
             spec.members[1].address = address.parse().unwrap();
             spec
         };

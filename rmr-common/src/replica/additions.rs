@@ -22,7 +22,9 @@ impl Additions {
             let mut ranges: Vec<(u64, u64)> = list
                 .iter()
                 .filter(|a| a.members.contains(member) && a.offset < size)
-                .map(|a| (a.offset / BLOCK_SIZE, a.offset.saturating_add(a.length).min(size).div_ceil(BLOCK_SIZE)))
+                .map(|a| {
+                    (a.offset / BLOCK_SIZE, a.offset.saturating_add(a.length).min(size).div_ceil(BLOCK_SIZE))
+                })
                 .collect();
             if ranges.is_empty() {
                 continue;

@@ -83,7 +83,8 @@ fn a_client_cannot_take_protection_from_a_members_address() {
 fn a_node_that_listens_over_tls_alone_takes_no_new_member_without_it() {
     let mut bench = attached();
     bench.replica.config.tls_only = true;
-    let replace = |_: &mut View, spec: &mut PoolSpec| spec.members[2].address = "tcp://new:3".parse().unwrap();
+    let replace =
+        |_: &mut View, spec: &mut PoolSpec| spec.members[2].address = "tcp://new:3".parse().unwrap();
     assert_eq!(set_view(&mut bench, replace), Some(Status::IllegalView));
     assert_eq!(set_view(&mut bench, |_, _| ()), Some(Status::Ok), "those that it has may stay");
 }
@@ -155,7 +156,10 @@ fn each_kind_comes_from_those_who_may_send_it() {
     for (role, kind) in CLOSES {
         let mut bench = attached();
         bench.message_as(role, 7, bench.header(kind, 1), &[]);
-        assert!(bench.outputs.iter().any(|o| matches!(o, Output::Close(ConnectionId(7), _))), "{role:?} {kind:?}");
+        assert!(
+            bench.outputs.iter().any(|o| matches!(o, Output::Close(ConnectionId(7), _))),
+            "{role:?} {kind:?}"
+        );
         assert_eq!(bench.replica.holder_connection(), Some(ConnectionId(1)), "the client keeps its pool");
     }
     // Who does not hold the pool changes nothing in it, and does not learn what is in it.
@@ -176,7 +180,10 @@ fn each_kind_comes_from_those_who_may_send_it() {
         let header = MessageHeader { length: 4096, ..bench.header(kind, 1) };
         bench.message_as(Role::Client, 7, header, &[]);
         assert_eq!(bench.answer(reply), Some(Status::NotAttached), "{kind:?}");
-        assert!(bench.outputs.iter().all(|o| !matches!(o, Output::Disk { .. } | Output::Persist(..))), "{kind:?}");
+        assert!(
+            bench.outputs.iter().all(|o| !matches!(o, Output::Disk { .. } | Output::Persist(..))),
+            "{kind:?}"
+        );
     }
     let mut bench = attached();
     bench.outputs.clear();
@@ -227,11 +234,12 @@ fn absurd() -> impl Strategy<Value = Absurd> {
     let number = prop_oneof![any::<u64>(), 0u64..64, (0u64..64).prop_map(|s| 1 << s)];
     let addition = (any::<u8>(), number.clone(), number.clone());
     prop_oneof![
-        (proptest::collection::vec(addition, 0..64), any::<bool>(), 0u64..9, 1u8..64).prop_map(
-            |(additions, more, number, repeat)| Absurd::Views { additions, more, number, repeat }
-        ),
-        (proptest::collection::vec(number.clone(), 0..64), any::<u8>()).prop_map(|(c, m)| Absurd::Clears(c, m)),
-        (1u16..45, number.clone(), any::<u32>(), any::<u8>()).prop_map(|(k, o, l, m)| Absurd::Header(k, o, l, m)),
+        (proptest::collection::vec(addition, 0..64), any::<bool>(), 0u64..9, 1u8..64)
+            .prop_map(|(additions, more, number, repeat)| Absurd::Views { additions, more, number, repeat }),
+        (proptest::collection::vec(number.clone(), 0..64), any::<u8>())
+            .prop_map(|(c, m)| Absurd::Clears(c, m)),
+        (1u16..45, number.clone(), any::<u32>(), any::<u8>())
+            .prop_map(|(k, o, l, m)| Absurd::Header(k, o, l, m)),
         (number, any::<bool>()).prop_map(|(e, r)| Absurd::Attach(e, r)),
         any::<u8>().prop_map(Absurd::Prepare),
         any::<u8>().prop_map(Absurd::Compare),
@@ -250,7 +258,8 @@ fn send(bench: &mut Bench, message: Absurd) -> usize {
                 offset,
                 length: (length % (u64::MAX - offset).max(1)).max(1),
             };
-            let additions = additions.into_iter().map(whole).filter(|a| a.offset.checked_add(a.length).is_some());
+            let additions =
+                additions.into_iter().map(whole).filter(|a| a.offset.checked_add(a.length).is_some());
             let set = SetView { view, spec, additions: additions.collect(), more };
             let header = MessageHeader { view: set.view.number, ..bench.header(Kind::SetView, epoch) };
             let body = set.encode();
@@ -357,4 +366,47 @@ proptest! {
         bench.apply(Event::Closed(ConnectionId(1)));
         prop_assert_eq!(bench.replica.additions.blocks(), 0, "the memory is given back");
     }
+}
+
+#[test]
+fn intents_of_a_pool_that_was_written_everywhere_are_looked_at_a_part_at_a_time() {
+    let mut bench = Bench::new(true);
+    let size = 6u64 << 30;
+    bench.replica.spec.size = size;
+    let spec = bench.replica.spec.clone();
+    bench.replica.maps.resize(&spec, &mut Vec::new());
+    bench.replica.room = super::room::Room::new(size);
+    bench.replica.config.max_size = size;
+    bench.attach(1, 1);
+    bench.durable();
+    assert_eq!(set_view(&mut bench, |_, _| ()), Some(Status::Ok));
+    for i in 0..size >> 26 {
+        let sequence = Sequence(i + 1);
+        let header = bench.header(Kind::Discard, 1);
+        bench.message(1, MessageHeader { sequence, offset: i << 26, length: 64 << 20, ..header }, &[]);
+        bench.durable();
+        complete(&mut bench);
+    }
+    let watermark = Sequence(size);
+    bench.message(1, MessageHeader { watermark, ..bench.header(Kind::Ping, 1) }, &[]);
+    let mut left = vec![bench.replica.maps().intent().count()];
+    while left.last() != Some(&0) {
+        assert!(left.len() < 5, "{left:?}");
+        bench.apply(Event::Tick);
+        complete(&mut bench);
+        left.push(bench.replica.maps().intent().count());
+    }
+    assert_eq!(left, [98304, 32768, 0]);
+}
+
+/// The disk does all that it was asked for.
+fn complete(bench: &mut Bench) {
+    let asked: Vec<_> = bench
+        .outputs
+        .iter()
+        .filter_map(|o| if let Output::Disk { io, .. } = o { Some(*io) } else { None })
+        .collect();
+    bench.outputs.clear();
+    asked.into_iter().for_each(|io| bench.apply(Event::Disk(io, DiskResult::Done)));
+    bench.durable();
 }

@@ -8,6 +8,9 @@ use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
 use crate::pool::{Chunk, MemberState, Sequence};
 use crate::wire::{Kind, MAX_RANGE, MAX_SLOTS, MessageHeader, SlotEntry, Status};
 
+/// Most chunks that are looked at for their intent bits in one go, once a second.
+const MAX_CLEARED: usize = 64 << 10;
+
 /// A disk request, and the message that asked for it.
 pub(super) struct Io {
     /// `None` for one of the replica's own: a flush, or a part of a resync or a verify.
@@ -377,8 +380,14 @@ impl Replica {
                 && now - a.last_write >= idle
                 && !self.frozen.contains(c)
         };
-        let chunks: Vec<_> =
-            self.activity.iter().filter(|(c, a)| is_done(c, a)).map(|(c, a)| (*c, a.sequence)).collect();
+        // A part of them at a time: a client may have written everywhere, and others' pools wait meanwhile.
+        let from = std::mem::take(&mut self.next_clearing);
+        let part = self.activity.range(from..).chain(self.activity.range(..from)).take(MAX_CLEARED);
+        let chunks: Vec<_> = part.filter(|(c, a)| is_done(c, a)).map(|(c, a)| (*c, a.sequence)).collect();
+        if self.activity.len() > MAX_CLEARED {
+            let next = self.activity.range(from..).nth(MAX_CLEARED).map(|(chunk, _)| *chunk);
+            self.next_clearing = next.unwrap_or_default();
+        }
         if !chunks.is_empty() {
             let io = self.own_flush();
             self.clearing = Some((io, chunks));

@@ -325,6 +325,8 @@ pub struct Replica {
     frozen: HashSet<Chunk>,
     /// Chunks whose intent bit goes when the flush that is under way is answered.
     clearing: Option<(IoId, Vec<(Chunk, Sequence)>)>,
+    /// Where the next look at the intents begins.
+    next_clearing: Chunk,
     /// Counts attaches: disk requests of an earlier session are of a client that is fenced.
     session: u64,
     /// The session in which the view was adopted. One of an earlier session says nothing about what was missed since.
@@ -395,6 +397,7 @@ impl Replica {
             activity: BTreeMap::new(),
             frozen: HashSet::new(),
             clearing: None,
+            next_clearing: Chunk(0),
             session: 0,
             view_session: u64::MAX,
             settled_session: u64::MAX,

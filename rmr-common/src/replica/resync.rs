@@ -141,7 +141,13 @@ impl Replica {
             }
         };
         if let Some(text) = self.refuses_spec(&prepare.spec) {
-            return self.answer(connection, header, Kind::PrepareReply, Status::BadRequest, text.into_bytes());
+            return self.answer(
+                connection,
+                header,
+                Kind::PrepareReply,
+                Status::BadRequest,
+                text.into_bytes(),
+            );
         }
         self.drop_resync();
         self.drop_verify();

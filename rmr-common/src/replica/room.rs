@@ -70,7 +70,9 @@ impl Replica {
     /// The words for a pool that the store can never hold.
     pub(super) fn too_large(&self, size: u64) -> String {
         let most = self.config.max_size;
-        format!("there is no room for {size} bytes: the store was made for a pool of at most {most} (--max-size)")
+        format!(
+            "there is no room for {size} bytes: the store was made for a pool of at most {most} (--max-size)"
+        )
     }
 
     /// Makes room for the largest size that anybody waits for.

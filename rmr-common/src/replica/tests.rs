@@ -281,7 +281,8 @@ impl Bench {
         self.attach_as(1, 1, true);
         self.durable();
         let spec = self.replica.spec().clone();
-        let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
+        let body =
+            crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);
         self.apply(Event::PeerUp);
         assert_eq!(self.answer(Kind::PrepareReply), Some(Status::Ok));

@@ -88,7 +88,10 @@ impl World<'_> {
         let Some(replica) = &self.nodes[node].replica else { return Ok(()) };
         let after = (replica.epoch(), replica.view().clone(), replica.holder_connection());
         if before != after {
-            return Err(format!("a liar's {:?} changes node {node} from {before:?} to {after:?}", header.kind));
+            return Err(format!(
+                "a liar's {:?} changes node {node} from {before:?} to {after:?}",
+                header.kind
+            ));
         }
         Ok(())
     }

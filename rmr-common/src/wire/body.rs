@@ -411,7 +411,9 @@ impl Prepare {
         let address = d.text()?.parse().map_err(|e| d.value_error(e))?;
         let spec = d.spec()?;
         if spec.member(source).is_none_or(|m| m.address != address) {
-            return Err(d.value_error(format!("the specification does not have member {source} at {address}")));
+            return Err(
+                d.value_error(format!("the specification does not have member {source} at {address}"))
+            );
         }
         d.finish()?;
         Ok(Self { source, address, spec })

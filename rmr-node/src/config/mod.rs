@@ -140,11 +140,8 @@ impl Config {
             buffer_memory: given("buffer_memory", s.buffer_memory)?.0,
             engine: given("engine", s.engine)?,
             max_connections: given("max_connections", s.max_connections)?.as_usize(),
-            max_connections_per_address: given(
-                "max_connections_per_address",
-                s.max_connections_per_address,
-            )?
-            .as_usize(),
+            max_connections_per_address: given("max_connections_per_address", s.max_connections_per_address)?
+                .as_usize(),
             leg_timeout: Duration::from_millis(given("leg_timeout_ms", s.leg_timeout_ms)?.get()),
             idle_timeout: given("idle_timeout_s", s.idle_timeout_s)?.seconds(),
             intent_idle: given("intent_idle_s", s.intent_idle_s)?.seconds(),

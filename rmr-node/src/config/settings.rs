@@ -219,7 +219,9 @@ impl Settings {
             buffer_memory: self.buffer_memory.or(base.buffer_memory),
             engine: self.engine.or(base.engine),
             max_connections: self.max_connections.or(base.max_connections),
-            max_connections_per_address: self.max_connections_per_address.or(base.max_connections_per_address),
+            max_connections_per_address: self
+                .max_connections_per_address
+                .or(base.max_connections_per_address),
             leg_timeout_ms: self.leg_timeout_ms.or(base.leg_timeout_ms),
             idle_timeout_s: self.idle_timeout_s.or(base.idle_timeout_s),
             intent_idle_s: self.intent_idle_s.or(base.intent_idle_s),

@@ -260,7 +260,9 @@ impl Receiver for Sink<'_> {
         match header.kind {
             Kind::Discard | Kind::WriteZeroes => (header.length / RANGE_PART) as usize,
             // A pass over maps, a superblock, a connection to another node.
-            Kind::Attach | Kind::SetView | Kind::Prepare | Kind::Detach | Kind::Grow | Kind::Command => 64 << 10,
+            Kind::Attach | Kind::SetView | Kind::Prepare | Kind::Detach | Kind::Grow | Kind::Command => {
+                64 << 10
+            }
             _ => 0,
         }
     }

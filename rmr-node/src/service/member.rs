@@ -17,6 +17,7 @@ use super::Shared;
 use super::command::Asker;
 use super::pulls::Pulls;
 use super::source_link::SourceLink;
+use super::throttle::Burst;
 use crate::admin::api::{
     Authentication, ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus,
     ResyncState, ResyncStatus, StoreState, UnixMs,
@@ -52,6 +53,8 @@ pub(super) struct Member {
     pub(super) in_line: bool,
     /// Its replica may have something to say.
     pub(super) active: bool,
+    /// How many lines about it went to the log in this second.
+    pub(super) lines: Burst,
     /// What its connections have made the shard do in this loop iteration, in bytes.
     pub(super) spent: usize,
     attached: Option<(UnixMs, SocketAddr)>,
@@ -143,6 +146,7 @@ impl Member {
             waiting_reads: VecDeque::new(),
             in_line: false,
             active: false,
+            lines: Burst::default(),
             spent: 0,
             attached: None,
             state_since: [None; rmr_common::pool::MAX_MEMBERS],

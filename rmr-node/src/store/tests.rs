@@ -431,7 +431,8 @@ fn an_epoch_that_used_all_others_up_is_taken_back_and_nothing_else_is_changed() 
         if view {
             (superblock.view.epoch, superblock.view.number) = (used_up, ViewNumber((1 << 62) + 5));
         }
-        let generation = Recovered::read(&path, &Backing::open_read_only(&path).unwrap().0).unwrap().generation;
+        let generation =
+            Recovered::read(&path, &Backing::open_read_only(&path).unwrap().0).unwrap().generation;
         for generation in [generation + 1, generation + 2] {
             let page = superblock.encode(generation).unwrap();
             change(&path, SUPERBLOCK_OFFSETS[slot_of(generation)], page.bytes());

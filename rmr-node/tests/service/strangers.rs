@@ -199,10 +199,15 @@ fn connections_that_say_nothing_displace_one_another_and_nobody_else() {
     drop(node.attach(1).expect("a client finds a place among them"));
     assert!(start.elapsed() < QUICK, "{:?}", start.elapsed());
     wait_for("the oldest are closed", || {
-        let open = silent.iter_mut().filter_map(|raw| (!raw.is_closed_within(Duration::from_millis(1))).then_some(()));
+        let open = silent
+            .iter_mut()
+            .filter_map(|raw| (!raw.is_closed_within(Duration::from_millis(1))).then_some(()));
         open.count() <= 16
     });
-    assert!(!silent.last_mut().unwrap().is_closed_within(Duration::from_millis(1)), "the newest is not closed");
+    assert!(
+        !silent.last_mut().unwrap().is_closed_within(Duration::from_millis(1)),
+        "the newest is not closed"
+    );
     held.blocking().write_at(&[1; 4096], 0).unwrap();
     let lines = node.log().lines().filter(|l| l.contains("has not said which pool")).count();
     assert!((1..20).contains(&lines), "{lines} lines in the log");
@@ -241,7 +246,10 @@ fn what_strangers_say_of_themselves_forges_no_line_of_the_log() {
     wait_for("the attach is in the log", || node.log().contains("client attached pool"));
     let log = node.log();
     assert_eq!(log.matches("\\nFORGED").count(), 2, "{log}");
-    assert!(!log.lines().any(|line| line.starts_with("FORGED")) && !log.contains(['\u{1b}', '\u{202e}']), "{log}");
+    assert!(
+        !log.lines().any(|line| line.starts_with("FORGED")) && !log.contains(['\u{1b}', '\u{202e}']),
+        "{log}"
+    );
 }
 
 #[test]
@@ -289,9 +297,7 @@ fn a_flood_of_one_pools_client_costs_little_memory_and_leaves_other_pools_their_
     let mut view = reply;
     (view.number, view.epoch) = (view.number.next(), raw.epoch);
     let whole = DirtyAddition { members: MemberSet(0xff), offset: 4096, length: POOL_SIZE - 8192 };
-    let set = |additions, more| {
-        SetView { view: view.clone(), spec: spec.clone(), additions, more }.encode()
-    };
+    let set = |additions, more| SetView { view: view.clone(), spec: spec.clone(), additions, more }.encode();
     let body = set(vec![whole; SetView::MAX_ADDITIONS], true);
     let before = node.resident_kib();
     let stop = AtomicBool::new(false);

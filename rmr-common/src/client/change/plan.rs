@@ -201,9 +201,9 @@ fn replace(
     }
     if let Some((_, old, new)) = spec.weakened_in(&next) {
         let text = format!(
-            "member {member} would be reached at {new} instead of {old}, with less protection, and its node refuses that. To \
-             leave {} on purpose, add a new store at such an address, then remove this one",
-            old.transport()
+            "member {member} would be reached at {new} instead of {old}, with less protection, and its node refuses that. A \
+             new store at such an address can be added as another member (POST /v1/pools/{}/commands), and this one removed",
+            spec.name
         );
         return Step::Refuse(Refusal::WeakerAddress, text);
     }

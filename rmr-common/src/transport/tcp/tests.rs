@@ -155,7 +155,8 @@ fn a_flood_of_short_messages_is_taken_in_a_part_at_a_time() {
 #[test]
 fn bodies_that_wait_to_be_sent_are_counted_by_their_bytes() {
     let (mut a, mut b) = pair();
-    let hello = MessageHeader { payload: 1000, ..MessageHeader::new(Kind::Hello, PoolId::from_bytes([7; 16])) };
+    let hello =
+        MessageHeader { payload: 1000, ..MessageHeader::new(Kind::Hello, PoolId::from_bytes([7; 16])) };
     (0..5).for_each(|_| a.queue(&hello, Some(vec![1; 1000])));
     assert_eq!(a.backlog_bytes(), 5000);
     let mut sink = Sink::default();

@@ -37,7 +37,7 @@ use super::connection::{Greeting, Peer, WriteBuffers};
 use super::deletion::Deletion;
 use super::member::{IoTag, Member, buffer_share};
 use super::source_link::SourceLink;
-use super::throttle::Throttle;
+use super::throttle::{Burst, Throttle};
 use super::windows::{RESERVE_PART, Shortage, Windows};
 use crate::admin::Responder;
 use crate::admin::api::{PoolStatus, StoreCreated};
@@ -583,6 +583,18 @@ impl Shard {
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         let holder = member.replica.holder_connection();
         let address = holder.and_then(|c| self.peers.get(&c)).map(|p| p.address);
+        // A client may attach and leave as often as it likes.
+        let (is_logged, left_out) = member.lines.admit(self.now);
+        if let Some(left_out) = left_out {
+            let (pool, most) = (&member.replica.spec().name, Burst::MOST);
+            tracing::warn!(
+                %pool, member = %member.replica.member(), left_out,
+                "lines about attachments and views were left out: there were more than {most} in a second"
+            );
+        }
+        let is_quiet = !is_logged && notice != Notice::MetadataFailed;
+        let _quiet =
+            is_quiet.then(|| tracing::subscriber::set_default(tracing::subscriber::NoSubscriber::new()));
         member.log(notice, address);
     }
 

@@ -261,7 +261,9 @@ impl Shard {
             if all <= most {
                 return;
             }
-            let Some(&(of_address, _, oldest)) = by_address.values().max_by_key(|(n, since, _)| (*n, std::cmp::Reverse(*since))) else {
+            let Some(&(of_address, _, oldest)) =
+                by_address.values().max_by_key(|(n, since, _)| (*n, std::cmp::Reverse(*since)))
+            else {
                 return;
             };
             if let (Some(withheld), Some(peer)) =
