@@ -172,7 +172,7 @@ fn the_limits_of_connections_hold_and_let_go() {
 
 /// One address may have so many connections.
 fn limits_hold(node: &mut Node, own: usize) {
-    let pool = node.attach(0).unwrap();
+    let pool = node.attach(0).expect("it attaches");
     let mut raws: Vec<Raw> = (1..own).map(|_| Raw::greeted(node, 0)).collect();
     let mut late: Vec<Raw> = (0..20).map(|_| Raw::connect(node, 0)).collect();
     for raw in &mut late {
@@ -180,7 +180,7 @@ fn limits_hold(node: &mut Node, own: usize) {
     }
     assert!(node.log().contains("connection refused"), "{}", node.log());
     assert!(raws.iter_mut().all(|raw| !raw.is_closed_within(Duration::from_millis(1))));
-    pool.blocking().write_at(&[1; 4096], 0).unwrap();
+    pool.blocking().write_at(&[1; 4096], 0).expect("a write");
     node.comes_to_rest(5, Duration::from_millis(500), "with all the connections that it may have");
     drop(raws);
     wait_for("room again", || {
@@ -336,7 +336,7 @@ fn a_flood_of_one_pools_client_costs_little_memory_and_leaves_other_pools_their_
 }
 
 fn length(body: &[u8]) -> u32 {
-    u32::try_from(body.len()).unwrap()
+    u32::try_from(body.len()).expect("short")
 }
 
 #[test]
