@@ -26,6 +26,9 @@ const MAX_HELLO: u32 = 4096;
 pub(super) const MAX_BACKLOG: usize = 4 * MAX_SLOTS as usize;
 /// Most bytes of bodies that wait so. One answer has up to 1 MiB.
 const MAX_BACKLOG_BYTES: usize = 1 << 20;
+/// The same over RDMA, where what has been asked cannot be left unread: a member that is brought back in asks for all pages of
+/// all maps at once.
+pub(super) const MAX_RDMA_BACKLOG_BYTES: usize = 32 << 20;
 /// A message counts as at least so many bytes of what the clients of a pool may have done in one loop iteration.
 const MESSAGE_COST: usize = 4096;
 /// So many bytes of a range without data count as one byte of it: bits are set for the range, and the disk is asked for it.

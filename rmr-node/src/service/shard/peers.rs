@@ -13,7 +13,7 @@ use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
 use vmm_sys_util::epoll::EventSet;
 
 use super::super::ConnectionPlace;
-use super::super::connection::{Greeting, MAX_BACKLOG, Peer, Sink};
+use super::super::connection::{Greeting, MAX_BACKLOG, MAX_RDMA_BACKLOG_BYTES, Peer, Sink};
 use super::super::member::Member;
 use super::{Handover, Phase, Shard, Turn, Waiter};
 
@@ -36,7 +36,7 @@ impl Shard {
         if let Some(windows) = self.windows.get_mut(&id) {
             returned.into_iter().for_each(|window| windows.take_back(window));
         }
-        if peer.wire.backlog() > MAX_BACKLOG {
+        if peer.wire.backlog() > MAX_BACKLOG || peer.wire.backlog_bytes() > MAX_RDMA_BACKLOG_BYTES {
             // Over TCP it would not be read any more; here it does not keep to what it may have outstanding.
             return self.lost(id, "it asks, and does not take the answers");
         }
