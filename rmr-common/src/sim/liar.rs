@@ -45,12 +45,10 @@ impl World<'_> {
         };
         let (role, mut body) = (if rng.percent(80) { Role::Client } else { Role::Peer }, Vec::new());
         header.kind = match role {
+            // No requests: those of clients that are fenced are what the rules of the simulator look at.
             Role::Client => rng.pick(&[
                 Kind::Attach,
                 Kind::Attach,
-                Kind::Discard,
-                Kind::Read,
-                Kind::Flush,
                 Kind::SetView,
                 Kind::Detach,
                 Kind::Prepare,
