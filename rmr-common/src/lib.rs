@@ -10,6 +10,7 @@
 //! * [`map`] — dirty and intent maps.
 //! * [`client`] — the coordinator and data path of a pool, a state machine without I/O.
 //! * [`replica`] — one member's protocol behaviour, a state machine without I/O.
+//! * [`text`] — words of strangers, made fit for logs and terminals.
 //! * [`transport`] — bindings of the message set to TCP and to an in-memory network.
 
 /// Whether a deliberate mistake is made here, for the simulator to find; see `mutants`.
@@ -43,6 +44,7 @@ pub mod pool;
 pub mod reactor;
 pub mod replica;
 pub mod sim;
+pub mod text;
 pub mod time;
 pub mod transport;
 pub mod wire;

@@ -90,6 +90,8 @@ mutants! {
     AttachBeforeDurable,
     /// An attach to a write-back store is answered without a flush
     AttachWithoutFlush,
+    /// An attach with any epoch is accepted, so that none may be left for those that follow
+    AnyEpochAccepted,
     /// A view is answered before it is durable
     ViewBeforeDurable,
     /// A view is adopted before the dirty bits that came with it are durable

@@ -1,11 +1,13 @@
 //! `rmr-node`: the storage service of a replicated disk. Without a subcommand it serves; `store` works on stores
 //! offline.
 
+use std::fmt::{Debug, Write as _};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rmr_common::text::Printable;
 use rmr_common::words;
 use rmr_node::config::{Config, ConfigError, LogFormat, LogLevel, Settings};
 use rmr_node::doctor::{DoctorArgs, Report};
@@ -13,8 +15,11 @@ use rmr_node::lifecycle::Shutdown;
 use rmr_node::service;
 use rmr_node::store::cli::StoreCommand;
 use tracing::error;
+use tracing::field::Field;
 use tracing_subscriber::Layer;
+use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::layer::SubscriberExt;
 
 /// Exit code of a process that failed while running.
@@ -136,7 +141,18 @@ fn start_log(format: LogFormat, level: &LogLevel) -> anyhow::Result<()> {
     // Else a log that nobody reads any more would end the shard that writes to it: the complaint about it panics.
     let lines = lines.log_internal_errors(false);
     let layer = match format {
-        LogFormat::Text => lines.with_target(false).boxed(),
+        // What strangers say may have line ends and orders to terminals in it.
+        LogFormat::Text => {
+            let fields = debug_fn(|writer: &mut Writer<'_>, field: &Field, value: &dyn Debug| {
+                let mut shown = Printable(writer);
+                if field.name() == "message" {
+                    write!(shown, "{value:?}")
+                } else {
+                    write!(shown, "{}={value:?}", field.name())
+                }
+            });
+            lines.fmt_fields(fields.delimited(" ")).with_target(false).boxed()
+        }
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer.with_filter(targets)))?;

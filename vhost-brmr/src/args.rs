@@ -89,7 +89,8 @@ pub struct Options {
     pub pool: Option<String>,
 
     /// A node to ask about the pool. Repeatable; one that answers is enough, as it knows the others. Members are then used
-    /// over the binding that their own addresses name (tcp, tls, rdma), whatever is said here.
+    /// over the binding that their own addresses name (tcp, tls, rdma), whatever is said here; but if all of these are tls://
+    /// addresses, members without TLS are not used.
     #[arg(long = "node", value_name = "HOST:PORT", help_heading = "Pool")]
     pub node: Option<Vec<String>>,
 

@@ -1,17 +1,21 @@
 //! The daemon around the event loop: command line, log, sockets, signals, service manager, exit codes. Only the disk
 //! is made elsewhere.
 
-use std::fmt::Display;
+use std::fmt::{Debug, Display, Write as _};
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use rmr_common::text::{Printable, printable};
 use rmr_common::words;
 use sd_notify::NotifyState;
+use tracing::field::Field;
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 
 use crate::args::{Args, LogFormat};
 use crate::config::{Endpoint, Settings};
@@ -62,7 +66,8 @@ pub fn main<D: Disk>(open: impl FnOnce(&Settings) -> anyhow::Result<D>) -> ExitC
         Err(error) => {
             let text = words::error(error.as_ref());
             error!("{text}");
-            notify(&[NotifyState::Status(&format!("failed: {text}"))]);
+            // A line end in it would be another assignment for the service manager.
+            notify(&[NotifyState::Status(&printable(&format!("failed: {text}")))]);
             match error.downcast_ref() {
                 Some(LoopError::Displaced(_)) => ExitCode::from(DISPLACED),
                 _ => ExitCode::FAILURE,
@@ -145,7 +150,18 @@ fn start_log(format: LogFormat) {
     // Else a log that nobody reads any more would end the daemon: the complaint about it panics.
     let log = log.log_internal_errors(false);
     let started = match format {
-        LogFormat::Text => log.with_target(false).try_init(),
+        // What nodes and front ends say may have line ends and orders to terminals in it.
+        LogFormat::Text => {
+            let fields = debug_fn(|writer: &mut Writer<'_>, field: &Field, value: &dyn Debug| {
+                let mut shown = Printable(writer);
+                if field.name() == "message" {
+                    write!(shown, "{value:?}")
+                } else {
+                    write!(shown, "{}={value:?}", field.name())
+                }
+            });
+            log.with_target(false).fmt_fields(fields.delimited(" ")).try_init()
+        }
         LogFormat::Json => log.json().try_init(),
     };
     ignore(started);

@@ -1,9 +1,9 @@
 //! Keys of pools and the files that they are in. A key is wiped from memory when it is dropped, and never printed.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ring::hmac;
@@ -75,7 +75,13 @@ impl SecretKey {
     /// When it cannot be read, is no key, or others than its owner have access to it.
     pub fn read(path: &Path) -> Result<Self, KeyFileError> {
         let failed = |source| KeyFileError::Read { path: path.to_owned(), source };
-        let file = File::open(path).map_err(failed)?;
+        // To open a pipe waits for whoever writes to it, and to open a device may do things of its own: both would stop whoever
+        // asks, and on a node every pool with it.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(KeyFileError::NoFile { path: path.to_owned() });
+        }
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
         // Of the file that was opened: the name may mean another one by now.
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
@@ -239,6 +245,15 @@ mod tests {
             assert!(error.contains(&format!("{mode:04o}")) && error.contains("expected 0600"), "{error}");
         }
         assert!(matches!(SecretKey::read(directory.path()), Err(KeyFileError::NoFile { .. })));
+        // A pipe that nobody writes to, and a link to it.
+        let (pipe, link) = (directory.path().join("pipe"), directory.path().join("link"));
+        assert!(
+            std::process::Command::new("mkfifo").args(["-m", "600"]).arg(&pipe).status().unwrap().success()
+        );
+        std::os::unix::fs::symlink(&pipe, &link).unwrap();
+        for path in [pipe, link, "/dev/zero".into()] {
+            assert!(matches!(SecretKey::read(&path), Err(KeyFileError::NoFile { .. })), "{}", path.display());
+        }
     }
 
     #[test]

@@ -10,6 +10,9 @@ use crate::wire::{
     Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError, encode_attested,
 };
 
+/// More writes than a pool can have in a thousand years.
+const HIGHEST_HONEST_SEQUENCE: u64 = 1 << 62;
+
 impl Client {
     pub(super) fn message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
         let Some(link) = self.link(id) else { return };
@@ -701,9 +704,11 @@ impl Client {
         }
     }
 
-    /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest.
+    /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest. What no
+    /// number of writes leads to was made up by a faulty client, and nothing could follow it.
     pub(super) fn go_on_above(&mut self, reply: &AttachReply) {
-        let highest = reply.slots.iter().map(|s| s.sequence).max().unwrap_or_default();
+        let honest = reply.slots.iter().map(|s| s.sequence).filter(|s| s.0 <= HIGHEST_HONEST_SEQUENCE);
+        let highest = honest.max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
     }
 

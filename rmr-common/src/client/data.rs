@@ -6,11 +6,7 @@ use super::{
 use crate::client::parts::{OpIndex, Part, PartState};
 use crate::pool::{Chunk, MemberId, MemberSet, Sequence, Slot};
 use crate::time::Time;
-use crate::wire::{DirtyAddition, Kind, MessageHeader, Status};
-
-/// Longest discard or write-zeroes that one message carries; a longer one is split, so that a node's disk is not
-/// kept from other requests for long.
-const MAX_RANGE: u64 = 64 << 20;
+use crate::wire::{DirtyAddition, Kind, MAX_RANGE, MessageHeader, Status};
 
 impl Client {
     /// Takes in a request. Its memory must stay as it is until [`Output::Complete`] with its token.
@@ -131,7 +127,7 @@ impl Client {
         let most = match operation {
             Operation::Read => self.same_home(at, u64::from(self.max_io).min(left)),
             Operation::Write => u64::from(self.max_io),
-            Operation::Discard | Operation::WriteZeroes | Operation::Flush => MAX_RANGE,
+            Operation::Discard | Operation::WriteZeroes | Operation::Flush => u64::from(MAX_RANGE),
         };
         u32::try_from(left.min(most)).unwrap_or(u32::MAX)
     }

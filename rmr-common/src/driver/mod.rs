@@ -25,7 +25,7 @@ use crate::client::{
     Client, CommandToken, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason,
     Payload, PoolSelector, PoolStatus, Token,
 };
-use crate::pool::{Address, Command, CommandReply, PoolSpec, Sequence, Slot};
+use crate::pool::{Address, Command, CommandReply, PoolSpec, Sequence, Slot, TransportKind};
 use crate::reactor::WatchChange;
 use crate::time::Time;
 use crate::transport::connect::Connector;
@@ -143,7 +143,7 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
-        let connector = Self::connector(&config)?;
+        let connector = Self::connector(&config, seeds)?;
         let clock = Clock::default();
         Ok(Self::start(Client::new(config, selector, seeds, clock.now()), connector, clock))
     }
@@ -153,13 +153,16 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
-        let connector = Self::connector(&config)?;
+        let connector = Self::connector(&config, seeds)?;
         let clock = Clock::default();
         Ok(Self::start(Client::with_spec(config, spec, seeds, clock.now()), connector, clock))
     }
 
-    fn connector(config: &Config) -> io::Result<Connector> {
-        Connector::new(config.leg_timeout, config.tls.clone(), config.fabric.clone())
+    /// Who names nothing but `tls://` addresses wants TLS: what a node says of other members does not change that.
+    fn connector(config: &Config, seeds: &[Address]) -> io::Result<Connector> {
+        let tls_only = !seeds.is_empty() && seeds.iter().all(|seed| seed.transport() == TransportKind::Tls);
+        let connector = Connector::new(config.leg_timeout, config.tls.clone(), config.fabric.clone())?;
+        Ok(connector.leaving_tls_never(tls_only))
     }
 
     fn start(client: Client, connector: Connector, clock: Clock) -> Self {

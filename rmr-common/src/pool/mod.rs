@@ -17,7 +17,7 @@ pub use id::{
 pub use position::{Attested, Position};
 pub use spec::{
     Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,
-    MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
+    MAX_POOL_SIZE, MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
 };
 pub use verify::{VerifiedMember, VerifyDifference, VerifyOptions, VerifyOutcome, VerifyReport, VerifyState};
 pub(crate) use view::FORCED_JUMP;

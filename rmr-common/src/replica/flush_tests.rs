@@ -301,7 +301,9 @@ fn what_was_pulled_before_a_failed_flush_is_stale_again_and_not_reported() {
     bench.attach_as(1, 1, true);
     bench.durable();
     bench.end_flush(DiskResult::Done);
-    let body = crate::wire::Prepare { source: member(2), address: crate::pool::Address::tcp("node", 3) };
+    let spec = bench.replica.spec().clone();
+    let address = crate::pool::Address::tcp("node", 3);
+    let body = crate::wire::Prepare { source: member(2), address, spec };
     bench.message(1, bench.header(Kind::Prepare, 1), &body.encode());
     bench.apply(Event::PeerUp);
     bench.syncing();

@@ -6,7 +6,10 @@ use super::{
 };
 use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
 use crate::pool::{Chunk, MemberState, Sequence};
-use crate::wire::{Kind, MAX_SLOTS, MessageHeader, SlotEntry, Status};
+use crate::wire::{Kind, MAX_RANGE, MAX_SLOTS, MessageHeader, SlotEntry, Status};
+
+/// Most chunks that are looked at for their intent bits in one go, once a second.
+const MAX_CLEARED: usize = 64 << 10;
 
 /// A disk request, and the message that asked for it.
 pub(super) struct Io {
@@ -99,8 +102,11 @@ impl Replica {
         let unit = self.spec.logical_block_size;
         let within = header.offset.checked_add(header.length.into()).is_some_and(|end| end <= self.spec.size);
         let aligned = header.offset.is_multiple_of(unit.into()) && header.length.is_multiple_of(unit);
-        let fits =
-            !matches!(header.kind, Kind::Read | Kind::Write) || header.length <= self.config.limits.max_io;
+        let most = match header.kind {
+            Kind::Read | Kind::Write => self.config.limits.max_io,
+            _ => MAX_RANGE,
+        };
+        let fits = header.length <= most;
         let known_missing = header.kind == Kind::Read || header.missing == self.view.out();
         if within && aligned && fits && known_missing && header.length > 0 {
             Status::Ok
@@ -379,8 +385,14 @@ impl Replica {
                 && now - a.last_write >= idle
                 && !self.frozen.contains(c)
         };
-        let chunks: Vec<_> =
-            self.activity.iter().filter(|(c, a)| is_done(c, a)).map(|(c, a)| (*c, a.sequence)).collect();
+        // A part of them at a time: a client may have written everywhere, and others' pools wait meanwhile.
+        let from = std::mem::take(&mut self.next_clearing);
+        let part = self.activity.range(from..).chain(self.activity.range(..from)).take(MAX_CLEARED);
+        let chunks: Vec<_> = part.filter(|(c, a)| is_done(c, a)).map(|(c, a)| (*c, a.sequence)).collect();
+        if self.activity.len() > MAX_CLEARED {
+            let next = self.activity.range(from..).nth(MAX_CLEARED).map(|(chunk, _)| *chunk);
+            self.next_clearing = next.unwrap_or_default();
+        }
         if !chunks.is_empty() {
             let io = self.own_flush();
             self.clearing = Some((io, chunks));

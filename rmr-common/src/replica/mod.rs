@@ -4,6 +4,7 @@
 //! for. What a write needs for recovery is durable before the write is answered: first the intent bit of its chunk and
 //! the dirty bits of the members that miss it, then the data, then the answer.
 
+mod additions;
 mod command;
 mod flush;
 mod history;
@@ -29,7 +30,7 @@ use crate::pool::{
     View, ViewNumber,
 };
 use crate::time::Time;
-use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, SlotEntry};
+use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, Role, SlotEntry};
 use io::Io;
 use resync::{Resync, Writing};
 use session::{PendingAttach, PendingDetach, PendingView};
@@ -167,6 +168,8 @@ pub enum Event<'a> {
     Message {
         /// Where it came from.
         connection: ConnectionId,
+        /// In which role that connection was opened.
+        role: Role,
         /// Its header.
         header: &'a MessageHeader,
         /// Its body, if it is a control message.
@@ -288,6 +291,10 @@ pub struct Config {
     pub write_through: bool,
     /// How hard a resync of this member may work.
     pub resync: ResyncLimits,
+    /// Bytes of the largest pool that the store can ever hold. Views and questions for more are refused at once.
+    pub max_size: u64,
+    /// Other nodes, and the members of the pool, are reached by `tls://` and in no other way.
+    pub tls_only: bool,
 }
 
 struct Holder {
@@ -349,7 +356,7 @@ pub struct Replica {
     distrusted: bool,
     flushes: flush::Flushes,
     /// What came with the view that is being set.
-    additions: Vec<crate::wire::DirtyAddition>,
+    additions: additions::Additions,
     /// Whether the slot table was lost with an earlier run of the process, and no attachment is known to have dealt with that.
     tables_lost: bool,
     slots: Vec<SlotEntry>,
@@ -361,6 +368,8 @@ pub struct Replica {
     frozen: HashSet<Chunk>,
     /// Chunks whose intent bit goes when the flush that is under way is answered.
     clearing: Option<(IoId, Vec<(Chunk, Sequence)>)>,
+    /// Where the next look at the intents begins.
+    next_clearing: Chunk,
     /// Counts attaches: disk requests of an earlier session are of a client that is fenced.
     session: u64,
     /// The session in which the view was adopted. One of an earlier session says nothing about what was missed since.
@@ -382,6 +391,8 @@ pub struct Replica {
     tickets: HashMap<Ticket, (Option<MapPage>, Vec<Waiter>)>,
     attach: Option<PendingAttach>,
     set_view: Option<PendingView>,
+    /// Views that were replaced before they were durable, since the last one that is.
+    views_given_up: u32,
     detach: Option<PendingDetach>,
     /// Set when metadata could not be written: nothing that depends on it is answered any more.
     broken: bool,
@@ -425,7 +436,7 @@ impl Replica {
             distrusted: false,
             flushes: flush::Flushes::new(&spec),
             maps,
-            additions: Vec::new(),
+            additions: additions::Additions::default(),
             tables_lost: !clean_detach && !mutant!(RestartNotTold),
             spec,
             slots: (0..MAX_SLOTS).map(none).collect(),
@@ -434,6 +445,7 @@ impl Replica {
             activity: BTreeMap::new(),
             frozen: HashSet::new(),
             clearing: None,
+            next_clearing: Chunk(0),
             session: 0,
             view_session: u64::MAX,
             settled_session: u64::MAX,
@@ -449,6 +461,7 @@ impl Replica {
             tickets: HashMap::new(),
             attach: None,
             set_view: None,
+            views_given_up: 0,
             detach: None,
             broken: false,
             changed: Vec::new(),
@@ -500,8 +513,16 @@ impl Replica {
     pub fn apply(&mut self, event: Event<'_>, now: Time) {
         self.now = now;
         match event {
-            Event::Message { connection, header, body, buffer } => {
-                self.message(connection, header, body, buffer)
+            Event::Message { connection, role, header, .. } if !header.kind.is_from(role) => {
+                let reason = match role {
+                    Role::Client => "a message that no client sends",
+                    Role::Peer => "a message that nodes do not send one another",
+                };
+                self.outputs.push_back(Output::Close(connection, reason));
+                self.closed(connection);
+            }
+            Event::Message { connection, role, header, body, buffer } => {
+                self.message(connection, role, header, body, buffer)
             }
             Event::Closed(connection) => self.closed(connection),
             Event::Disk(io, result) => self.disk_done(io, result),
@@ -563,6 +584,12 @@ impl Replica {
     #[must_use]
     pub const fn view(&self) -> &View {
         &self.view
+    }
+
+    /// The highest epoch that the member has accepted.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
     }
 
     /// The connection of the client that is attached.
@@ -675,6 +702,8 @@ impl Replica {
 mod flush_tests;
 #[cfg(test)]
 mod force_tests;
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(test)]
 mod room_tests;
 #[cfg(test)]

@@ -140,6 +140,15 @@ impl Replica {
                 return self.answer(connection, header, Kind::PrepareReply, Status::BadRequest, text);
             }
         };
+        if let Some(text) = self.refuses_spec(&prepare.spec) {
+            return self.answer(
+                connection,
+                header,
+                Kind::PrepareReply,
+                Status::BadRequest,
+                text.into_bytes(),
+            );
+        }
         self.drop_resync();
         self.drop_verify();
         self.resync = Some(Resync {

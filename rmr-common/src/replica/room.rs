@@ -1,7 +1,11 @@
 //! Room for a pool that grows: asked for by the coordinator ahead of the view, and made sure of before a view is adopted.
 
 use super::{ConnectionId, Output, Replica};
+use crate::pool::BLOCK_SIZE;
 use crate::wire::{Kind, MessageHeader, Status};
+
+/// Most questions for room that wait. A coordinator asks once for each change of the size.
+const MAX_ASKED: usize = 16;
 
 /// How large a pool the store can hold.
 pub(super) struct Room {
@@ -24,6 +28,12 @@ impl Room {
         self.bytes
     }
 
+    /// How many questions for room wait.
+    #[cfg(test)]
+    pub(super) fn asked(&self) -> usize {
+        self.asked.len()
+    }
+
     /// The pool has this size from now on. When that is smaller than before, what lies beyond is nobody's any more, and
     /// has to read as zeroes before it is used again.
     pub(super) const fn fit(&mut self, old: u64, size: u64) {
@@ -44,8 +54,28 @@ impl Replica {
         if header.offset <= self.room.bytes {
             return self.answer(connection, header, Kind::GrowReply, Status::Ok, Vec::new());
         }
+        if !header.offset.is_multiple_of(BLOCK_SIZE) {
+            let text = format!("{} bytes: expected a multiple of {BLOCK_SIZE}", header.offset).into_bytes();
+            return self.answer(connection, header, Kind::GrowReply, Status::BadRequest, text);
+        }
+        if header.offset > self.config.max_size {
+            let text = self.too_large(header.offset).into_bytes();
+            return self.answer(connection, header, Kind::GrowReply, Status::NoSpace, text);
+        }
+        if self.room.asked.len() >= MAX_ASKED {
+            let text = b"too many questions for room wait already".to_vec();
+            return self.answer(connection, header, Kind::GrowReply, Status::Limit, text);
+        }
         self.room.asked.push((connection, *header));
         self.pump_room();
+    }
+
+    /// The words for a pool that the store can never hold.
+    pub(super) fn too_large(&self, size: u64) -> String {
+        let most = self.config.max_size;
+        format!(
+            "there is no room for {size} bytes: the store was made for a pool of at most {most} (--max-size)"
+        )
     }
 
     /// Makes room for the largest size that anybody waits for.

@@ -53,6 +53,8 @@ impl Bench {
             host_boot: BootId::from_bytes([1; 16]),
             process_boot: BootId::from_bytes([1; 16]),
             write_through,
+            max_size: 1 << 30,
+            tls_only: false,
         };
         let state = DurableState::new(view, spec.clone());
         let maps = MemberMaps::new(&spec);
@@ -76,9 +78,15 @@ impl Bench {
     }
 
     pub(super) fn message(&mut self, connection: u32, header: MessageHeader, body: &[u8]) {
+        let role = if header.kind.is_from(Role::Client) { Role::Client } else { Role::Peer };
+        self.message_as(role, connection, header, body);
+    }
+
+    pub(super) fn message_as(&mut self, role: Role, connection: u32, header: MessageHeader, body: &[u8]) {
         let is_write = header.kind == Kind::Write;
         let buffer = is_write.then_some(BufferToken(u32::from(header.slot.0)));
-        self.apply(Event::Message { connection: ConnectionId(connection), header: &header, body, buffer });
+        let connection = ConnectionId(connection);
+        self.apply(Event::Message { connection, role, header: &header, body, buffer });
     }
 
     pub(super) fn header(&self, kind: Kind, epoch: u64) -> MessageHeader {
@@ -286,7 +294,9 @@ impl Bench {
     pub(super) fn prepare(&mut self) {
         self.attach_as(1, 1, true);
         self.durable();
-        let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+        let spec = self.replica.spec().clone();
+        let body =
+            crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);
         self.apply(Event::PeerUp);
         assert_eq!(self.answer(Kind::PrepareReply), Some(Status::Ok));
@@ -840,7 +850,8 @@ fn zeroes_of_a_pull_become_holes_by_the_run_and_are_reported_after_a_flush() {
     bench.attach_as(1, 1, true);
     bench.durable();
     finish_flush(&mut bench);
-    let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+    let spec = bench.replica.spec().clone();
+    let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
     bench.message(1, bench.header(Kind::Prepare, 1), &body);
     bench.apply(Event::PeerUp);
     bench.syncing();

@@ -55,6 +55,7 @@ pub const SITUATIONS: &[&str] = &[
     "a link lost while active",
     "a link lost while detaching",
     "attach refused: a flush failed",
+    "a liar is refused",
     "attach refused: held",
     "attach refused: stale epoch",
     "attach tells of a failed flush",

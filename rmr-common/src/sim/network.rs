@@ -6,7 +6,7 @@ use crate::auth::Nonce;
 use crate::client::{self, LinkId, Protection, Token};
 use crate::pool::{Address, MemberSpec, TransportKind, View};
 use crate::replica::{self, BufferToken, ConnectionId};
-use crate::wire::{Hello, Kind, MessageHeader, Status};
+use crate::wire::{Hello, Kind, MessageHeader, Role, Status};
 
 /// A message on its way.
 pub(super) struct Message {
@@ -198,6 +198,7 @@ impl World<'_> {
         if is_deaf || self.nodes[node].life != connection.life || self.nodes[node].replica.is_none() {
             return Ok(());
         }
+        self.lie(node)?;
         let header = message.header;
         if header.kind == Kind::Hello {
             return self.greet(index, node, &header, &message.body);
@@ -218,7 +219,13 @@ impl World<'_> {
         });
         self.cover_message(node, &header);
         let connection = ConnectionId(u32::try_from(index).unwrap_or(u32::MAX));
-        let event = replica::Event::Message { connection, header: &header, body: &message.body, buffer };
+        let event = replica::Event::Message {
+            connection,
+            role: Role::Client,
+            header: &header,
+            body: &message.body,
+            buffer,
+        };
         let before = self.before_message(node, &header, &message.body);
         let held = self.held_against(node, &header, &message.body);
         self.replica(node, event)?;

@@ -197,6 +197,8 @@ impl Node {
                 2,
             ]),
             write_through: !self.disk.write_back,
+            max_size: crate::pool::MAX_POOL_SIZE,
+            tls_only: false,
         };
         let state = self.durable.clone();
         self.replica = Some(Replica::new(config, self.member, state, maps));
@@ -285,7 +287,9 @@ impl World<'_> {
                 }
                 replica::Output::Close(connection, reason) => {
                     trace!(self, "node {node} closes connection {}: {reason}", connection.0);
-                    if connection.0 >= FIRST_PEER {
+                    if super::liar::is_its(connection) {
+                        self.coverage.hit("a liar is refused");
+                    } else if connection.0 >= FIRST_PEER {
                         self.source_closes(connection);
                     } else {
                         self.node_closes(connection.0 as usize);
@@ -310,6 +314,9 @@ impl World<'_> {
         mut header: MessageHeader,
         payload: ReplyPayload,
     ) -> Check {
+        if super::liar::is_its(connection) {
+            return self.liar_answered(node, &header);
+        }
         let mut message = Message { header, body: Vec::new(), data: Vec::new() };
         match payload {
             ReplyPayload::None => {}

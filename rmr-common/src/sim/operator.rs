@@ -256,11 +256,12 @@ impl World<'_> {
                     return Err(format!("'{command}' is refused: {text}"));
                 }
             }
-            Refusal::BadCommand | Refusal::CannotVerify if !self.has_branches() => {
+            Refusal::BadCommand | Refusal::CannotVerify | Refusal::WeakerAddress if !self.has_branches() => {
                 return Err(format!("'{command}' is refused: {text}"));
             }
             Refusal::BadCommand
             | Refusal::CannotVerify
+            | Refusal::WeakerAddress
             | Refusal::StoreNotFound
             | Refusal::StoreInUse
             | Refusal::AddressInUse

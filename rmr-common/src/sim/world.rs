@@ -181,6 +181,8 @@ pub(super) struct World<'a> {
     pub(super) unclean: bool,
     /// So many answers to reads find their memory changed by the guest.
     pub(super) scribbles: u64,
+    /// What a liar says comes from here.
+    pub(super) liar: Rng,
     trace: Option<&'a mut dyn Write>,
 }
 
@@ -246,6 +248,7 @@ impl<'a> World<'a> {
         }
         let mut world = Self {
             asks_otherwise,
+            liar: super::liar::rng(seed),
             rng,
             now: 0,
             step: 1,

@@ -123,6 +123,12 @@ pub trait Receiver {
         MAX_BODY
     }
 
+    /// Work that a message makes beyond its bytes, as a number of bytes. Bytes, messages and this together are what one call
+    /// of [`Connection::receive`] takes in before it is others' turn.
+    fn weight(&self, _header: &MessageHeader) -> usize {
+        0
+    }
+
     /// Says that the data of a write, whose header this is, lies in memory that the owner has lent: `offset` bytes into
     /// the window. True if the owner keeps it, and will release the mark. Called before the message is delivered.
     fn placed(&mut self, _header: &MessageHeader, _window: u16, _offset: u32, _mark: u32) -> bool {
@@ -190,6 +196,11 @@ pub trait Connection {
     /// How many messages are queued or only partly sent. The owner bounds it: a peer that asks and does not listen would
     /// make it grow for ever.
     fn backlog(&self) -> usize;
+
+    /// Bytes of bodies that are queued or only partly sent. Data does not count: it lies in memory that has an owner.
+    fn backlog_bytes(&self) -> usize {
+        0
+    }
 
     /// Whether [`Place::Wait`] is all that keeps it from receiving more. Its descriptor may be readable all the while.
     fn is_starved(&self) -> bool;

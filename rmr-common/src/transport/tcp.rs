@@ -25,8 +25,10 @@ use crate::wire::{
 const HEAD: usize = FRAME_HEADER_SIZE + HEADER_SIZE;
 /// Headers of the most messages that a frame may have.
 const TABLE: usize = HEADER_SIZE * MAX_FRAME_MESSAGES;
-/// Most bytes taken in one call of `receive`, so that other connections get their turn.
+/// What is taken in one call of `receive` in bytes, messages and work, so that other connections get their turn.
 const RECEIVE_BUDGET: usize = 1 << 20;
+/// A message counts as at least so many bytes of the budget: short ones cost their receiver about as much as a block.
+const MESSAGE_COST: usize = 4096;
 /// Most bytes of payload in a frame; a frame that reaches it is closed, and the next message starts another.
 const FRAME_PAYLOAD: u32 = 8 << 20;
 /// Where payload goes that nobody waits for any more.
@@ -184,6 +186,7 @@ impl TcpConnection {
 
 impl Connection for TcpConnection {
     fn queue(&mut self, header: &MessageHeader, body: Option<Vec<u8>>) {
+        self.sender.body_bytes += body.as_ref().map_or(0, Vec::len);
         self.sender.queue(header, None, |frame| {
             if let Some(body) = body {
                 // SAFETY: the bytes live in the frame until it is sent, and moving a `Vec` does not move its bytes.
@@ -191,6 +194,10 @@ impl Connection for TcpConnection {
                 frame.bodies.push(body);
             }
         });
+    }
+
+    fn backlog_bytes(&self) -> usize {
+        self.sender.body_bytes
     }
 
     fn queue_data(
@@ -281,6 +288,8 @@ struct Sender {
     open: Option<Frame>,
     /// Messages in `frames` and `open`.
     backlog: usize,
+    /// Bytes of bodies in `frames` and `open`.
+    body_bytes: usize,
     spare: Vec<Frame>,
     scratch: Vec<Segment>,
     sent: Vec<u32>,
@@ -437,6 +446,7 @@ impl Sender {
             self.position = (0, 0);
             if let Some(mut frame) = self.frames.pop_front() {
                 self.sent.append(&mut frame.tags);
+                self.body_bytes -= frame.bodies.iter().map(Vec::len).sum::<usize>();
                 frame.bodies.clear();
                 self.backlog -= usize::from(frame.count);
                 if self.spare.len() < MAX_SPARE {
@@ -477,6 +487,8 @@ struct ReceiveState {
     starved: bool,
     /// The first message is received page by page, because memory near its place cannot be written.
     narrow: bool,
+    /// What the messages that were delivered in this call count for in its budget.
+    spent: usize,
     scratch: Vec<Segment>,
     discard: Box<[u8]>,
 }
@@ -496,6 +508,7 @@ impl ReceiveState {
             first_left: 0,
             starved: false,
             narrow: false,
+            spent: 0,
             scratch: Vec::new(),
             discard: Box::new([]),
         }
@@ -508,7 +521,8 @@ impl ReceiveState {
         receiver: &mut dyn Receiver,
         counters: &mut Counters,
     ) -> Result<(), ConnectionError> {
-        let mut budget = RECEIVE_BUDGET;
+        let mut taken = 0;
+        self.spent = 0;
         self.starved = false;
         loop {
             self.place(sender, receiver)?;
@@ -517,7 +531,7 @@ impl ReceiveState {
                 return Ok(()); // No memory for the next payload; the owner calls again when there is.
             }
             let wanted = self.collect();
-            let received = match stream.receive(&self.scratch, budget > 0) {
+            let received = match stream.receive(&self.scratch, taken.max(self.spent) < RECEIVE_BUDGET) {
                 Ok(0) => return Err(ConnectionError::Closed),
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -527,10 +541,11 @@ impl ReceiveState {
             };
             counters.tcp_received_bytes += received as u64;
             self.take(received, sender, receiver)?;
-            budget = budget.saturating_sub(received);
+            taken += received;
+            let is_spent = taken.max(self.spent) >= RECEIVE_BUDGET;
             // A lone message without payload is mostly the only thing there; asking again would only be told so.
             let lone = received == HEAD && self.messages.is_empty() && self.frame.is_none();
-            if (received < wanted || budget == 0 || lone) && !stream.has_received() {
+            if (received < wanted || is_spent || lone) && !stream.has_received() {
                 return Ok(()); // Drained, or others' turn; the loop calls again while there is more.
             }
         }
@@ -636,6 +651,8 @@ impl ReceiveState {
             if sender.is_unsent(&message.header) {
                 return Err(ConnectionError::Broken(ANSWERED));
             }
+            let payload = message.header.payload as usize;
+            self.spent += MESSAGE_COST.max(HEADER_SIZE + payload) + receiver.weight(&message.header);
             if message.faulted {
                 if !receiver.deliver_faulted(&message.header) {
                     return Err(io::Error::from_raw_os_error(libc::EFAULT).into());

@@ -167,6 +167,13 @@ impl Connection for Wire {
         }
     }
 
+    fn backlog_bytes(&self) -> usize {
+        match self {
+            Self::Tcp(connection) => connection.backlog_bytes(),
+            Self::Rdma(connection) => connection.backlog_bytes(),
+        }
+    }
+
     fn is_starved(&self) -> bool {
         match self {
             Self::Tcp(connection) => connection.is_starved(),

@@ -452,6 +452,9 @@ pub struct Prepare {
     pub source: MemberId,
     /// Where its node listens.
     pub address: Address,
+    /// The pool as it is in the committed view; it has the source at that address. The receiver may have been away while
+    /// the pool changed.
+    pub spec: PoolSpec,
 }
 
 impl Prepare {
@@ -459,20 +462,26 @@ impl Prepare {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut e = Encoder::default();
-        e.u8(self.source.as_u8()).text(&self.address.to_string());
+        e.u8(self.source.as_u8()).text(&self.address.to_string()).spec(&self.spec);
         e.finish()
     }
 
     /// Reads the body.
     ///
     /// # Errors
-    /// When the bytes are no such body.
+    /// When the bytes are no such body, or the specification does not have the source at the address.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::Prepare, body);
         let source = d.member()?;
         let address = d.text()?.parse().map_err(|e| d.value_error(e))?;
+        let spec = d.spec()?;
+        if spec.member(source).is_none_or(|m| m.address != address) {
+            return Err(
+                d.value_error(format!("the specification does not have member {source} at {address}"))
+            );
+        }
         d.finish()?;
-        Ok(Self { source, address })
+        Ok(Self { source, address, spec })
     }
 }
 
@@ -688,14 +697,21 @@ mod tests {
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
         let set = SetView {
             view,
-            spec: pool,
+            spec: pool.clone(),
             additions: vec![addition],
             more: true,
             attested: attested_positions(),
         };
         check(&set, set.encode(), SetView::decode);
-        let prepare = Prepare { source: MemberId::new(2).unwrap(), address: Address::tcp("node-c", 7700) };
+        let (source, address) = (MemberId::new(3).unwrap(), pool.members[1].address.clone());
+        let prepare = Prepare { source, address, spec: pool };
         check(&prepare, prepare.encode(), Prepare::decode);
+        for wrong in [
+            Prepare { source: MemberId::new(2).unwrap(), ..prepare.clone() },
+            Prepare { address: Address::tcp("elsewhere", 2), ..prepare },
+        ] {
+            assert!(Prepare::decode(&wrong.encode()).is_err(), "{wrong:?}");
+        }
         let known = attested_positions();
         check(&known, encode_attested(&known), |b| decode_attested(Kind::Mark, b));
         let member = MemberId::new(1).unwrap();

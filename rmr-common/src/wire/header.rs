@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{MAX_BODY, MAX_IO, MAX_SLOTS, WireError};
+use super::{MAX_BODY, MAX_IO, MAX_SLOTS, Role, WireError};
 use crate::pool::{Epoch, MAX_NUMBER, MemberSet, PoolId, Sequence, Slot, ViewNumber};
 
 /// Size of a [`MessageHeader`] in bytes.
@@ -156,6 +156,36 @@ impl Kind {
     #[must_use]
     pub const fn is_resync(self) -> bool {
         matches!(self, Self::PullMap | Self::PullMapReply | Self::Pull | Self::PullReply | Self::PullData)
+    }
+
+    /// Whether a connection that was opened in this role may send it, once it is greeted. Everything else closes the
+    /// connection.
+    #[must_use]
+    pub const fn is_from(self, role: Role) -> bool {
+        match role {
+            Role::Client => matches!(
+                self,
+                Self::Attach
+                    | Self::Detach
+                    | Self::SetView
+                    | Self::Ping
+                    | Self::Prepare
+                    | Self::ClearDirty
+                    | Self::Write
+                    | Self::Read
+                    | Self::Flush
+                    | Self::Discard
+                    | Self::WriteZeroes
+                    | Self::Compare
+                    | Self::Digest
+                    | Self::CommandReply
+                    | Self::Grow
+                    | Self::Mark
+            ),
+            Role::Peer => {
+                matches!(self, Self::PullMap | Self::Pull | Self::Digest | Self::Command | Self::Ping)
+            }
+        }
     }
 
     /// Whether this is one of the five I/O requests.

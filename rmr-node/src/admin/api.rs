@@ -507,6 +507,7 @@ impl From<StoreError> for ControlError {
             | StoreError::NoSuperblock { .. }
             | StoreError::NewerFormat { .. }
             | StoreError::TwoStores(_)
+            | StoreError::EpochNotLower { .. }
             | StoreError::WrongPool { .. } => ErrorCode::Invalid,
         };
         Self::new(code, error.to_string())

@@ -63,9 +63,11 @@ pub struct Config {
     pub engine: EngineChoice,
     /// Most data connections.
     pub max_connections: usize,
+    /// Most of them from one address.
+    pub max_connections_per_address: usize,
     /// A connection on which sent data stays unacknowledged this long is dropped.
     pub leg_timeout: Duration,
-    /// A connection attached to no pool that says nothing this long is closed.
+    /// A connection that has not been greeted for so long is closed.
     pub idle_timeout: Duration,
     /// The intent bit of a chunk without a write for this long may be cleared.
     pub intent_idle: Duration,
@@ -115,6 +117,18 @@ pub struct ResyncConfig {
 }
 
 impl Config {
+    /// Whether all addresses at which the node listens are `tls://` ones: then it reaches others in no other way either.
+    #[must_use]
+    pub fn is_tls_only(&self) -> bool {
+        self.listen.iter().all(|address| address.transport() == TransportKind::Tls)
+    }
+
+    /// Most connections that have not said which pool they want: the others are for those who have.
+    #[must_use]
+    pub fn max_strangers(&self) -> usize {
+        (self.max_connections / 4).max(1)
+    }
+
     /// Checks complete settings.
     ///
     /// # Errors
@@ -134,6 +148,8 @@ impl Config {
             buffer_memory: given("buffer_memory", s.buffer_memory)?.0,
             engine: given("engine", s.engine)?,
             max_connections: given("max_connections", s.max_connections)?.as_usize(),
+            max_connections_per_address: given("max_connections_per_address", s.max_connections_per_address)?
+                .as_usize(),
             leg_timeout: Duration::from_millis(given("leg_timeout_ms", s.leg_timeout_ms)?.get()),
             idle_timeout: given("idle_timeout_s", s.idle_timeout_s)?.seconds(),
             intent_idle: given("intent_idle_s", s.intent_idle_s)?.seconds(),

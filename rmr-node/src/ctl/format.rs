@@ -1,5 +1,6 @@
 //! How `rmrctl` prints for people: sizes in IEC units, times as UTC with their age, aligned tables.
 
+use rmr_common::text::printable;
 use std::fmt::Write;
 
 use rmr_common::words;
@@ -47,13 +48,13 @@ pub fn utc_with_age(moment: UnixMs, now: UnixMs) -> String {
 /// A text of unknown origin without anything that a terminal would obey or that would look like another line.
 #[must_use]
 pub fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    printable(text).into_owned()
 }
 
 /// Several lines of which parts are of unknown origin: as [`plain`], but line breaks stay.
 #[must_use]
 pub fn plain_lines(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
 }
 
 /// A table with aligned columns.
@@ -147,8 +148,8 @@ mod tests {
 
     #[test]
     fn foreign_text_cannot_command_the_terminal() {
-        assert_eq!(plain("a\x1b[2Jb\nc\u{9b}"), "a\u{fffd}[2Jb\u{fffd}c\u{fffd}");
-        assert_eq!(plain_lines("a\x1b\nb µ"), "a\u{fffd}\nb µ");
+        assert_eq!(plain("a\x1b[2Jb\nc\u{9b}"), r"a\u{1b}[2Jb\nc\u{9b}");
+        assert_eq!(plain_lines("a\x1b\nb µ"), "a\\u{1b}\nb µ");
     }
 
     #[test]

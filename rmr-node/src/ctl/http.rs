@@ -9,6 +9,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use rmr_common::text::printable;
 use rmr_common::words;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -244,17 +245,32 @@ async fn exchange(
     }
 }
 
+/// An answer with its texts as they may be shown on a terminal: names, descriptions and reasons in it come from whoever
+/// attached to the node, or asked it.
+fn shown(answer: serde_json::Value) -> serde_json::Value {
+    use serde_json::Value;
+    match answer {
+        Value::String(text) => Value::String(printable(&text).into_owned()),
+        Value::Array(items) => Value::Array(items.into_iter().map(shown).collect()),
+        Value::Object(fields) => {
+            Value::Object(fields.into_iter().map(|(k, v)| (printable(&k).into_owned(), shown(v))).collect())
+        }
+        other => other,
+    }
+}
+
 enum Unread {
     Refusal(ControlError),
     Strange(String),
 }
 
 fn read_answer<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T, Unread> {
+    let strange = |e: serde_json::Error| Unread::Strange(format!("the answer is not what was expected: {e}"));
     if status.is_success() {
-        return serde_json::from_slice(body)
-            .map_err(|e| Unread::Strange(format!("the answer is not what was expected: {e}")));
+        let answer = serde_json::from_slice(body).map_err(strange)?;
+        return serde_json::from_value(shown(answer)).map_err(strange);
     }
-    match serde_json::from_slice::<ErrorBody>(body) {
+    match serde_json::from_slice(body).and_then(|body| serde_json::from_value::<ErrorBody>(shown(body))) {
         Ok(body) => Err(Unread::Refusal(body.error)),
         Err(_) => {
             Err(Unread::Strange(format!("HTTP status {status}; is this the admin address of an rmr-node?")))
@@ -265,6 +281,18 @@ fn read_answer<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_strangers_have_put_into_an_answer_gives_the_terminal_no_orders() {
+        #[derive(serde::Deserialize)]
+        struct Answer {
+            client: String,
+            size: u64,
+        }
+        let body = b"{\"client\":\"a\\u001b[2J\\nok\",\"size\":7}";
+        let answer: Answer = read_answer(StatusCode::OK, body).ok().unwrap();
+        assert_eq!((answer.client.as_str(), answer.size), ("a\\u{1b}[2J\\nok", 7));
+    }
 
     #[test]
     fn admin_addresses_read_and_print() {

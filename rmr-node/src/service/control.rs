@@ -38,7 +38,7 @@ impl Control {
             engine: engine_words(self.shared.inline.iter().map(|i| i.load(Ordering::Relaxed))).to_owned(),
             shards: sum(config.shards),
             stores: sum(self.shared.pools().len()),
-            connections: sum(self.shared.connections.load(Ordering::Relaxed)),
+            connections: sum(self.shared.connections.count()),
             max_connections: sum(config.max_connections),
             buffer_bytes: config.buffer_memory * config.shards as u64,
             transport: self.shared.counters(),

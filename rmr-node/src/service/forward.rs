@@ -34,6 +34,8 @@ pub(super) struct Forward<'a> {
     pub(super) keys: KeyRing,
     /// How a `tls://` address is reached.
     pub(super) tls: Option<ClientTls>,
+    /// It goes to `tls://` addresses in any case.
+    pub(super) tls_only: bool,
 }
 
 /// What became of it.
@@ -78,6 +80,7 @@ impl Forward<'_> {
         let text = |error: io::Error| error.to_string();
         let connector =
             Connector::new(self.connect_timeout, self.tls.clone(), self.fabric.clone()).map_err(text)?;
+        let connector = connector.leaving_tls_never(self.tls_only);
         connector.connect(1, self.address);
         let waits = Waits::on(connector.descriptor()).map_err(text)?;
         // A name may have several addresses, each with the time allowed.

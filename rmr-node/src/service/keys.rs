@@ -10,7 +10,7 @@ use rmr_common::auth::{Admitted, Denial, Gate, KeyRing, Nonce};
 use rmr_common::pool::PoolId;
 use rmr_common::replica::ConnectionId;
 use rmr_common::transport::Connection;
-use rmr_common::wire::{Hello, Kind, MessageHeader, Role, Status};
+use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
 
 use super::connection::Greeting;
 use super::shard::Shard;
@@ -178,7 +178,7 @@ impl Shard {
             reply.limits.max_bytes = reply.limits.max_bytes.min(share);
         }
         peer.member = Some(index);
-        peer.is_node = hello.role == Role::Peer;
+        peer.role = hello.role;
         let mut body = reply.encode();
         if let Some(admitted) = admitted {
             body = admitted.seal(body);
@@ -203,7 +203,7 @@ impl Shard {
         if let (Some(withheld), Some(address)) = (self.shared().keys.note(denial), address) {
             tracing::warn!(
                 pool, client = %address, withheld,
-                "not let in: {reason}; it says that it is '{}'", hello.description.escape_debug()
+                "not let in: {reason}; it says that it is '{}'", hello.description
             );
         }
         let text = format!("node {}: {denial}", self.shared().config.node_name);

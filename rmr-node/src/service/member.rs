@@ -17,6 +17,7 @@ use super::Shared;
 use super::command::Asker;
 use super::pulls::Pulls;
 use super::source_link::SourceLink;
+use super::throttle::Burst;
 use crate::admin::api::{
     Authentication, ClientState, ClientStatus, HistoryStatus, IoCounters, LinkState, Missed, PeerStatus,
     PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
@@ -52,6 +53,10 @@ pub(super) struct Member {
     pub(super) in_line: bool,
     /// Its replica may have something to say.
     pub(super) active: bool,
+    /// How many lines about it went to the log in this second.
+    pub(super) lines: Burst,
+    /// What its connections have made the shard do in this loop iteration, in bytes.
+    pub(super) spent: usize,
     attached: Option<(UnixMs, SocketAddr)>,
     state_since: [Option<UnixMs>; rmr_common::pool::MAX_MEMBERS],
     pub(super) closing: bool,
@@ -59,6 +64,10 @@ pub(super) struct Member {
     pub(super) source: Option<SourceLink>,
     /// Tells an attempt to connect to it from an earlier one.
     pub(super) source_attempt: u64,
+    /// An attempt is under way, if only one that nobody waits for any more. There is one thread at a time.
+    pub(super) connecting: Option<u64>,
+    /// Where to connect when that has ended.
+    pub(super) next_source: Option<rmr_common::pool::Address>,
     /// Memory for what it pulls; goes after the connection.
     pub(super) pulls: Pulls,
     progress: Option<Progress>,
@@ -111,6 +120,8 @@ impl Member {
                 max_inflight: shared.config.resync.max_inflight,
                 bytes_per_s: shared.config.resync.bytes_per_s,
             },
+            max_size: superblock.layout.largest_pool(spec.chunk_size),
+            tls_only: shared.config.is_tls_only(),
         };
         let state = DurableState {
             view: superblock.view.clone(),
@@ -138,11 +149,15 @@ impl Member {
             waiting_reads: VecDeque::new(),
             in_line: false,
             active: false,
+            lines: Burst::default(),
+            spent: 0,
             attached: None,
             state_since: [None; rmr_common::pool::MAX_MEMBERS],
             closing: false,
             source: None,
             source_attempt: 0,
+            connecting: None,
+            next_source: None,
             pulls: Pulls::default(),
             progress: None,
             resync_sent: 0,

@@ -18,10 +18,11 @@ mod pulls;
 mod room;
 mod shard;
 mod source_link;
+mod throttle;
 mod windows;
 
 use std::collections::HashMap;
-use std::net::{TcpListener, ToSocketAddrs};
+use std::net::{IpAddr, TcpListener, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -49,7 +50,7 @@ pub(crate) struct Shared {
     started: UnixMs,
     advertised: Mutex<Vec<Address>>,
     pools: Mutex<HashMap<PoolId, PoolPlace>>,
-    connections: AtomicUsize,
+    connections: Connections,
     buffer_used: Vec<AtomicU64>,
     /// How much of that is lent to clients over RDMA.
     buffer_lent: Vec<AtomicU64>,
@@ -119,7 +120,7 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         started: UnixMs::now(),
         advertised: Mutex::new(config.advertised(&bound)?),
         pools: Mutex::default(),
-        connections: AtomicUsize::new(0),
+        connections: Connections::default(),
         buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
         buffer_lent: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
         inline: (0..config.shards).map(|_| AtomicBool::new(false)).collect(),
@@ -246,20 +247,64 @@ fn open_stores(shared: &Arc<Shared>) -> anyhow::Result<Vec<Store>> {
     Ok(stores)
 }
 
+/// How many connections there are, in all and by the address of the peer.
+#[derive(Default)]
+pub(crate) struct Connections {
+    all: AtomicUsize,
+    by_address: Mutex<HashMap<IpAddr, usize>>,
+}
+
+impl Connections {
+    /// The number of connections.
+    fn count(&self) -> usize {
+        self.all.load(Ordering::Relaxed)
+    }
+
+    /// Each change is one number: a panic elsewhere cannot have left it half made.
+    fn by_address(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        self.by_address.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A connection's place among those that there may be; given back when dropped, which is when nothing of it is left.
-pub(crate) struct ConnectionPlace(Arc<Shared>);
+pub(crate) struct ConnectionPlace {
+    shared: Arc<Shared>,
+    peer: IpAddr,
+}
 
 impl ConnectionPlace {
-    /// Takes a place, if there is one.
-    pub(crate) fn take(shared: &Arc<Shared>) -> Option<Self> {
-        let before = shared.connections.fetch_add(1, Ordering::Relaxed);
-        let place = Self(Arc::clone(shared));
-        (before < shared.config.max_connections).then_some(place)
+    /// Takes a place for a connection of this peer.
+    ///
+    /// # Errors
+    /// The setting whose limit is reached, with the limit.
+    pub(crate) fn take(shared: &Arc<Shared>, peer: IpAddr) -> Result<Self, (&'static str, usize)> {
+        let (config, connections) = (&shared.config, &shared.connections);
+        // An IPv4 address is the same peer when it comes to a socket for both.
+        let peer = peer.to_canonical();
+        let mut by_address = connections.by_address();
+        let own = by_address.get(&peer).copied().unwrap_or(0);
+        if connections.count() >= config.max_connections {
+            return Err(("max_connections", config.max_connections));
+        }
+        if own >= config.max_connections_per_address {
+            return Err(("max_connections_per_address", config.max_connections_per_address));
+        }
+        by_address.insert(peer, own + 1);
+        connections.all.fetch_add(1, Ordering::Relaxed);
+        drop(by_address);
+        Ok(Self { shared: Arc::clone(shared), peer })
     }
 }
 
 impl Drop for ConnectionPlace {
     fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+        let mut by_address = self.shared.connections.by_address();
+        self.shared.connections.all.fetch_sub(1, Ordering::Relaxed);
+        if let Some(own) = by_address.get_mut(&self.peer) {
+            *own -= 1;
+            if *own == 0 {
+                by_address.remove(&self.peer);
+            }
+        }
     }
 }

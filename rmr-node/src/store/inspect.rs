@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use rmr_common::pool::Position;
+use rmr_common::text::printable;
 use rmr_common::words;
 use serde::Serialize;
 
@@ -205,7 +206,8 @@ impl Report {
             None => writeln!(f, "client: none yet")?,
             Some(client) => {
                 let attached = if client.attached { "attached" } else { "detached in order" };
-                writeln!(f, "client: {} ({}), {attached}", client.name, client.id)?;
+                // Whoever attached has chosen it.
+                writeln!(f, "client: {} ({}), {attached}", printable(&client.name), client.id)?;
             }
         }
         let yes_no = |yes| if yes { "yes" } else { "no" };

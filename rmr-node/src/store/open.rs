@@ -6,12 +6,13 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rmr_common::pool::{Chunk, ChunkSize, PoolId, StoreId};
+use rmr_common::pool::{Chunk, ChunkSize, Epoch, PoolId, StoreId};
 use serde::Serialize;
 
 use super::backing::Backing;
 use super::create::{self, CreateOptions};
 use super::destroy;
+use super::epoch;
 use super::error::{During, StoreError};
 use super::grow::Growth;
 use super::inspect::{self, Report};
@@ -167,6 +168,20 @@ impl Store {
     /// When it is in use, not a store of ours, or not of the pool `expected`.
     pub fn destroy(path: &Path, expected: Option<PoolId>) -> Result<Superblock, StoreError> {
         destroy::destroy(path, expected)
+    }
+
+    /// Takes back the newest epoch that the store has accepted, and the epoch of its view with it if that is higher. A client
+    /// that attached under a higher epoch is forgotten by that, and not fenced any more. Returns the superblock before and
+    /// after.
+    ///
+    /// # Errors
+    /// When it is in use, not a store of ours, not of this pool, or its epoch is not higher.
+    pub fn reset_epoch(
+        path: &Path,
+        pool: PoolId,
+        epoch: Epoch,
+    ) -> Result<(Superblock, Superblock), StoreError> {
+        epoch::reset_epoch(path, pool, epoch)
     }
 
     /// The device or file.

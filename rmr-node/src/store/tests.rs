@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use rmr_common::pool::{MemberId, PoolId, PoolSpec};
+use rmr_common::pool::{Epoch, MemberId, PoolId, PoolSpec, ViewNumber};
 
 use super::backing::Backing;
 use super::cli::StoreCommand;
@@ -496,4 +496,62 @@ fn the_command_line_creates_inspects_and_destroys() {
     cli(&["destroy", path_text, "--yes-destroy-all-data"]).unwrap();
     assert!(cli(&["inspect", path_text]).is_err());
     assert!(cli(&["create", path_text, "--pool", "vm1", "--size", "16MB"]).is_err());
+}
+
+#[test]
+fn an_epoch_that_used_all_others_up_is_taken_back_and_nothing_else_is_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.store");
+    let spec = make(&path);
+    let (pool, used_up) = (spec.id, Epoch(rmr_common::pool::MAX_NUMBER));
+    let data = Store::open(&path, None).unwrap().superblock().layout.data_offset;
+    change(&path, data + 4096, &[7; 4096]);
+    let raise = |view: bool| {
+        let store = Store::open(&path, None).unwrap();
+        let mut superblock = store.superblock().clone();
+        superblock.epoch = used_up;
+        if view {
+            (superblock.view.epoch, superblock.view.number) = (used_up, ViewNumber((1 << 62) + 5));
+        }
+        let generation =
+            Recovered::read(&path, &Backing::open_read_only(&path).unwrap().0).unwrap().generation;
+        for generation in [generation + 1, generation + 2] {
+            let page = superblock.encode(generation).unwrap();
+            change(&path, SUPERBLOCK_OFFSETS[slot_of(generation)], page.bytes());
+        }
+    };
+    let run = |args: &[&str]| {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(subcommand)]
+            command: StoreCommand,
+        }
+        let path = path.to_str().unwrap();
+        let args = ["store", "reset-epoch", path, "--epoch", "9"].into_iter().chain(args.iter().copied());
+        Cli::try_parse_from(args).map_err(anyhow::Error::from).and_then(|cli| cli.command.run())
+    };
+    let id = pool.to_string();
+    let before = Store::open(&path, None).unwrap().superblock().view.epoch;
+    raise(false);
+    let held = Store::open(&path, None).unwrap();
+    assert!(run(&["--pool-id", &id, "--yes-no-client-runs"]).is_err(), "a node serves it");
+    drop(held);
+    assert!(run(&["--pool-id", &id]).unwrap_err().to_string().contains("nothing was done"));
+    assert!(run(&["--pool-id", &PoolId::random().to_string(), "--yes-no-client-runs"]).is_err());
+    run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap();
+    let after = Store::open(&path, None).unwrap();
+    assert_eq!((after.superblock().epoch, after.superblock().view.epoch), (Epoch(9), before));
+    assert_eq!(after.superblock().spec, spec);
+    drop(after);
+    raise(true);
+    run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap();
+    let after = Store::open(&path, None).unwrap();
+    let (view, epoch) = (&after.superblock().view, after.superblock().epoch);
+    assert_eq!((epoch, view.epoch, view.number), (Epoch(9), Epoch(9), ViewNumber(5)));
+    drop(after);
+    let error = run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap_err().to_string();
+    assert!(error.contains("nothing is to be taken back"), "{error}");
+    let mut bytes = [0; 4096];
+    File::open(&path).unwrap().read_exact_at(&mut bytes, data + 4096).unwrap();
+    assert_eq!(bytes, [7; 4096]);
 }
