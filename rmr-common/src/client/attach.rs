@@ -340,7 +340,7 @@ impl Client {
         if is_all {
             self.lose_writes(powerless.intersection(best.clean()));
         }
-        let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless.union(failed));
+        let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless);
         let stale = if is_all { stale } else { stale.union(powerless) };
         let mut lost = recovery::lost_in_attach(&best, attached, stale, behind);
         if self.own_epochs.is_empty() && !mutant!(DeafStaysClean) {

@@ -515,6 +515,15 @@ impl Client {
             };
             if !self.links.iter().zip(0u8..).any(leads_there) {
                 self.add_link(member.address);
+                continue;
+            }
+            // One that was set aside for another link to the store is of use again when that is not, as the specification is now.
+            let is_usable = |l: &super::Link| !l.is_idle() && l.store == Some(member.store) && self.suits(l);
+            let is_left = |l: &super::Link| !l.retired && l.is_idle() && l.address == member.address;
+            if !self.links.iter().any(is_usable)
+                && let Some(index) = self.links.iter().position(is_left)
+            {
+                self.links[index].state = LinkState::Down { retry_at: self.now };
             }
         }
     }
