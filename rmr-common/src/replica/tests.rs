@@ -53,7 +53,7 @@ impl Bench {
             host_boot: BootId::from_bytes([1; 16]),
             process_boot: BootId::from_bytes([1; 16]),
             write_through,
-            max_size: 1 << 30,
+            max_size: size.max(1 << 30),
             tls_only: false,
         };
         let state = DurableState::new(view, spec.clone());
