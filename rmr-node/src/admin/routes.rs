@@ -20,19 +20,19 @@ use tracing::{debug, info};
 use uuid::Uuid;
 
 use super::api::{
-    ControlError, CreateStore, DeleteStore, ErrorBody, ErrorCode, Health, NodeInfo, PoolKey, PoolList,
-    PoolStatus, StoreCreated, StoreDeleted, StoreState,
+    ControlError, CreateStore, DeleteStore, ErrorBody, ErrorCode, Health, LeftOut, NodeInfo, PoolKey,
+    PoolList, PoolStatus, StoreCreated, StoreDeleted, StoreList, StoreState,
 };
-use super::{AdminLimits, NodeControl, metrics};
+use super::{AdminLimits, NodeControl, metrics, stores};
 
-type Control = State<Arc<dyn NodeControl>>;
-type Answer<T> = Result<Json<T>, Refusal>;
+pub(super) type Control = State<Arc<dyn NodeControl>>;
+pub(super) type Answer<T> = Result<Json<T>, Refusal>;
 
 /// What handlers share.
 #[derive(Clone)]
-struct App {
-    control: Arc<dyn NodeControl>,
-    limits: AdminLimits,
+pub(super) struct App {
+    pub(super) control: Arc<dyn NodeControl>,
+    pub(super) limits: AdminLimits,
 }
 
 impl FromRef<App> for Arc<dyn NodeControl> {
@@ -51,14 +51,14 @@ impl LongWork {
         self.0.load(Ordering::Relaxed) > 0
     }
 
-    fn begin(&self) -> LongWorkGuard {
+    pub(super) fn begin(&self) -> LongWorkGuard {
         self.0.fetch_add(1, Ordering::Relaxed);
         LongWorkGuard(self.clone())
     }
 }
 
 /// Long work that ends when this is dropped.
-struct LongWorkGuard(LongWork);
+pub(super) struct LongWorkGuard(LongWork);
 
 impl Drop for LongWorkGuard {
     fn drop(&mut self) {
@@ -81,6 +81,7 @@ pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits) -> Rout
     quick
         .route("/v1/stores", post(create_store))
         .route("/v1/pools/{key}/commands", post(command))
+        .merge(stores::routes())
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(limits.max_body))
@@ -88,7 +89,7 @@ pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits) -> Rout
 }
 
 /// Waits as long as a request may take.
-async fn within<T>(limits: AdminLimits, work: impl Future<Output = T>) -> Result<T, Refusal> {
+pub(super) async fn within<T>(limits: AdminLimits, work: impl Future<Output = T>) -> Result<T, Refusal> {
     let limit = limits.request_timeout;
     tokio::time::timeout(limit, work).await.map_err(|_| {
         let message = format!("the node did not finish within {limit:?}; it may still carry the request out");
@@ -111,16 +112,23 @@ async fn health(State(control): Control) -> Result<Response, Refusal> {
             }
         })
         .collect();
+    let list = control.stores().await?;
+    let mut problems = problems;
+    problems.extend(list.left_out.iter().map(LeftOut::words));
+    let is_faulty = list.left_out.iter().any(|l| !l.closed) || !list.problems.is_empty();
+    problems.extend(list.problems);
     let stores = u32::try_from(pools.len()).unwrap_or(u32::MAX);
     // A store that waits needs its peers, not a restart of this node.
-    let healthy = !pools.iter().any(|p| matches!(p.store_state, StoreState::Failed { .. }));
+    let healthy = !is_faulty && !pools.iter().any(|p| matches!(p.store_state, StoreState::Failed { .. }));
     let health = Health { healthy, stores, problems };
     let status = if health.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     Ok((status, Json(health)).into_response())
 }
 
 async fn pools(State(control): Control) -> Answer<PoolList> {
-    Ok(Json(PoolList { pools: sorted_pools(&control).await? }))
+    let (pools, stores) = (sorted_pools(&control).await?, control.stores().await?);
+    let StoreList { node, left_out, data_addresses, .. } = stores;
+    Ok(Json(PoolList { pools, left_out, node, data_addresses }))
 }
 
 async fn pool(State(control): Control, PathOf(key): PathOf<String>) -> Answer<PoolStatus> {
@@ -207,7 +215,11 @@ async fn delete_store(
 }
 
 async fn metrics_page(State(control): Control) -> Result<Response, Refusal> {
-    let page = metrics::page(&control.node_info().await?, &sorted_pools(&control).await?);
+    let page = metrics::page(
+        &control.node_info().await?,
+        &sorted_pools(&control).await?,
+        &control.stores().await?.left_out,
+    );
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response())
 }
 
@@ -227,10 +239,10 @@ async fn sorted_pools(control: &Arc<dyn NodeControl>) -> Result<Vec<PoolStatus>,
 }
 
 /// A [`ControlError`] as an HTTP answer.
-struct Refusal(ControlError);
+pub(super) struct Refusal(ControlError);
 
 impl Refusal {
-    fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+    pub(super) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self(ControlError::new(code, message))
     }
 
@@ -260,7 +272,7 @@ impl IntoResponse for Refusal {
 }
 
 /// [`Json`] whose rejection is a [`Refusal`].
-struct JsonOf<T>(T);
+pub(super) struct JsonOf<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonOf<T> {
     type Rejection = Refusal;

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rmr_common::pool::{Address, MemberId, PoolId, TransportKind};
@@ -49,6 +49,8 @@ pub struct Config {
     pub stores: Vec<PathBuf>,
     /// Directory of file stores.
     pub store_dir: Option<PathBuf>,
+    /// Most stores that are open at once.
+    pub max_stores: usize,
     /// I/O threads.
     pub shards: usize,
     /// Buffer memory of each shard in bytes, a multiple of 4096.
@@ -122,6 +124,7 @@ impl Config {
             admin: given("admin", s.admin)?,
             stores: given("stores", s.stores)?,
             store_dir: s.store_dir,
+            max_stores: given("max_stores", s.max_stores)?.as_usize(),
             shards: given("shards", s.shards)?.as_usize(),
             buffer_memory: given("buffer_memory", s.buffer_memory)?.0,
             engine: given("engine", s.engine)?,
@@ -231,6 +234,13 @@ impl Config {
             paths.extend(found.into_iter().filter(|p| !self.stores.contains(p)));
         }
         Ok(paths)
+    }
+
+    /// Whether a path is one of those that the store directory is searched for at the start.
+    #[must_use]
+    pub fn is_in_store_dir(&self, path: &Path) -> bool {
+        let is_store = path.extension().is_some_and(|e| e == STORE_EXTENSION);
+        is_store && self.store_dir.is_some() && path.parent() == self.store_dir.as_deref()
     }
 
     /// Where a new store of this member goes when the request names no path; `None` without a store directory.

@@ -35,6 +35,9 @@ pub struct Settings {
     /// Directory of file stores: all *.store in it are opened, new pools get files in it
     #[arg(long, value_name = "DIRECTORY")]
     pub store_dir: Option<PathBuf>,
+    /// Most stores that are open at once, 1 to 65535 [default: 16384]
+    #[arg(long, value_name = "N")]
+    pub max_stores: Option<Bounded<1, 65_535>>,
     /// I/O threads, 1 to 64 [default: 1]
     #[arg(long, value_name = "N")]
     pub shards: Option<Bounded<1, 64>>,
@@ -212,6 +215,7 @@ impl Settings {
             admin: self.admin.or(base.admin),
             stores: self.stores.or(base.stores),
             store_dir: self.store_dir.or(base.store_dir),
+            max_stores: self.max_stores.or(base.max_stores),
             shards: self.shards.or(base.shards),
             buffer_memory: self.buffer_memory.or(base.buffer_memory),
             engine: self.engine.or(base.engine),
@@ -266,6 +270,7 @@ impl Settings {
             stores: Some(Vec::new()),
             // No default: a node that is given no directory makes no files anywhere.
             store_dir: None,
+            max_stores: Some(Bounded::of::<16_384>()),
             shards: Some(Bounded::of::<1>()),
             buffer_memory: Some(ByteSize(64 << 20)),
             engine: Some(EngineChoice::default()),

@@ -18,12 +18,13 @@ use super::change_args::{
 use super::coordinate::deliver;
 use super::http::{Client, NodeAddress};
 use super::pool::{data_address, may_exist};
+use super::readdress::tell;
 use super::sync::{outcome, wait_until_current};
 use super::{Context, CtlError, MemberArg, Outcome, Survey, format, once_each};
 use crate::admin::api::{CreateStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, StoreDeleted};
 
 /// A change of views is answered within this.
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// How often a store is tried to be deleted that its client is about to leave.
 const DELETE_ATTEMPTS: usize = 20;
 /// Pause between these.
@@ -161,7 +162,7 @@ pub(super) async fn grow(context: &Context, args: &GrowArgs) -> Result<Outcome, 
     Ok(outcome(&survey, &picture, &headline, json))
 }
 
-async fn look(context: &Context, pool: &PoolKey) -> Result<(Survey, Picture), CtlError> {
+pub(super) async fn look(context: &Context, pool: &PoolKey) -> Result<(Survey, Picture), CtlError> {
     let survey = context.survey().await;
     let picture = survey.picture(pool)?;
     Ok((survey, picture))
@@ -215,6 +216,11 @@ async fn join(
     match place(&survey, &picture, &arg.node) {
         Place::Nothing => {}
         Place::Member(id, store) if replaces.is_none_or(|member| member == id) => {
+            // The node may be at another address since, and the pool is told so.
+            if picture.moved.iter().any(|m| m.member == id) {
+                // With all the others: two nodes may have each other's address.
+                tell(context, &survey, &picture, &picture.moved).await?;
+            }
             return Ok(joined(id, store, false));
         }
         Place::Member(id, _) => {

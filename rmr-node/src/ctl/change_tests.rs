@@ -1,6 +1,8 @@
 //! The commands that change a pool in use, against fake nodes whose coordinator answers as told.
 
-use rmr_common::pool::{Command, CommandReply, MemberSpec, MemberState, Refusal, StoreId};
+use rmr_common::pool::{
+    Address, Command, CommandReply, MemberAddress, MemberSpec, MemberState, Refusal, StoreId,
+};
 
 use super::tests::{rmrctl_within, two_nodes};
 use crate::admin::api::{ClientState, ControlError, ErrorCode, PoolStatus};
@@ -292,4 +294,31 @@ fn waiting_does_not_end_by_the_words_of_one_node_that_may_be_behind() {
     let (a, _b) = two_nodes();
     let error = run(&[&a], &["pool", "resync", "vm-1", "--wait-timeout", "0.1"]).unwrap_err();
     assert!(error.contains("not done within 0.1 s"), "{error}");
+}
+
+#[test]
+fn a_pool_is_told_where_its_nodes_are_now() {
+    let (a, b) = in_use([done()]);
+    let mut moved = pool_status("vm-1", 2, 1);
+    moved.spec.members[1].address = Address::tcp("old", 7700);
+    let mut other = pool_status("vm-1", 2, 0);
+    other.spec.members[1].address = Address::tcp("old", 7700);
+    a.hold(other);
+    b.hold(moved.clone());
+    let status = run(&[&a, &b], &["status"]).unwrap();
+    assert!(
+        status.text.contains("tcp://n1:7700, and the pool has tcp://old:7700: rmrctl member address vm-1"),
+        "{}",
+        status.text
+    );
+    let told = run(&[&a, &b], &["member", "address", "vm-1"]).unwrap();
+    assert!(told.text.contains("member 1: tcp://old:7700 is now tcp://n1:7700"), "{}", told.text);
+    let address = Address::tcp("n1", 7700);
+    let members = vec![MemberAddress { member: member(1), store: moved.store, address }];
+    assert_eq!(commands(&a), [Command::Readdress { members: members.clone() }]);
+    // So does the command that an operator may think of first.
+    a.state.lock().unwrap().replies.push_back(done());
+    let at = b.address();
+    run(&[&a, &b], &["pool", "replace", "vm-1", "1", "--member", &at]).unwrap();
+    assert_eq!(commands(&a)[1], Command::Readdress { members });
 }

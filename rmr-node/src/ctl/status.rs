@@ -18,7 +18,10 @@ pub(super) async fn status(context: &Context, key: Option<&PoolKey>) -> Result<O
         None => survey.pictures(),
     };
     let pools: Vec<_> = pictures.iter().map(|p| (p, assess::assess(p, survey.all_answered(), now))).collect();
-    let texts: Vec<_> = pools.iter().map(|(p, a)| pool_text(p, a, now)).collect();
+    let mut texts: Vec<_> = pools.iter().map(|(p, a)| pool_text(p, a, now)).collect();
+    // Nothing is known of a pool all of whose stores are left out, but that.
+    let beside = if key.is_none() { survey.left_out_beside(&pictures) } else { Vec::new() };
+    texts.extend(beside.iter().map(|(node, l)| format!("{node}: {}\n", format::plain(&l.words()))));
     let json = pools
         .iter()
         .map(|(p, a)| {
@@ -34,13 +37,13 @@ pub(super) async fn status(context: &Context, key: Option<&PoolKey>) -> Result<O
         .collect::<Vec<_>>();
     // A node that did not answer may hold pools that no other node knows of; with a name given, the pool's own
     // assessment says what was not seen.
-    let hidden = key.is_none() && !survey.all_answered();
+    let hidden = key.is_none() && !survey.all_answered() || beside.iter().any(|(_, l)| !l.closed);
     let floor = if hidden { Level::Unknown.exit_code() } else { 0 };
     let exit = pools.iter().map(|(_, a)| a.level.exit_code()).fold(floor, u8::max);
     let text = if texts.is_empty() { "no pools\n".to_owned() } else { texts.join("\n") };
     Ok(Outcome {
         text,
-        json: json!({"pools": json, "nodes": survey.json()}),
+        json: json!({"pools": json, "nodes": survey.json(), "left_out": beside}),
         warnings: survey.errors(),
         exit,
     })
@@ -129,6 +132,7 @@ pub(super) fn members_table(members: &[MemberLine]) -> String {
                 (_, false) => format!("<= {}", format::bytes(line.missed_bytes)),
             },
             match &line.store_state {
+                None if line.left_out.is_some() => "left out".into(),
                 None => "not seen".into(),
                 Some(StoreState::Serving) => "serving".into(),
                 Some(StoreState::Waiting { .. }) => "waiting".into(),

@@ -4,11 +4,13 @@ use std::os::fd::RawFd;
 
 use rmr_common::auth::{KeyRing, Nonce, Opener, Step};
 use rmr_common::buffer::Segment;
-use rmr_common::pool::{ClientId, PoolId};
+use rmr_common::pool::{ClientId, MemberSpec, PoolId};
 use rmr_common::replica::Event;
 use rmr_common::time::Time;
 use rmr_common::transport::{Connection, Place, Receiver, Wire};
-use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status};
+use rmr_common::wire::{
+    HEADER_SIZE, Hello, HelloReply, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status,
+};
 use vmm_sys_util::epoll::EventSet;
 
 use super::member::Member;
@@ -20,6 +22,8 @@ pub(super) struct SourceLink {
     pub(super) watched: EventSet,
     opener: Opener,
     is_greeted: bool,
+    /// The member that is meant, and where the pool has its node.
+    meant: Option<MemberSpec>,
 }
 
 impl SourceLink {
@@ -29,6 +33,7 @@ impl SourceLink {
         pool: PoolId,
         keys: &KeyRing,
         description: String,
+        meant: Option<MemberSpec>,
     ) -> Result<Self, String> {
         let descriptor = wire.descriptor().ok_or("no descriptor")?;
         let hello = Hello {
@@ -46,7 +51,7 @@ impl SourceLink {
         let mut header = MessageHeader::new(Kind::Hello, pool);
         header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
         wire.queue(&header, Some(body));
-        Ok(Self { wire, descriptor, watched: EventSet::IN, opener, is_greeted: false })
+        Ok(Self { wire, descriptor, watched: EventSet::IN, opener, is_greeted: false, meant })
     }
 
     /// What its descriptor is to be watched for.
@@ -56,9 +61,9 @@ impl SourceLink {
 
     /// Hands what arrived to the member.
     pub(super) fn receive(&mut self, member: &mut Member, now: Time) -> Result<(), String> {
-        let (opener, is_greeted) = (&mut self.opener, &mut self.is_greeted);
+        let (opener, is_greeted, meant) = (&mut self.opener, &mut self.is_greeted, self.meant.as_ref());
         let is_remote = self.wire.is_rdma();
-        let mut sink = Sink { member, opener, is_greeted, is_remote, proof: None, error: None, now };
+        let mut sink = Sink { member, opener, is_greeted, meant, is_remote, proof: None, error: None, now };
         let received = self.wire.receive(&mut sink);
         let (error, proof) = (sink.error.take(), sink.proof.take());
         if let Some((header, body)) = proof {
@@ -72,6 +77,7 @@ struct Sink<'a> {
     member: &'a mut Member,
     opener: &'a mut Opener,
     is_greeted: &'a mut bool,
+    meant: Option<&'a MemberSpec>,
     /// The source writes pulled data to its place by itself.
     is_remote: bool,
     /// What the node asked for before it answers the hello.
@@ -121,7 +127,11 @@ impl Receiver for Sink<'_> {
                     let header = MessageHeader { payload, ..MessageHeader::new(Kind::Proof, header.pool) };
                     self.proof = Some((header, proof));
                 }
-                Ok(Step::Welcome(_)) => {
+                Ok(Step::Welcome(reply)) => {
+                    if let Err(error) = check_source(self.meant, self.member, reply) {
+                        self.error = Some(error);
+                        return;
+                    }
                     *self.is_greeted = true;
                     self.member.replica.apply(Event::PeerUp, self.now);
                 }
@@ -132,4 +142,23 @@ impl Receiver for Sink<'_> {
             self.error = Some(format!("the source refuses: {:?} {text}", header.status));
         }
     }
+}
+
+/// Whether the node has the store that is meant. Another one, or the very store that asks, would have nothing to give.
+fn check_source(meant: Option<&MemberSpec>, own: &Member, reply: &[u8]) -> Result<(), String> {
+    let found = HelloReply::decode(reply).map_err(|error| format!("protocol error: {error}"))?;
+    let Some(meant) = meant.filter(|line| line.store != found.store()) else { return Ok(()) };
+    let who = if found.store() == own.store.superblock().store {
+        "this very store".to_owned()
+    } else {
+        format!("store {} (member {})", found.store(), found.member)
+    };
+    Err(format!(
+        "wrong address: the node at {} has {who}, not store {} of member {}; if nodes have moved, tell the pool: rmrctl member \
+         address {}",
+        meant.address,
+        meant.store,
+        meant.id,
+        own.replica.spec().name
+    ))
 }

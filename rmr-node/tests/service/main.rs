@@ -3,5 +3,6 @@
 mod clients;
 mod memory;
 mod stop;
+mod stores;
 mod strangers;
 mod support;

@@ -238,6 +238,17 @@ fn readdress(members: &[MemberAddress], spec: &PoolSpec) -> Step {
     if next == *spec {
         return Step::Done;
     }
+    let taken = members.iter().find_map(|new| {
+        let other = next.members.iter().find(|m| m.id != new.member && m.address == new.address)?;
+        Some((new, other.id))
+    });
+    if let Some((new, other)) = taken {
+        let text = format!(
+            "member {} is to be at {}, and member {other} is there as far as the pool knows: name the nodes of all members that moved",
+            new.member, new.address
+        );
+        return Step::Refuse(Refusal::AddressInUse, text);
+    }
     match next.validate() {
         Ok(()) => Step::Change(ViewStep::Amend, next),
         Err(error) => Step::Refuse(Refusal::AddressInUse, error.to_string()),

@@ -32,6 +32,7 @@ impl Shard {
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         self.next_attempt += 1;
         member.source_attempt = self.next_attempt;
+        member.source_meant = member.replica.spec().members.iter().find(|m| m.address == *address).cloned();
         self.connector.connect(self.next_attempt, address);
     }
 
@@ -60,7 +61,8 @@ impl Shard {
             let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
             let (pool, keys) = (member.pool(), &self.shared.keys);
             let keys = keys.of(pool, &member.replica.spec().name);
-            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who));
+            let meant = member.source_meant.take();
+            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who, meant));
             match link {
                 Ok(link) => {
                     self.changes.push(WatchChange::Add(link.descriptor, link.watched));
@@ -89,6 +91,12 @@ impl Shard {
     pub(super) fn source_lost(&mut self, index: usize, reason: &str) {
         self.close_source(index);
         if let Some(Some(member)) = self.members.get_mut(index) {
+            // It is tried again each second or so, as a rule with the same result.
+            if member.source_error != reason {
+                reason.clone_into(&mut member.source_error);
+                let (pool, own) = (&member.replica.spec().name, member.replica.member());
+                tracing::warn!(%pool, member = %own, node = %self.shared.config.node_name, "no source to be brought up to date from: {reason}");
+            }
             member.replica.apply(Event::PeerDown(reason), self.now);
         }
         self.activate(index);
