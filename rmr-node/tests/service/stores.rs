@@ -26,7 +26,7 @@ impl Keeper {
 
     /// Starts it with these flags, beside those that every node needs.
     fn start(&mut self, flags: &[&str]) {
-        let log = std::fs::File::create(self.log_path()).unwrap();
+        let log = std::fs::File::create(self.log_path()).expect("a node that works");
         let child = Command::new(env!("CARGO_BIN_EXE_rmr-node"))
             .args([
                 "--listen",
@@ -41,10 +41,12 @@ impl Keeper {
             .stderr(log)
             .stdout(Stdio::null())
             .spawn()
-            .unwrap();
+            .expect("a node that works");
         self.child = Some(child);
         let log = self.log_path();
-        wait_for("the node serves", || std::fs::read_to_string(&log).unwrap().contains("serving"));
+        wait_for("the node serves", || {
+            std::fs::read_to_string(&log).expect("a node that works").contains("serving")
+        });
     }
 
     fn start_on_dir(&mut self) {
@@ -53,9 +55,12 @@ impl Keeper {
     }
 
     fn stop(&mut self) {
-        let mut child = self.child.take().unwrap();
-        let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-        assert!(kill.success() && child.wait().unwrap().success(), "{}", self.log());
+        let mut child = self.child.take().expect("a node that works");
+        let kill = Command::new("kill")
+            .args(["-TERM", &child.id().to_string()])
+            .status()
+            .expect("a node that works");
+        assert!(kill.success() && child.wait().expect("a node that works").success(), "{}", self.log());
     }
 
     fn log_path(&self) -> PathBuf {
@@ -68,18 +73,18 @@ impl Keeper {
 
     fn ask(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
         let body = if body.is_null() { String::new() } else { body.to_string() };
-        let mut stream = TcpStream::connect(self.admin).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut stream = TcpStream::connect(self.admin).expect("a node that works");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a node that works");
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             self.admin,
             body.len()
         );
-        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(head.as_bytes()).expect("a node that works");
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        stream.read_to_string(&mut answer).expect("a node that works");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a node that works");
+        let status = head.split(' ').nth(1).expect("a node that works").parse().expect("a node that works");
         (status, serde_json::from_str(body).unwrap_or_else(|_| json!(body)))
     }
 
@@ -103,7 +108,7 @@ impl Keeper {
     }
 
     fn options(&self, name: &str) -> CreateOptions {
-        let (member, store) = (MemberId::all().next().unwrap(), StoreId::random());
+        let (member, store) = (MemberId::all().next().expect("a node that works"), StoreId::random());
         let address = Address::tcp(self.data.ip().to_string(), self.data.port());
         CreateOptions {
             spec: PoolSpec {
@@ -126,10 +131,17 @@ impl Keeper {
     /// The pools that are served, and the paths of the stores left out with their reasons.
     fn stores(&self) -> (Vec<String>, Vec<(String, String)>) {
         let (_, list) = self.get("/v1/stores");
-        let open = list["open"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned());
-        let text = |v: &Value| v.as_str().unwrap().to_owned();
-        let left_out =
-            list["left_out"].as_array().unwrap().iter().map(|s| (text(&s["path"]), text(&s["reason"])));
+        let open = list["open"]
+            .as_array()
+            .expect("a node that works")
+            .iter()
+            .map(|s| s["name"].as_str().expect("a node that works").to_owned());
+        let text = |v: &Value| v.as_str().expect("a node that works").to_owned();
+        let left_out = list["left_out"]
+            .as_array()
+            .expect("a node that works")
+            .iter()
+            .map(|s| (text(&s["path"]), text(&s["reason"])));
         (open.collect(), left_out.collect())
     }
 }
@@ -144,7 +156,7 @@ impl Drop for Keeper {
 }
 
 fn make(path: &Path, options: &CreateOptions) {
-    Store::create(path, options, &mut |_, _| {}).unwrap();
+    Store::create(path, options, &mut |_, _| {}).expect("a node that works");
 }
 
 #[test]
