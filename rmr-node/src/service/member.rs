@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rmr_common::map::{ChunkMap, MapId, MemberMaps};
-use rmr_common::pool::{BLOCK_SIZE, MemberId, MemberSpec, MemberState, PoolId};
+use rmr_common::pool::{BLOCK_SIZE, MemberId, MemberState, PoolId};
 use rmr_common::replica::{
     CommandId, Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica,
     ReplicaStatus, ResyncLimits, ResyncStatus as ReplicaResync, Ticket,
@@ -16,7 +16,7 @@ use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 use super::Shared;
 use super::command::Asker;
 use super::pulls::Pulls;
-use super::source_link::SourceLink;
+use super::source_link::{Meant, SourceLink};
 use crate::admin::api::{
     Authentication, ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus,
     ResyncState, ResyncStatus, StoreState, UnixMs,
@@ -60,7 +60,7 @@ pub(super) struct Member {
     /// The connection to the node that this member is brought up to date from.
     pub(super) source: Option<SourceLink>,
     /// The member that the connection is to lead to.
-    pub(super) source_meant: Option<MemberSpec>,
+    pub(super) source_meant: Option<Meant>,
     /// Why the last connection to a source was lost.
     pub(super) source_error: String,
     /// Tells an attempt to connect to it from an earlier one.

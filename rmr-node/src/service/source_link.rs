@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 
 use rmr_common::auth::{KeyRing, Nonce, Opener, Step};
 use rmr_common::buffer::Segment;
-use rmr_common::pool::{ClientId, MemberSpec, PoolId};
+use rmr_common::pool::{Address, ClientId, MemberId, PoolId};
 use rmr_common::replica::Event;
 use rmr_common::time::Time;
 use rmr_common::transport::{Connection, Place, Receiver, Wire};
@@ -22,8 +22,8 @@ pub(super) struct SourceLink {
     pub(super) watched: EventSet,
     opener: Opener,
     is_greeted: bool,
-    /// The member that is meant, and where the pool has its node.
-    meant: Option<MemberSpec>,
+    /// The member that is meant, where it is known, and the address that it was looked for at.
+    meant: Meant,
 }
 
 impl SourceLink {
@@ -33,7 +33,7 @@ impl SourceLink {
         pool: PoolId,
         keys: &KeyRing,
         description: String,
-        meant: Option<MemberSpec>,
+        meant: Meant,
     ) -> Result<Self, String> {
         let descriptor = wire.descriptor().ok_or("no descriptor")?;
         let hello = Hello {
@@ -61,7 +61,7 @@ impl SourceLink {
 
     /// Hands what arrived to the member.
     pub(super) fn receive(&mut self, member: &mut Member, now: Time) -> Result<(), String> {
-        let (opener, is_greeted, meant) = (&mut self.opener, &mut self.is_greeted, self.meant.as_ref());
+        let (opener, is_greeted, meant) = (&mut self.opener, &mut self.is_greeted, &self.meant);
         let is_remote = self.wire.is_rdma();
         let mut sink = Sink { member, opener, is_greeted, meant, is_remote, proof: None, error: None, now };
         let received = self.wire.receive(&mut sink);
@@ -73,11 +73,18 @@ impl SourceLink {
     }
 }
 
+/// The other end of a connection to a source, as it is meant.
+#[derive(Clone, Debug)]
+pub(super) struct Meant {
+    pub(super) member: Option<MemberId>,
+    pub(super) address: Address,
+}
+
 struct Sink<'a> {
     member: &'a mut Member,
     opener: &'a mut Opener,
     is_greeted: &'a mut bool,
-    meant: Option<&'a MemberSpec>,
+    meant: &'a Meant,
     /// The source writes pulled data to its place by itself.
     is_remote: bool,
     /// What the node asked for before it answers the hello.
@@ -144,21 +151,20 @@ impl Receiver for Sink<'_> {
     }
 }
 
-/// Whether the node has the store that is meant. Another one, or the very store that asks, would have nothing to give.
-fn check_source(meant: Option<&MemberSpec>, own: &Member, reply: &[u8]) -> Result<(), String> {
+/// Whether the node has the member that is meant. Another one, or the very store that asks, would have nothing to give. The store
+/// of the source is no criterion: this member may have been away when it was replaced.
+fn check_source(meant: &Meant, own: &Member, reply: &[u8]) -> Result<(), String> {
     let found = HelloReply::decode(reply).map_err(|error| format!("protocol error: {error}"))?;
-    let Some(meant) = meant.filter(|line| line.store != found.store()) else { return Ok(()) };
-    let who = if found.store() == own.store.superblock().store {
-        "this very store".to_owned()
-    } else {
-        format!("store {} (member {})", found.store(), found.member)
-    };
+    let is_own = found.store() == own.store.superblock().store;
+    if !is_own && meant.member.is_none_or(|member| member == found.member) {
+        return Ok(());
+    }
+    let who = if is_own { "this very store".to_owned() } else { format!("member {}", found.member) };
+    let wanted =
+        meant.member.map_or_else(|| "another member".to_owned(), |member| format!("member {member}"));
     Err(format!(
-        "wrong address: the node at {} has {who}, not store {} of member {}; if nodes have moved, tell the pool: rmrctl member \
-         address {}",
+        "wrong address: the node at {} has {who}, not {wanted}; if nodes have moved, tell the pool: rmrctl member address {}",
         meant.address,
-        meant.store,
-        meant.id,
         own.replica.spec().name
     ))
 }

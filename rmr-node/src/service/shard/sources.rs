@@ -8,7 +8,7 @@ use rmr_common::transport::Connection as _;
 
 use super::super::member::Member;
 use super::super::pulls::PULLS_PART;
-use super::super::source_link::SourceLink;
+use super::super::source_link::{Meant, SourceLink};
 use super::Shard;
 
 impl Shard {
@@ -32,7 +32,8 @@ impl Shard {
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         self.next_attempt += 1;
         member.source_attempt = self.next_attempt;
-        member.source_meant = member.replica.spec().members.iter().find(|m| m.address == *address).cloned();
+        let source = member.replica.status().resync.map(|resync| resync.source);
+        member.source_meant = Some(Meant { member: source, address: address.clone() });
         self.connector.connect(self.next_attempt, address);
     }
 
@@ -61,8 +62,8 @@ impl Shard {
             let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
             let (pool, keys) = (member.pool(), &self.shared.keys);
             let keys = keys.of(pool, &member.replica.spec().name);
-            let meant = member.source_meant.take();
-            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who, meant));
+            let meant = member.source_meant.take().ok_or_else(|| "no source is meant".to_owned());
+            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who, meant?));
             match link {
                 Ok(link) => {
                     self.changes.push(WatchChange::Add(link.descriptor, link.watched));
