@@ -90,6 +90,8 @@ mutants! {
     AttachBeforeDurable,
     /// An attach to a write-back store is answered without a flush
     AttachWithoutFlush,
+    /// An attach with any epoch is accepted, so that none may be left for those that follow
+    AnyEpochAccepted,
     /// A view is answered before it is durable
     ViewBeforeDurable,
     /// A view is adopted before the dirty bits that came with it are durable
@@ -102,6 +104,26 @@ mutants! {
     HandoverWithEachView,
     /// A detach clears intents without a flush
     DetachWithoutFlush,
+
+    // Failed flushes.
+    /// A member's own flush that failed before intents are cleared is repeated and believed
+    OwnFlushRepeated,
+    /// A flush that failed in an attach is repeated by the next attach and believed
+    AttachFlushRepeated,
+    /// A flush that failed before a report of a resync is repeated and believed
+    ResyncFlushRepeated,
+    /// A detach whose flush failed counts as one in good order
+    FailedDetachInOrder,
+    /// A member whose flush failed keeps its session
+    FailedFlushKeepsSession,
+    /// A member whose flush failed keeps its slot table
+    FailedFlushKeepsTable,
+    /// A member whose flush failed tells its next client that its table is lost, and not that its cache is
+    FailedFlushNotTold,
+    /// A member whose flush failed goes on as a source
+    SourceServesAfterFailedFlush,
+    /// A flush that failed on the only Clean member is repeated and believed
+    LastFlushRepeated,
 
     // Resync at a member.
     /// A member goes Syncing with the maps that it has
@@ -124,6 +146,8 @@ mutants! {
     GuestWriteOverPulled,
     /// A guest write to a part of a stale block does not wait for the rest
     PartialWriteNotHeld,
+    /// Zeroes that are pulled are written, and not discarded
+    ZeroesWritten,
     /// Chunks are reported as current before they are flushed
     ReportBeforeFlush,
     /// Chunks are reported as current though their flush failed
@@ -206,6 +230,8 @@ mutants! {
     WatermarkTooHigh,
     /// The watermark passes a write that was given up, and members take it from a view that is not committed
     UnsettledForgotten,
+    /// A write whose memory could not be read fails with what each leg happened to get
+    FaultedWriteNotRepeated,
     /// A flush completes with the first answer
     FlushByOneLeg,
     /// A flush covers what was written while it was under way
@@ -216,4 +242,24 @@ mutants! {
     NoBarrier,
     /// A member is promoted with its first report
     PromotedWhileStale,
+    /// A write that a leg refused for its digest is repeated after the barrier of a rejoin
+    RepeatAfterBarrier,
+
+    // Stores that go back in time.
+    /// A mark is answered before it is durable
+    MarkBeforeDurable,
+    /// An intent bit is cleared before a mark covers the write on every member
+    IntentClearedUnsettled,
+    /// A member is promoted though no mark covers what it reported last
+    PromotedUnmarked,
+    /// A client leaves in good order without a mark that covers its last writes
+    DetachedUnmarked,
+    /// A member that shows less than it had is believed
+    RegressionIgnored,
+    /// A member that shows less than it had misses no more than is on record
+    RegressedNotStale,
+    /// The others go on without proof that nothing later is lost with a member that went back in time
+    LostHistoryNotProved,
+    /// A member without its table misses nothing of what only the reference's intents tell
+    ReferenceIntentsIgnored,
 }

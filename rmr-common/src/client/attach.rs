@@ -1,12 +1,17 @@
 //! The attach protocol and view changes.
 
 use super::recovery::UnheardLosses;
-use super::{Client, LinkId, LinkState, Notice, Output, OverReason, Payload, State, recovery};
+use super::{Client, LinkId, LinkState, Notice, Output, OverReason, State, recovery};
 use crate::pool::{
-    Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Refusal, Sequence, View, ViewStep,
+    Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Position, Refusal, Sequence, View, ViewStep,
 };
 use crate::time::Time;
-use crate::wire::{Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError};
+use crate::wire::{
+    Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError, encode_attested,
+};
+
+/// More writes than a pool can have in a thousand years.
+const HIGHEST_HONEST_SEQUENCE: u64 = 1 << 62;
 
 impl Client {
     pub(super) fn message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
@@ -31,7 +36,8 @@ impl Client {
                     Kind::GrowReply => self.grow_reply(member, header, body),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::SourceFailed => self.source_failed(member, header),
-                    Kind::DetachReply => self.detach_reply(member),
+                    Kind::MarkReply => self.mark_reply(member, header, body),
+                    Kind::DetachReply => self.detach_reply(member, header.status == Status::Ok),
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
@@ -42,6 +48,13 @@ impl Client {
                     }
                     Kind::Goodbye if header.status == Status::StaleEpoch => {
                         self.told_fenced(id, header.epoch)
+                    }
+                    Kind::Goodbye if header.status == Status::IoError => {
+                        self.note_failed_flush(member);
+                        self.drop_link(
+                            id,
+                            "its disk failed a flush; what it had not flushed counts as missed",
+                        );
                     }
                     Kind::Goodbye => self.drop_link(id, "the node is stopping"),
                     _ => self.drop_link(id, &format!("protocol error: {kind:?} is not expected by a client")),
@@ -88,13 +101,19 @@ impl Client {
         if !recovery::may_attach(&view, ready) {
             return self.tell_waiting(&view, &spec, ready);
         }
+        let found = self.history_in_hellos(&view);
+        let lost = found.behind.iter().map(|(member, ..)| *member).collect();
+        if !self.may_go_on_without(&view, &found.known, lost, found.proves) {
+            return self.tell_history_lost(&view, &found.behind);
+        }
         let since = possible_since.unwrap_or(self.now);
         let is_early = self.now - since < self.config.attach_grace;
         // A member that is not needed may have been forced into use meanwhile, and know of a later view. So each one is tried
         // once, for as long as a connection and a hello may take.
         let is_absent = view.members.iter().any(|m| !ready.contains(m.id));
         // A node that has not answered yet may know another pool of the same name.
-        let is_asking = !self.has_asked_all() && (is_absent || is_early || self.goes_by_name());
+        let is_asking =
+            !self.has_asked_all() && (is_absent || is_early || self.goes_by_name() || self.has_leg_away());
         if is_asking || is_early && !view.active().is_subset(ready) {
             if let State::Gathering { possible_since, .. } = &mut self.state {
                 *possible_since = Some(since);
@@ -143,6 +162,7 @@ impl Client {
             rejoin: false,
             yields: self.config.yields,
             description: self.config.description.clone(),
+            held_ms: self.held_ms(),
         }
         .encode();
         self.state = State::Attaching { waiting: asked, replies: Vec::new(), since: self.now };
@@ -150,6 +170,12 @@ impl Client {
             let header = self.header(Kind::Attach);
             self.send_body(member, header, body.clone());
         }
+    }
+
+    /// For how long this client has had the pool.
+    pub(super) fn held_ms(&self) -> u64 {
+        let held = self.held_since.map(|since| self.now - since).unwrap_or_default();
+        u64::try_from(held.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Some node has met a client of a branch that the operator forced into use, and nobody has shown a view of it.
@@ -189,6 +215,28 @@ impl Client {
                 self.notice(Notice::Waiting(text));
             }
         }
+    }
+
+    /// A Clean member lost a part of its history, and nobody can prove that nothing later is lost with it.
+    fn tell_history_lost(&mut self, view: &View, behind: &[(MemberId, Position, Position)]) {
+        let lost = behind.iter().filter(|(m, ..)| view.clean().contains(*m));
+        let name = |(member, known, shown): &(MemberId, Position, Position)| {
+            format!("member {member} was at {known} and shows {shown}")
+        };
+        let list: Vec<_> = lost.clone().map(name).collect();
+        let rest = view.clean().without(lost.map(|(m, ..)| *m).collect());
+        let advice = match rest.iter().next() {
+            Some(member) => format!(
+                "the last client did not leave in good order, so a later state may be lost with it. Put the right store back, or,                  if member {member} was in use to the end, go on with it: --force-from {member}"
+            ),
+            None => "no other member is current. Put the right store back; --force-from goes on with what a member has, and what was written later \
+                     is lost"
+                .to_owned(),
+        };
+        let text =
+            format!("a store went back in time (restored from a copy?): {}; {advice}", list.join(", "));
+        self.tell_once(text);
+        self.ask_again();
     }
 
     fn tell_waiting(&mut self, view: &View, spec: &PoolSpec, ready: MemberSet) {
@@ -233,7 +281,7 @@ impl Client {
             }
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                return self.drop_member(member, &format!("attach refused: {status:?} {text}"));
+                return self.drop_member(member, &refusal("attach", status, &text));
             }
         }
         let reply = match AttachReply::decode(body) {
@@ -272,17 +320,29 @@ impl Client {
             return self.gather();
         }
         self.adopt_spec(spec.clone(), Some(best.order()));
+        let regressed = self.hear_history(&best, &replies);
+        let is_proof =
+            |m: MemberId, r: &AttachReply| r.clean_detach && r.view == best && !regressed.contains(m);
+        let proves = replies.iter().filter(|(m, r)| is_proof(*m, r)).map(|(m, _)| *m).collect();
+        if !self.may_go_on_without(&best, &self.history.attested, regressed, proves) {
+            return self.gather(); // The hellos tell, and say what is waited for.
+        }
+        let found: Vec<_> = replies.iter().map(|(m, r)| (*m, r.position)).collect();
+        // Whatever one says that lost a part of its history counts as if it were not there.
+        let replies: Vec<_> = replies.into_iter().filter(|(m, _)| !regressed.contains(*m)).collect();
+        let attached = attached.without(regressed);
         let best = recovery::base_of_attach(&best, replies.iter().map(|(m, r)| (*m, &r.view)));
         // A Syncing member that did not hear of the last view does not know all that it misses: it is brought back in anew. So
         // is one whose promotion is taken back.
         let behind = replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
         let absent = best.active().without(attached);
-        let powerless = self.lost_caches(&best);
+        let failed: MemberSet = replies.iter().filter(|(_, r)| r.flush_failed).map(|(m, _)| *m).collect();
+        let powerless = self.lost_caches(&best, failed);
         let is_all = best.clean().is_subset(powerless);
         if is_all {
             self.lose_writes(powerless.intersection(best.clean()));
         }
-        let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless);
+        let (stale, mut additions) = self.reconcile(&best, &replies, absent, powerless.union(failed));
         let stale = if is_all { stale } else { stale.union(powerless) };
         let mut lost = recovery::lost_in_attach(&best, attached, stale, behind);
         if self.own_epochs.is_empty() && !mutant!(DeafStaysClean) {
@@ -295,6 +355,10 @@ impl Client {
                 }
             }
         }
+        additions.extend(self.regress(regressed, &found));
+        let half_told = self.half_told_regressions(best.clean().without(lost), &replies);
+        additions.extend(self.regress(half_told, &[]));
+        lost = lost.union(half_told.intersection(best.active()));
         // A view that was given up half-way told what its absent members miss to some members only.
         let newly_out = best.out().union(lost).without(self.committed_out);
         if !self.own_epochs.is_empty() && !newly_out.is_empty() && !mutant!(GivenUpViewForgotten) {
@@ -336,6 +400,7 @@ impl Client {
         debug_assert!(spec.describes(&next), "{next} goes with another specification");
         self.verify_disturbed();
         let waiting = next.active();
+        let attested = self.attested_in(&next);
         self.faults.tell(&next, &mut additions);
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();
@@ -344,7 +409,9 @@ impl Client {
         }
         let last = batches.len() - 1;
         for (i, additions) in batches.into_iter().enumerate() {
-            let body = SetView { view: next.clone(), spec: spec.clone(), additions, more: i < last }.encode();
+            let body =
+                SetView { view: next.clone(), spec: spec.clone(), additions, more: i < last, attested }
+                    .encode();
             for member in waiting.iter() {
                 let mut header = self.header(Kind::SetView);
                 header.view = next.number;
@@ -362,14 +429,16 @@ impl Client {
         match header.status {
             Status::Ok => {
                 waiting.remove(member);
-                if waiting.is_empty() || mutant!(CommitWithoutAll) {
+                let (is_all, view) = (waiting.is_empty() || mutant!(CommitWithoutAll), next.clone());
+                self.attest_view(member, &view);
+                if is_all {
                     self.commit();
                 }
             }
             Status::StaleEpoch | Status::NotAttached => self.end(OverReason::Fenced(header.epoch)),
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                self.drop_member(member, &format!("view {} refused: {status:?} {text}", header.view));
+                self.drop_member(member, &refusal(&format!("view {}", header.view), status, &text));
             }
         }
     }
@@ -389,6 +458,7 @@ impl Client {
         self.highest_epoch = self.highest_epoch.max(self.epoch);
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
+        self.held_since.get_or_insert(self.now);
         self.was_cut_short = false;
         self.committed_out = next.out();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
@@ -423,6 +493,7 @@ impl Client {
         self.connect_members();
         self.parts.raise_barriers();
         self.resume_requests();
+        self.history_committed(attach);
         self.try_promote();
         self.advance_command();
         self.try_detach();
@@ -437,6 +508,7 @@ impl Client {
     /// Members can not be reached any more. The pool goes on with the others if a Clean one is left.
     pub(super) fn lose(&mut self, members: MemberSet, reason: &str) {
         self.stale_lost(members);
+        self.history_lost(members);
         self.commands_lost(members);
         for member in members.iter() {
             self.parts.fail_member(member);
@@ -459,7 +531,7 @@ impl Client {
                 return;
             }
             State::Detaching { .. } => {
-                members.iter().for_each(|m| self.detach_reply(m));
+                members.iter().for_each(|m| self.detach_reply(m, false));
                 return;
             }
             // Nothing was promised under this attachment yet: begin it anew.
@@ -558,11 +630,18 @@ impl Client {
         }
         match &self.state {
             State::Active if self.in_flight() == 0 => {
+                // Durable with the word that the client has left, on each member: that all have what was written.
+                if !self.is_all_marked() {
+                    return;
+                }
                 let waiting = self.view_active();
-                self.state = State::Detaching { waiting, since: self.now };
+                let Some(view) = &self.view else { return };
+                let body = encode_attested(&self.attested_in(view));
+                let failed = MemberSet::EMPTY;
+                self.state = State::Detaching { waiting, failed, since: self.now };
                 for member in waiting.iter() {
                     let header = self.header(Kind::Detach);
-                    self.send(member, header, Payload::None);
+                    self.send_body(member, header, body.clone());
                 }
             }
             // Nothing was ever attached: there is nobody to say goodbye to.
@@ -577,13 +656,30 @@ impl Client {
         }
     }
 
-    fn detach_reply(&mut self, member: MemberId) {
-        if let State::Detaching { waiting, .. } = &mut self.state {
-            waiting.remove(member);
-            if waiting.is_empty() {
-                self.end(OverReason::Detached);
+    /// The end of a detach at one member. Unless it was in order, the member keeps its intents, and the next client compares it
+    /// with the others.
+    fn detach_reply(&mut self, member: MemberId, in_order: bool) {
+        let State::Detaching { waiting, failed, .. } = &mut self.state else { return };
+        if !waiting.remove(member) {
+            return;
+        }
+        if !in_order {
+            failed.insert(member);
+        }
+        if waiting.is_empty() {
+            self.detached();
+        }
+    }
+
+    /// Ends the client after a detach; whoever has not answered did not take part in it.
+    fn detached(&mut self) {
+        if let State::Detaching { waiting, failed, .. } = &self.state {
+            let failed = failed.union(*waiting);
+            if !failed.is_empty() {
+                self.notice(Notice::DetachFailed(failed, self.view_clean().is_subset(failed)));
             }
         }
+        self.end(OverReason::Detached);
     }
 
     pub(super) fn tick_state(&mut self) {
@@ -601,7 +697,7 @@ impl Client {
                 let silent = *waiting;
                 silent.iter().for_each(|m| self.drop_member(m, "the view was not answered in time"));
             }
-            State::Detaching { since, .. } if self.now - *since > timeout => self.end(OverReason::Detached),
+            State::Detaching { since, .. } if self.now - *since > timeout => self.detached(),
             State::Attaching { .. }
             | State::Changing { .. }
             | State::Detaching { .. }
@@ -610,9 +706,11 @@ impl Client {
         }
     }
 
-    /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest.
+    /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest. What no
+    /// number of writes leads to was made up by a faulty client, and nothing could follow it.
     pub(super) fn go_on_above(&mut self, reply: &AttachReply) {
-        let highest = reply.slots.iter().map(|s| s.sequence).max().unwrap_or_default();
+        let honest = reply.slots.iter().map(|s| s.sequence).filter(|s| s.0 <= HIGHEST_HONEST_SEQUENCE);
+        let highest = honest.max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
     }
 
@@ -621,6 +719,11 @@ impl Client {
         self.sequence = self.sequence.next();
         self.sequence
     }
+}
+
+fn refusal(what: &str, status: Status, text: &str) -> String {
+    let text = if text.is_empty() { String::new() } else { format!(": {text}") };
+    format!("{what} refused: {status}{text}")
 }
 
 fn protocol(error: &WireError) -> String {

@@ -33,6 +33,7 @@ impl Client {
             ping_since: None,
             last_error: "not connected yet".into(),
             asked: false,
+            contested_since: None,
             denied: false,
             retired: false,
         };
@@ -243,6 +244,9 @@ impl Client {
         if let Some(link) = self.link_mut(id) {
             link.store = Some(store);
         }
+        if self.is_duplicate(id, &reply) {
+            return;
+        }
         if !self.displaces(id, store) {
             // A second address of a node that is connected already, or one that is not for a leg.
             self.set_aside(id);
@@ -287,6 +291,9 @@ impl Client {
         let Some(line) = members.find(|m| Some(m.store) == link.store) else { return true };
         // The operator's decision goes by whatever there is.
         let is_forced = self.forced().is_some_and(|force| force.member == line.id);
+        if self.is_contested(line.store) && line.address != link.address {
+            return false;
+        }
         is_forced || line.address.transport() == link.address.transport() || mutant!(AnyBinding)
     }
 
@@ -303,8 +310,91 @@ impl Client {
                 self.set_aside(other);
                 true
             }
+            // The one that the specification names comes first, as long as none is in use.
+            Some(other)
+                if matches!(self.state, State::Gathering { .. })
+                    && suits(id)
+                    && self.is_home(id)
+                    && !self.is_home(other) =>
+            {
+                self.set_aside(other);
+                true
+            }
             Some(_) => false,
         }
+    }
+
+    /// Whether a link goes to the address that the specification has for the store at its other end.
+    fn is_home(&self, id: LinkId) -> bool {
+        let Some(link) = self.link(id) else { return false };
+        let members = self.spec.iter().flat_map(|s| &s.members);
+        members.into_iter().any(|m| Some(m.store) == link.store && m.address == link.address)
+    }
+
+    /// Whether two nodes showed this store a moment ago, so that none but the one that the specification names may be it.
+    fn is_contested(&self, store: StoreId) -> bool {
+        let lately = self.config.leg_timeout * 2;
+        self.contested.is_some_and(|(s, since)| s == store && self.now - since <= lately)
+    }
+
+    /// Whether some leg does not go to the address that the specification has for its member.
+    pub(super) fn has_leg_away(&self) -> bool {
+        self.ready_members().iter().any(|m| self.legs[m.index()].is_some_and(|id| !self.is_home(id)))
+    }
+
+    /// Whether another node shows the same store, and this link is not to be used for that: then one is a copy of the other. The one
+    /// at the address that the specification has is used, or the one that is in use already; else neither is, and no chance decides.
+    ///
+    /// A node that was started again has another run of its process as well, and an older link to it may not be known to be gone. So
+    /// the older link is asked again first; one that is in use shows by its pings that it is alive.
+    fn is_duplicate(&mut self, id: LinkId, reply: &HelloReply) -> bool {
+        let (store, process) = (reply.store(), reply.process_boot);
+        let shows_it = |l: &super::Link| match &l.state {
+            LinkState::Ready(other) => other.store() == store && other.process_boot != process,
+            _ => false,
+        };
+        let found = self.links.iter().zip(0u8..).map(|(l, i)| (l, LinkId(i)));
+        let other = found.filter(|(l, i)| *i != id && !l.retired && shows_it(l)).map(|(_, i)| i).next();
+        let Some(other) = other.filter(|_| !mutant!(DuplicateUsed)) else {
+            self.links[usize::from(id.0)].contested_since = None;
+            return false;
+        };
+        let (now, timeout) = (self.now, self.config.leg_timeout);
+        let is_leg = self.legs.contains(&Some(other)) && !matches!(self.state, State::Gathering { .. });
+        let since = *self.links[usize::from(id.0)].contested_since.get_or_insert(now);
+        if is_leg && now - since <= timeout {
+            self.drop_link(id, "another node shows its store, and is in use");
+            return true;
+        }
+        if !is_leg && since == now {
+            let again = &mut self.links[usize::from(other.0)];
+            again.contested_since = Some(now);
+            self.drop_link(other, "asked again: another node shows its store");
+            self.links[usize::from(other.0)].asked = false;
+            return false;
+        }
+        let (Some(here), Some(there)) = (self.link(id), self.link(other)) else { return false };
+        let (here, there) = (here.address.clone(), there.address.clone());
+        let used = if is_leg || self.is_home(other) {
+            Some(there.clone())
+        } else {
+            self.is_home(id).then(|| here.clone())
+        };
+        let is_used = used.as_ref() == Some(&here);
+        self.contested = Some((store, now));
+        let pair = if here.to_string() < there.to_string() { (here, there) } else { (there, here) };
+        if self.told_duplicate != Some((store, pair.0.clone(), pair.1.clone())) {
+            self.told_duplicate = Some((store, pair.0.clone(), pair.1.clone()));
+            self.notice(Notice::Duplicate(store, used.clone(), pair.0, pair.1));
+        }
+        let reason = format!("two nodes show store {store}, and only one can be the member's");
+        if used.is_none() || is_used {
+            self.drop_link(other, &reason);
+        }
+        if !is_used {
+            self.drop_link(id, &reason);
+        }
+        !is_used
     }
 
     /// Closes a link that is not needed, until the one that is used for its store is lost.
@@ -445,7 +535,9 @@ impl Client {
                 let is_up = !matches!(l.state, LinkState::Down { .. });
                 let is_its =
                     l.store == Some(member.store) && (self.suits(l) || self.legs.contains(&Some(LinkId(id))));
-                !l.retired && (l.address == member.address || is_up && is_its)
+                // Before an attach every member is looked for where it should be: what is found elsewhere may be a copy.
+                let is_enough = !matches!(self.state, State::Gathering { .. });
+                !l.retired && (l.address == member.address || is_enough && is_up && is_its)
             };
             if !self.links.iter().zip(0u8..).any(leads_there) {
                 self.add_link(member.address);

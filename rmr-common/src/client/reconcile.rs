@@ -3,7 +3,8 @@
 //! One Clean member is the reference, if possible one whose disk failed none of the writes in question. What it has counts,
 //! and every other member misses whatever may differ: the ranges of writes above the watermark that are not in both slot
 //! tables alike, or that a disk failed, which may have carried out any part of them; and, where a process was started anew and its
-//! table is lost, the chunks of its intent map. If all tables are lost, that is the union of all intent maps. A member
+//! table is lost, the chunks of its intent map and of the reference's: what it wrote last may be lost with more than its table, if its
+//! store went back in time by less than is known. If all tables are lost, that is the union of all intent maps. A member
 //! that misses anything leaves the view with it on record, and comes back by the usual rejoin. So all members agree on
 //! one value for every block before any request is served, an acknowledged write is never lost, and an unacknowledged
 //! one is there as a whole or not at all, as the reference has it.
@@ -41,8 +42,9 @@ impl Client {
         // One that still has what was not flushed comes first. Then one whose disk failed no write: every Clean member has all
         // that completed, and nothing brings a write into order again that was carried out in part.
         let has_power = |m: MemberId| !powerless.contains(m) || mutant!(PowerLossIgnored);
-        let rank =
-            |m: MemberId, r: &AttachReply| (has_power(m), is_whole(m, r), !r.tables_lost, newest(m, r));
+        let rank = |m: MemberId, r: &AttachReply| {
+            (has_power(m), is_whole(m, r), !r.tables_lost, !r.clean_detach, newest(m, r))
+        };
         let reference = clean().max_by_key(|(m, r)| (rank(*m, r), std::cmp::Reverse(*m)));
         let in_order = in_order || mutant!(NotReconciled);
         let Some((reference, source)) = reference.filter(|_| !in_order) else {
@@ -62,6 +64,11 @@ impl Client {
             }
             if reply.tables_lost {
                 missed.extend(self.intent_ranges(reply));
+            }
+            // One that says that the last client left it in good order may be a copy from before that client.
+            let is_unsure = reply.tables_lost || reply.clean_detach && !source.clean_detach;
+            if is_unsure && !mutant!(ReferenceIntentsIgnored) {
+                missed.extend(self.intent_ranges(source));
             }
             if all_lost {
                 replies.iter().for_each(|(_, r)| missed.extend(self.intent_ranges(r)));

@@ -115,6 +115,7 @@ impl Client {
             rejoin: true,
             yields: self.config.yields,
             description: self.config.description.clone(),
+            held_ms: self.held_ms(),
         };
         let header = self.header(Kind::Attach);
         self.send_body(member, header, body.encode());
@@ -129,11 +130,15 @@ impl Client {
         match AttachReply::decode(body) {
             Ok(reply) if header.status == Status::Ok && self.is_active() => {
                 self.go_on_above(&reply);
-                let ranges = self.left_behind(&reply);
                 let members = MemberSet::only(member);
-                let addition = |&(offset, length): &(u64, u64)| DirtyAddition { members, offset, length };
+                let additions: Vec<_> = if self.is_regressed_at_rejoin(member, &reply) {
+                    self.regress(members, &[(member, reply.position)]).into_iter().collect()
+                } else {
+                    let addition = |&(offset, length): &(u64, u64)| DirtyAddition { members, offset, length };
+                    self.left_behind(&reply).iter().map(addition).collect()
+                };
                 if let Some(rejoin) = &mut self.stale.rejoin {
-                    rejoin.additions = ranges.iter().map(addition).collect();
+                    rejoin.additions = additions;
                 }
                 let size = self.spec.as_ref().map_or(0, |s| s.size);
                 if reply.spec.size < size {
@@ -219,12 +224,12 @@ impl Client {
         // An exact one hands out what was missed and nothing beside it, so what else is wrong there stays there.
         let best = [stale, exact.without(wrong), exact, usable.without(wrong), usable];
         let source = best.iter().find_map(|set| set.iter().next());
-        let address = source.and_then(|s| self.spec.as_ref()?.member(s)).map(|m| m.address.clone());
-        let (Some(source), Some(address)) = (source, address) else { return };
+        let (Some(source), Some(spec)) = (source, self.spec.clone()) else { return };
+        let Some(address) = spec.member(source).map(|m| m.address.clone()) else { return };
         self.stale.sources[member.index()] = Some(source);
         self.stale.current.remove(member);
         let header = self.header(Kind::Prepare);
-        self.send_body(member, header, Prepare { source, address }.encode());
+        self.send_body(member, header, Prepare { source, address, spec }.encode());
     }
 
     /// A Syncing member cannot get what it misses from its source: another one is named, if there is one.
@@ -389,6 +394,7 @@ impl Client {
         }
         // One that was lost in the view under way has no link.
         let others = self.view_active().intersection(self.ready_members()).without(MemberSet::only(member));
+        self.history_reported(member);
         let done = list.blocks_left == 0 || mutant!(PromotedWhileStale);
         let body = list.encode();
         for other in others.iter() {
@@ -407,6 +413,9 @@ impl Client {
             return;
         }
         let Some(member) = self.stale.current.iter().next() else { return };
+        if !self.is_report_marked(member) {
+            return;
+        }
         self.stale.current.remove(member);
         let next = self.view.as_ref().map(|v| v.step(ViewStep::Promote(member), self.epoch));
         if let (Some(Ok(next)), Some(spec)) = (next, self.spec.clone()) {

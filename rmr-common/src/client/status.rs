@@ -66,6 +66,7 @@ impl Client {
             State::Gathering { .. } => "suspended",
             State::Attaching { .. } => "attaching",
             State::Changing { .. } => "changing view",
+            State::Active if self.detach_requested => "detaching",
             State::Active => "active",
             State::Detaching { .. } => "detaching",
             State::Over(_) => "over",

@@ -2,14 +2,17 @@
 
 use super::*;
 use crate::pool::{
-    BootId, ChunkSize, CommandReply, MemberSpec, MemberState, StoreId, TransportKind, ViewStep,
+    Attested, BootId, ChunkSize, CommandReply, Mark, MemberSpec, MemberState, Position, StoreId,
+    TransportKind, ViewStep,
 };
-use crate::wire::{DirtyAddition, Kind, Limits, SetView, SlotEntry, Status};
+use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, SlotEntry, Status, decode_attested};
 
 mod auth;
 mod bindings;
 mod change;
 mod digests;
+mod history;
+mod memory;
 mod reads;
 mod sessions;
 mod unflushed;
@@ -33,6 +36,8 @@ pub(super) struct Bench {
     pub(super) views: Vec<View>,
     pub(super) epochs: Vec<Epoch>,
     pub(super) host_boots: Vec<u8>,
+    /// The nodes whose disks failed a flush.
+    pub(super) flush_failed: Vec<bool>,
     pub(super) write_through: bool,
     pub(super) up: Vec<bool>,
     /// Nodes to which connections take until [`Bench::connect`].
@@ -60,9 +65,21 @@ pub(super) struct Bench {
     pub(super) sent: Vec<(MemberId, MessageHeader)>,
     /// The node that each link leads to.
     pub(super) nodes: Vec<usize>,
+    /// For how long the client has had the pool, as it told with each attach.
+    held_ms: Vec<u64>,
     /// What came with views.
     pub(super) additions: Vec<DirtyAddition>,
     pub(super) done: Vec<(Token, Result<(), IoError>)>,
+    /// How far each store has come beyond its view, and what it remembers of the others.
+    pub(super) marks: Vec<Mark>,
+    pub(super) attested: Vec<Attested>,
+    /// Whether the last client left it in good order.
+    pub(super) clean: Vec<bool>,
+    /// Whether nodes answer marks.
+    pub(super) marks_answered: bool,
+    pub(super) notices: Vec<Notice>,
+    /// Nobody is at this address any more.
+    pub(super) gone: Option<Address>,
 }
 
 impl Bench {
@@ -98,6 +115,7 @@ impl Bench {
             views: vec![view; count],
             epochs: vec![Epoch(0); count],
             host_boots: vec![1; count],
+            flush_failed: vec![false; count],
             write_through: true,
             up: vec![true; count],
             slow: Vec::new(),
@@ -113,8 +131,15 @@ impl Bench {
             sent: Vec::new(),
             nodes: Vec::new(),
             held: Vec::new(),
+            held_ms: Vec::new(),
             additions: Vec::new(),
             done: Vec::new(),
+            marks: vec![Mark(0); count],
+            attested: vec![Attested::default(); count],
+            clean: vec![false; count],
+            marks_answered: true,
+            notices: Vec::new(),
+            gone: None,
         };
         bench.run();
         assert!(bench.client.is_active());
@@ -156,7 +181,8 @@ impl Bench {
             match output {
                 Output::Connect(link, address) => {
                     let node = usize::from(address.port() - 1);
-                    let is_up = self.up.get(node).copied().unwrap_or(false);
+                    let is_up =
+                        self.up.get(node).copied().unwrap_or(false) && self.gone.as_ref() != Some(&address);
                     if self.nodes.len() <= usize::from(link.0) {
                         self.nodes.resize(usize::from(link.0) + 1, 0);
                     }
@@ -175,7 +201,8 @@ impl Bench {
                 Output::Send(link, header, payload) => self.deliver(link, &header, payload),
                 Output::Complete(token, result) => self.done.push((token, result)),
                 Output::CommandDone(_, reply) => self.replies.push(reply),
-                Output::Disconnect(_) | Output::Notice(_) | Output::Unbounce(_) => {}
+                Output::Notice(notice) => self.notices.push(notice),
+                Output::Disconnect(_) | Output::Unbounce(_) => {}
             }
         }
     }
@@ -186,19 +213,25 @@ impl Bench {
         self.kinds.push((self.client.links[usize::from(link.0)].address.transport(), header.kind));
         self.watermarks[node] = header.watermark;
         let body = if let Payload::Body(body) = payload { body } else { Vec::new() };
+        // At another host stands a copy of the node.
+        let host = self.client.links[usize::from(link.0)].address.host().to_owned();
+        let process = if host == "node" { 1 } else { u8::try_from(host.len()).unwrap() };
         let (kind, body) = match header.kind {
             Kind::Hello => {
                 let reply = HelloReply {
-                    version: 1,
+                    version: crate::wire::PROTOCOL_VERSION,
                     capabilities: 0,
                     limits: Limits { max_io: 1 << 20, slots: 64, max_bytes: 8 << 20 },
                     member: of_node,
                     write_through: self.write_through,
                     host_boot: BootId::from_bytes([self.host_boots[node]; 16]),
-                    process_boot: BootId::from_bytes([1; 16]),
+                    process_boot: BootId::from_bytes([process; 16]),
                     spec: self.specs[node].clone(),
                     view: self.views[node].clone(),
                     epoch: self.epochs[node],
+                    position: self.position(node),
+                    attested: self.attested[node],
+                    clean_detach: self.clean[node],
                 };
                 (Kind::HelloReply, reply.encode())
             }
@@ -209,16 +242,21 @@ impl Bench {
                 return self.client.apply(Event::Message(link, &reply, b"another"), self.now);
             }
             Kind::Attach => {
+                let position = self.position(node);
+                self.held_ms.push(Attach::decode(&body).unwrap().held_ms);
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
                     view: self.views[node].clone(),
                     spec: self.specs[node].clone(),
                     last_client: None,
-                    clean_detach: false,
+                    clean_detach: std::mem::take(&mut self.clean[node]),
                     slots: self.slots[node].clone(),
                     watermark: self.known[node],
                     tables_lost: false,
                     intents: Vec::new(),
+                    position,
+                    attested: self.attested[node],
+                    flush_failed: self.flush_failed[node],
                 };
                 (Kind::AttachReply, reply.encode())
             }
@@ -229,12 +267,27 @@ impl Bench {
                 if self.views.iter().all(|v| v.order() < set.view.order()) {
                     self.additions.extend(set.additions);
                 }
+                if set.view.epoch > self.views[node].epoch {
+                    self.marks[node] = Mark(0);
+                }
+                self.attested[node] = set.attested;
                 self.views[node] = set.view;
                 self.specs[node] = set.spec;
                 (Kind::SetViewReply, Vec::new())
             }
             Kind::Prepare if !self.prepares => return,
             Kind::Prepare => (Kind::PrepareReply, Vec::new()),
+            Kind::Mark if !self.marks_answered => return,
+            Kind::Mark => {
+                self.marks[node] = Mark(header.sequence.0);
+                self.attested[node] = decode_attested(Kind::Mark, &body).unwrap();
+                (Kind::MarkReply, Vec::new())
+            }
+            Kind::Detach => {
+                self.attested[node] = decode_attested(Kind::Detach, &body).unwrap();
+                self.clean[node] = true;
+                (Kind::DetachReply, Vec::new())
+            }
             Kind::Ping => (Kind::Pong, Vec::new()),
             Kind::Grow => {
                 let Some(status) = self.room[node] else { return };
@@ -246,6 +299,19 @@ impl Bench {
         let mut reply = header.reply(kind, Status::Ok);
         reply.payload = u32::try_from(body.len()).unwrap();
         self.client.apply(Event::Message(link, &reply, &body), self.now);
+    }
+
+    /// What this node has not got was never on its disk: nobody was told of it.
+    pub(super) fn never_had_more(&mut self, node: usize) {
+        let member = self.of_node(node);
+        self.marks[node] = Mark(0);
+        self.attested.iter_mut().for_each(|a| a.forget(member));
+        self.client.history.attested.forget(member);
+    }
+
+    /// How far a node's store has come.
+    pub(super) fn position(&self, node: usize) -> Position {
+        Position::new(self.epochs[node], &self.views[node], self.marks[node])
     }
 
     /// The member that a node has the store of.
@@ -268,10 +334,14 @@ impl Bench {
         self.room.push(Some(Status::Ok));
         self.epochs.push(Epoch(0));
         self.host_boots.push(1);
+        self.flush_failed.push(false);
         self.up.push(true);
         self.slots.push(Vec::new());
         self.known.push(Sequence(0));
         self.watermarks.push(Sequence(0));
+        self.marks.push(Mark(0));
+        self.attested.push(Attested::default());
+        self.clean.push(false);
         (store, address)
     }
 

@@ -142,6 +142,8 @@ pub enum Refusal {
     BadSize,
     /// The store of a member cannot be made as large.
     NoRoom,
+    /// The member is reached over TLS or RDMA, and would be reached with less protection at the new address.
+    WeakerAddress,
     /// A verify cannot do what is asked: one is under way, or there are too few Clean members.
     CannotVerify,
 }

@@ -107,6 +107,10 @@ number_type! {
     Sequence(u64)
 }
 number_type! {
+    /// Counts the points of an attachment that every active member has on durable record. Zero means "none yet".
+    Mark(u64)
+}
+number_type! {
     /// Index of a client's request slot; at most one request occupies a slot at a time.
     Slot(u16)
 }

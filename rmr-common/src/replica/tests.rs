@@ -3,13 +3,22 @@
 use std::time::Duration;
 
 use super::*;
-use crate::pool::{Address, ChunkSize, MemberSet, MemberSpec, MemberState, PoolId, Slot, StoreId, ViewStep};
+use crate::pool::{
+    Address, ChunkSize, Mark, MemberSet, MemberSpec, MemberState, PoolId, Position, Slot, StoreId, ViewStep,
+};
 use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, Status};
 
 const CHUNK: u64 = 64 << 10;
+/// A pool of this size has two pages in each map.
+const TWO_PAGES: u64 = (crate::map::MAP_PAGE_BITS + 16) * CHUNK;
 
 pub(super) fn member(index: u8) -> MemberId {
     MemberId::new(index).unwrap()
+}
+
+/// The body of a mark or a detach whose client remembers nothing of the members.
+pub(super) fn nothing_known() -> Vec<u8> {
+    crate::wire::encode_attested(&Attested::default())
 }
 
 /// A replica with the outputs that nobody has looked at yet.
@@ -20,6 +29,10 @@ pub(super) struct Bench {
 
 impl Bench {
     pub(super) fn new(write_through: bool) -> Self {
+        Self::of_size(write_through, 16 << 20)
+    }
+
+    fn of_size(write_through: bool, size: u64) -> Self {
         let line = |i: u8| {
             let store = StoreId::from_bytes([i + 1; 16]);
             MemberSpec::new(member(i), store, Address::tcp("node", 1 + u16::from(i)))
@@ -27,7 +40,7 @@ impl Bench {
         let spec = PoolSpec {
             id: PoolId::from_bytes([9; 16]),
             name: "p".into(),
-            size: 16 << 20,
+            size,
             chunk_size: ChunkSize::from_bytes(CHUNK).unwrap(),
             logical_block_size: 512,
             members: (0..3).map(line).collect(),
@@ -40,8 +53,10 @@ impl Bench {
             host_boot: BootId::from_bytes([1; 16]),
             process_boot: BootId::from_bytes([1; 16]),
             write_through,
+            max_size: 1 << 30,
+            tls_only: false,
         };
-        let state = DurableState { view, spec: spec.clone(), epoch: Epoch(0), last_client: None };
+        let state = DurableState::new(view, spec.clone());
         let maps = MemberMaps::new(&spec);
         Self { replica: Replica::new(config, member(0), state, maps), outputs: Vec::new() }
     }
@@ -63,9 +78,15 @@ impl Bench {
     }
 
     pub(super) fn message(&mut self, connection: u32, header: MessageHeader, body: &[u8]) {
+        let role = if header.kind.is_from(Role::Client) { Role::Client } else { Role::Peer };
+        self.message_as(role, connection, header, body);
+    }
+
+    pub(super) fn message_as(&mut self, role: Role, connection: u32, header: MessageHeader, body: &[u8]) {
         let is_write = header.kind == Kind::Write;
         let buffer = is_write.then_some(BufferToken(u32::from(header.slot.0)));
-        self.apply(Event::Message { connection: ConnectionId(connection), header: &header, body, buffer });
+        let connection = ConnectionId(connection);
+        self.apply(Event::Message { connection, role, header: &header, body, buffer });
     }
 
     pub(super) fn header(&self, kind: Kind, epoch: u64) -> MessageHeader {
@@ -80,13 +101,13 @@ impl Bench {
         self.attach_as(connection, epoch, false);
     }
 
-    fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
+    pub(super) fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
         let client = ClientId::from_bytes([1; 16]);
         let description = "test".into();
         self.attach_with(
             connection,
             epoch,
-            &Attach { client, takeover: false, rejoin, yields: false, description },
+            &Attach { client, takeover: false, rejoin, yields: false, description, held_ms: 0 },
         );
     }
 
@@ -95,7 +116,7 @@ impl Bench {
     }
 
     /// A view without `lost`, which has missed the chunks at these indices.
-    fn set_view(&mut self, connection: u32, epoch: u64, lost: u8, chunks: &[u64]) {
+    pub(super) fn set_view(&mut self, connection: u32, epoch: u64, lost: u8, chunks: &[u64]) {
         let lost = MemberSet::only(member(lost));
         let view = self.replica.view().step(ViewStep::Lose(lost), Epoch(epoch)).unwrap();
         let missed = |c: &u64| DirtyAddition { members: lost, offset: c * CHUNK, length: 4096 };
@@ -104,6 +125,7 @@ impl Bench {
             spec: self.replica.spec().clone(),
             additions: chunks.iter().map(missed).collect(),
             more: false,
+            attested: Attested::default(),
         }
         .encode();
         self.message(connection, self.header(Kind::SetView, epoch), &body);
@@ -125,7 +147,7 @@ impl Bench {
         }
     }
 
-    fn take_flush(&mut self) -> Option<IoId> {
+    pub(super) fn take_flush(&mut self) -> Option<IoId> {
         let is_flush = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Flush, .. });
         let at = self.outputs.iter().position(is_flush)?;
         if let Output::Disk { io, .. } = self.outputs.remove(at) { Some(io) } else { None }
@@ -216,7 +238,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
         bench.durable();
     }
     let detach = MessageHeader { watermark: Sequence(1), ..bench.header(Kind::Detach, 1) };
-    bench.message(1, detach, &[]);
+    bench.message(1, detach, &nothing_known());
     let flush = bench.take_flush().expect("a flush");
     bench.apply(Event::Disk(flush, DiskResult::Done));
     bench.durable();
@@ -227,7 +249,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
 
 impl Bench {
     /// The last one.
-    fn attach_reply(&self) -> crate::wire::AttachReply {
+    pub(super) fn attach_reply(&self) -> crate::wire::AttachReply {
         let body = self.outputs.iter().rev().find_map(|o| match o {
             Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => {
                 Some(body)
@@ -272,28 +294,35 @@ impl Bench {
     pub(super) fn prepare(&mut self) {
         self.attach_as(1, 1, true);
         self.durable();
-        let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+        let spec = self.replica.spec().clone();
+        let body =
+            crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);
         self.apply(Event::PeerUp);
         assert_eq!(self.answer(Kind::PrepareReply), Some(Status::Ok));
     }
 
     /// A view that has this member Syncing and member 1 Out, which adds to what that one misses.
-    fn syncing(&mut self) {
+    pub(super) fn syncing(&mut self) {
         self.syncing_in(1, 7);
     }
 
     /// The view with this number, on this connection.
-    fn syncing_in(&mut self, connection: u32, number: u64) {
+    pub(super) fn syncing_in(&mut self, connection: u32, number: u64) {
         let states = [MemberState::Syncing, MemberState::Out, MemberState::Clean];
         let mut view = self.replica.view().clone();
         (view.number, view.epoch) = (ViewNumber(number), Epoch(1));
         view.members.iter_mut().zip(states).for_each(|(line, state)| line.state = state);
         let addition = DirtyAddition { members: MemberSet::only(member(1)), offset: 0, length: 4096 };
         let header = MessageHeader { view: view.number, ..self.header(Kind::SetView, 1) };
-        let body =
-            SetView { view, spec: self.replica.spec().clone(), additions: vec![addition], more: false }
-                .encode();
+        let body = SetView {
+            view,
+            spec: self.replica.spec().clone(),
+            additions: vec![addition],
+            more: false,
+            attested: Attested::default(),
+        }
+        .encode();
         self.message(connection, header, &body);
     }
 
@@ -303,7 +332,7 @@ impl Bench {
     }
 
     /// The same with the first eight chunks of which this member misses those whose bits are set.
-    fn hand_over_chunks(&mut self, chunks: u8) {
+    pub(super) fn hand_over_chunks(&mut self, chunks: u8) {
         for ask in self.take_sent(Kind::PullMap) {
             let mut bits = [0; crate::map::MAP_PAGE_BYTES];
             bits[0] = if ask.slot == Slot(0) { chunks } else { 0 };
@@ -549,11 +578,104 @@ fn a_member_that_has_started_anew_is_no_source_until_its_client_is_back() {
     assert_eq!(bench.answer(Kind::PullMapReply), Some(Status::Ok));
 }
 
+/// A member with a client whose view is durable.
+fn in_use() -> Bench {
+    let mut bench = Bench::new(true);
+    bench.attach(1, 1);
+    bench.durable();
+    let view = bench.replica.view().step(ViewStep::Attach(MemberSet::EMPTY), Epoch(1)).unwrap();
+    let header = MessageHeader { view: view.number, ..bench.header(Kind::SetView, 1) };
+    let (spec, additions, attested) = (bench.replica.spec().clone(), Vec::new(), Attested::default());
+    let body = SetView { view, spec, additions, more: false, attested }.encode();
+    bench.message(1, header, &body);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+    bench
+}
+
+pub(super) fn mark(bench: &mut Bench, number: u64, watermark: u64, attested: &Attested) {
+    let header = MessageHeader {
+        sequence: Sequence(number),
+        watermark: Sequence(watermark),
+        ..bench.header(Kind::Mark, 1)
+    };
+    bench.message(1, header, &crate::wire::encode_attested(attested));
+}
+
+/// What a client knows when all three members have this mark.
+pub(super) fn all_at(bench: &Bench, number: u64) -> Attested {
+    let mut attested = Attested::default();
+    for index in 0..3 {
+        attested.note(member(index), &Position::new(Epoch(1), bench.replica.view(), Mark(number)));
+    }
+    attested
+}
+
+#[test]
+fn a_mark_is_answered_when_it_is_durable_and_what_came_with_it_is_remembered() {
+    let mut bench = in_use();
+    let known = all_at(&bench, 3);
+    mark(&mut bench, 4, 0, &known);
+    assert_eq!(bench.answer(Kind::MarkReply), None);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::MarkReply), Some(Status::Ok));
+    let state = &bench.replica.durable_state;
+    assert_eq!((state.mark, state.attested), (Mark(4), known));
+    mark(&mut bench, 4, 0, &known);
+    assert_eq!(bench.answer(Kind::MarkReply), Some(Status::BadRequest), "marks grow");
+    bench.message(1, MessageHeader { sequence: Sequence(5), ..bench.header(Kind::Mark, 1) }, &[9]);
+    assert_eq!(bench.answer(Kind::MarkReply), Some(Status::BadRequest));
+    bench.message(
+        2,
+        MessageHeader { sequence: Sequence(5), ..bench.header(Kind::Mark, 1) },
+        &nothing_known(),
+    );
+    assert_eq!(bench.answer(Kind::MarkReply), Some(Status::NotAttached));
+    bench.attach(3, 2);
+    bench.durable();
+    assert_eq!(bench.attach_reply().position, Position::new(Epoch(1), bench.replica.view(), Mark(4)));
+    assert_eq!(bench.attach_reply().attested, known);
+}
+
+#[test]
+fn an_intent_stays_until_a_mark_that_covers_its_write_is_known_to_be_everywhere() {
+    let mut bench = in_use();
+    let write = MessageHeader {
+        slot: Slot(0),
+        sequence: Sequence(1),
+        length: 4096,
+        payload: 4096,
+        ..bench.header(Kind::Write, 1)
+    };
+    bench.message(1, write, &[]);
+    bench.durable();
+    let is_write = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Write(_), .. });
+    let at = bench.outputs.iter().position(is_write).unwrap();
+    let Output::Disk { io, .. } = bench.outputs.remove(at) else { unreachable!() };
+    bench.apply(Event::Disk(io, DiskResult::Done));
+    let tick = |bench: &mut Bench| {
+        bench.apply(Event::Tick);
+        if let Some(flush) = bench.take_flush() {
+            bench.apply(Event::Disk(flush, DiskResult::Done));
+        }
+        bench.durable();
+        bench.replica.maps().intent().count()
+    };
+    let ping = MessageHeader { watermark: Sequence(1), ..bench.header(Kind::Ping, 1) };
+    bench.message(1, ping, &[]);
+    assert_eq!(tick(&mut bench), 1, "no mark covers it");
+    mark(&mut bench, 1, 1, &Attested::default());
+    assert_eq!(tick(&mut bench), 1, "others may not have the mark");
+    let known = all_at(&bench, 1);
+    mark(&mut bench, 2, 1, &known);
+    assert_eq!(tick(&mut bench), 0);
+}
+
 #[test]
 fn a_detach_ends_the_resync() {
     let mut bench = Bench::new(true);
     bench.prepare();
-    bench.message(1, bench.header(Kind::Detach, 1), &[]);
+    bench.message(1, bench.header(Kind::Detach, 1), &nothing_known());
     let flush = bench.take_flush().unwrap();
     bench.apply(Event::Disk(flush, DiskResult::Done));
     bench.durable();
@@ -600,6 +722,7 @@ fn a_client_that_is_displaced_is_told_so_before_its_connection_is_closed() {
             rejoin: false,
             yields: false,
             description: format!("client {client}"),
+            held_ms: 0,
         };
         bench.attach_with(1, 1, &attach(1, false));
         bench.durable();
@@ -627,6 +750,7 @@ fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
         rejoin: false,
         yields,
         description: format!("client {client}"),
+        held_ms: 0,
     };
     let status = |bench: &mut Bench, to: u32| {
         bench.durable();
@@ -644,4 +768,133 @@ fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
     assert_eq!(status(&mut bench, 3), Some(Status::Ok));
     bench.attach_with(4, 3, &attach(4, false));
     assert_eq!(status(&mut bench, 4), Some(Status::Held), "a guest's client does not yield");
+}
+
+#[test]
+fn every_page_of_every_map_is_taken_over_before_the_view_is_answered() {
+    let mut bench = Bench::of_size(true, TWO_PAGES);
+    bench.prepare();
+    bench.syncing();
+    let asked = bench.take_sent(Kind::PullMap);
+    let pages: Vec<_> = asked.iter().map(|ask| (ask.slot.0, ask.offset)).collect();
+    assert_eq!(pages, [(0, 0), (0, 1), (1, 0), (1, 1)], "by member and page");
+    for (answered, ask) in asked.iter().enumerate() {
+        bench.durable();
+        bench.durable();
+        assert_eq!(bench.answer(Kind::SetViewReply), None, "after {answered} of 4 pages");
+        // The source has on record that both miss a chunk of the second page.
+        let mut bits = [0; crate::map::MAP_PAGE_BYTES];
+        bits[0] = if ask.offset == 1 { 0b1000 } else { 0 };
+        bench.apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::Ok), &bits));
+    }
+    bench.durable();
+    bench.durable();
+    assert_eq!(bench.answer(Kind::SetViewReply), Some(Status::Ok));
+    let far = Chunk(crate::map::MAP_PAGE_BITS + 3);
+    for stale in [0, 1] {
+        let map = bench.replica.maps().dirty_chunks(member(stale)).expect("it misses something");
+        assert!(map.contains(far), "member {stale}: {:?}", map.iter().collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_write_across_the_border_of_two_map_pages_waits_for_the_pages_on_both_sides() {
+    let border = crate::map::MAP_PAGE_BITS * CHUNK;
+    for last in 0..4 {
+        let mut bench = Bench::of_size(true, TWO_PAGES);
+        bench.attach(1, 1);
+        bench.durable();
+        bench.set_view(1, 1, 1, &[]);
+        bench.durable();
+        bench.durable();
+        let write = |bench: &mut Bench, slot: u16, offset, length| {
+            let header = MessageHeader {
+                slot: Slot(slot),
+                sequence: Sequence(u64::from(slot) + 1),
+                offset,
+                length,
+                payload: length,
+                missing: MemberSet::only(member(1)),
+                ..bench.header(Kind::Write, 1)
+            };
+            bench.message(1, header, &[]);
+        };
+        let is_started = |bench: &Bench, slot: u32| {
+            let operation = DiskOperation::Write(BufferToken(slot));
+            bench.outputs.iter().any(|o| matches!(o, Output::Disk { operation: o, .. } if *o == operation))
+        };
+        // One on each side: the intent and the dirty bit of each chunk are on their way to disk.
+        write(&mut bench, 0, border - CHUNK, 4096);
+        write(&mut bench, 1, border + CHUNK - 4096, 4096);
+        // All bits of this one are set already, and none is durable.
+        write(&mut bench, 2, border - 4096, 8192);
+        let mut tickets = bench.take_tickets();
+        assert_eq!(tickets.len(), 4, "{tickets:?}");
+        let slowest = tickets.remove(last);
+        for (ticket, _) in tickets {
+            bench.apply(Event::Durable(ticket, Ok(())));
+        }
+        assert!(!is_started(&bench, 2), "{:?} is not durable", slowest.1);
+        bench.apply(Event::Durable(slowest.0, Ok(())));
+        assert!((0..3).all(|slot| is_started(&bench, slot)));
+    }
+}
+
+#[test]
+fn zeroes_of_a_pull_become_holes_by_the_run_and_are_reported_after_a_flush() {
+    let mut bench = Bench::new(false);
+    let finish_flush = |bench: &mut Bench| {
+        let flush = bench.take_flush().expect("a flush");
+        bench.apply(Event::Disk(flush, DiskResult::Done));
+    };
+    bench.attach_as(1, 1, true);
+    bench.durable();
+    finish_flush(&mut bench);
+    let spec = bench.replica.spec().clone();
+    let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
+    bench.message(1, bench.header(Kind::Prepare, 1), &body);
+    bench.apply(Event::PeerUp);
+    bench.syncing();
+    bench.hand_over();
+    bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(1));
+    bench.collect();
+    let pulls = bench.take_sent(Kind::Pull);
+    let [pull] = pulls[..] else { panic!("{pulls:?}") };
+    let found = (0..16).map(|block| (block, block != 5)).collect::<Vec<_>>();
+    let body = crate::wire::PullReply::encode(found.into_iter());
+    bench.apply(Event::PeerMessage(&pull.reply(Kind::PullReply, Status::Ok), &body));
+    let zeroes = |o: &Output| match o {
+        Output::Disk { io, operation: DiskOperation::ZeroPulled, offset, length } => {
+            Some((*io, *offset, *length))
+        }
+        _ => None,
+    };
+    let holes: Vec<_> = bench.outputs.iter().filter_map(zeroes).collect();
+    let ranges: Vec<_> = holes.iter().map(|(_, offset, length)| (*offset, *length)).collect();
+    assert_eq!(ranges, [(0, 5 * 4096), (6 * 4096, 10 * 4096)]);
+    let data = |o: &Output| if let Output::WritePulled { io, .. } = o { Some(*io) } else { None };
+    let data = bench.outputs.iter().find_map(data).expect("block 5 is written");
+    for io in holes.iter().map(|(io, ..)| *io).chain([data]) {
+        assert_eq!((bench.take_flush(), bench.answer(Kind::ChunksDone)), (None, None));
+        bench.apply(Event::Disk(io, DiskResult::Done));
+    }
+    bench.durable();
+    bench.replica.apply(Event::Tick, Time(0) + Duration::from_secs(2));
+    bench.collect();
+    assert_eq!(bench.answer(Kind::ChunksDone), None, "a hole may come back with a power cut");
+    finish_flush(&mut bench);
+    assert_eq!(bench.answer(Kind::ChunksDone), Some(Status::Ok));
+}
+
+#[test]
+fn a_member_knows_for_how_long_its_client_has_had_the_pool() {
+    let mut bench = Bench::new(true);
+    let client = ClientId::from_bytes([1; 16]);
+    let description = "test".into();
+    let attach =
+        Attach { client, takeover: false, rejoin: false, yields: false, description, held_ms: 90_000 };
+    bench.attach_with(1, 1, &attach);
+    bench.durable();
+    let held = bench.replica.status().holder.map(|holder| holder.held);
+    assert_eq!(held, Some(Duration::from_secs(90)));
 }

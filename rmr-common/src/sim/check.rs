@@ -76,6 +76,13 @@ impl World<'_> {
                 node.answered = node.answered.max(header.epoch);
                 node.has_pending_view = false;
             }
+            (Kind::AttachReply, Status::IoError | Status::NoSpace) => {
+                self.coverage.hit("attach refused: a flush failed");
+            }
+            (Kind::DetachReply, Status::IoError | Status::NoSpace) => {
+                self.coverage.hit("detach refused: a flush failed");
+            }
+            (Kind::Goodbye, Status::IoError) => self.coverage.hit("session ended by a failed flush"),
             (Kind::AttachReply, Status::StaleEpoch) => self.coverage.hit("attach refused: stale epoch"),
             (Kind::SetViewReply, Status::Ok) => {
                 node.has_pending_view = false;
@@ -168,6 +175,7 @@ impl World<'_> {
         let start = usize::try_from(chunk.0).unwrap_or(0) * per_chunk;
         let others: Vec<_> =
             active.iter().filter(|&m| m != node.member).map(|m| (m, self.node_index(m))).collect();
+        let others: Vec<_> = others.into_iter().filter(|(_, i)| !self.is_back(*i)).collect();
         for sector in start..(start + per_chunk).min(self.sectors()) {
             // What was pulled is on record as missed until it is flushed.
             if node.disk.unflushed_since[sector] != 0 && !node.disk.pulled[sector] {
@@ -235,8 +243,15 @@ impl World<'_> {
 
     pub(super) fn node_notice(&mut self, node: usize, notice: &replica::Notice) {
         self.cover_node_notice(node, notice);
-        if *notice == replica::Notice::MetadataFailed {
-            self.coverage.hit("metadata failed");
+        match notice {
+            replica::Notice::MetadataFailed => self.coverage.hit("metadata failed"),
+            replica::Notice::FlushFailed("before intents are cleared") => {
+                self.coverage.hit("flush failed before intents are cleared");
+            }
+            replica::Notice::FlushFailed("before resynchronised chunks are reported") => {
+                self.coverage.hit("flush failed before a report");
+            }
+            _ => {} // Of interest to people only.
         }
     }
 
@@ -294,6 +309,9 @@ impl World<'_> {
                 Ok(())
             }
             Notice::Waiting(text) => {
+                if text.contains("went back in time") {
+                    self.history_awaited();
+                }
                 if text.contains("has met a client with epoch") {
                     self.coverage.hit("force: an attach waits for the later branch");
                 }
@@ -306,10 +324,13 @@ impl World<'_> {
                 Ok(())
             }
             Notice::Over(reason) => self.ended(host, &reason),
+            Notice::Regressed { member, known, shown } => self.regression_found(host, member, &known, &shown),
+            Notice::Duplicate(store, ..) => Err(format!("client {host} sees store {store} twice")),
             Notice::LegUp(..)
             | Notice::LinkLost(..)
             | Notice::Spec(_)
             | Notice::NoRoom(..)
+            | Notice::DetachFailed(..)
             | Notice::Verify(_) => Ok(()), // Of interest to people only.
         }
     }
@@ -327,7 +348,8 @@ impl World<'_> {
                 None => self.node_index(member),
             };
             let node = &self.nodes[index];
-            if !node.disk.write_back || self.hosts[host].host_boots[index] == node.host_boot {
+            let ran_on = self.hosts[host].host_boots[index] == node.host_boot && !node.has_failed_flush;
+            if !node.disk.write_back || ran_on {
                 return Err(format!(
                     "client {host} says that member {member} lost writes, whose machine ran on"
                 ));
@@ -444,6 +466,9 @@ impl World<'_> {
             self.check_steps(&last, &view)?;
         }
         for member in view.active().iter() {
+            if self.is_back(self.node_in(&view, member)) {
+                continue; // It had the view when it answered.
+            }
             let durable = &self.nodes[self.node_in(&view, member)].durable.view;
             if durable.order() < view.order()
                 || (durable.epoch == view.epoch && durable.number == view.number && *durable != view)
@@ -452,6 +477,7 @@ impl World<'_> {
             }
         }
         self.check_spec(host, &view)?;
+        self.rollback_committed(&view);
         self.aim_agreed(&view);
         self.committed = Some(view);
         self.check_stale()
@@ -493,6 +519,8 @@ impl World<'_> {
             return Err(format!("failed when nothing was wrong: {error}"));
         }
         match error {
+            // Held against the request itself.
+            IoError::Memory => self.coverage.hit("request failed for its memory"),
             IoError::Media if self.had_errors => self.coverage.hit("disk error shown to the guest"),
             IoError::LostWrites if self.hosts[host].has_lost_writes => {
                 self.coverage.hit("request refused after writes were lost");
@@ -548,7 +576,9 @@ impl World<'_> {
         let Some(view) = self.hosts[host].committed.clone() else {
             return Err("completed before an attach".into());
         };
-        let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).collect();
+        // What one had answered and lost with its history, it loses its place for.
+        let has_all = |&index: &usize| !self.is_back(index);
+        let clean: Vec<_> = view.clean().iter().map(|m| self.node_index(m)).filter(has_all).collect();
         for sector in (request.first..request.first + request.count).filter(|&s| !self.oracle.is_open(s)) {
             let value = |index: usize| self.nodes[index].value(sector);
             // The content of memory that was changed in flight is not known, but it is the same everywhere.
@@ -568,6 +598,9 @@ impl World<'_> {
         }
         for member in view.active().iter() {
             let index = self.node_index(member);
+            if !has_all(&index) {
+                continue;
+            }
             let node = &self.nodes[index];
             for sector in request.first..request.first + request.count {
                 let value = node.value(sector);
@@ -588,7 +621,7 @@ impl World<'_> {
                     ));
                 }
             }
-            for absent in view.out().iter() {
+            for absent in view.out().iter().filter(|m| has_all(&self.node_index(*m))) {
                 let theirs = &self.nodes[self.node_index(absent)];
                 let misses = |&sector: &usize| {
                     theirs.disk.unflushed_since[sector] > 0

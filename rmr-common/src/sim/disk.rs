@@ -42,6 +42,7 @@ impl Running {
                 | DiskOperation::WritePulled
                 | DiskOperation::Discard
                 | DiskOperation::WriteZeroes
+                | DiskOperation::ZeroPulled
         )
     }
 }
@@ -58,6 +59,8 @@ pub(super) struct Disk {
     pub(super) unflushed_since: Vec<Step>,
     /// The sector's unflushed content came from another member.
     pub(super) pulled: Vec<bool>,
+    /// Blocks that were written and not discarded since. One with data counts as allocated whatever stands here.
+    allocated: Vec<bool>,
     /// Where the medium returns something else than was written.
     pub(super) rot: Rot,
     pub(super) write_back: bool,
@@ -83,6 +86,7 @@ impl Disk {
             sectors: content,
             unflushed_since: vec![0; sectors],
             pulled: vec![false; sectors],
+            allocated: vec![false; sectors.div_ceil(SECTORS_PER_BLOCK)],
             rot: Rot::default(),
             write_back,
             lost: BTreeSet::new(),
@@ -91,6 +95,23 @@ impl Disk {
             healed: 0,
             running: BTreeMap::new(),
         }
+    }
+
+    /// Another state of the store takes its place, durably.
+    pub(super) fn replace(&mut self, sectors: Vec<u64>) {
+        self.durable.clone_from(&sectors);
+        self.sectors = sectors;
+        self.unflushed_since.fill(0);
+        self.pulled.fill(false);
+        self.allocated.fill(false);
+        self.lost.clear();
+        self.bad.clear();
+    }
+
+    /// Whether a block takes space. A power cut may undo a discard, and bring data back.
+    pub(super) fn is_allocated(&self, block: usize) -> bool {
+        let sectors = block * SECTORS_PER_BLOCK..(block + 1) * SECTORS_PER_BLOCK;
+        self.allocated[block] || self.sectors[sectors].iter().any(|&value| value != 0)
     }
 
     /// Makes room: these sectors read as zeroes, durably.
@@ -174,11 +195,22 @@ impl Disk {
             DiskOperation::Write(_)
             | DiskOperation::WritePulled
             | DiskOperation::Discard
-            | DiskOperation::WriteZeroes => {
+            | DiskOperation::WriteZeroes
+            | DiskOperation::ZeroPulled => {
+                let is_discard =
+                    matches!(running.operation, DiskOperation::Discard | DiskOperation::ZeroPulled);
                 let data = std::mem::take(&mut running.data);
                 let is_pulled = running.is_pulled;
                 self.pulled[first..first + count].fill(is_pulled && self.write_back);
                 self.change(first, count, &data, now, |_| failed && rng.percent(50));
+                if is_discard {
+                    // One that failed may have given back what it made zero.
+                    let whole = first.div_ceil(SECTORS_PER_BLOCK)..(first + count) / SECTORS_PER_BLOCK;
+                    whole.for_each(|block| self.allocated[block] = false);
+                } else {
+                    let touched = first / SECTORS_PER_BLOCK..(first + count).div_ceil(SECTORS_PER_BLOCK);
+                    self.allocated[touched].fill(true);
+                }
                 if !failed {
                     let whole = first.div_ceil(SECTORS_PER_BLOCK)..(first + count) / SECTORS_PER_BLOCK;
                     let healed = whole.filter(|block| self.bad.remove(block)).count();
@@ -252,6 +284,14 @@ impl Disk {
             }
         }
         lost
+    }
+
+    /// Whether something is not flushed; of what came from another member, if that is asked.
+    pub(super) fn has_unflushed(&self, is_pulled: bool) -> bool {
+        self.unflushed_since
+            .iter()
+            .zip(&self.pulled)
+            .any(|(since, pulled)| *since > 0 && (*pulled || !is_pulled))
     }
 
     /// Whether a write of a client to this block is under way.

@@ -12,6 +12,7 @@ mod disk;
 mod fault;
 mod force;
 mod host;
+mod liar;
 mod network;
 mod node;
 mod operator;
@@ -20,6 +21,7 @@ mod peers;
 mod profile;
 mod resync;
 mod rng;
+mod rollback;
 mod verify;
 mod world;
 

@@ -7,8 +7,8 @@ use super::rng::Rng;
 use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::{self, CommandToken};
 use crate::pool::{
-    Address, Command, CommandReply, Epoch, MemberId, MemberSet, MemberSpec, MemberState, PoolSpec, Refusal,
-    StoreId, View,
+    Address, Command, CommandReply, MemberId, MemberSet, MemberSpec, MemberState, PoolSpec, Refusal, StoreId,
+    View,
 };
 use crate::replica::{self, CommandId, DurableState};
 use crate::time::Time;
@@ -258,11 +258,12 @@ impl World<'_> {
                     return Err(format!("'{command}' is refused: {text}"));
                 }
             }
-            Refusal::BadCommand | Refusal::CannotVerify if !self.has_branches() => {
+            Refusal::BadCommand | Refusal::CannotVerify | Refusal::WeakerAddress if !self.has_branches() => {
                 return Err(format!("'{command}' is refused: {text}"));
             }
             Refusal::BadCommand
             | Refusal::CannotVerify
+            | Refusal::WeakerAddress
             | Refusal::StoreNotFound
             | Refusal::StoreInUse
             | Refusal::AddressInUse
@@ -364,7 +365,7 @@ impl World<'_> {
         }
         let view = View::unjoined(spec.members.iter().map(|m| (m.id, m.store)), member);
         let write_back = self.rng.percent(30);
-        let state = DurableState { view, spec, epoch: Epoch(0), last_client: None };
+        let state = DurableState::new(view, spec);
         let capacity = self.capacity();
         self.nodes.push(Node::new(member, store, address.clone(), state, write_back, capacity));
         for host in &mut self.hosts {

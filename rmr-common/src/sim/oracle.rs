@@ -18,6 +18,8 @@ const NEVER: Step = Step::MAX;
 const NO_VALUE: u64 = u64::MAX;
 
 struct Write {
+    /// Its client was fenced when it was submitted.
+    is_fenced: bool,
     start: Step,
     end: Step,
     failed: bool,
@@ -56,7 +58,7 @@ impl Oracle {
         let genesis = Candidate { write: 0, value: 0, observed: NEVER, removed: NEVER, doubt: 0 };
         Self {
             base: 0,
-            writes: vec![Write { start: 0, end: 0, failed: false }],
+            writes: vec![Write { is_fenced: false, start: 0, end: 0, failed: false }],
             sectors: vec![vec![genesis]; sectors],
             agreed: 0,
             present: vec![0; sectors],
@@ -71,7 +73,7 @@ impl Oracle {
         let present: Vec<_> = values.collect();
         Self {
             base,
-            writes: vec![Write { start: now, end: now, failed: false }],
+            writes: vec![Write { is_fenced: false, start: now, end: now, failed: false }],
             sectors: present.iter().map(decided).collect(),
             agreed: now,
             present,
@@ -119,6 +121,8 @@ impl Oracle {
     /// A write whose values may be seen from now on. `zero` for one that makes its range read as zeroes.
     pub(super) fn begin(&mut self, first: usize, count: usize, zero: bool, now: Step) -> WriteId {
         let id = self.reserve(now);
+        let place = self.place(id);
+        self.writes[place].is_fenced = false;
         for i in 0..count {
             let value = if zero { 0 } else { Self::stamp(id, i) };
             self.sectors[first + i].push(Candidate {
@@ -135,8 +139,14 @@ impl Oracle {
 
     /// A write whose values must never be seen: its client is fenced.
     pub(super) fn reserve(&mut self, now: Step) -> WriteId {
-        self.writes.push(Write { start: now, end: NEVER, failed: false });
+        self.writes.push(Write { is_fenced: true, start: now, end: NEVER, failed: false });
         self.base + u32::try_from(self.writes.len() - 1).unwrap_or(u32::MAX)
+    }
+
+    /// Whether a client that was fenced wrote this.
+    pub(super) fn is_of_fenced(&self, value: u64) -> bool {
+        let id = u32::try_from((value >> 24) & u64::from(u32::MAX)).unwrap_or(0);
+        value != NO_VALUE && id > self.base && self.of(id).is_fenced
     }
 
     /// A write that was begun in another branch, by a client that attaches to this one. Only what is within the pool here counts.

@@ -38,6 +38,8 @@ pub(super) struct Profile {
     pub(super) restless: u64,
     /// Per mille of the transfers with a digest whose data arrives damaged.
     pub(super) damage: u64,
+    /// Per cent of the flushes that fail and lose what they covered.
+    pub(super) lost_flushes: u64,
 }
 
 impl Profile {
@@ -49,6 +51,7 @@ impl Profile {
         client.attach_grace = milliseconds(rng, &[0, 50, 500]);
         client.reconnect_interval = milliseconds(rng, &[10, 50, 300]);
         client.ping_interval = milliseconds(rng, &[50, 200, 1000]);
+        client.mark_interval = milliseconds(rng, &[20, 200, 5000]);
         client.verify_hold = milliseconds(rng, &[5, 20, 200]);
         client.data_digest = rng.pick(&[
             client::DataDigest::Off,
@@ -98,6 +101,7 @@ impl Profile {
             rot: rng.percent(60),
             restless: rng.pick(&[0, 10, 50]),
             damage: if is_scattered { 60 } else { rng.pick(&[0, 0, 5]) },
+            lost_flushes: if aim == Aim::Flushes { 15 } else { rng.pick(&[0, 0, 0, 2, 8]) },
         }
     }
 }

@@ -20,8 +20,10 @@ const SECTORS_PER_LOOK: usize = 16 * SECTORS_PER_BLOCK;
 struct Started {
     link: usize,
     attempt: u64,
+    source: usize,
     /// Blocks that the source had on record.
     missed: u64,
+    blocks: Vec<Block>,
     /// Blocks that the member had pulled before.
     pulled: u64,
     /// Writes that it had carried out before.
@@ -74,8 +76,8 @@ impl World<'_> {
         let is_whole = offset.is_multiple_of(BLOCK_SIZE) && u64::from(length).is_multiple_of(BLOCK_SIZE);
         let is_stale = |b: u64| self.is_stale(index, usize::try_from(b).unwrap_or(0) * SECTORS_PER_BLOCK);
         match operation {
-            DiskOperation::WritePulled => true,
-            // A client's request for zeroes looks the same when it covers nothing but stale blocks.
+            DiskOperation::WritePulled | DiskOperation::ZeroPulled => true,
+            // Zeroes of a pull are no such request, but for a mistake that is being made. A client's request for zeroes looks the same when it covers nothing but stale blocks.
             DiskOperation::WriteZeroes => is_whole && { blocks }.all(is_stale),
             _ => false,
         }
@@ -145,7 +147,10 @@ impl World<'_> {
             let disk = &self.nodes[stale].disk;
             for sector in start..(start + per_chunk).min(self.sectors()) {
                 let is_unflushed = disk.pulled[sector] && disk.unflushed_since[sector] > 0;
-                if is_unflushed || self.is_missing(stale, sector) {
+                // A guest write that came after the flush before the report, and went with a later flush that failed: the view that
+                // follows has it on record.
+                let is_lost = disk.lost.contains(&sector) && !disk.pulled[sector];
+                if is_unflushed || self.is_missing(stale, sector) && !is_lost {
                     return Err(format!(
                         "node {index} forgets that member {member} misses chunk {chunk}: its sector {sector} is {} \
                          (unflushed: {is_unflushed}); possible: {}",
@@ -161,7 +166,10 @@ impl World<'_> {
     /// Whether a sector of a node is older than what was acknowledged, beyond doubt.
     fn is_missing(&self, index: usize, sector: usize) -> bool {
         let value = self.nodes[index].value(sector);
-        !self.oracle.is_current(sector, value) && !self.oracle.is_open(sector)
+        // What a client that lost its place left on a member that the others go on without, that member tells when it comes back.
+        let is_told = self.oracle.is_of_fenced(value)
+            && self.committed.as_ref().is_some_and(|v| self.nodes[index].durable.epoch < v.epoch);
+        !self.oracle.is_current(sector, value) && !self.oracle.is_open(sector) && !is_told
     }
 
     /// What a member that is not Clean misses is on record at each member that is active, and at itself while it syncs.
@@ -169,11 +177,17 @@ impl World<'_> {
         let Some(view) = &self.committed else { return Ok(()) };
         for stale in view.members.iter().filter(|m| m.state != MemberState::Clean) {
             let index = self.node_index(stale.id);
-            let keepers: Vec<_> =
+            if self.is_back_unknown(index, view) {
+                continue; // It is noticed when it is brought back in.
+            }
+            let keepers: Vec<usize> =
                 view.active().iter().map(|m| self.node_index(m)).filter(|&k| k != index).collect();
+            // What one that went back in time had on record is lost with its history.
+            let keepers: Vec<_> = keepers.into_iter().filter(|&k| !self.is_back(k)).collect();
             let own = self.nodes[index].replica.as_ref();
             let knows_itself = own.is_some_and(|r| {
-                r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == *view
+                let is_syncing = r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == *view;
+                is_syncing && !r.flush_failed()
             });
             let has = |k: &usize, sector: usize| {
                 self.has_record(*k, stale.id, sector) || self.has_dropped(*k, stale)
@@ -189,6 +203,13 @@ impl World<'_> {
             // of that, it is Out with all of it on record, and judged as such.
             let is_promoted = stale.state == MemberState::Syncing
                 && self.nodes[index].durable.view.state(stale.id) == Some(MemberState::Clean);
+            // So is one whose flush failed: its session is over, of which its client hears next.
+            let has_left = own.is_none_or(|r| r.holder_connection().is_none() || r.flush_failed());
+            // What one had not flushed of a client that died, and lost with a failed flush while it was not attached, it tells when it
+            // comes back: see `check_rejoined`.
+            let tells = self.nodes[index].durable.flush_failed || own.is_some_and(Replica::flush_failed);
+            let is_untold = tells && self.resyncs.is_unflushed_unknown && stale.state == MemberState::Out;
+            let is_promoted = is_promoted || is_untold || stale.state == MemberState::Syncing && has_left;
             let is_lost = |sector: usize| is_promoted && self.nodes[index].disk.lost.contains(&sector);
             if let Some(sector) = sectors.find(|&s| self.is_missing(index, s) && !is_lost(s)) {
                 let silent: Vec<_> = keepers.iter().filter(|k| !has(k, sector)).collect();
@@ -321,7 +342,11 @@ impl World<'_> {
             if disk.pulled[sector] && disk.unflushed_since[sector] > 0 {
                 return Err(format!("member {member} is promoted with pulled sector {sector} unflushed"));
             }
-            let differs = |&other: &usize| self.nodes[other].value(sector) != value;
+            // Another one that lost its cache since is on its way out, with what it had not flushed on record.
+            let differs = |&other: &usize| {
+                let theirs = &self.nodes[other];
+                theirs.value(sector) != value && !theirs.disk.lost.contains(&sector)
+            };
             let is_wrong = !self.oracle.is_current(sector, value) || others.iter().any(differs);
             // It may have lost its cache since it knows of its promotion: then it is Out with all of it on record when its client
             // hears of that. What it had pulled was flushed before.
@@ -355,6 +380,31 @@ impl World<'_> {
         if started.missed > 0 {
             self.coverage.hit("resync moved what was missed");
         }
+        if has_writes { Ok(()) } else { self.check_thin(index, &started) }
+    }
+
+    /// A resync without writes of a guest has left holes where its source has them.
+    fn check_thin(&mut self, index: usize, started: &Started) -> Check {
+        let (own, source) = (&self.nodes[index].disk, &self.nodes[started.source].disk);
+        let mut holes = 0;
+        for block in started.blocks.iter().map(|b| usize::try_from(b.0).unwrap_or(usize::MAX)) {
+            let sectors = block * SECTORS_PER_BLOCK..(block + 1) * SECTORS_PER_BLOCK;
+            // What rots there does not read as zeroes.
+            let is_rotten = { sectors }.any(|s| own.rot.mark(s) | source.rot.mark(s) != 0);
+            if source.is_allocated(block) || is_rotten {
+                continue;
+            }
+            if own.is_allocated(block) {
+                return Err(format!(
+                    "node {index} was brought up to date from node {}, and has block {block} allocated, which is a hole there",
+                    started.source
+                ));
+            }
+            holes += 1;
+        }
+        if holes > 0 {
+            self.coverage.hit("resync left a hole");
+        }
         Ok(())
     }
 
@@ -380,7 +430,9 @@ impl World<'_> {
         let started = Started {
             link,
             attempt: self.nodes[index].peer_attempt,
+            source: self.peers[link].source,
             missed: source.maps().missed(member).0,
+            blocks: source.maps().missed_in(member, 0, source.spec().size).collect(),
             pulled: self.peers[link].pulled_before,
             writes: counters.writes + counters.zeroes,
             faults: self.faults,
@@ -392,7 +444,8 @@ impl World<'_> {
     pub(super) fn is_healed(&self, host: usize) -> bool {
         let host = &self.hosts[host];
         let is_clean = host.committed.as_ref().is_some_and(|v| v.clean().iter().count() == v.members.len());
-        host.client.is_active() && host.requests.is_empty() && is_clean && self.is_operator_content()
+        let is_staying = host.client.is_active() && host.client.status().state != "detaching";
+        is_staying && host.requests.is_empty() && is_clean && self.is_operator_content()
     }
 
     /// Whether a client has nothing to do, and leaves a leg out for its read errors.
@@ -496,14 +549,7 @@ impl World<'_> {
         let failed = running.result != DiskResult::Done;
         match (running.operation, running.is_pulled(), failed) {
             (_, true, true) => self.coverage.hit("pulled write failed"),
-            (DiskOperation::Flush, _, true) => {
-                self.coverage.hit("flush failed at a Syncing member");
-                let disk = &self.nodes[index].disk;
-                if disk.pulled.iter().zip(&disk.unflushed_since).any(|(pulled, since)| *pulled && *since > 0)
-                {
-                    self.coverage.hit("flush of pulled data failed");
-                }
-            }
+            (DiskOperation::Flush, _, true) => self.coverage.hit("flush failed at a Syncing member"),
             (_, false, true) if running.is_write() => {
                 self.coverage.hit("guest write failed at a Syncing member")
             }

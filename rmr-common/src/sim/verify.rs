@@ -30,7 +30,7 @@ pub(super) const fn strip(value: u64) -> u64 {
 pub(super) struct Rot {
     /// How, as a mark in the upper bits, and since when.
     marks: BTreeMap<usize, (u64, Step)>,
-    /// Every sector that ever began to rot, and when.
+    /// Every sector that ever began to rot, or was written anew after that, and when.
     log: Vec<(usize, Step)>,
 }
 
@@ -44,7 +44,10 @@ impl Rot {
     pub(super) fn written(&mut self, sector: usize, value: u64, now: Step) {
         let mark = value & !VALUES;
         if mark == 0 {
-            self.marks.remove(&sector);
+            // What rotted alike on another member cannot be told from it until here.
+            if self.marks.remove(&sector).is_some() {
+                self.log.push((sector, now));
+            }
         } else {
             self.set(sector, mark, now);
         }
@@ -437,6 +440,6 @@ mod tests {
         rot.set(3, 1 << 63, 1);
         assert_eq!(strip(7 | rot.mark(3)), 7);
         rot.written(3, 9, 2);
-        assert_eq!((rot.mark(3), rot.log.len()), (0, 1));
+        assert_eq!((rot.mark(3), rot.log.len()), (0, 2), "when it rots, and when it is whole again");
     }
 }

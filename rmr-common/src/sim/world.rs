@@ -15,9 +15,7 @@ use super::peers::Peer;
 use super::profile::Profile;
 use super::rng::Rng;
 use crate::client::{self, LinkId};
-use crate::pool::{
-    Address, ChunkSize, Epoch, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, TransportKind, View,
-};
+use crate::pool::{Address, ChunkSize, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, TransportKind, View};
 use crate::replica::{self, DiskOperation, DiskResult, DurableState};
 
 pub(super) const MILLISECOND: u64 = 1_000_000;
@@ -105,6 +103,10 @@ pub(super) enum Event {
     /// An operator forces a member into use.
     Decide,
     NodeCrash(usize),
+    /// Somebody copies a store, or puts a copy in the place of one.
+    Copy,
+    /// The store that a copy took the place of is put back.
+    PutBack(usize),
     /// A guest resets its device after writes were lost.
     GuestReset(usize),
     Work,
@@ -159,6 +161,7 @@ pub(super) struct World<'a> {
     pub(super) resyncs: super::resync::Resyncs,
     pub(super) audit: super::verify::Audit,
     pub(super) aiming: super::aim::Aiming,
+    pub(super) rollbacks: super::rollback::Rollbacks,
     pub(super) oracle: Oracle,
     pub(super) coverage: Coverage,
     pub(super) next_token: u64,
@@ -178,6 +181,8 @@ pub(super) struct World<'a> {
     pub(super) unclean: bool,
     /// So many answers to reads find their memory changed by the guest.
     pub(super) scribbles: u64,
+    /// What a liar says comes from here.
+    pub(super) liar: Rng,
     trace: Option<&'a mut dyn Write>,
 }
 
@@ -223,8 +228,7 @@ impl<'a> World<'a> {
         };
         let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
         let all_write_back = rng.percent(40) || aiming.aim.needs_caches();
-        let state =
-            DurableState { view: view.clone(), spec: spec.clone(), epoch: Epoch(0), last_client: None };
+        let state = DurableState::new(view.clone(), spec.clone());
         let nodes: Vec<_> = spec
             .members
             .iter()
@@ -244,6 +248,7 @@ impl<'a> World<'a> {
         }
         let mut world = Self {
             asks_otherwise,
+            liar: super::liar::rng(seed),
             rng,
             now: 0,
             step: 1,
@@ -262,6 +267,7 @@ impl<'a> World<'a> {
             resyncs: super::resync::Resyncs::default(),
             audit: super::verify::Audit::default(),
             aiming,
+            rollbacks: super::rollback::Rollbacks::default(),
             oracle: Oracle::new(sectors),
             coverage: Coverage::default(),
             next_token: 1,
@@ -289,6 +295,7 @@ impl<'a> World<'a> {
         let pause = world.profile.fault_pause;
         world.after(pause, Event::Fault);
         world.after(10 * MILLISECOND, Event::Operate);
+        world.begin_rollbacks();
         if world.forces.is_there {
             let first = world.rng.range(1, 20) * world.profile.fault_pause;
             world.after(first, Event::Decide);
@@ -349,6 +356,9 @@ impl<'a> World<'a> {
                         self.nodes[node].disk.unread.extend(running.first / SECTORS_PER_BLOCK..end);
                     }
                 }
+                if running.operation == DiskOperation::Flush && running.result != DiskResult::Done {
+                    self.drop_unflushed(node);
+                }
                 let stale = self.own_stale(node);
                 self.disk_ended(node, io, &running)?;
                 self.cover_disk_done(node, &running, stale);
@@ -399,6 +409,8 @@ impl<'a> World<'a> {
             Event::Aimed(shot) => self.shoot(shot)?,
             Event::Operate => self.operate()?,
             Event::Decide => self.decide()?,
+            Event::Copy => self.copy_or_restore()?,
+            Event::PutBack(node) => self.put_back(node)?,
             Event::NodeCrash(_) if self.is_calm => {} // Too late.
             Event::NodeCrash(node) => self.crash_node(node, false)?,
             Event::GuestReset(host) => self.guest_reset(host),

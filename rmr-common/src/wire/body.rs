@@ -3,7 +3,8 @@
 use super::codec::{Decoder, Encoder};
 use super::{Kind, MAX_IO, MAX_SLOTS, NONCE_SIZE, WireError};
 use crate::pool::{
-    Address, BootId, Chunk, ClientId, Epoch, MemberId, MemberSet, PoolSpec, Sequence, Slot, StoreId, View,
+    Address, Attested, BootId, Chunk, ClientId, Epoch, MemberId, MemberSet, PoolSpec, Position, Sequence,
+    Slot, StoreId, View,
 };
 
 /// Who opened a connection.
@@ -110,6 +111,12 @@ pub struct HelloReply {
     pub view: View,
     /// The highest epoch that the member has accepted.
     pub epoch: Epoch,
+    /// How far the member's store has come.
+    pub position: Position,
+    /// What the member remembers of all members.
+    pub attested: Attested,
+    /// Whether the last client detached with everything complete and flushed.
+    pub clean_detach: bool,
 }
 
 impl HelloReply {
@@ -128,6 +135,7 @@ impl HelloReply {
         e.u8(self.member.as_u8()).u8(self.write_through.into());
         e.uuid(self.host_boot.as_bytes()).uuid(self.process_boot.as_bytes());
         e.view(&self.view).spec(&self.spec).u64(self.epoch.0);
+        e.position(&self.position).attested(&self.attested).u8(self.clean_detach.into());
         e.finish()
     }
 
@@ -144,7 +152,11 @@ impl HelloReply {
             || !(1..=MAX_SLOTS).contains(&limits.slots)
             || limits.max_bytes < limits.max_io
         {
-            return Err(d.value_error(format!("limits {limits:?}")));
+            return Err(d.value_error(format!(
+                "limits of {} bytes a message, {} slots, {} bytes in flight: expected 4096 to {MAX_IO}, 1 to {MAX_SLOTS}, and no less \
+                 in flight than in a message",
+                limits.max_io, limits.slots, limits.max_bytes
+            )));
         }
         let member = d.member()?;
         let write_through = d.u8()? != 0;
@@ -155,6 +167,7 @@ impl HelloReply {
             return Err(d.value_error(format!("member {member} is not in its own specification")));
         }
         let epoch = Epoch(d.number()?);
+        let (position, attested, clean_detach) = (d.position()?, d.attested()?, d.u8()? != 0);
         d.finish()?;
         Ok(Self {
             version,
@@ -167,6 +180,9 @@ impl HelloReply {
             spec,
             view,
             epoch,
+            position,
+            attested,
+            clean_detach,
         })
     }
 }
@@ -185,6 +201,8 @@ pub struct Attach {
     pub yields: bool,
     /// Who the client is, in words for operators; named to whoever is refused because of it.
     pub description: String,
+    /// For how long the client has had the pool, in milliseconds: more than nothing where it comes back to a member.
+    pub held_ms: u64,
 }
 
 impl Attach {
@@ -196,7 +214,8 @@ impl Attach {
             .u8(self.takeover.into())
             .u8(self.rejoin.into())
             .u8(self.yields.into())
-            .text(&self.description);
+            .text(&self.description)
+            .u64(self.held_ms);
         e.finish()
     }
 
@@ -208,7 +227,7 @@ impl Attach {
         let mut d = Decoder::new(Kind::Attach, body);
         let client = ClientId::from_bytes(d.uuid()?);
         let (takeover, rejoin, yields) = (d.u8()? != 0, d.u8()? != 0, d.u8()? != 0);
-        let attach = Self { client, takeover, rejoin, yields, description: d.text()? };
+        let attach = Self { client, takeover, rejoin, yields, description: d.text()?, held_ms: d.u64()? };
         d.finish()?;
         Ok(attach)
     }
@@ -248,6 +267,13 @@ pub struct AttachReply {
     pub tables_lost: bool,
     /// Runs of chunks, as `(first, count)`, that may hold writes which are not complete everywhere or not durable here.
     pub intents: Vec<(Chunk, u64)>,
+    /// How far the member's store had come before this attach.
+    pub position: Position,
+    /// What the member remembers of all members.
+    pub attested: Attested,
+    /// The disk failed a flush, and no later attachment is known to have dealt with that: what the member had answered and not
+    /// flushed may be gone.
+    pub flush_failed: bool,
 }
 
 impl AttachReply {
@@ -270,6 +296,8 @@ impl AttachReply {
         for (first, count) in &self.intents {
             e.u64(first.0).u64(*count);
         }
+        e.position(&self.position).attested(&self.attested);
+        e.u8(self.flush_failed.into());
         e.finish()
     }
 
@@ -309,8 +337,22 @@ impl AttachReply {
         for _ in 0..count {
             intents.push((Chunk(d.u64()?), d.u64()?));
         }
+        let (position, attested) = (d.position()?, d.attested()?);
+        let flush_failed = d.u8()? != 0;
         d.finish()?;
-        Ok(Self { view, spec, last_client, clean_detach, slots, watermark, tables_lost, intents })
+        Ok(Self {
+            view,
+            spec,
+            last_client,
+            clean_detach,
+            slots,
+            watermark,
+            tables_lost,
+            intents,
+            position,
+            attested,
+            flush_failed,
+        })
     }
 }
 
@@ -336,6 +378,8 @@ pub struct SetView {
     pub additions: Vec<DirtyAddition>,
     /// More additions follow in another message of the same view, which alone is answered.
     pub more: bool,
+    /// What is remembered of the members of the view.
+    pub attested: Attested,
 }
 
 impl SetView {
@@ -351,6 +395,7 @@ impl SetView {
         for addition in &self.additions {
             e.u8(addition.members.0).u64(addition.offset).u64(addition.length);
         }
+        e.attested(&self.attested);
         e.finish()
     }
 
@@ -375,9 +420,29 @@ impl SetView {
             }
             additions.push(DirtyAddition { members, offset, length });
         }
+        let attested = d.attested()?;
         d.finish()?;
-        Ok(Self { view, spec, additions, more })
+        Ok(Self { view, spec, additions, more, attested })
     }
+}
+
+/// Body of [`Kind::Mark`] and [`Kind::Detach`]: what is remembered of the members of the pool.
+#[must_use]
+pub fn encode_attested(attested: &Attested) -> Vec<u8> {
+    let mut e = Encoder::default();
+    e.attested(attested);
+    e.finish()
+}
+
+/// Reads the body of a message of `kind` that [`encode_attested`] made.
+///
+/// # Errors
+/// When the bytes are no such body.
+pub fn decode_attested(kind: Kind, body: &[u8]) -> Result<Attested, WireError> {
+    let mut d = Decoder::new(kind, body);
+    let attested = d.attested()?;
+    d.finish()?;
+    Ok(attested)
 }
 
 /// Body of [`Kind::Prepare`].
@@ -387,6 +452,9 @@ pub struct Prepare {
     pub source: MemberId,
     /// Where its node listens.
     pub address: Address,
+    /// The pool as it is in the committed view; it has the source at that address. The receiver may have been away while
+    /// the pool changed.
+    pub spec: PoolSpec,
 }
 
 impl Prepare {
@@ -394,20 +462,26 @@ impl Prepare {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut e = Encoder::default();
-        e.u8(self.source.as_u8()).text(&self.address.to_string());
+        e.u8(self.source.as_u8()).text(&self.address.to_string()).spec(&self.spec);
         e.finish()
     }
 
     /// Reads the body.
     ///
     /// # Errors
-    /// When the bytes are no such body.
+    /// When the bytes are no such body, or the specification does not have the source at the address.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::Prepare, body);
         let source = d.member()?;
         let address = d.text()?.parse().map_err(|e| d.value_error(e))?;
+        let spec = d.spec()?;
+        if spec.member(source).is_none_or(|m| m.address != address) {
+            return Err(
+                d.value_error(format!("the specification does not have member {source} at {address}"))
+            );
+        }
         d.finish()?;
-        Ok(Self { source, address })
+        Ok(Self { source, address, spec })
     }
 }
 
@@ -514,9 +588,24 @@ impl PullReply {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pool::{ChunkSize, MAX_NUMBER, MemberSpec, PoolId, ViewNumber};
+    use crate::pool::{ChunkSize, MAX_NUMBER, Mark, MemberSpec, PoolId, ViewNumber};
     use crate::wire::MAX_BODY;
     use proptest::prelude::*;
+
+    fn attested_positions() -> Attested {
+        let mut attested = Attested::default();
+        attested.regressed = MemberSet(4);
+        for member in MemberId::all().skip(1) {
+            let position = Position {
+                epoch: Epoch(9),
+                view_epoch: Epoch(8),
+                view: ViewNumber(7),
+                mark: Mark(6 + u64::from(member.as_u8())),
+            };
+            attested.note(member, &position);
+        }
+        attested
+    }
 
     fn spec() -> PoolSpec {
         let member = |id, port| {
@@ -575,6 +664,9 @@ mod tests {
             view: View::initial(stores(&pool)),
             spec: pool.clone(),
             epoch: Epoch(4),
+            position: Position { epoch: Epoch(4), ..Position::default() },
+            attested: attested_positions(),
+            clean_detach: true,
         };
         check(&reply, reply.encode(), HelloReply::decode);
         let attach = Attach {
@@ -583,6 +675,7 @@ mod tests {
             rejoin: true,
             yields: true,
             description: "x".into(),
+            held_ms: 7,
         };
         check(&attach, attach.encode(), Attach::decode);
         let entry =
@@ -596,13 +689,31 @@ mod tests {
             watermark: Sequence(4),
             tables_lost: true,
             intents: vec![(Chunk(3), 2)],
+            position: attested_positions().of(MemberId::new(1).unwrap()).to_owned(),
+            attested: attested_positions(),
+            flush_failed: true,
         };
         check(&attached, attached.encode(), AttachReply::decode);
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
-        let set = SetView { view, spec: pool, additions: vec![addition], more: true };
+        let set = SetView {
+            view,
+            spec: pool.clone(),
+            additions: vec![addition],
+            more: true,
+            attested: attested_positions(),
+        };
         check(&set, set.encode(), SetView::decode);
-        let prepare = Prepare { source: MemberId::new(2).unwrap(), address: Address::tcp("node-c", 7700) };
+        let (source, address) = (MemberId::new(3).unwrap(), pool.members[1].address.clone());
+        let prepare = Prepare { source, address, spec: pool };
         check(&prepare, prepare.encode(), Prepare::decode);
+        for wrong in [
+            Prepare { source: MemberId::new(2).unwrap(), ..prepare.clone() },
+            Prepare { address: Address::tcp("elsewhere", 2), ..prepare },
+        ] {
+            assert!(Prepare::decode(&wrong.encode()).is_err(), "{wrong:?}");
+        }
+        let known = attested_positions();
+        check(&known, encode_attested(&known), |b| decode_attested(Kind::Mark, b));
         let member = MemberId::new(1).unwrap();
         let list = ChunkList { member, blocks_left: 7, chunks: vec![Chunk(1), Chunk(1 << 40)] };
         check(&list, list.encode(), |b| ChunkList::decode(Kind::ChunksDone, b));
@@ -628,6 +739,9 @@ mod tests {
             watermark: Sequence(0),
             tables_lost: false,
             intents: Vec::new(),
+            position: Position::default(),
+            attested: Attested::default(),
+            flush_failed: false,
         };
         let is_read = |reply: &AttachReply| AttachReply::decode(&reply.encode()).is_ok();
         let with = |entry| AttachReply { slots: vec![entry], ..reply.clone() };
@@ -660,6 +774,7 @@ mod tests {
             spec,
             additions: vec![addition; SetView::MAX_ADDITIONS],
             more: false,
+            attested: attested_positions(),
         };
         assert!(set.encode().len() <= MAX_BODY as usize);
     }
@@ -675,6 +790,7 @@ mod tests {
             let _ = Prepare::decode(&bytes);
             let _ = ChunkList::decode(Kind::ClearDirty, &bytes);
             let _ = PullReply::decode(&bytes);
+            let _ = decode_attested(Kind::Mark, &bytes);
         }
     }
 }

@@ -3,8 +3,8 @@
 
 use super::{Kind, MAX_BODY, MAX_TEXT, WireError};
 use crate::pool::{
-    Address, ChunkSize, Epoch, MAX_MEMBERS, MAX_NUMBER, MemberId, MemberSpec, MemberState, MemberView,
-    PoolId, PoolSpec, StoreId, View, ViewNumber,
+    Address, Attested, ChunkSize, Epoch, MAX_MEMBERS, MAX_NUMBER, Mark, MemberId, MemberSet, MemberSpec,
+    MemberState, MemberView, PoolId, PoolSpec, Position, StoreId, View, ViewNumber,
 };
 
 /// Appends little-endian fields to a body.
@@ -76,6 +76,21 @@ impl Encoder {
         for member in &spec.members {
             self.u8(member.id.as_u8()).u8(member.maintenance.into()).uuid(member.store.as_bytes());
             self.text(&member.address.to_string());
+        }
+        self
+    }
+
+    /// Appends a position.
+    pub fn position(&mut self, position: &Position) -> &mut Self {
+        self.u64(position.epoch.0).u64(position.view_epoch.0).u64(position.view.0).u64(position.mark.0)
+    }
+
+    /// Appends what is remembered of the members of a pool, those of which nothing is left out.
+    pub fn attested(&mut self, attested: &Attested) -> &mut Self {
+        let known = || MemberId::all().filter(|m| *attested.of(*m) != Position::default());
+        self.u8(attested.regressed.0).u8(known().collect::<MemberSet>().0);
+        for member in known() {
+            self.position(attested.of(member));
         }
         self
     }
@@ -241,6 +256,36 @@ impl<'a> Decoder<'a> {
         let view = View { number, epoch, members };
         view.validate().map_err(|e| self.value_error(e))?;
         Ok(view)
+    }
+
+    /// Takes a position.
+    ///
+    /// # Errors
+    /// At the end of the body, or when a number is above [`MAX_NUMBER`].
+    pub fn position(&mut self) -> Result<Position, WireError> {
+        Ok(Position {
+            epoch: Epoch(self.number()?),
+            view_epoch: Epoch(self.number()?),
+            view: ViewNumber(self.number()?),
+            mark: Mark(self.number()?),
+        })
+    }
+
+    /// Takes what is remembered of the members of a pool.
+    ///
+    /// # Errors
+    /// At the end of the body, or when a number is above [`MAX_NUMBER`].
+    pub fn attested(&mut self) -> Result<Attested, WireError> {
+        let mut attested = Attested::default();
+        attested.regressed = MemberSet(self.u8()?);
+        for member in MemberSet(self.u8()?).iter() {
+            let position = self.position()?;
+            if position == Position::default() {
+                return Err(self.value_error(format!("member {member} is listed with an empty position")));
+            }
+            attested.note(member, &position);
+        }
+        Ok(attested)
     }
 
     /// Takes a view and the specification that goes with it.

@@ -1,4 +1,4 @@
-//! Message set version 1: fixed little-endian headers, bodies of control messages, and the TCP frame.
+//! Message set version 2: fixed little-endian headers, bodies of control messages, and the TCP frame.
 //!
 //! `docs/protocol.md` describes every byte; this module is its implementation and does no I/O. Whatever comes from a
 //! peer is checked here once, and is a Rust type with valid values afterwards.
@@ -13,7 +13,7 @@ mod verify;
 pub use auth::{Challenge, MAX_PROOFS, NONCE_SIZE, PROOF_SIZE, Proof};
 pub use body::{
     Attach, AttachReply, ChunkList, DirtyAddition, Hello, HelloReply, Limits, Prepare, PullReply, Role,
-    SetView, SlotEntry,
+    SetView, SlotEntry, decode_attested, encode_attested,
 };
 pub use codec::{Decoder, Encoder};
 pub use frame::{
@@ -25,11 +25,13 @@ pub use verify::{Compare, CompareReply, DigestReply, MAX_COMPARE, block_digest, 
 use thiserror::Error;
 
 /// The protocol version of this build, and the only one it speaks.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// Largest body of a control message in bytes; longer ones are refused before any memory is set aside.
 pub const MAX_BODY: u32 = 1 << 20;
 /// Largest data payload of one message in bytes. Larger requests are split by the client.
 pub const MAX_IO: u32 = 1 << 20;
+/// Longest range of one Discard or WriteZeroes in bytes. Larger requests are split by the client.
+pub const MAX_RANGE: u32 = 64 << 20;
 /// Most request slots of one client session, and so the length of a node's slot table.
 pub const MAX_SLOTS: u16 = 1024;
 /// Longest text (a holder's name, the words of a refusal) in bytes.

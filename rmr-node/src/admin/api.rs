@@ -9,7 +9,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rmr_common::pool::{Address, ClientId, MemberId, PoolId, PoolSpec, StoreId, View};
+use rmr_common::pool::{
+    Address, Attested, ClientId, MemberId, MemberState, PoolId, PoolSpec, Position, StoreId, View,
+};
 use rmr_common::transport::Counters;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -285,9 +287,24 @@ pub struct PoolStatus {
     /// What whoever connects to this member has to prove.
     #[serde(default)]
     pub authentication: Authentication,
+    /// Numbers of the keys of the pool on this node, the newest first: equal numbers are equal keys.
+    #[serde(default)]
+    pub key_fingerprints: Vec<String>,
     /// The size up to which the pool can grow in this store.
     #[serde(default)]
     pub max_size_bytes: Option<u64>,
+    /// How far the store has come, and what it remembers of the others.
+    #[serde(default)]
+    pub history: HistoryStatus,
+}
+
+/// How far a store has come in the history of its pool, and what it remembers of all members.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct HistoryStatus {
+    /// Its own position.
+    pub position: Position,
+    /// The position that each member is known to have reached, by member id, and which of them went back since.
+    pub attested: Attested,
 }
 
 impl PoolStatus {
@@ -295,6 +312,13 @@ impl PoolStatus {
     #[must_use]
     pub const fn is_prepared(&self) -> bool {
         self.view.number.0 == 0
+    }
+
+    /// Whether the store went back in time, as a client found, and is not copied over yet.
+    #[must_use]
+    pub fn is_regressed(&self) -> bool {
+        self.history.attested.regressed.contains(self.member)
+            && self.view.state(self.member) != Some(MemberState::Clean)
     }
 }
 
@@ -327,7 +351,7 @@ pub struct ClientStatus {
     pub address: String,
     /// Attached now, or lost.
     pub state: ClientState,
-    /// When it attached to this member; absent when that was before the node was started.
+    /// Since when it has the pool, as it told this member when it attached; absent when that was before the node was started.
     pub attached_unix_ms: Option<UnixMs>,
 }
 
@@ -535,6 +559,8 @@ pub struct StoreDeleted {
 pub enum ErrorCode {
     /// The request is malformed or breaks a limit.
     Invalid,
+    /// The configuration of the node does not allow it.
+    Forbidden,
     /// There is no such route, pool or store.
     NotFound,
     /// The route exists, but not with this method.
@@ -568,6 +594,7 @@ impl ErrorCode {
     pub const fn http_status(self) -> u16 {
         match self {
             Self::Invalid => 400,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::Method => 405,
             Self::Exists | Self::InUse | Self::HoldsData => 409,
@@ -601,7 +628,9 @@ impl ControlError {
 impl From<StoreError> for ControlError {
     fn from(error: StoreError) -> Self {
         let code = match &error {
-            StoreError::Occupied { .. } | StoreError::FileHasData(_) => ErrorCode::HoldsData,
+            StoreError::Occupied { .. } | StoreError::FileHasData(_) | StoreError::HasData { .. } => {
+                ErrorCode::HoldsData
+            }
             StoreError::Busy { .. } => ErrorCode::InUse,
             StoreError::TooSmall { .. } | StoreError::NoMapRoom { .. } => ErrorCode::NoSpace,
             StoreError::Io { source, .. } => match source.kind() {
@@ -618,6 +647,7 @@ impl From<StoreError> for ControlError {
             | StoreError::NoSuperblock { .. }
             | StoreError::NewerFormat { .. }
             | StoreError::TwoStores(_)
+            | StoreError::EpochNotLower { .. }
             | StoreError::WrongPool { .. } => ErrorCode::Invalid,
         };
         Self::new(code, error.to_string())

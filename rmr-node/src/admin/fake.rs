@@ -12,11 +12,11 @@ use rmr_common::pool::{
 };
 
 use super::api::{
-    ClientState, ClientStatus, ControlError, CreateStore, DeleteStore, ErrorCode, IoCounters, LeftOut,
-    LinkState, Missed, NodeInfo, OpenStore, PeerStatus, PoolKey, PoolStatus, StoreChanged, StoreCreated,
-    StoreList, StoreName, StoreState, UnixMs,
+    ClientState, ClientStatus, ControlError, CreateStore, DeleteStore, ErrorCode, HistoryStatus, IoCounters,
+    LeftOut, LinkState, Missed, NodeInfo, OpenStore, PeerStatus, PoolKey, PoolStatus, StoreChanged,
+    StoreCreated, StoreList, StoreName, StoreState, UnixMs,
 };
-use super::{AdminLimits, AdminServer, NodeControl, Reply};
+use super::{AdminLimits, AdminServer, HostNames, NodeControl, Reply};
 
 /// A member id that the test knows to be valid.
 pub(crate) fn member(index: u8) -> MemberId {
@@ -139,7 +139,9 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
         latency: None,
         resync: None,
         authentication: crate::admin::api::Authentication::None,
+        key_fingerprints: Vec::new(),
         max_size_bytes: Some(8 * request.spec.size),
+        history: HistoryStatus::default(),
     }
 }
 
@@ -306,7 +308,7 @@ impl FakeNode {
         // On a host of this process alone: nobody else gets the port when the server has ended.
         let [_, high, middle, low] = std::process::id().to_be_bytes();
         let any = SocketAddr::from(([127, 64 | high, middle, low], 0));
-        let server = AdminServer::start(any, limits(), control.clone()).unwrap();
+        let server = AdminServer::start(any, limits(), HostNames::default(), control.clone()).unwrap();
         Self { server, control, state }
     }
 

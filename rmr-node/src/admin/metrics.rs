@@ -106,7 +106,13 @@ impl Page {
 
     fn stores(&mut self, pools: &[PoolStatus]) {
         type Value = fn(&PoolStatus) -> Option<u64>;
-        let families: [(&str, &str, &str, Value); 27] = [
+        let families: [(&str, &str, &str, Value); 28] = [
+            (
+                "rmr_store_regressed",
+                "gauge",
+                "1 while a store that went back in time is not copied over.",
+                |p| Some(u64::from(p.is_regressed())),
+            ),
             ("rmr_pool_size_bytes", "gauge", "Size of the pool.", |p| Some(p.spec.size)),
             ("rmr_store_serving", "gauge", "1 if the store serves, 0 if it waits or failed.", |p| {
                 Some(u64::from(p.store_state == StoreState::Serving))

@@ -4,8 +4,10 @@
 //! server asks the service; [`AdminServer`] serves it within fixed limits; [`metrics`] writes the Prometheus page.
 
 pub mod api;
+mod connections;
 #[cfg(test)]
 pub(crate) mod fake;
+mod hosts;
 pub mod metrics;
 mod routes;
 mod server;
@@ -20,6 +22,7 @@ use std::pin::Pin;
 use rmr_common::pool::{Command, CommandReply, StoreId};
 use tokio::sync::oneshot;
 
+pub use hosts::HostNames;
 pub use server::{AdminLimits, AdminServer};
 
 use api::{

@@ -31,7 +31,8 @@ Examples:
   RMR_NODES=node-a,node-b rmrctl pool list --json
 
 Exit codes: 0 done (status: every copy current), 1 failed, 2 wrong usage,
-  3 status: degraded, 4 status: suspended or unknown, 5 verify: copies differ";
+  3 status: degraded, 4 status: suspended or unknown, 5 verify: copies differ,
+  6 status: every pool that was seen is safe, but a node did not answer";
 
 const CREATE_EXAMPLES: &str = "\
 Examples:
@@ -47,7 +48,8 @@ Examples:
   rmrctl --node node-a --node node-b status vm-1 --watch 5
 
 Name every node that holds a member: a pool is SAFE only when all its copies were seen.
-Exit codes: 0 every copy current, 3 degraded, 4 suspended or unknown (the worst pool counts)";
+Exit codes: 0 every copy current, 3 degraded, 4 suspended or unknown (the worst pool counts),
+  6 every pool that was seen is safe, but a node did not answer";
 
 const ADD_EXAMPLES: &str = "\
 Examples:

@@ -5,12 +5,16 @@
 
 use std::collections::BTreeSet;
 
-use rmr_common::pool::{MemberAddress, MemberId, MemberSet, MemberState, PoolSpec, StoreId, View};
+use rmr_common::pool::{
+    Attested, MemberAddress, MemberId, MemberSet, MemberState, PoolSpec, Position, StoreId, View,
+};
 use serde::Serialize;
 
+use super::advice::Advice;
 use super::format;
 use crate::admin::api::{
-    ClientState, ClientStatus, LeftOut, PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
+    Authentication, ClientState, ClientStatus, LeftOut, PoolStatus, ResyncState, ResyncStatus, StoreState,
+    UnixMs,
 };
 
 /// One pool, as all nodes that answered see it.
@@ -30,6 +34,8 @@ pub struct Picture {
     pub left_out: Vec<(String, LeftOut)>,
     /// Members whose nodes are at other addresses than the pool knows.
     pub moved: Vec<MemberAddress>,
+    /// How to call `rmrctl` for this pool.
+    pub advice: Advice,
 }
 
 impl Picture {
@@ -178,6 +184,7 @@ fn picture(statuses: &[PoolStatus]) -> Picture {
         reports,
         left_out: Vec::new(),
         moved: Vec::new(),
+        advice: Advice::for_pool(&highest.spec.name),
     }
 }
 
@@ -187,8 +194,10 @@ fn picture(statuses: &[PoolStatus]) -> Picture {
 /// |-----------------------------------------------|-----------|
 /// | two nodes disagree on it                      | Unknown   |
 /// | a member that is Clean in v\* was not seen    | Unknown: a newer view could be there (design.md §4) |
-/// | all Clean members seen, none of them serves   | Suspended |
-/// | all members Clean, serving, and have v\*      | Safe      |
+/// | all Clean members seen, none of them serves   | Suspended: one whose store went back in time does not serve |
+/// | none of these lets a client in, none attached | Suspended |
+/// | all members Clean, serving, and have v\*, and |           |
+/// | their nodes have a key in common, or no keys  | Safe      |
 /// | otherwise                                     | Degraded  |
 #[must_use]
 pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment {
@@ -198,15 +207,25 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
         picture.reports.iter().filter(|r| r.store_state == StoreState::Serving).map(|r| r.member).collect();
     let behind: MemberSet =
         picture.reports.iter().filter(|r| r.view.order() < picture.view.order()).map(|r| r.member).collect();
-    let (unseen_clean, current) = (clean.without(seen), clean.intersection(serving));
+    let regressed = regressed(picture);
+    let back = regressed.iter().map(|(member, ..)| *member).collect();
+    let (unseen_clean, current) = (clean.without(seen), clean.intersection(serving).without(back));
     let members: Vec<_> = picture.view.members.iter().map(|m| member_line(picture, m.id, m.state)).collect();
     let copies = members.len();
 
+    let keys = KeyTrouble::of(picture);
+    let held = picture.reports.iter().any(|r| {
+        picture.view.active().contains(r.member)
+            && r.client.as_ref().is_some_and(|c| c.state == ClientState::Attached)
+    });
     let level = if picture.contradiction.is_some() || !unseen_clean.is_empty() {
         Level::Unknown
-    } else if current.is_empty() {
+    } else if current.is_empty() || current.without(keys.unusable).is_empty() && !held {
         Level::Suspended
-    } else if usize::try_from(current.len()) == Ok(copies) && clean.intersection(behind).is_empty() {
+    } else if keys.words.is_empty()
+        && usize::try_from(current.len()) == Ok(copies)
+        && clean.intersection(behind).is_empty()
+    {
         Level::Safe
     } else {
         Level::Degraded
@@ -215,11 +234,16 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     let mut parts = vec![match (level, &picture.contradiction) {
         (Level::Unknown, Some(text)) => text.clone(),
         (Level::Unknown, None) => unknown_words(&members, unseen_clean, clean, all_answered),
-        (Level::Suspended, _) => "no current copy can serve".to_owned(),
-        (Level::Safe, _) if copies == 1 => "1 of 1 copies current (this pool has no second copy)".to_owned(),
+        (Level::Suspended, _) if current.is_empty() => "no current copy can serve".to_owned(),
+        (Level::Suspended, _) => "no client is let in by any current copy".to_owned(),
+        (Level::Safe, _) if copies == 1 => {
+            "1 of 1 copies current, one copy only: the data is lost with its disk".to_owned()
+        }
         (Level::Safe | Level::Degraded, _) => format!("{} of {copies} copies current", current.len()),
     }];
     parts.extend(members.iter().filter_map(|m| member_words(m, now)));
+    parts.extend(regressed.iter().map(|found| regressed_words(&members, found)));
+    parts.extend(keys.words.iter().cloned());
     let late = clean.intersection(behind);
     if level == Level::Degraded && !late.is_empty() {
         parts.push(format!("view {} is not agreed yet: {} still below it", picture.view.number, names(late)));
@@ -227,11 +251,12 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     // A member that is Out may tell of a client that has left long ago.
     let active = picture.view.active();
     let told = picture.reports.iter().filter(|r| active.contains(r.member));
-    let client = told.filter_map(|r| r.client.clone()).max_by_key(|c| c.attached_unix_ms);
+    let client = holder(told.filter_map(|r| r.client.as_ref()));
     Assessment {
         level,
         planned: level == Level::Degraded
             && late.is_empty()
+            && keys.words.is_empty()
             && members
                 .iter()
                 .all(|m| m.maintenance || m.state == MemberState::Clean && current.contains(m.member)),
@@ -241,6 +266,85 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
         notes: notes(picture, &members),
         members,
         client,
+    }
+}
+
+/// The members whose store shows less than another one knows that it had, and is not on record as stale for it yet: what it had,
+/// and what it shows.
+fn regressed(picture: &Picture) -> Vec<(MemberId, Position, Position)> {
+    let mut known = Attested::default();
+    for report in &picture.reports {
+        known.merge(&picture.view, &report.history.attested, &report.view);
+    }
+    let shown = picture.reports.iter().map(|r| (r.member, *known.of(r.member), r.history.position));
+    let is_told = |m: MemberId| {
+        known.regressed.contains(m) && picture.view.state(m).is_some_and(|s| s != MemberState::Clean)
+    };
+    shown.filter(|(m, known, shown)| shown.is_behind(known) && !is_told(*m)).collect()
+}
+
+fn regressed_words(members: &[MemberLine], (id, known, shown): &(MemberId, Position, Position)) -> String {
+    let line = members.iter().find(|m| m.member == *id);
+    let node = line.map(|m| m.node.as_ref().unwrap_or(&m.address).clone()).unwrap_or_default();
+    format!(
+        "the store of member {id} ({node}) went back in time (restored from a copy or a snapshot?): it was at {known} and shows \
+         {shown}; put the right store back, or it is copied over in full when a client attaches"
+    )
+}
+
+/// The client that holds the pool. Each member tells since when the client has it, as the client said when it attached there;
+/// where that differs, as clocks do, the first of these moments counts.
+fn holder<'a>(told: impl Iterator<Item = &'a ClientStatus> + Clone) -> Option<ClientStatus> {
+    let latest = told.clone().max_by_key(|c| (c.state == ClientState::Attached, c.attached_unix_ms))?;
+    let of_it = told.filter(|c| c.id == latest.id);
+    Some(ClientStatus { attached_unix_ms: of_it.filter_map(|c| c.attached_unix_ms).min(), ..latest.clone() })
+}
+
+/// What stands against a client being let in by every member.
+struct KeyTrouble {
+    /// Members that let nobody in.
+    unusable: MemberSet,
+    /// All of it in words.
+    words: Vec<String>,
+}
+
+impl KeyTrouble {
+    fn of(picture: &Picture) -> Self {
+        let name = |r: &PoolStatus| format!("member {} ({})", r.member, format::plain(&r.node));
+        let (mut unusable, mut words) = (MemberSet::default(), Vec::new());
+        // How many members let a client in that has this key, or none.
+        let mut admits: Vec<(Option<&str>, usize)> = Vec::new();
+        let mut note = |key| match admits.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, count)) => *count += 1,
+            None => admits.push((key, 1)),
+        };
+        let mut told = Vec::new();
+        for report in &picture.reports {
+            match (&report.authentication, &report.key_fingerprints[..]) {
+                (Authentication::Unusable { reason }, _) => {
+                    unusable.insert(report.member);
+                    words.push(format!("{} lets nobody in: {}", name(report), format::plain(reason)));
+                    continue;
+                }
+                (Authentication::None, _) => {
+                    note(None);
+                    told.push(format!("{} has no key", name(report)));
+                }
+                // A node that does not tell which keys it has.
+                (Authentication::Key | Authentication::Rotating, []) => continue,
+                (Authentication::Key | Authentication::Rotating, keys) => {
+                    keys.iter().for_each(|key| note(Some(key)));
+                    told.push(format!("{} has {}", name(report), format::plain(&keys.join(" and "))));
+                }
+            }
+        }
+        if !told.is_empty() && admits.iter().all(|(_, count)| *count < told.len()) {
+            words.push(format!(
+                "the nodes have different keys, so that no client is let in by all: {}",
+                told.join(", ")
+            ));
+        }
+        Self { unusable, words }
     }
 }
 
@@ -270,6 +374,8 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
             None => Leg::Unseen,
             Some(None) => Leg::None,
             Some(Some(ClientState::Attached)) => Leg::Up,
+            // A member that was taken out does not hear how its client left.
+            Some(Some(ClientState::Crashed)) if state == MemberState::Out => Leg::None,
             Some(Some(ClientState::Crashed)) => Leg::Lost,
         },
         store_state: own.map(|r| r.store_state.clone()),
@@ -398,19 +504,20 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
             holders.len()
         ));
     }
-    let name = &picture.spec.name;
     for line in members.iter().filter(|l| l.maintenance) {
         notes.push(format!(
-            "member {0} stays out until its maintenance is over: rmrctl pool maintenance {name} {0} off",
-            line.member
+            "member {} stays out until its maintenance is over: {}",
+            line.member,
+            picture.advice.maintenance_off(line.member)
         ));
     }
     let waits = |l: &&MemberLine| l.state == MemberState::Out && !l.maintenance && l.store_state.is_some();
     let waiting: MemberSet = members.iter().filter(waits).map(|l| l.member).collect();
     if !waiting.is_empty() && up.is_empty() {
         notes.push(format!(
-            "{} will be brought up to date when a client is attached, or by: rmrctl pool resync {name}",
-            names(waiting)
+            "{} will be brought up to date when a client is attached, or by: {}",
+            names(waiting),
+            picture.advice.resync()
         ));
     }
     let smaller = picture.reports.iter().filter(|r| r.spec.size < picture.spec.size);
@@ -424,8 +531,10 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
     for new in &picture.moved {
         let old = picture.spec.member(new.member).map(|m| m.address.to_string()).unwrap_or_default();
         notes.push(format!(
-            "the node of member {} is at {}, and the pool has {old}: rmrctl member address {name}",
-            new.member, new.address
+            "the node of member {} is at {}, and the pool has {old}: {}",
+            new.member,
+            new.address,
+            picture.advice.member_address()
         ));
     }
     let is_member =
@@ -456,7 +565,7 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use rmr_common::pool::Epoch;
+    use rmr_common::pool::{Epoch, Mark};
 
     use super::*;
     use crate::admin::api::Missed;
@@ -485,6 +594,35 @@ mod tests {
 
     fn headline(statuses: Vec<PoolStatus>) -> String {
         assess(&one(statuses), true, NOW).headline
+    }
+
+    #[test]
+    fn a_store_that_went_back_in_time_is_not_current_whatever_the_view_says() {
+        use MemberState::{Clean, Out};
+        let position =
+            |epoch, mark| Position { epoch: Epoch(epoch), mark: Mark(mark), ..Position::default() };
+        let mut pool = statuses(&[Clean, Clean]);
+        for status in &mut pool {
+            status.history.position = position(3, 7);
+            status.history.attested.note(member(0), &position(3, 7));
+            status.history.attested.note(member(1), &position(3, 7));
+        }
+        assert!(headline(pool.clone()).starts_with("SAFE"));
+        pool[0].history.position = position(2, 7);
+        let words = headline(pool.clone());
+        assert!(words.starts_with("DEGRADED: 1 of 2 copies current"), "{words}");
+        assert!(words.contains("the store of member 0 (n0) went back in time"), "{words}");
+        // Nor does the last one serve.
+        let mut alone = pool.clone();
+        alone.iter_mut().for_each(|s| set_state(s, 1, Out));
+        assert!(headline(alone).starts_with("SUSPENDED"));
+        // A client has dealt with it: it is Out, and all of it on record.
+        for status in &mut pool {
+            set_state(status, 0, Out);
+            status.history.attested.regressed = MemberSet::only(member(0));
+        }
+        let words = headline(pool);
+        assert!(words.starts_with("DEGRADED") && !words.contains("went back"), "{words}");
     }
 
     #[test]
@@ -539,7 +677,7 @@ mod tests {
         assert_eq!(headline(statuses(&[Clean, Clean])), "SAFE: 2 of 2 copies current");
         assert_eq!(
             headline(statuses(&[Clean])),
-            "SAFE: 1 of 1 copies current (this pool has no second copy)"
+            "SAFE: 1 of 1 copies current, one copy only: the data is lost with its disk"
         );
 
         let mut lost = statuses(&[Clean, Out]);
@@ -680,10 +818,67 @@ mod tests {
     }
 
     #[test]
+    fn a_pool_whose_nodes_let_no_client_in_everywhere_is_not_safe() {
+        use Authentication::{Key, None, Rotating};
+        let unusable = || Authentication::Unusable { reason: "mode 0644".into() };
+        let table = [
+            ((None, &[][..]), (None, &[][..]), Level::Safe),
+            ((Key, &["a"][..]), (Key, &["a"][..]), Level::Safe),
+            ((Rotating, &["b", "a"]), (Key, &["a"]), Level::Safe),
+            ((Rotating, &["b", "a"]), (Key, &["b"]), Level::Safe),
+            ((Key, &["a"]), (Key, &["b"]), Level::Degraded),
+            ((Rotating, &["b", "a"]), (Key, &["c"]), Level::Degraded),
+            ((Key, &["a"]), (None, &[]), Level::Degraded),
+            // A node of an older version.
+            ((Key, &[]), (Key, &["a"]), Level::Safe),
+            ((Key, &["a"]), (unusable(), &[]), Level::Degraded),
+            ((unusable(), &[]), (unusable(), &[]), Level::Suspended),
+        ];
+        for (first, second, level) in table {
+            let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+            for (status, (state, keys)) in found.iter_mut().zip([&first, &second]) {
+                status.authentication = state.clone();
+                status.key_fingerprints = keys.iter().map(|&key| key.to_owned()).collect();
+            }
+            let a = assess(&one(found.clone()), true, NOW);
+            assert_eq!(a.level, level, "{first:?} {second:?}: {}", a.headline);
+            assert!(!a.planned);
+            // Who is in stays in.
+            found[0].client = Some(client(5));
+            let held = assess(&one(found), true, NOW).level;
+            assert_eq!(held == Level::Safe, level == Level::Safe, "{first:?} {second:?}");
+            assert_ne!(held, Level::Suspended);
+        }
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found[0].authentication = Key;
+        found[0].key_fingerprints = vec!["01ff".into()];
+        assert_eq!(
+            headline(found),
+            "DEGRADED: 2 of 2 copies current; the nodes have different keys, so that no client is let in by all: \
+             member 0 (n0) has 01ff, member 1 (n1) has no key"
+        );
+    }
+
+    #[test]
+    fn a_client_that_a_member_out_of_the_view_lost_is_no_loss() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Out]);
+        found[1].client = Some(ClientStatus { state: ClientState::Crashed, ..client(5) });
+        let a = assess(&one(found.clone()), true, NOW);
+        assert_eq!((a.members[1].leg, a.client), (Leg::None, None));
+        assert!(!a.notes.iter().any(|note| note.contains("lost")), "{:?}", a.notes);
+        // Where it is not out, it is one.
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found[1].client = Some(ClientStatus { state: ClientState::Crashed, ..client(5) });
+        let a = assess(&one(found), true, NOW);
+        assert!(a.notes[0].starts_with("the client was lost"), "{:?}", a.notes);
+    }
+
+    #[test]
     fn the_client_is_the_one_that_active_members_tell_of() {
         use MemberState::{Clean, Out, Syncing};
         // States in the view; which client is shown when member 0 tells of one attached at 5, and member 1 at 6.
-        let table = [([Clean, Clean], 6), ([Clean, Syncing], 6), ([Clean, Out], 5), ([Out, Clean], 6)];
+        // To member 1 it is attached again since 6.
+        let table = [([Clean, Clean], 5), ([Clean, Syncing], 5), ([Clean, Out], 5), ([Out, Clean], 6)];
         for (states, shown) in table {
             let mut found = statuses(&states);
             found[0].client = Some(client(5));

@@ -2,6 +2,7 @@
 //!
 //! Each command gives an [`Outcome`], the same facts as text and as JSON; only [`run`] prints.
 
+pub mod advice;
 mod args;
 pub mod assess;
 mod change;
@@ -17,11 +18,12 @@ mod survey;
 mod sync;
 mod verify;
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use self::advice::Advice;
 pub use self::args::{
     Cli, Command, CreateArgs, DeleteArgs, MemberArg, MemberCommand, NodeCommand, PoolCommand, StatusArgs,
     TransportArg,
@@ -87,11 +89,19 @@ pub fn run(cli: &Cli) -> u8 {
     let colour = tty && std::env::var_os("NO_COLOR").is_none();
     loop {
         let exit = match runtime.block_on(execute(cli)) {
-            Ok(outcome) => match print(&outcome, cli.json, watch.is_some(), lines, tty, colour) {
-                Ok(()) => outcome.exit,
-                // The reader went away; nobody is left to be told.
-                Err(_) => return EXIT_FAILED,
-            },
+            Ok(outcome) => {
+                let printed = print(&outcome, cli.json, watch.is_some(), lines, tty, colour);
+                outcome.warnings.iter().for_each(|warning| complain(warning));
+                match printed {
+                    Ok(()) => outcome.exit,
+                    // The reader has seen enough, as `head` does. What was to be done is done.
+                    Err(e) if e.kind() == ErrorKind::BrokenPipe => return outcome.exit,
+                    Err(e) => {
+                        complain(&format!("the result cannot be written to standard output: {e}"));
+                        return EXIT_FAILED;
+                    }
+                }
+            }
             Err(e) => {
                 complain(&e.to_string());
                 EXIT_FAILED
@@ -126,15 +136,12 @@ fn print(
             out.write_all(text.as_bytes())?;
         }
     }
-    out.flush()?;
-    for warning in &outcome.warnings {
-        complain(warning);
-    }
-    Ok(())
+    out.flush()
 }
 
 fn complain(message: &str) {
-    eprintln!("rmrctl: {}", format::plain_lines(message));
+    // There may be nobody to read it, which is no reason to end in another way.
+    let _ = writeln!(std::io::stderr(), "rmrctl: {}", format::plain_lines(message));
 }
 
 /// Colours the level word of each headline.
@@ -163,6 +170,7 @@ pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
         keys: cli.keys()?,
         tls: cli.tls()?,
         client_is_gone: cli.client_is_gone,
+        advice: Advice::new(cli),
     };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,

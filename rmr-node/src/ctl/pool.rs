@@ -6,6 +6,7 @@ use rmr_common::pool::{
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::advice::Advice;
 use super::http::{CallError, Client, NodeAddress};
 use super::status::{client_words, members_table};
 use super::{
@@ -196,9 +197,8 @@ async fn check_names(
 ) -> Result<(Option<Begun>, Vec<String>), CtlError> {
     let member_nodes: Vec<_> = args.members.iter().map(|m| m.node.clone()).collect();
     let all = once_each(&[member_nodes.clone(), context.given.clone()].concat());
-    let survey = Context { given: all, keys: context.keys.clone(), tls: context.tls.clone(), ..*context }
-        .survey()
-        .await;
+    let (keys, tls, advice) = (context.keys.clone(), context.tls.clone(), context.advice.clone());
+    let survey = Context { given: all, keys, tls, advice, ..*context }.survey().await;
     for (node, answer) in &survey.answers {
         if let (Err(e), true) = (answer, member_nodes.contains(node)) {
             return Err(CtlError::failed(format!("nothing was created: {e}")));
@@ -278,7 +278,7 @@ async fn roll_back(
     }
     for (node, store) in doubtful.iter().chain(made.iter().rev()) {
         let name = format!("store {store} on {node}");
-        let way = format!("rmrctl --node {node} pool delete {} --force --yes-destroy-all-data", spec.id);
+        let way = Advice::delete_on(node, spec.id);
         match context.client.delete::<StoreDeleted>(node, &format!("/v1/stores/{store}")).await {
             Ok(_) => message += &format!("\nremoved again: {name}"),
             Err(e) if e.refusal().is_some_and(|r| r.code == ErrorCode::NotFound) => {
@@ -350,7 +350,10 @@ pub(super) async fn list(context: &Context) -> Result<Outcome, CtlError> {
             a.copies.to_string(),
             picture.reports.len().to_string(),
             a.client.as_ref().map_or_else(|| "-".into(), |c| format::plain(&c.text)),
-            a.level.word().to_owned(),
+            match (a.level, a.copies) {
+                (assess::Level::Safe, 1) => "SAFE, one copy only".to_owned(),
+                (level, _) => level.word().to_owned(),
+            },
         ]);
         pools.push(json!({
             "pool": picture.spec.id,

@@ -6,6 +6,7 @@ use rmr_common::transport::tls::ClientTls;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use super::advice::Advice;
 use super::http::{CallError, Client, NodeAddress};
 use super::{CtlError, assess};
 use crate::admin::api::{LeftOut, PoolKey, PoolList, PoolStatus};
@@ -23,6 +24,8 @@ pub(super) struct Context {
     pub(super) tls: Option<ClientTls>,
     /// A client that left without a goodbye will not come back.
     pub(super) client_is_gone: bool,
+    /// How this program was called.
+    pub(super) advice: Advice,
 }
 
 impl Context {
@@ -50,7 +53,7 @@ impl Context {
             (node, pools)
         });
         let answers = answers.collect();
-        Survey { answers, asides }
+        Survey { answers, asides, advice: self.advice.clone() }
     }
 
     /// Asks nodes at the same time; the answers come in the order of `nodes`.
@@ -78,6 +81,7 @@ pub(super) struct Survey {
     pub(super) answers: Vec<(NodeAddress, Result<Vec<PoolStatus>, CallError>)>,
     /// What those that answered said besides.
     pub(super) asides: Vec<Aside>,
+    advice: Advice,
 }
 
 /// What a node says beside its pools.
@@ -98,6 +102,12 @@ impl Survey {
         self.answers.iter().any(|(_, answer)| answer.is_ok())
     }
 
+    /// The nodes that did not answer.
+    pub(super) fn silent(&self) -> String {
+        let silent = self.answers.iter().filter(|(_, answer)| answer.is_err());
+        silent.map(|(node, _)| node.to_string()).collect::<Vec<_>>().join(", ")
+    }
+
     /// What went wrong, one line for each node that did not answer.
     pub(super) fn errors(&self) -> Vec<String> {
         self.answers.iter().filter_map(|(_, answer)| answer.as_ref().err().map(ToString::to_string)).collect()
@@ -113,7 +123,11 @@ impl Survey {
         let mut pictures = assess::merge(
             self.answers.iter().filter_map(|(_, a)| a.as_ref().ok()).flatten().cloned().collect(),
         );
+        let names: Vec<_> = pictures.iter().map(|p| p.spec.name.clone()).collect();
         for picture in &mut pictures {
+            let is_alone = names.iter().filter(|&name| *name == picture.spec.name).count() == 1;
+            let pool = if is_alone { picture.spec.name.clone() } else { picture.spec.id.to_string() };
+            picture.advice = self.advice.of(pool);
             let is_its = |l: &&LeftOut| l.pool == Some(picture.spec.id);
             let of_pool = self.asides.iter().flat_map(|aside| {
                 aside.left_out.iter().filter(is_its).map(|l| (aside.name.clone(), l.clone()))

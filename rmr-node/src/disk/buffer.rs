@@ -23,11 +23,17 @@ const MAX_REGION: usize = 1 << 30;
 #[repr(align(4096))]
 pub struct AlignedPage([u8; 4096]);
 
+impl Default for AlignedPage {
+    fn default() -> Self {
+        Self([0; 4096])
+    }
+}
+
 impl AlignedPage {
     /// A page of zeroes.
     #[must_use]
     pub fn zeroed() -> Box<Self> {
-        Box::new(Self([0; 4096]))
+        Box::default()
     }
 
     /// A page with these bytes, and zeroes behind them; what does not fit is left out.
@@ -52,7 +58,7 @@ impl AlignedPage {
 
     /// The page as a segment. Only the engine asks for it, and it holds the page until the I/O completed.
     pub(super) const fn segment(&mut self) -> Segment {
-        // SAFETY: the one caller, `Payload::segments`, is used by engines that own the payload until completion.
+        // SAFETY: the callers are engines, which own their payloads, zero pages and `Zeroing` until completion.
         unsafe { Segment::new(self.0.as_mut_ptr(), 4096) }
     }
 }

@@ -6,7 +6,8 @@ use std::io;
 
 use rmr_common::buffer::{Segment, gather};
 
-use super::file::{DiskFile, ZeroStep};
+use super::file::DiskFile;
+use super::zero::{ZeroCall, Zeroing};
 use super::{AlignedPage, DiskError, Io, IoKind, sys};
 
 /// Interrupted or refused attempts in a row before the error is believed.
@@ -35,34 +36,32 @@ impl Inline {
         match io.kind {
             IoKind::Read => self.transfer(disk, io, sys::read_at),
             IoKind::Write => self.transfer(disk, io, sys::write_at),
-            IoKind::Flush => retry(|| disk.file().sync_data()).map_err(|e| to_error(io, &e)),
+            IoKind::Flush => flush(disk, disk.file()).map_err(|e| to_error(io, &e)),
+            IoKind::FlushMetadata => flush(disk, disk.metadata_file()).map_err(|e| to_error(io, &e)),
             IoKind::Discard | IoKind::WriteZeroes { .. } if io.length == 0 => Ok(()),
-            IoKind::Discard | IoKind::WriteZeroes { .. } => self.zero(disk, io),
+            IoKind::Discard | IoKind::WriteZeroes { .. } | IoKind::EnsureZero => self.zero(disk, io),
         }
     }
 
     fn zero(&mut self, disk: &DiskFile, io: &Io) -> Result<(), DiskError> {
-        loop {
-            match disk.zero_step(io.kind) {
-                ZeroStep::Fallocate(mode) => {
-                    let Err(error) = retry(|| sys::fallocate(disk.file(), mode, io.offset, io.length)) else {
-                        return Ok(());
-                    };
-                    if !disk.note_unsupported(mode, error.raw_os_error().unwrap_or(libc::EIO)) {
-                        return Err(to_error(io, &error));
-                    }
+        let mut zeroing = Zeroing::new(disk, io);
+        while let Some(step) = zeroing.next(disk, io) {
+            let (file, offset) = (disk.file(), io.offset + step.at);
+            let result = match step.call {
+                ZeroCall::Fallocate(mode) => {
+                    retry(|| sys::fallocate(file, mode, offset, step.length).map(|()| step.length))
                 }
-                ZeroStep::Write => return self.write_zeroes(disk, io),
-            }
-        }
-    }
-
-    fn write_zeroes(&mut self, disk: &DiskFile, io: &Io) -> Result<(), DiskError> {
-        let mut done = 0;
-        while done < io.length {
-            zero_segments(&mut self.zeroes, io.length - done, &mut self.rest);
-            let written = retry(|| sys::write_at(disk.file(), &self.rest, io.offset + done));
-            done += advance(disk, io, done, written)?;
+                ZeroCall::Write => {
+                    zero_segments(&mut self.zeroes, step.length, &mut self.rest);
+                    retry(|| sys::write_at(file, &self.rest, offset)).map(|written| written as u64)
+                }
+                ZeroCall::Compare => {
+                    zeroing.memory(step.length, &mut self.rest);
+                    retry(|| sys::read_at(file, &self.rest, offset)).map(|read| read as u64)
+                }
+            };
+            let result = result.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO));
+            zeroing.ended(disk, io, step, result)?;
         }
         Ok(())
     }
@@ -112,6 +111,11 @@ fn advance(disk: &DiskFile, io: &Io, done: u64, moved: io::Result<usize>) -> Res
 
 fn to_error(io: &Io, error: &io::Error) -> DiskError {
     io.errno(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// Flushes once, whatever the error: one that is reported again is not what was lost.
+fn flush(disk: &DiskFile, file: &File) -> io::Result<()> {
+    file.sync_data().inspect_err(|_| disk.forget_unwritten())
 }
 
 /// Calls again while the kernel says that it was interrupted or busy, a bounded number of times.

@@ -4,11 +4,14 @@
 mod buddy;
 mod buffer;
 mod engine;
+#[doc(hidden)]
+pub mod faults;
 mod file;
 mod inline;
 mod part;
 pub(crate) mod sys;
 mod uring;
+mod zero;
 
 use std::os::fd::RawFd;
 
@@ -20,6 +23,7 @@ pub use buffer::{AlignedPage, Buffer, BufferPool, MAX_BUFFER, MIN_BUFFER};
 pub use engine::{DiskEngine, EngineChoice, EngineOptions};
 pub use file::{DiskFile, Medium};
 pub use part::{Part, Returned};
+pub(crate) use zero::first_other;
 
 /// A disk of an engine.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -32,8 +36,11 @@ pub enum IoKind {
     Read,
     /// Write the payload.
     Write,
-    /// Make durable every write that completed before this was submitted. Offset and length mean nothing.
+    /// Make durable every write that completed before this was submitted. Offset and length mean nothing. It is tried once: after
+    /// a failure the kernel counts the pages as written, and another flush would succeed without having written them.
     Flush,
+    /// The same, through the disk's other open file description: see [`DiskFile::with_metadata`].
+    FlushMetadata,
     /// Make the range read as zeroes and give its space back where that is possible.
     Discard,
     /// Make the range read as zeroes; with `unmap`, as [`IoKind::Discard`], without, it stays allocated.
@@ -41,6 +48,8 @@ pub enum IoKind {
         /// Whether the space may be given back.
         unmap: bool,
     },
+    /// As [`IoKind::Discard`], and nothing at all where the range reads as zeroes already.
+    EnsureZero,
 }
 
 /// Memory of an [`Io`]. The engine holds it until the completion gives it back, so owned memory cannot go away early.
@@ -209,9 +218,19 @@ impl IoKind {
             Self::Read => "read",
             Self::Write => "write",
             Self::Flush => "flush",
+            Self::FlushMetadata => "flush of metadata",
             Self::Discard => "discard",
             Self::WriteZeroes { .. } => "write zeroes",
+            Self::EnsureZero => "make a hole",
         }
+    }
+
+    const fn makes_zeroes(self) -> bool {
+        matches!(self, Self::Discard | Self::WriteZeroes { .. } | Self::EnsureZero)
+    }
+
+    const fn is_flush(self) -> bool {
+        matches!(self, Self::Flush | Self::FlushMetadata)
     }
 
     const fn has_payload(self) -> bool {

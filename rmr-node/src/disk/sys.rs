@@ -110,11 +110,33 @@ pub(crate) fn has_data(file: &File) -> io::Result<bool> {
     }
 }
 
+/// Whether the whole range is a hole at this moment: nothing is allocated there, and it reads as zeroes. May wait for the
+/// file system's disk. False for a block device, which has no holes, and for a range beyond the end of the file.
+pub(crate) fn is_hole(file: &File, offset: u64, length: u64) -> io::Result<bool> {
+    // SAFETY: the descriptor is open for the duration of the call.
+    let data = match check(unsafe { libc::lseek(file.as_raw_fd(), to_off(offset)?, libc::SEEK_DATA) }) {
+        Ok(data) => u64::try_from(data).unwrap_or(0),
+        // No data from there on.
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => file.metadata()?.len(),
+        Err(error) => return Err(error),
+    };
+    Ok(data >= offset + length)
+}
+
 /// `fallocate` with one of the modes above.
 pub(crate) fn fallocate(file: &File, mode: c_int, offset: u64, length: u64) -> io::Result<()> {
     // SAFETY: the descriptor is open for the duration of the call; no memory is involved.
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, to_off(offset)?, to_off(length)?) })?;
     Ok(())
+}
+
+/// Lets go of the pages of a file that are in the page cache and not waiting to be written.
+pub(super) fn forget_pages(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the duration of the call; no memory is involved.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
 }
 
 /// Reads into the segments; gives the number of bytes, which may be fewer than asked for.

@@ -48,7 +48,11 @@ fn bytes_of(payload: &Payload) -> Vec<u8> {
 }
 
 /// 10,000 requests at random, up to 40 in flight on ranges that do not overlap, against a copy in memory.
-fn random_requests_agree_with_memory(mut engine: DiskEngine, file: DiskFile, unit: u64) {
+fn random_requests_agree_with_memory(engine: DiskEngine, file: DiskFile, unit: u64) {
+    requests_agree_with_memory(engine, file, unit, 10_000);
+}
+
+fn requests_agree_with_memory(mut engine: DiskEngine, file: DiskFile, unit: u64, requests: u64) {
     let pool = BufferPool::new(64 << 20).unwrap();
     engine.register_buffers(&pool);
     let disk = engine.add_disk(file).unwrap();
@@ -58,7 +62,7 @@ fn random_requests_agree_with_memory(mut engine: DiskEngine, file: DiskFile, uni
     let mut out = Vec::new();
     let mut done = 0;
     let mut id = 0;
-    while done < 10_000 {
+    while done < requests {
         let mut taken: Vec<(u64, u64)> = Vec::new();
         let mut expected: Vec<(u64, Vec<u8>)> = Vec::new();
         for _ in 0..40 {
@@ -73,10 +77,12 @@ fn random_requests_agree_with_memory(mut engine: DiskEngine, file: DiskFile, uni
             taken.push((offset, length));
             let range = usize::try_from(offset).unwrap()..usize::try_from(offset + length).unwrap();
             let (kind, payload) = match random(100) {
-                0..10 => (IoKind::Discard, Payload::None),
+                0..7 => (IoKind::Discard, Payload::None),
+                7..10 => (IoKind::EnsureZero, Payload::None),
                 10..20 => (IoKind::WriteZeroes { unmap: true }, Payload::None),
                 20..30 => (IoKind::WriteZeroes { unmap: false }, Payload::None),
                 30 => (IoKind::Flush, Payload::None),
+                31 => (IoKind::FlushMetadata, Payload::None),
                 n => {
                     let mut list = Vec::new();
                     let pieces = if random(2) == 0 || length < 2 * unit {
@@ -102,8 +108,8 @@ fn random_requests_agree_with_memory(mut engine: DiskEngine, file: DiskFile, uni
             match kind {
                 IoKind::Read => expected.push((id, oracle[range].to_vec())),
                 IoKind::Write => oracle[range].copy_from_slice(&bytes_of(&payload)),
-                IoKind::Flush => {}
-                IoKind::Discard | IoKind::WriteZeroes { .. } => oracle[range].fill(0),
+                IoKind::Flush | IoKind::FlushMetadata => {}
+                IoKind::Discard | IoKind::WriteZeroes { .. } | IoKind::EnsureZero => oracle[range].fill(0),
             }
             engine.submit(io(disk, id, kind, offset, length, payload));
             done += 1;
@@ -156,6 +162,133 @@ fn requests_on_a_disk_agree_with_an_oracle_on_the_ring_and_inline() {
         assert!(disk.is_direct(), "/tmp has no direct I/O");
         let unit = u64::from(disk.alignment());
         random_requests_agree_with_memory(engine(choice), disk, unit);
+    }
+}
+
+/// Engines and places that differ in how zeroes are made, as far as this machine has them.
+fn places() -> Vec<(EngineChoice, &'static str)> {
+    let all = [
+        (EngineChoice::Uring, "/tmp"),
+        (EngineChoice::Inline, "/tmp"),
+        (EngineChoice::Uring, "/dev/shm"),
+        (EngineChoice::Inline, "/dev/shm"),
+    ];
+    all.into_iter().filter(|(_, directory)| disk_in(directory).1.punches_holes()).collect()
+}
+
+/// What of `fallocate` a disk is to do without: punching, making ranges zero.
+const WITHOUT: [(bool, bool); 3] = [(false, false), (true, false), (true, true)];
+
+#[test]
+fn requests_agree_with_an_oracle_where_the_disk_cannot_punch_or_zero_ranges() {
+    for (choice, directory) in places() {
+        for (punch, zero_range) in [(true, false), (true, true)] {
+            let (_file, disk) = disk_in(directory);
+            let disk = disk.without(punch, zero_range);
+            let unit = u64::from(disk.alignment()).max(512);
+            requests_agree_with_memory(engine(choice), disk, unit, 500);
+        }
+    }
+}
+
+/// Bytes that a file has allocated.
+fn allocated(file: &File) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    file.sync_all().unwrap();
+    file.metadata().unwrap().blocks() * 512
+}
+
+/// Writes `byte` to a range, in one request.
+fn fill(engine: &mut DiskEngine, disk: DiskId, offset: u64, length: u64, byte: u8) {
+    let pool = BufferPool::new(usize::try_from(length).unwrap()).unwrap();
+    let mut list = Vec::new();
+    assert!(pool.try_acquire_list(usize::try_from(length).unwrap(), &mut list));
+    list.iter_mut().for_each(|buffer| buffer.bytes_mut().fill(byte));
+    let end = run(engine, io(disk, 1, IoKind::Write, offset, length, Payload::Buffers(list)));
+    assert_eq!(end.result, Ok(()));
+}
+
+#[test]
+fn what_is_to_read_as_zeroes_and_does_already_is_left_alone_and_other_content_becomes_a_hole() {
+    const STEP: u64 = super::zero::COMPARED;
+    for (choice, directory) in places() {
+        for (punch, zero_range) in WITHOUT {
+            let case = format!("{choice:?} in {directory} without {punch} {zero_range}");
+            let (file, disk) = disk_in(directory);
+            let mut engine = engine(choice);
+            let disk = engine.add_disk(disk.without(punch, zero_range)).unwrap();
+            for kind in [IoKind::EnsureZero, IoKind::Discard, IoKind::WriteZeroes { unmap: true }] {
+                let end = run(&mut engine, io(disk, 1, kind, 0, DISK, Payload::None));
+                assert_eq!(
+                    (end.result, allocated(file.as_file())),
+                    (Ok(()), 0),
+                    "{case}: {kind:?} of a hole"
+                );
+            }
+            // Old data in the middle of what must become zeroes, and on both sides of it.
+            fill(&mut engine, disk, STEP, 4 * STEP, 0xab);
+            let end = run(
+                &mut engine,
+                io(disk, 1, IoKind::EnsureZero, 2 * STEP - 4096, STEP + 8192, Payload::None),
+            );
+            assert_eq!(end.result, Ok(()), "{case}");
+            let bytes = std::fs::read(file.path()).unwrap();
+            let is_data = |at: usize| {
+                let at = at as u64;
+                (STEP..2 * STEP - 4096).contains(&at) || (3 * STEP + 4096..5 * STEP).contains(&at)
+            };
+            for (at, byte) in bytes.iter().enumerate() {
+                assert_eq!(*byte, if is_data(at) { 0xab } else { 0 }, "{case}: byte {at}");
+            }
+            if !punch {
+                assert_eq!(allocated(file.as_file()), 3 * STEP - 8192, "{case}");
+            }
+            let end = run(&mut engine, io(disk, 1, IoKind::EnsureZero, 0, DISK, Payload::None));
+            assert_eq!(end.result, Ok(()), "{case}");
+            assert!(std::fs::read(file.path()).unwrap().iter().all(|&byte| byte == 0), "{case}");
+            let most = if punch { 4 * STEP } else { 0 };
+            assert!(allocated(file.as_file()) <= most, "{case}: {} bytes", allocated(file.as_file()));
+        }
+    }
+}
+
+#[test]
+fn zeroes_that_must_stay_allocated_are() {
+    for (choice, directory) in places() {
+        for (punch, zero_range) in WITHOUT {
+            let (file, disk) = disk_in(directory);
+            let mut engine = engine(choice);
+            let disk = engine.add_disk(disk.without(punch, zero_range)).unwrap();
+            let kind = IoKind::WriteZeroes { unmap: false };
+            let end = run(&mut engine, io(disk, 1, kind, 0, DISK, Payload::None));
+            assert_eq!(end.result, Ok(()));
+            assert!(allocated(file.as_file()) >= DISK, "{choice:?} in {directory}");
+        }
+    }
+}
+
+#[test]
+fn a_block_device_reads_as_zeroes_afterwards_and_its_thin_file_stays_thin() {
+    for (choice, (punch, zero_range)) in
+        [EngineChoice::Uring, EngineChoice::Inline].into_iter().flat_map(|c| WITHOUT.map(|w| (c, w)))
+    {
+        let Some(device) = LoopDevice::new(DISK) else { return };
+        let file =
+            File::options().read(true).write(true).custom_flags(libc::O_EXCL).open(&device.path).unwrap();
+        let mut engine = engine(choice);
+        let disk = DiskFile::new(file, DISK).unwrap().without(punch, zero_range);
+        let disk = engine.add_disk(disk).unwrap();
+        let whole = |kind| io(disk, 1, kind, 0, DISK, Payload::None);
+        assert_eq!(run(&mut engine, whole(IoKind::EnsureZero)).result, Ok(()));
+        assert_eq!(device.allocated(), 0, "{choice:?} without {punch} {zero_range}");
+        fill(&mut engine, disk, 1 << 20, 1 << 20, 0xcd);
+        assert_eq!(run(&mut engine, whole(IoKind::EnsureZero)).result, Ok(()));
+        let page = || Payload::Buffer(BufferPool::new(1 << 20).unwrap().try_acquire(1 << 20).unwrap());
+        for at in 0..DISK >> 20 {
+            let end = run(&mut engine, io(disk, 1, IoKind::Read, at << 20, 1 << 20, page()));
+            assert!(end.result.is_ok() && bytes_of(&end.payload).iter().all(|&byte| byte == 0));
+        }
+        assert!(device.allocated() <= 1 << 20, "{choice:?} without {punch} {zero_range}");
     }
 }
 
@@ -265,6 +398,7 @@ fn a_file_that_was_truncated_underneath_gives_an_error() {
 fn a_descriptor_that_cannot_do_it_gives_the_kernels_error() {
     for choice in [EngineChoice::Uring, EngineChoice::Inline] {
         let (file, _) = disk_in("/tmp");
+        std::fs::write(file.path(), vec![1; usize::try_from(DISK).unwrap()]).unwrap();
         let read_only = DiskFile::new(File::open(file.path()).unwrap(), DISK).unwrap();
         let mut engine = engine(choice);
         let disk = engine.add_disk(read_only).unwrap();
@@ -375,7 +509,7 @@ fn no_space_is_told_apart_from_a_broken_disk() {
 /// A loop device over a file; `None` (said loudly) where there is none to be had.
 pub(crate) struct LoopDevice {
     pub(crate) path: PathBuf,
-    _file: tempfile::NamedTempFile,
+    file: tempfile::NamedTempFile,
 }
 
 impl LoopDevice {
@@ -387,13 +521,20 @@ impl LoopDevice {
         match output {
             Ok(output) if output.status.success() => {
                 let path = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
-                Some(Self { path, _file: file })
+                Some(Self { path, file })
             }
             other => {
                 eprintln!("NOT RUN: no loop device here, so block devices are not tested: {other:?}");
                 None
             }
         }
+    }
+}
+
+impl LoopDevice {
+    /// Bytes that the file below it has allocated.
+    pub(crate) fn allocated(&self) -> u64 {
+        allocated(self.file.as_file())
     }
 }
 

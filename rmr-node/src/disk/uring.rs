@@ -9,8 +9,9 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rmr_common::buffer::{Segment, gather};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::file::{DiskFile, ZeroStep};
+use super::file::DiskFile;
 use super::inline::{MAX_ATTEMPTS, zero_segments};
+use super::zero::{ZeroCall, ZeroStep, Zeroing};
 use super::{AlignedPage, BufferPool, Completion, DiskError, DiskId, Io, IoKind};
 
 /// Most disks whose descriptors are registered, which saves the kernel a look-up for each request. The table has its size from
@@ -34,6 +35,8 @@ struct Request {
     part: Vec<Segment>,
     done: u64,
     attempts: u32,
+    /// How far a request for zeroes has come, and the step that is under way. Its memory must not move either.
+    zeroing: Zeroing,
     zero_step: Option<ZeroStep>,
 }
 
@@ -137,8 +140,14 @@ impl Ring {
         let request = &mut self.requests[slot as usize];
         request.segments.clear();
         io.payload.segments(&mut request.segments);
+        (request.done, request.attempts, request.zero_step) = (0, 0, None);
         let at_once = match disk.file.check_memory(&io, &request.segments) {
             Ok(()) if io.length == 0 && io.kind != IoKind::Flush => Some(Ok(())),
+            Ok(()) if io.kind.makes_zeroes() => {
+                request.zeroing = Zeroing::new(&disk.file, &io);
+                request.zero_step = request.zeroing.next(&disk.file, &io);
+                request.zero_step.is_none().then_some(Ok(()))
+            }
             Ok(()) => None,
             Err(error) => Some(Err(error)),
         };
@@ -146,7 +155,6 @@ impl Ring {
             self.free.push(slot);
             return Some(io.complete(result));
         }
-        (request.done, request.attempts, request.zero_step) = (0, 0, None);
         request.io = Some(io);
         self.queue(slot, disk);
         None
@@ -239,17 +247,19 @@ impl Ring {
     }
 
     fn finish(&mut self, slot: u32, result: Result<(), DiskError>, out: &mut Vec<Completion>) {
-        if let Some(io) = self.requests[slot as usize].io.take() {
+        let request = &mut self.requests[slot as usize];
+        if let Some(io) = request.io.take() {
             out.push(io.complete(result));
         }
+        request.zeroing = Zeroing::default();
         self.free.push(slot);
     }
 
     fn queue(&mut self, slot: u32, disk: &RingDisk) {
         let request = &mut self.requests[slot as usize];
         let entry = request.entry(disk, self.fixed, &mut self.zeroes).user_data(u64::from(slot));
-        // SAFETY: the entry's memory is that of the request's payload, its list of parts, or the ring's zero page; all
-        // are held unmoved until the completion, also by `drop`, which waits.
+        // SAFETY: the entry's memory is that of the request's payload, of its comparison, its list of parts, or the ring's
+        // zero page; all are held unmoved until the completion, also by `drop`, which waits.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("the queue has an entry for each request, and a request has one entry at a time");
         self.queued += 1;
@@ -291,7 +301,7 @@ impl Request {
         zeroes: &mut AlignedPage,
     ) -> squeue::Entry {
         let io = self.io.as_ref().expect("queued requests have one");
-        let (kind, offset, length) = (io.kind, io.offset + self.done, io.length - self.done);
+        let (kind, mut offset) = (io.kind, io.offset + self.done);
         // The same operation on a registered or a plain descriptor.
         macro_rules! on_disk {
             (|$fd:ident| $entry:expr) => {
@@ -309,6 +319,10 @@ impl Request {
                 let flags = types::FsyncFlags::DATASYNC;
                 return on_disk!(|fd| opcode::Fsync::new(fd).flags(flags).build());
             }
+            IoKind::FlushMetadata => {
+                let fd = types::Fd(disk.file.metadata_file().as_raw_fd());
+                return opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
+            }
             IoKind::Read | IoKind::Write => {
                 self.part.clear();
                 let skip = usize::try_from(self.done).expect("below the length of memory");
@@ -316,16 +330,19 @@ impl Request {
                 self.part.truncate(super::sys::MAX_SEGMENTS);
                 kind == IoKind::Write
             }
-            IoKind::Discard | IoKind::WriteZeroes { .. } => {
-                let step = disk.file.zero_step(kind);
-                self.zero_step = Some(step);
-                if let ZeroStep::Fallocate(mode) = step {
-                    return on_disk!(|fd| {
-                        opcode::Fallocate::new(fd, length).offset(offset).mode(mode).build()
-                    });
+            IoKind::Discard | IoKind::WriteZeroes { .. } | IoKind::EnsureZero => {
+                let step = self.zero_step.expect("chosen before the request was queued");
+                offset = io.offset + step.at;
+                match step.call {
+                    ZeroCall::Fallocate(mode) => {
+                        return on_disk!(|fd| {
+                            opcode::Fallocate::new(fd, step.length).offset(offset).mode(mode).build()
+                        });
+                    }
+                    ZeroCall::Write => zero_segments(zeroes, step.length, &mut self.part),
+                    ZeroCall::Compare => self.zeroing.memory(step.length, &mut self.part),
                 }
-                zero_segments(zeroes, length, &mut self.part);
-                true
+                step.call == ZeroCall::Write
             }
         };
         let count = u32::try_from(self.part.len()).expect("at most 1024");
@@ -345,18 +362,30 @@ impl Request {
     /// What the result of an entry means: the request's result, or `None` when there is more to do.
     fn after(&mut self, disk: &DiskFile, result: i32) -> Option<Result<(), DiskError>> {
         let io = self.io.as_ref().expect("an entry completes once");
-        let Ok(moved) = u64::try_from(result) else {
-            let errno = -result;
-            if let Some(ZeroStep::Fallocate(mode)) = self.zero_step
-                && disk.note_unsupported(mode, errno)
-            {
-                return None;
-            }
+        let result = u64::try_from(result).map_err(|_| -result);
+        if let Err(errno) = result
+            && io.kind.is_flush()
+        {
+            disk.forget_unwritten();
+            return Some(Err(io.errno(errno)));
+        }
+        if matches!(result, Err(libc::EINTR | libc::EAGAIN)) && self.attempts < MAX_ATTEMPTS {
             self.attempts += 1;
-            let again = matches!(errno, libc::EINTR | libc::EAGAIN) && self.attempts < MAX_ATTEMPTS;
-            return if again { None } else { Some(Err(io.errno(errno))) };
+            return None;
+        }
+        if let Some(step) = self.zero_step {
+            if let Err(error) = self.zeroing.ended(disk, io, step, result) {
+                return Some(Err(error));
+            }
+            self.attempts = 0;
+            self.zero_step = self.zeroing.next(disk, io);
+            return self.zero_step.is_none().then_some(Ok(()));
+        }
+        let moved = match result {
+            Ok(moved) => moved,
+            Err(errno) => return Some(Err(io.errno(errno))),
         };
-        if io.kind == IoKind::Flush || matches!(self.zero_step, Some(ZeroStep::Fallocate(_))) {
+        if io.kind.is_flush() {
             return Some(Ok(()));
         }
         if moved == 0 {
@@ -397,5 +426,88 @@ fn build(depth: u32) -> io::Result<IoUring> {
     match IoUring::builder().setup_coop_taskrun().setup_taskrun_flag().build(depth) {
         Err(error) if refused(&error) => IoUring::builder().build(depth),
         result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::super::Payload;
+    use super::*;
+
+    /// What the kernel is taken to have moved before it stopped: within a page, and within the second segment.
+    const MOVED: usize = 4096 + 512;
+    const LENGTH: usize = 3 * 4096;
+
+    fn pattern() -> Vec<u8> {
+        (0u32..).flat_map(u32::to_le_bytes).take(LENGTH).collect()
+    }
+
+    /// Lets a transfer stop after `MOVED` bytes, and the ring carry out what is left of it.
+    fn continue_short(ring: &mut Ring, disk: &RingDisk, kind: IoKind, memory: Payload) -> Payload {
+        let (id, length) = (DiskId(0), LENGTH as u64);
+        let mut request = Request {
+            io: Some(Io { disk: id, id: 1, kind, offset: 4096, length, payload: memory }),
+            ..Request::default()
+        };
+        request.io.as_mut().unwrap().payload.segments(&mut request.segments);
+        request.entry(disk, ring.fixed, &mut ring.zeroes);
+        assert_eq!(request.after(&disk.file, i32::try_from(MOVED).unwrap()), None, "more is to be done");
+        let rest = request.entry(disk, ring.fixed, &mut ring.zeroes);
+        // SAFETY: `request` holds the memory and outlives the wait below.
+        unsafe { ring.ring.submission().push(&rest) }.unwrap();
+        ring.ring.submit_and_wait(1).unwrap();
+        let moved = ring.ring.completion().next().unwrap().result();
+        assert_eq!(moved, i32::try_from(LENGTH - MOVED).unwrap());
+        assert_eq!(request.after(&disk.file, moved), Some(Ok(())));
+        request.io.take().unwrap().payload
+    }
+
+    fn bytes(payload: &Payload) -> Vec<u8> {
+        match payload {
+            Payload::Buffer(buffer) => buffer.bytes().to_vec(),
+            Payload::Buffers(buffers) => buffers.iter().flat_map(|b| b.bytes().to_vec()).collect(),
+            other => panic!("no bytes of {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_transfer_that_stopped_short_goes_on_where_it_stopped_in_memory_and_on_disk() {
+        for (is_registered, is_list) in [(false, false), (false, true), (true, false), (true, true)] {
+            let case = format!("registered {is_registered}, list {is_list}");
+            let pool = BufferPool::new(1 << 20).unwrap();
+            let mut ring = Ring::new(8, 1).unwrap();
+            if is_registered {
+                ring.register_buffers(&pool).unwrap();
+            }
+            // In memory, where any byte may begin a transfer.
+            let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+            file.as_file().set_len(8 * 4096).unwrap();
+            let disk = ring.add_disk(0, DiskFile::new(file.reopen().unwrap(), 8 * 4096).unwrap());
+            let memory = |content: &[u8]| {
+                let lengths = if is_list { &[4096, 4096, 4096][..] } else { &[LENGTH][..] };
+                let mut buffers: Vec<_> = lengths.iter().map(|l| pool.try_acquire(*l).unwrap()).collect();
+                let mut at = 0;
+                for buffer in &mut buffers {
+                    let length = buffer.length();
+                    buffer.bytes_mut().copy_from_slice(&content[at..at + length]);
+                    at += length;
+                }
+                if is_list { Payload::Buffers(buffers) } else { Payload::Buffer(buffers.remove(0)) }
+            };
+            // The first part counts as moved, and was not.
+            let mut expected = vec![0; LENGTH];
+            expected[MOVED..].copy_from_slice(&pattern()[MOVED..]);
+
+            continue_short(&mut ring, &disk, IoKind::Write, memory(&pattern()));
+            let mut found = vec![9; LENGTH];
+            file.as_file().read_exact_at(&mut found, 4096).unwrap();
+            assert!(found == expected, "{case}: the disk has something else");
+
+            file.as_file().write_all_at(&pattern(), 4096).unwrap();
+            let read = continue_short(&mut ring, &disk, IoKind::Read, memory(&[0; LENGTH]));
+            assert!(bytes(&read) == expected, "{case}: the memory has something else");
+        }
     }
 }

@@ -375,8 +375,8 @@ pub fn store_directory(directory: &StoreDirectory) -> Verdict {
     if !facts.punches_holes {
         opinion.say(
             Level::Limited,
-            "Space cannot be given back (no FALLOC_FL_PUNCH_HOLE): discards are written as zeroes, and stores never \
-             shrink.",
+            "Space cannot be given back (no FALLOC_FL_PUNCH_HOLE): what a discard covers is overwritten with zeroes \
+             where it holds anything else, and stores never shrink.",
         );
     }
     opinion.verdict()
@@ -393,11 +393,14 @@ pub fn store(store: &StorePath) -> Verdict {
     say_medium(&mut opinion, facts.medium, facts.direct);
     if let Some(queue) = &facts.queue {
         if queue.discard_max_bytes == Some(0) {
-            opinion.say(Level::Works, "The device has no discard: freed ranges are written as zeroes.");
+            opinion.say(Level::Works, "The device has no discard.");
         }
         if queue.write_zeroes_max_bytes == Some(0) {
-            opinion
-                .say(Level::Works, "The device does not zero ranges by itself: zeroes are written in full.");
+            opinion.say(
+                Level::Works,
+                "The device does not zero ranges by itself: space cannot be given back, and zeroes are written where it \
+                 holds anything else.",
+            );
         }
     }
     opinion.verdict()

@@ -59,7 +59,7 @@ impl Control {
             stores: sum(stores),
             stores_left_out: sum(left_out),
             max_stores: sum(self.shared.max_stores),
-            connections: sum(self.shared.connections.load(Ordering::Relaxed)),
+            connections: sum(self.shared.connections.count()),
             max_connections: sum(config.max_connections),
             buffer_bytes: config.buffer_memory * config.shards as u64,
             transport: self.shared.counters(),
@@ -100,7 +100,8 @@ impl NodeControl for Control {
             }
             // Here and not on the shards: it reads files.
             for pool in &mut pools {
-                pool.authentication = shared.keys.authentication(pool.spec.id, &pool.spec.name);
+                (pool.authentication, pool.key_fingerprints) =
+                    shared.keys.authentication(pool.spec.id, &pool.spec.name);
             }
             Ok(pools)
         })

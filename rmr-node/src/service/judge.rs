@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rmr_common::pool::{Epoch, MemberId, PoolId, StoreId, ViewNumber};
 
+use crate::ctl::advice::Advice;
 use crate::store::{Store, StoreError, Superblock};
 
 /// The file or device behind a path, whatever its name is.
@@ -107,8 +108,14 @@ pub(super) enum Verdict {
     LeaveOut(String),
 }
 
-const NO_CHANCE: &str = "which of them is meant is not known, so none is served: remove the wrong one, or close it with \
-                         `rmrctl store close PATH` and open the right one";
+/// What is to be done where chance would decide.
+fn no_chance(own: &Candidate) -> String {
+    format!(
+        "which of them is meant is not known, so none is served: remove the wrong one, or close it, if it is this one with \
+         `{}`, and open the right one",
+        Advice::close_store_here(&own.path)
+    )
+}
 
 /// Judges candidates, beside those that are served already; one verdict for each.
 ///
@@ -173,19 +180,24 @@ fn among(own: &Candidate, others: &[&Candidate]) -> Option<String> {
     };
     let copies = rivals(&|o| o.store == own.store);
     if !copies.is_empty() {
-        return Some(format!("{} is the same store as {}: {NO_CHANCE}", own.words(), list(&copies)));
+        return Some(format!("{} is the same store as {}: {}", own.words(), list(&copies), no_chance(own)));
     }
     let of_pool = rivals(&|o| o.pool == own.pool);
     let newest = of_pool.iter().map(|o| o.order).max();
     if let Some(newest) = newest.filter(|newest| own.order <= *newest) {
         let what = format!("{} is of the same pool as {}", own.words(), list(&of_pool));
         return Some(match own.order == newest {
-            true => format!("{what}: {NO_CHANCE}"),
+            true => format!("{what}: {}", no_chance(own)),
             false => format!("{what}, and is older"),
         });
     }
     if newest.is_some() && !own.has_served {
-        return Some(format!("{} is of the same pool as {}: {NO_CHANCE}", own.words(), list(&of_pool)));
+        return Some(format!(
+            "{} is of the same pool as {}: {}",
+            own.words(),
+            list(&of_pool),
+            no_chance(own)
+        ));
     }
     let of_name = rivals(&|o| o.name == own.name && o.pool != own.pool);
     if of_name.is_empty() {
@@ -195,10 +207,11 @@ fn among(own: &Candidate, others: &[&Candidate]) -> Option<String> {
     let what = format!("{} has the pool name of {}", own.words(), list(&of_name));
     match (own.has_served, of_name.iter().any(is_used)) {
         (true, false) => None,
-        (false, true) => {
-            Some(format!("{what}, and never joined a pool in use: delete it with `rmrctl store delete PATH`"))
-        }
-        (true, true) | (false, false) => Some(format!("{what}: {NO_CHANCE}")),
+        (false, true) => Some(format!(
+            "{what}, and never joined a pool in use: delete it with `{}`",
+            Advice::delete_store_here(&own.path)
+        )),
+        (true, true) | (false, false) => Some(format!("{what}: {}", no_chance(own))),
     }
 }
 

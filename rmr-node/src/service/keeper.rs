@@ -5,6 +5,7 @@
 //! other store from being served.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +22,7 @@ use crate::admin::api::{
     ControlError, CreateStore, ErrorCode, LeftOut, OpenStore, StoreChanged, StoreCreated, StoreList,
     StoreName, UnixMs,
 };
+use crate::ctl::advice::Advice;
 use crate::store::{CreateOptions, Store, StoreError, ZeroPolicy};
 
 /// Work on devices that is under way at once.
@@ -480,6 +482,7 @@ impl Keeper {
             }
         }
         let path = match &request.path {
+            Some(path) if is_link_to_file(path) => return Err(StoreError::Link(path.clone()).into()),
             Some(path) => self.check_path(path)?,
             None => self.shared.config.new_store_path(spec.id, request.member).ok_or_else(|| {
                 let text =
@@ -490,10 +493,10 @@ impl Keeper {
         if let Some(other) = self.shared.pools().left_out_name(spec.id, &spec.name) {
             let text = format!(
                 "this node knows another pool of the name '{}': {}. Choose another name, or delete that store first: \
-                 rmrctl store delete {}",
+                 {}",
                 spec.name,
                 other.words(),
-                other.path.display()
+                Advice::delete_store_here(&other.path)
             );
             return Err(ControlError::new(ErrorCode::Exists, text));
         }
@@ -504,7 +507,7 @@ impl Keeper {
             store: member.store,
             view: request.view.clone(),
             overwrite: request.overwrite,
-            zero: if request.assume_zero { ZeroPolicy::AssumeZero } else { ZeroPolicy::Zero },
+            zero: if request.assume_zero { ZeroPolicy::Check } else { ZeroPolicy::Zero },
             max_size: request.max_size_bytes,
         };
         let was_there = std::fs::symlink_metadata(&path).is_ok();
@@ -557,9 +560,20 @@ impl Keeper {
         })
     }
 
-    /// Whether a store may be made or opened at a path that a request names: it must be found again at the next start.
+    /// Where a store is made or opened for a request that names this path, if it may be there: where the configuration allows
+    /// it, and where it is found again at the next start.
     fn check_path(&self, path: &Path) -> Result<PathBuf, ControlError> {
         let invalid = |text: String| ControlError::new(ErrorCode::Invalid, text);
+        let config = &self.shared.config;
+        // A listed device that is not there leads nowhere, and is still the one that is meant.
+        let is_listed = config.stores.iter().chain(&config.store_places).any(|listed| listed == path);
+        let place = if is_listed && std::fs::symlink_metadata(path).is_err() {
+            path.to_owned()
+        } else {
+            config
+                .place_for_store(path)
+                .map_err(|error| ControlError::new(ErrorCode::Forbidden, error.to_string()))?
+        };
         let shown = path.display();
         let is_there = std::fs::symlink_metadata(path).is_ok();
         if let (Some(parent), false) = (path.parent(), is_there) {
@@ -578,10 +592,20 @@ impl Keeper {
         if self.is_found_at_start(path) {
             return Ok(path.to_owned());
         }
+        // The store directory may be named by another way.
+        if let Some(own) = &config.store_dir
+            && let (Some(parent), Some(name)) = (place.parent(), place.file_name())
+            && std::fs::canonicalize(own).is_ok_and(|own| own == parent)
+        {
+            let named = own.join(name);
+            if self.is_scanned(&named) {
+                return Ok(named);
+            }
+        }
         match &*self.shared.remembered() {
             Some(list) => match list.problem() {
                 Some(problem) => Err(invalid(problem.to_owned())),
-                None => Ok(path.to_owned()),
+                None => Ok(place),
             },
             None => Err(invalid(format!(
                 "{shown}: this node would not open it after its next start. Add it to its configuration and start the node again, \
@@ -639,7 +663,13 @@ impl Keeper {
                 }
             };
         }
-        self.check_path(path)?;
+        let path = &*self.check_path(path)?;
+        if let Some((_, place)) = self.shared.pools().at(path).filter(|(_, place)| place.stage == Stage::Open)
+        {
+            let (store, name) = (Some(place.store), Some(place.name.clone()));
+            let notes = vec!["it is open already".into()];
+            return Ok(StoreChanged { path: path.to_owned(), store, name, notes });
+        }
         let others: Vec<PathBuf> = {
             let mut pools = self.shared.pools();
             if let Some(mut entry) = pools.left_out_at(path).cloned() {
@@ -683,10 +713,11 @@ impl Keeper {
         match Store::identify(path) {
             Ok(found) if entry.store.is_some_and(|store| store != found.store) => {
                 let text = format!(
-                    "{} holds store {} of pool '{}' now, another one than before: look again with `rmrctl store list`",
+                    "{} holds store {} of pool '{}' now, another one than before: look again with `{}`",
                     path.display(),
                     found.store,
-                    found.spec.name
+                    found.spec.name,
+                    Advice::list_stores_here()
                 );
                 return Err(refused(text));
             }
@@ -743,6 +774,11 @@ impl Keeper {
             }
         }
     }
+}
+
+fn is_link_to_file(path: &Path) -> bool {
+    let is_link = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_symlink());
+    is_link && !std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
 }
 
 #[cfg(test)]

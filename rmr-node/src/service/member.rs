@@ -17,9 +17,10 @@ use super::Shared;
 use super::command::Asker;
 use super::pulls::Pulls;
 use super::source_link::{Meant, SourceLink};
+use super::throttle::Burst;
 use crate::admin::api::{
-    Authentication, ClientState, ClientStatus, IoCounters, LinkState, Missed, PeerStatus, PoolStatus,
-    ResyncState, ResyncStatus, StoreState, UnixMs,
+    Authentication, ClientState, ClientStatus, HistoryStatus, IoCounters, LinkState, Missed, PeerStatus,
+    PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
 };
 use crate::disk::{Buffer, DiskId};
 use crate::store::{ClientRecord, MapKind, MetadataIo, MetadataWriter, Store, fit_client_name};
@@ -54,6 +55,10 @@ pub(super) struct Member {
     pub(super) in_line: bool,
     /// Its replica may have something to say.
     pub(super) active: bool,
+    /// How many lines about it went to the log in this second.
+    pub(super) lines: Burst,
+    /// What its connections have made the shard do in this loop iteration, in bytes.
+    pub(super) spent: usize,
     attached: Option<(UnixMs, SocketAddr)>,
     state_since: [Option<UnixMs>; rmr_common::pool::MAX_MEMBERS],
     pub(super) closing: bool,
@@ -65,6 +70,10 @@ pub(super) struct Member {
     pub(super) source_error: String,
     /// Tells an attempt to connect to it from an earlier one.
     pub(super) source_attempt: u64,
+    /// An attempt is under way, if only one that nobody waits for any more. There is one thread at a time.
+    pub(super) connecting: Option<u64>,
+    /// Where to connect when that has ended.
+    pub(super) next_source: Option<rmr_common::pool::Address>,
     /// Memory for what it pulls; goes after the connection.
     pub(super) pulls: Pulls,
     progress: Option<Progress>,
@@ -117,16 +126,21 @@ impl Member {
                 max_inflight: shared.config.resync.max_inflight,
                 bytes_per_s: shared.config.resync.bytes_per_s,
             },
+            max_size: superblock.layout.largest_pool(spec.chunk_size),
+            tls_only: shared.config.is_tls_only(),
         };
         let state = DurableState {
             view: superblock.view.clone(),
             spec: spec.clone(),
             epoch: superblock.epoch,
+            mark: superblock.mark,
+            attested: superblock.attested,
             last_client: superblock.client.as_ref().map(|c| LastClient {
                 client: c.id,
                 description: c.name.clone(),
                 attached: c.attached,
             }),
+            flush_failed: superblock.flush_failed,
         };
         let replica = Replica::new(config, superblock.member, state, maps);
         let writer = store.metadata_writer();
@@ -143,6 +157,8 @@ impl Member {
             waiting_reads: VecDeque::new(),
             in_line: false,
             active: false,
+            lines: Burst::default(),
+            spent: 0,
             attached: None,
             state_since: [None; rmr_common::pool::MAX_MEMBERS],
             closing: false,
@@ -150,6 +166,8 @@ impl Member {
             source_meant: None,
             source_error: String::new(),
             source_attempt: 0,
+            connecting: None,
+            next_source: None,
             pulls: Pulls::default(),
             progress: None,
             resync_sent: 0,
@@ -191,6 +209,9 @@ impl Member {
                 superblock.view = state.view.clone();
                 superblock.spec = state.spec.clone();
                 superblock.epoch = state.epoch;
+                superblock.mark = state.mark;
+                superblock.attested = state.attested;
+                superblock.flush_failed = state.flush_failed;
                 superblock.client = state.last_client.as_ref().map(|c| ClientRecord {
                     id: c.client,
                     name: fit_client_name(&c.description).to_owned(),
@@ -267,7 +288,12 @@ impl Member {
         let (pool, member, view) = (spec.name.clone(), self.replica.member(), self.replica.view().number);
         match notice {
             Notice::Attached(epoch, who) => {
-                self.attached = client.map(|address| (UnixMs::now(), address));
+                // By its own account: it has had the pool before it came back to this member.
+                let held =
+                    self.replica.status().holder.map_or(std::time::Duration::ZERO, |holder| holder.held);
+                let since =
+                    UnixMs::now().0.saturating_sub(u64::try_from(held.as_millis()).unwrap_or(u64::MAX));
+                self.attached = client.map(|address| (UnixMs(since), address));
                 tracing::info!(%pool, %member, %view, %epoch, client = %who, "client attached");
             }
             Notice::Refused(who, holder) => {
@@ -291,8 +317,22 @@ impl Member {
                     tracing::warn!(%pool, %member, "{new}: members {out} are absent, what they miss is recorded");
                 }
             }
+            Notice::FlushFailed(purpose) => {
+                tracing::error!(
+                    %pool, %member, %view,
+                    "a flush failed ({purpose}): what was written since the last one may be gone from this disk. The member leaves \
+                     the pool and is brought up to date from the others; if it is the only current one, completed writes may be \
+                     lost. Check the disk, and replace it if this is repeated"
+                );
+            }
             Notice::MetadataFailed => {
                 tracing::error!(%pool, %member, %view, "metadata cannot be written: this member stops to serve");
+            }
+            Notice::Regressed => {
+                tracing::error!(
+                    %pool, %member, %view,
+                    "this store went back in time (restored from a copy or a snapshot?): it is copied over in full from a current member"
+                );
             }
         }
     }
@@ -338,7 +378,11 @@ impl Member {
         };
         Some(ResyncStatus {
             state,
-            reason: "this member was absent and has missed writes".to_owned(),
+            reason: if status.attested.regressed.contains(status.member) {
+                "its store went back in time and is copied over in full".to_owned()
+            } else {
+                "this member was absent and has missed writes".to_owned()
+            },
             since_unix_ms: self.progress.as_ref().map_or_else(UnixMs::now, |p| p.since),
             source: resync.map(|r| r.source),
             blocks_left: left,
@@ -415,7 +459,9 @@ impl Member {
             authentication: Authentication::None,
             latency: None,
             resync,
+            key_fingerprints: Vec::new(),
             max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
+            history: HistoryStatus { position: status.position, attested: status.attested },
         }
     }
 }

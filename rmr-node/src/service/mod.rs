@@ -22,9 +22,11 @@ mod remembered;
 mod room;
 mod shard;
 mod source_link;
+mod throttle;
 mod windows;
 
-use std::net::{TcpListener, ToSocketAddrs};
+use std::collections::HashMap;
+use std::net::{IpAddr, TcpListener, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -36,8 +38,8 @@ use rmr_common::transport::rdma::{Fabric, RdmaListener};
 use rmr_common::transport::tls::{ClientTls, ServerTls};
 use rmr_common::transport::{Counters, Listener};
 
-use crate::admin::AdminServer;
 use crate::admin::api::{LeftOut, UnixMs};
+use crate::admin::{AdminServer, HostNames};
 use crate::config::{Config, TlsConfig};
 use crate::disk::sys::raise_descriptor_limit;
 use crate::lifecycle::{Shutdown, ready};
@@ -49,8 +51,8 @@ use places::{Places, Stage};
 use remembered::Remembered;
 use shard::{Command, Shard, ShardHandle};
 
-/// Descriptors that an open store takes.
-const DESCRIPTORS_PER_STORE: usize = 3;
+/// Descriptors that an open store takes: its own, those of data and metadata with the lock, and one while it grows.
+const DESCRIPTORS_PER_STORE: usize = 5;
 /// Descriptors for everything but stores, data connections and shards.
 const OTHER_DESCRIPTORS: usize = 128;
 /// How often the node looks whether a store that was left out is due.
@@ -70,7 +72,7 @@ pub(crate) struct Shared {
     remembered: Mutex<Option<Remembered>>,
     /// Most stores, by configuration and by descriptors.
     max_stores: usize,
-    connections: AtomicUsize,
+    connections: Connections,
     buffer_used: Vec<AtomicU64>,
     /// How much of that is lent to clients over RDMA.
     buffer_lent: Vec<AtomicU64>,
@@ -144,7 +146,7 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         retries: Mutex::default(),
         remembered: Mutex::new(config.store_dir.as_deref().map(Remembered::read)),
         max_stores,
-        connections: AtomicUsize::new(0),
+        connections: Connections::default(),
         buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
         buffer_lent: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
         inline: (0..config.shards).map(|_| AtomicBool::new(false)).collect(),
@@ -176,7 +178,10 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         handle.send(Command::Listen(listeners.take().unwrap_or_default()));
     }
     let control = Arc::new(Control::new(Arc::clone(&shared), handles, Arc::clone(&keeper)));
-    let admin = AdminServer::start(shared.config.admin, shared.config.admin_limits, control)?;
+    let mut names = shared.config.known_names();
+    names.extend(shared.advertised().iter().map(|address| address.host().to_owned()));
+    let (address, limits) = (shared.config.admin, shared.config.admin_limits);
+    let admin = AdminServer::start(address, limits, HostNames::new(names), control)?;
     retry_stores(keeper, shutdown)?;
     let addresses: Vec<String> = shared.advertised().iter().map(ToString::to_string).collect();
     let line = format!("serving {count} stores at {}", addresses.join(", "));
@@ -283,20 +288,64 @@ fn retry_stores(keeper: Arc<Keeper>, shutdown: Shutdown) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How many connections there are, in all and by the address of the peer.
+#[derive(Default)]
+pub(crate) struct Connections {
+    all: AtomicUsize,
+    by_address: Mutex<HashMap<IpAddr, usize>>,
+}
+
+impl Connections {
+    /// The number of connections.
+    fn count(&self) -> usize {
+        self.all.load(Ordering::Relaxed)
+    }
+
+    /// Each change is one number: a panic elsewhere cannot have left it half made.
+    fn by_address(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        self.by_address.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A connection's place among those that there may be; given back when dropped, which is when nothing of it is left.
-pub(crate) struct ConnectionPlace(Arc<Shared>);
+pub(crate) struct ConnectionPlace {
+    shared: Arc<Shared>,
+    peer: IpAddr,
+}
 
 impl ConnectionPlace {
-    /// Takes a place, if there is one.
-    pub(crate) fn take(shared: &Arc<Shared>) -> Option<Self> {
-        let before = shared.connections.fetch_add(1, Ordering::Relaxed);
-        let place = Self(Arc::clone(shared));
-        (before < shared.config.max_connections).then_some(place)
+    /// Takes a place for a connection of this peer.
+    ///
+    /// # Errors
+    /// The setting whose limit is reached, with the limit.
+    pub(crate) fn take(shared: &Arc<Shared>, peer: IpAddr) -> Result<Self, (&'static str, usize)> {
+        let (config, connections) = (&shared.config, &shared.connections);
+        // An IPv4 address is the same peer when it comes to a socket for both.
+        let peer = peer.to_canonical();
+        let mut by_address = connections.by_address();
+        let own = by_address.get(&peer).copied().unwrap_or(0);
+        if connections.count() >= config.max_connections {
+            return Err(("max_connections", config.max_connections));
+        }
+        if own >= config.max_connections_per_address {
+            return Err(("max_connections_per_address", config.max_connections_per_address));
+        }
+        by_address.insert(peer, own + 1);
+        connections.all.fetch_add(1, Ordering::Relaxed);
+        drop(by_address);
+        Ok(Self { shared: Arc::clone(shared), peer })
     }
 }
 
 impl Drop for ConnectionPlace {
     fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+        let mut by_address = self.shared.connections.by_address();
+        self.shared.connections.all.fetch_sub(1, Ordering::Relaxed);
+        if let Some(own) = by_address.get_mut(&self.peer) {
+            *own -= 1;
+            if *own == 0 {
+                by_address.remove(&self.peer);
+            }
+        }
     }
 }

@@ -14,6 +14,7 @@ use rmr_common::wire::{
 use vmm_sys_util::epoll::EventSet;
 
 use super::member::Member;
+use crate::ctl::advice::Advice;
 
 /// See the module's comment.
 pub(super) struct SourceLink {
@@ -146,7 +147,11 @@ impl Receiver for Sink<'_> {
             }
         } else {
             let text = String::from_utf8_lossy(body);
-            self.error = Some(format!("the source refuses: {:?} {text}", header.status));
+            self.error = Some(format!(
+                "the source refuses: {}{}{text}",
+                header.status,
+                if text.is_empty() { "" } else { ": " }
+            ));
         }
     }
 }
@@ -163,8 +168,8 @@ fn check_source(meant: &Meant, own: &Member, reply: &[u8]) -> Result<(), String>
     let wanted =
         meant.member.map_or_else(|| "another member".to_owned(), |member| format!("member {member}"));
     Err(format!(
-        "wrong address: the node at {} has {who}, not {wanted}; if nodes have moved, tell the pool: rmrctl member address {}",
+        "wrong address: the node at {} has {who}, not {wanted}; if nodes have moved, tell the pool: {}",
         meant.address,
-        own.replica.spec().name
+        Advice::addresses_of(&own.replica.spec().name)
     ))
 }

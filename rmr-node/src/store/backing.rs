@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::error::{During, StoreError};
-use crate::disk::{Medium, sys};
+use crate::disk::{Medium, first_other, sys};
 
 /// How much is zeroed at a time, so that progress can be told.
 const ZERO_STEP: u64 = 256 << 20;
@@ -106,6 +106,17 @@ impl Backing {
         Ok(Self { path: path.to_owned(), file, medium, size })
     }
 
+    /// Opens the device or file once more, for flushes of its own.
+    pub(super) fn open_again(path: &Path, file: &File) -> io::Result<File> {
+        // Without O_EXCL: this process has claimed a block device already.
+        let again = OpenOptions::new().read(true).write(true).open(path)?;
+        let identity = |found: &fs::Metadata| (found.dev(), found.ino(), found.rdev());
+        if identity(&again.metadata()?) != identity(&file.metadata()?) {
+            return Err(io::Error::other("another file has this name now"));
+        }
+        Ok(again)
+    }
+
     /// Smallest write in bytes.
     pub(super) fn sector_size(&self) -> Result<u32, StoreError> {
         if self.medium == Medium::Memory {
@@ -137,7 +148,9 @@ impl Backing {
         }
     }
 
-    /// Makes a range of a block device read as zeroes: by a command of the device, else the kernel writes them.
+    /// Makes a range of a block device read as zeroes: by a command of the device that gives the space back, else the kernel
+    /// writes them. Where there is no such command, nothing is written to what reads as zeroes already, so that a thin
+    /// volume stays thin.
     pub(super) fn zero(
         &self,
         from: u64,
@@ -147,11 +160,23 @@ impl Backing {
         let mut at = from;
         while at < to {
             let length = ZERO_STEP.min(to - at);
-            sys::fallocate(&self.file, sys::ZERO_RANGE, at, length).during(&self.path, "writing zeroes")?;
+            let punched = sys::fallocate(&self.file, sys::PUNCH_HOLE, at, length);
+            self.fill_with_zeroes(punched, at, at + length).during(&self.path, "writing zeroes")?;
             at += length;
             progress(at - from, to - from);
         }
         Ok(())
+    }
+
+    /// Writes zeroes to a step that could not be punched, from its first byte that is none.
+    fn fill_with_zeroes(&self, punched: io::Result<()>, from: u64, to: u64) -> io::Result<()> {
+        if punched.is_ok() {
+            return Ok(());
+        }
+        match first_other(&self.file, from, to) {
+            Some(at) => sys::fallocate(&self.file, sys::ZERO_RANGE, at, to - at),
+            None => Ok(()),
+        }
     }
 
     /// Makes the store durable.
@@ -175,5 +200,31 @@ impl Backing {
             .or_else(|_| File::open(format!("{base}/../queue/{name}")))?
             .read_to_string(&mut text)?;
         Ok(text.trim().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn a_device_that_cannot_be_punched_is_written_only_from_the_first_byte_that_is_no_zero() {
+        let Some(device) = crate::disk::tests::LoopDevice::new(8 << 20) else { return };
+        let backing = Backing::open(&device.path).unwrap();
+        let refused = || Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        backing.fill_with_zeroes(refused(), 0, 8 << 20).unwrap();
+        backing.sync().unwrap();
+        assert_eq!(device.allocated(), 0, "a thin device stays thin");
+        backing.file.write_all_at(&[7; 4096], 5 << 20).unwrap();
+        backing.fill_with_zeroes(refused(), 0, 8 << 20).unwrap();
+        backing.sync().unwrap();
+        assert!((4096..=3 << 20).contains(&device.allocated()), "{} bytes", device.allocated());
+        assert_eq!(first_other(&backing.file, 0, 8 << 20), None);
+        backing.file.write_all_at(&[7; 4096], 5 << 20).unwrap();
+        backing.zero(0, 8 << 20, &mut |_, _| ()).unwrap();
+        backing.sync().unwrap();
+        assert_eq!((device.allocated(), first_other(&backing.file, 0, 8 << 20)), (0, None));
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rmr_common::pool::{MemberId, PoolSpec, StoreId, View};
+use rmr_common::pool::{Attested, Mark, MemberId, PoolSpec, StoreId, View};
 
 use super::backing::Backing;
 use super::error::{During, StoreError};
@@ -20,6 +20,9 @@ const GROWTH: u64 = 8;
 /// This much is cleared at both ends of a device, where other formats keep what they are found by.
 const EDGE: u64 = 1 << 20;
 
+/// How much of a device is read at a time where it is said to read as zeroes.
+const CHECK_STEP: usize = 1 << 20;
+
 /// What the name of a file that is not a store yet ends with.
 const UNFINISHED: &str = ".rmr-unfinished";
 
@@ -31,6 +34,9 @@ pub enum ZeroPolicy {
     Zero,
     /// The operator vouches that the device reads as zeroes, e.g. a new thin volume.
     AssumeZero,
+    /// Somebody says that the device reads as zeroes, and it is read to make sure: over the network anybody may say so, and
+    /// would be served what an earlier store has left.
+    Check,
 }
 
 /// What to create.
@@ -159,6 +165,8 @@ fn plan(options: &CreateOptions) -> Result<Superblock, InvalidSuperblock> {
     let (room, needed) = (0, chunk_size.count(largest));
     let layout = Layout::for_chunks(needed).ok_or(InvalidSuperblock::MapRoom { room, needed })?;
     let superblock = Superblock {
+        mark: Mark(0),
+        attested: Attested::default(),
         spec: options.spec.clone(),
         member: options.member,
         store: options.store,
@@ -167,6 +175,7 @@ fn plan(options: &CreateOptions) -> Result<Superblock, InvalidSuperblock> {
         client: None,
         clean_shutdown: true,
         write_through: false,
+        flush_failed: false,
         created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         layout,
     };
@@ -186,7 +195,7 @@ fn prepare(backing: &mut Backing, options: &CreateOptions, needed: u64) -> Resul
         return Err(StoreError::Occupied { path: path(), found });
     }
     if backing.medium == Medium::BlockDevice {
-        if !found.is_empty() && options.zero == ZeroPolicy::AssumeZero {
+        if !found.is_empty() && options.zero != ZeroPolicy::Zero {
             return Err(StoreError::NotZero { path: path(), found });
         }
     } else {
@@ -205,6 +214,23 @@ fn prepare(backing: &mut Backing, options: &CreateOptions, needed: u64) -> Resul
     Ok(())
 }
 
+/// Reads a device from a byte on, all of it: what lies behind the pool is served when the pool has grown.
+fn check_zeroes(backing: &Backing, from: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<(), StoreError> {
+    let mut part = vec![0; CHECK_STEP];
+    let mut at = from;
+    while at < backing.size {
+        let length = usize::try_from(backing.size - at).unwrap_or(CHECK_STEP).min(CHECK_STEP);
+        let part = &mut part[..length];
+        backing.file.read_exact_at(part, at).during(&backing.path, "looking for data")?;
+        if let Some(index) = part.iter().position(|&byte| byte != 0) {
+            return Err(StoreError::HasData { path: backing.path.clone(), offset: at + index as u64 });
+        }
+        at += length as u64;
+        progress(at - from, backing.size - from);
+    }
+    Ok(())
+}
+
 fn write(
     backing: &Backing,
     superblock: &mut Superblock,
@@ -213,6 +239,9 @@ fn write(
 ) -> Result<(), StoreError> {
     let layout = superblock.layout;
     superblock.write_through = backing.is_write_through();
+    if backing.medium == Medium::BlockDevice && zero == ZeroPolicy::Check {
+        check_zeroes(backing, layout.data_offset, progress)?;
+    }
     // What was there is gone before anything new appears, so that a crash leaves neither one nor the other.
     if backing.medium == Medium::BlockDevice {
         backing.zero(0, layout.data_offset, &mut |_, _| ())?;

@@ -3,6 +3,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use rmr_common::pool::Position;
+use rmr_common::text::printable;
+use rmr_common::words;
 use serde::Serialize;
 
 use super::backing::Backing;
@@ -187,17 +190,30 @@ impl Report {
         }
         writeln!(f, "{view}")?;
         writeln!(f, "newest epoch accepted: {}", superblock.epoch)?;
+        writeln!(f, "position: {}", superblock.position())?;
+        for member in &spec.members {
+            let known = superblock.attested.of(member.id);
+            let regressed = if superblock.attested.regressed.contains(member.id) {
+                "; it went back in time since"
+            } else {
+                ""
+            };
+            if *known != Position::default() {
+                writeln!(f, "  member {} was seen at {known}{regressed}", member.id)?;
+            }
+        }
         match &superblock.client {
             None => writeln!(f, "client: none yet")?,
             Some(client) => {
                 let attached = if client.attached { "attached" } else { "detached in order" };
-                writeln!(f, "client: {} ({}), {attached}", client.name, client.id)?;
+                // Whoever attached has chosen it.
+                writeln!(f, "client: {} ({}), {attached}", printable(&client.name), client.id)?;
             }
         }
         let yes_no = |yes| if yes { "yes" } else { "no" };
         writeln!(f, "closed in order: {}", yes_no(superblock.clean_shutdown))?;
         writeln!(f, "write-through: {}", yes_no(superblock.write_through))?;
-        writeln!(f, "created: {} s after 1970-01-01 UTC", superblock.created_unix_s)?;
+        writeln!(f, "created: {}", words::utc(superblock.created_unix_s))?;
         writeln!(
             f,
             "maps at {} and {}, {} pages each, room for {} chunks: the pool may grow to {}; data at {}",

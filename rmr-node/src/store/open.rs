@@ -6,12 +6,13 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rmr_common::pool::{Chunk, ChunkSize, PoolId, StoreId};
+use rmr_common::pool::{Chunk, ChunkSize, Epoch, PoolId, StoreId};
 use serde::Serialize;
 
 use super::backing::Backing;
 use super::create::{self, CreateOptions};
 use super::destroy;
+use super::epoch;
 use super::error::{During, StoreError};
 use super::grow::Growth;
 use super::inspect::{self, Report};
@@ -118,8 +119,8 @@ impl Store {
         create::create(path, options, progress)
     }
 
-    /// Opens a store and keeps it locked until it is dropped. Copies of pages that a crash damaged are written anew, and
-    /// the mark of a clean shutdown is taken off, durably, before this returns.
+    /// Opens a store and keeps it locked until it is dropped. Copies of pages that a crash damaged are written anew, after an
+    /// unclean end all pages are, and the mark of a clean shutdown is taken off, durably, before this returns.
     ///
     /// # Errors
     /// When it is in use, no store, damaged beyond use, smaller than it was, newer than this program, or not of the pool
@@ -137,6 +138,9 @@ impl Store {
         let Recovered { mut superblock, mut generation, mut maps, warnings } = recovered;
         check_pool(path, &superblock, expected)?;
         repair(&backing, &superblock, &mut maps)?;
+        if !superblock.clean_shutdown {
+            renew(&backing, &superblock, &mut maps)?;
+        }
         let was_clean = std::mem::replace(&mut superblock.clean_shutdown, false);
         superblock.write_through = backing.is_write_through();
         // Both copies, so that a superblock that rots later never brings the mark of a clean shutdown back.
@@ -215,6 +219,20 @@ impl Store {
         self.maps.pages_per_map = 0;
     }
 
+    /// Takes back the newest epoch that the store has accepted, and the epoch of its view with it if that is higher. A client
+    /// that attached under a higher epoch is forgotten by that, and not fenced any more. Returns the superblock before and
+    /// after.
+    ///
+    /// # Errors
+    /// When it is in use, not a store of ours, not of this pool, or its epoch is not higher.
+    pub fn reset_epoch(
+        path: &Path,
+        pool: PoolId,
+        epoch: Epoch,
+    ) -> Result<(Superblock, Superblock), StoreError> {
+        epoch::reset_epoch(path, pool, epoch)
+    }
+
     /// The device or file.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -273,11 +291,18 @@ impl Store {
     /// The store as a disk for an engine, once for each engine that serves it. Its offsets are those of the device: the
     /// pool's byte 0 is at `superblock().layout.data_offset`. The lock lasts until the store and all of these are gone.
     ///
+    /// Data and metadata each have an open file description of their own, so that neither is told of the other's failed
+    /// write-back in its place. The store's own is for what makes room in it.
+    ///
     /// # Errors
-    /// When the descriptor cannot be duplicated or asked what it is.
+    /// When it cannot be opened again, or asked what it is.
     pub fn disk_file(&self) -> Result<DiskFile, StoreError> {
-        let file = self.file.try_clone();
-        file.and_then(|file| DiskFile::new(file, self.size)).during(&self.path, "preparing for I/O")
+        let again = || Backing::open_again(&self.path, &self.file);
+        let disk = || -> io::Result<DiskFile> {
+            let disk = DiskFile::new(again()?, self.size)?;
+            Ok(disk.with_metadata(again()?, self.file.try_clone()?))
+        };
+        disk().during(&self.path, "preparing for I/O")
     }
 }
 
@@ -475,6 +500,21 @@ fn judge(
             MapPage { bits: set_all(), sequence: 0, health: PageHealth::Lost }
         }
     }
+}
+
+/// Writes every page once more, in the place of its older copy. The process before may have ended because a flush failed: its
+/// pages then read as it wrote them, count as written, and are not on the disk; and no flush says so.
+fn renew(backing: &Backing, superblock: &Superblock, maps: &mut Maps) -> Result<(), StoreError> {
+    let mut pages = maps.pages.iter_mut();
+    for kind in MapKind::all() {
+        for (index, page) in (0..maps.pages_per_map).zip(&mut pages) {
+            page.sequence += 1;
+            let bytes = encode_page(superblock.store, kind, index, page.sequence, &page.bits);
+            let offset = superblock.layout.page_offset(kind, index, slot_of(page.sequence));
+            backing.file.write_all_at(bytes.bytes(), offset).during(&backing.path, "writing maps again")?;
+        }
+    }
+    backing.file.sync_all().during(&backing.path, "flushing")
 }
 
 /// Writes pages of which a copy was damaged anew, in both places, so that damage found later is not taken for this one.

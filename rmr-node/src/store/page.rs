@@ -7,9 +7,10 @@ use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::{CHUNKS_PER_PAGE, MapKind, PAGE_BITS_BYTES, PAGE_SIZE};
-use super::superblock::FORMAT_VERSION;
 use crate::disk::AlignedPage;
 
+/// The format of map pages.
+const PAGE_VERSION: u32 = 1;
 /// First bytes of every map page.
 pub(super) const MAP_MAGIC: [u8; 8] = *b"RMRMAP\r\n";
 
@@ -92,7 +93,7 @@ pub(super) fn encode_page(
     let (kind, member) = kind_codes(kind);
     let mut raw = RawPage {
         magic: MAP_MAGIC,
-        version: U32::new(FORMAT_VERSION),
+        version: U32::new(PAGE_VERSION),
         crc: U32::new(0),
         store: *store.as_bytes(),
         sequence: U64::new(sequence),
@@ -128,7 +129,7 @@ pub(super) fn decode_page(
     }
     let (kind_code, member_code) = kind_codes(kind);
     let sequence = raw.sequence.get();
-    expect("format version", raw.version.get(), FORMAT_VERSION)?;
+    expect("format version", raw.version.get(), PAGE_VERSION)?;
     expect("store", StoreId::from_bytes(raw.store), store)?;
     expect("map kind", raw.kind, kind_code)?;
     expect("member", raw.member, member_code)?;

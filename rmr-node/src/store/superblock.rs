@@ -2,8 +2,9 @@
 //! `docs/on-disk-format.md` has the layout byte by byte.
 
 use rmr_common::pool::{
-    Address, ChunkSize, ClientId, Epoch, MAX_MEMBERS, MAX_NAME_LENGTH, MemberId, MemberSpec, MemberState,
-    MemberView, PoolId, PoolSpec, SpecError, StoreId, View, ViewError, ViewNumber,
+    Address, Attested, ChunkSize, ClientId, Epoch, MAX_MEMBERS, MAX_NAME_LENGTH, Mark, MemberId, MemberSet,
+    MemberSpec, MemberState, MemberView, PoolId, PoolSpec, Position, SpecError, StoreId, View, ViewError,
+    ViewNumber,
 };
 use serde::Serialize;
 use thiserror::Error;
@@ -16,8 +17,11 @@ use crate::disk::AlignedPage;
 
 /// First bytes of every superblock.
 pub(super) const SUPERBLOCK_MAGIC: [u8; 8] = *b"RMRSTORE";
-/// The format that this program writes, and the newest that it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The format that this program writes, and the newest that it reads. Version 1 is version 2 with nothing in the history fields; a
+/// store in it is version 2 from its next open on.
+pub const FORMAT_VERSION: u32 = 2;
+/// The oldest format that it reads.
+const OLDEST_VERSION: u32 = 1;
 /// Longest text that names a client, in bytes.
 pub const MAX_CLIENT_NAME: usize = 128;
 /// Longest member address in bytes, as printed with its scheme.
@@ -27,6 +31,7 @@ const FLAG_CLEAN: u8 = 1;
 const FLAG_WRITE_THROUGH: u8 = 2;
 const FLAG_CLIENT_KNOWN: u8 = 4;
 const FLAG_CLIENT_ATTACHED: u8 = 8;
+const FLAG_FLUSH_FAILED: u8 = 16;
 
 /// In the flags of a member.
 const FLAG_MAINTENANCE: u8 = 1;
@@ -55,12 +60,18 @@ pub struct Superblock {
     pub view: View,
     /// The newest attachment that was accepted here; never below the view's.
     pub epoch: Epoch,
+    /// The last mark of the attachment that made the view.
+    pub mark: Mark,
+    /// What this member remembers of all members of the view.
+    pub attested: Attested,
     /// Who made that attachment.
     pub client: Option<ClientRecord>,
     /// The store was closed in order, with nothing in flight and everything flushed.
     pub clean_shutdown: bool,
     /// What completed is durable without a flush.
     pub write_through: bool,
+    /// A flush of the data failed, and no client has dealt with that since: what was not flushed may be gone.
+    pub flush_failed: bool,
     /// When the store was created, in seconds since the Unix epoch.
     pub created_unix_s: u64,
     /// Where everything lies.
@@ -159,6 +170,15 @@ struct RawMemberView {
     reserved: [u8; 6],
 }
 
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Clone, Copy)]
+#[repr(C)]
+struct RawPosition {
+    epoch: U64,
+    view_epoch: U64,
+    view: U64,
+    mark: U64,
+}
+
 /// A superblock as it lies on disk. Magic, version and checksum stay where they are in every future format.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -192,7 +212,11 @@ struct RawSuperblock {
     client_name: [u8; MAX_CLIENT_NAME],
     members: [RawMember; MAX_MEMBERS],
     view: [RawMemberView; MAX_MEMBERS],
-    reserved_b: [u8; 2344],
+    mark: U64,
+    regressed: u8,
+    reserved_b: [u8; 7],
+    attested: [RawPosition; MAX_MEMBERS],
+    reserved_c: [u8; 2072],
 }
 
 const _: () = assert!(size_of::<RawSuperblock>() as u64 == PAGE_SIZE);
@@ -235,10 +259,14 @@ impl Superblock {
     /// # Errors
     /// When it would not read back; see [`Superblock::validate`].
     pub fn encode(&self, generation: u64) -> Result<Box<AlignedPage>, InvalidSuperblock> {
+        self.encode_as(FORMAT_VERSION, generation)
+    }
+
+    fn encode_as(&self, version: u32, generation: u64) -> Result<Box<AlignedPage>, InvalidSuperblock> {
         self.validate()?;
         let mut raw = RawSuperblock::new_zeroed();
         raw.magic = SUPERBLOCK_MAGIC;
-        raw.version = U32::new(FORMAT_VERSION);
+        raw.version = U32::new(version);
         raw.generation = U64::new(generation);
         raw.pool = *self.spec.id.as_bytes();
         raw.store = *self.store.as_bytes();
@@ -273,6 +301,17 @@ impl Superblock {
             to.id = from.id.as_u8();
             to.state = from.state as u8;
         }
+        raw.mark = U64::new(self.mark.0);
+        raw.regressed = self.attested.regressed.0;
+        for member in MemberId::all() {
+            let position = self.attested.of(member);
+            raw.attested[member.index()] = RawPosition {
+                epoch: U64::new(position.epoch.0),
+                view_epoch: U64::new(position.view_epoch.0),
+                view: U64::new(position.view.0),
+                mark: U64::new(position.mark.0),
+            };
+        }
         raw.crc = U32::new(page_checksum(raw.as_bytes()));
         Ok(AlignedPage::from_bytes(raw.as_bytes()))
     }
@@ -290,8 +329,12 @@ impl Superblock {
         if found != computed {
             return Err(SuperblockError::Checksum { found, computed });
         }
-        if raw.version.get() > FORMAT_VERSION {
-            return Err(SuperblockError::NewerFormat { found: raw.version.get() });
+        let version = raw.version.get();
+        if version > FORMAT_VERSION {
+            return Err(SuperblockError::NewerFormat { found: version });
+        }
+        if version < OLDEST_VERSION {
+            return Err(SuperblockError::Field(format!("format version {version}")));
         }
         let generation = raw.generation.get();
         if slot_of(generation) != slot {
@@ -301,17 +344,31 @@ impl Superblock {
         }
         let superblock = raw.read().map_err(SuperblockError::Field)?;
         // What reads must also write as the very same bytes: this covers every length, pad and reserved byte.
-        match superblock.encode(generation) {
+        match superblock.encode_as(version, generation) {
+            Ok(_) if version == 1 && superblock.has_history() => {
+                Err(SuperblockError::Field("format 1 with a history".to_owned()))
+            }
             Ok(again) if again.bytes() == bytes => Ok((generation, superblock)),
             Ok(_) => Err(SuperblockError::Field("reserved bytes are not zero".to_owned())),
             Err(error) => Err(SuperblockError::Field(error.to_string())),
         }
     }
 
+    /// How far the store has come in the history of its pool.
+    #[must_use]
+    pub const fn position(&self) -> Position {
+        Position::new(self.epoch, &self.view, self.mark)
+    }
+
+    fn has_history(&self) -> bool {
+        self.mark != Mark(0) || self.attested != Attested::default()
+    }
+
     fn flags(&self) -> u8 {
         let flag = |on: bool, flag| if on { flag } else { 0 };
         flag(self.clean_shutdown, FLAG_CLEAN)
             | flag(self.write_through, FLAG_WRITE_THROUGH)
+            | flag(self.flush_failed, FLAG_FLUSH_FAILED)
             | flag(self.client.is_some(), FLAG_CLIENT_KNOWN)
             | flag(self.client.as_ref().is_some_and(|c| c.attached), FLAG_CLIENT_ATTACHED)
     }
@@ -363,7 +420,20 @@ impl RawSuperblock {
                 attached: self.flags & FLAG_CLIENT_ATTACHED != 0,
             })
         };
+        let mut attested = Attested::default();
+        attested.regressed = MemberSet(self.regressed);
+        for (member, raw) in MemberId::all().zip(&self.attested) {
+            let position = Position {
+                epoch: Epoch(raw.epoch.get()),
+                view_epoch: Epoch(raw.view_epoch.get()),
+                view: ViewNumber(raw.view.get()),
+                mark: Mark(raw.mark.get()),
+            };
+            attested.set(member, &position);
+        }
         Ok(Superblock {
+            mark: Mark(self.mark.get()),
+            attested,
             spec,
             member: member_id(self.member)?,
             store: StoreId::from_bytes(self.store),
@@ -372,6 +442,7 @@ impl RawSuperblock {
             client,
             clean_shutdown: self.flags & FLAG_CLEAN != 0,
             write_through: self.flags & FLAG_WRITE_THROUGH != 0,
+            flush_failed: self.flags & FLAG_FLUSH_FAILED != 0,
             created_unix_s: self.created_unix_s.get(),
             layout,
         })
@@ -436,9 +507,12 @@ pub(super) mod tests {
             store: spec.members[1].store,
             view: View::initial(spec.members.iter().map(|m| (m.id, m.store))),
             epoch: Epoch(4),
+            mark: Mark(0),
+            attested: Attested::default(),
             client: Some(ClientRecord { id: ClientId::random(), name: "host/42 ü".into(), attached: true }),
             clean_shutdown: false,
             write_through: true,
+            flush_failed: true,
             created_unix_s: 1_800_000_000,
             layout: Layout::for_chunks(spec.chunk_count()).unwrap(),
             spec,
@@ -460,6 +534,30 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn what_is_known_of_the_history_reads_back() {
+        let mut superblock = sample(64 << 20);
+        superblock.mark = Mark(7);
+        let position = Position { epoch: Epoch(4), view_epoch: Epoch(3), view: ViewNumber(9), mark: Mark(6) };
+        superblock.attested.set(superblock.member, &position);
+        superblock.attested.regressed.insert(superblock.member);
+        let page = superblock.encode(7).unwrap();
+        assert_eq!(Superblock::decode(page.bytes(), 1), Ok((7, superblock)));
+    }
+
+    #[test]
+    fn a_superblock_of_format_1_is_read_and_has_no_history() {
+        let superblock = sample(64 << 20);
+        let mut page = superblock.encode_as(1, 7).unwrap();
+        assert_eq!(Superblock::decode(page.bytes(), 1), Ok((7, superblock)));
+        page.bytes_mut()[1752] = 1;
+        reseal(page.bytes_mut());
+        assert!(matches!(Superblock::decode(page.bytes(), 1), Err(SuperblockError::Field(_))));
+        page.bytes_mut()[8] = 0;
+        reseal(page.bytes_mut());
+        assert!(matches!(Superblock::decode(page.bytes(), 1), Err(SuperblockError::Field(_))));
+    }
+
+    #[test]
     fn no_flipped_bit_is_accepted() {
         let mut page = sample(64 << 20).encode(2).unwrap();
         for byte in 0..page.bytes().len() {
@@ -474,10 +572,10 @@ pub(super) mod tests {
     #[test]
     fn a_newer_format_is_told_from_damage() {
         let mut page = sample(64 << 20).encode(2).unwrap();
-        page.bytes_mut()[8] = 2;
+        page.bytes_mut()[8] = 3;
         assert!(matches!(Superblock::decode(page.bytes(), 0), Err(SuperblockError::Checksum { .. })));
         reseal(page.bytes_mut());
-        assert_eq!(Superblock::decode(page.bytes(), 0), Err(SuperblockError::NewerFormat { found: 2 }));
+        assert_eq!(Superblock::decode(page.bytes(), 0), Err(SuperblockError::NewerFormat { found: 3 }));
     }
 
     #[test]
@@ -511,7 +609,7 @@ pub(super) mod tests {
 
         /// With a right checksum over wrong content, nothing panics, and whatever is accepted is valid and exact.
         #[test]
-        fn sealed_nonsense_never_panics(changes in prop::collection::vec((16usize..1800, any::<u8>()), 1..6)) {
+        fn sealed_nonsense_never_panics(changes in prop::collection::vec((16usize..2100, any::<u8>()), 1..6)) {
             let mut page = sample(64 << 20).encode(2).unwrap();
             for (at, value) in changes {
                 page.bytes_mut()[at] = value;

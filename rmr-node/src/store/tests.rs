@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use rmr_common::pool::{MemberId, PoolId, PoolSpec};
+use rmr_common::pool::{Epoch, MemberId, PoolId, PoolSpec, ViewNumber};
 
 use super::backing::Backing;
 use super::cli::StoreCommand;
@@ -103,6 +103,62 @@ fn a_store_is_created_sparse_opened_once_and_destroyed() {
         assert!(matches!(Store::open(&path, None), Err(StoreError::NoSuperblock { .. })));
         assert!(matches!(Store::destroy(&path, None), Err(StoreError::NoSuperblock { .. })));
     }
+}
+
+/// The kernel reports a failed write-back once for each open file description. Descriptors of one share their position.
+#[test]
+fn data_metadata_and_growth_have_open_file_descriptions_of_their_own() {
+    use std::io::{Seek, SeekFrom};
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    create(&path, &options()).unwrap();
+    let store = Store::open(&path, None).unwrap();
+    let disk = store.disk_file().unwrap();
+    let files = disk.descriptions();
+    for (mut file, at) in files.iter().copied().zip([4096, 8192, 12288]) {
+        file.seek(SeekFrom::Start(at)).unwrap();
+    }
+    let positions: Vec<_> = files.into_iter().map(|mut file| file.stream_position().unwrap()).collect();
+    assert_eq!(positions, [4096, 8192, 12288]);
+}
+
+#[test]
+fn a_store_is_not_opened_by_a_name_that_another_file_has_now() {
+    let directory = tempfile::tempdir().unwrap();
+    let [path, other] = ["store", "other"].map(|name| directory.path().join(name));
+    create(&path, &options()).unwrap();
+    let store = Store::open(&path, None).unwrap();
+    std::fs::rename(&path, &other).unwrap();
+    std::fs::copy(&other, &path).unwrap();
+    let error = store.disk_file().unwrap_err().to_string();
+    assert!(error.contains("another file has this name now"), "{error}");
+}
+
+/// A process that ends after a failed flush leaves pages that read as written, and are not on the disk.
+#[test]
+fn after_an_unclean_end_every_page_is_written_again_and_after_a_clean_one_none_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let superblock = create(&path, &options()).unwrap();
+    let page = |slot| {
+        let mut bytes = vec![0; 4096];
+        let offset = superblock.layout.page_offset(dirty(1), 0, slot);
+        File::open(&path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    };
+    let read = |sequence: u64| {
+        let slot = slot_of(sequence);
+        super::page::decode_page(&page(slot), superblock.store, dirty(1), 0, slot).unwrap()
+    };
+    // As created, with the sequences 1 and 2.
+    drop(Store::open(&path, None).unwrap());
+    assert_eq!((read(1).0, read(2).0), (1, 2));
+    write_page(&path, &superblock, dirty(1), 3, 0x80);
+    let store = Store::open(&path, None).unwrap();
+    assert_eq!(chunks(&store, dirty(1)), [7]);
+    // The newest copy stays, the older one is as new.
+    assert_eq!((read(3).0, read(4).0), (3, 4));
+    assert_eq!(read(3).1, read(4).1);
 }
 
 #[test]
@@ -204,7 +260,7 @@ fn foreign_newer_and_truncated_stores_are_refused() {
     assert_eq!(Store::inspect(&path).unwrap().problems.len(), 1);
     file.set_len(created.layout.store_size(POOL)).unwrap();
     let mut newer = created.encode(3).unwrap();
-    newer.bytes_mut()[8] = 2;
+    newer.bytes_mut()[8] = 3;
     reseal(newer.bytes_mut());
     change(&path, SUPERBLOCK_OFFSETS[1], newer.bytes());
     assert!(matches!(Store::open(&path, None), Err(StoreError::NewerFormat { .. })));
@@ -303,6 +359,32 @@ fn a_block_device_is_claimed_zeroed_and_refused_while_in_use() {
     let mut data = vec![1; (32 << 20) - usize::try_from(created.layout.data_offset).unwrap()];
     File::open(&device.path).unwrap().read_exact_at(&mut data, created.layout.data_offset).unwrap();
     assert!(data.iter().all(|&b| b == 0), "the old signature at the end is still there");
+    let most = created.layout.data_offset;
+    assert!(device.allocated() <= most, "a new store takes {} bytes of a thin device", device.allocated());
+}
+
+#[test]
+fn a_device_that_is_said_to_be_empty_is_read_before_a_pool_is_served_from_it() {
+    let Some(device) = crate::disk::tests::LoopDevice::new(32 << 20) else { return };
+    let first = options();
+    let data = create(&device.path, &first).unwrap().layout.data_offset;
+    change(&device.path, data + 8192, b"secret of a pool with a key");
+    Store::destroy(&device.path, None).unwrap();
+    // Nothing on it is recognised any more, and its data is still there.
+    let check = CreateOptions { zero: ZeroPolicy::Check, overwrite: true, ..options() };
+    match create(&device.path, &check) {
+        Err(StoreError::HasData { offset, .. }) => assert_eq!(offset, data + 8192),
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(Store::open(&device.path, None), Err(StoreError::NoSuperblock { .. })));
+    // Also where only a larger pool would reach it.
+    change(&device.path, data + 8192, &[0; 32]);
+    change(&device.path, (32 << 20) - 1, b"x");
+    assert!(matches!(create(&device.path, &check), Err(StoreError::HasData { .. })));
+    // Without the claim it is zeroed, and then the claim is true.
+    create(&device.path, &CreateOptions { zero: ZeroPolicy::Zero, ..check.clone() }).unwrap();
+    Store::destroy(&device.path, None).unwrap();
+    create(&device.path, &check).unwrap();
 }
 
 fn grow(store: &Store, to: u64) -> Result<Growth, StoreError> {
@@ -480,4 +562,62 @@ fn a_store_that_its_file_system_cannot_hold_is_warned_of() {
         let warning = Store::open(&path, None).unwrap().space_warning().unwrap();
         assert!(warning.contains("256 TiB more") || warning.contains("may come to need"), "{warning}");
     }
+}
+
+#[test]
+fn an_epoch_that_used_all_others_up_is_taken_back_and_nothing_else_is_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.store");
+    let spec = make(&path);
+    let (pool, used_up) = (spec.id, Epoch(rmr_common::pool::MAX_NUMBER));
+    let data = Store::open(&path, None).unwrap().superblock().layout.data_offset;
+    change(&path, data + 4096, &[7; 4096]);
+    let raise = |view: bool| {
+        let store = Store::open(&path, None).unwrap();
+        let mut superblock = store.superblock().clone();
+        superblock.epoch = used_up;
+        if view {
+            (superblock.view.epoch, superblock.view.number) = (used_up, ViewNumber((1 << 62) + 5));
+        }
+        let generation =
+            Recovered::read(&path, &Backing::open_read_only(&path).unwrap().0).unwrap().generation;
+        for generation in [generation + 1, generation + 2] {
+            let page = superblock.encode(generation).unwrap();
+            change(&path, SUPERBLOCK_OFFSETS[slot_of(generation)], page.bytes());
+        }
+    };
+    let run = |args: &[&str]| {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(subcommand)]
+            command: StoreCommand,
+        }
+        let path = path.to_str().unwrap();
+        let args = ["store", "reset-epoch", path, "--epoch", "9"].into_iter().chain(args.iter().copied());
+        Cli::try_parse_from(args).map_err(anyhow::Error::from).and_then(|cli| cli.command.run())
+    };
+    let id = pool.to_string();
+    let before = Store::open(&path, None).unwrap().superblock().view.epoch;
+    raise(false);
+    let held = Store::open(&path, None).unwrap();
+    assert!(run(&["--pool-id", &id, "--yes-no-client-runs"]).is_err(), "a node serves it");
+    drop(held);
+    assert!(run(&["--pool-id", &id]).unwrap_err().to_string().contains("nothing was done"));
+    assert!(run(&["--pool-id", &PoolId::random().to_string(), "--yes-no-client-runs"]).is_err());
+    run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap();
+    let after = Store::open(&path, None).unwrap();
+    assert_eq!((after.superblock().epoch, after.superblock().view.epoch), (Epoch(9), before));
+    assert_eq!(after.superblock().spec, spec);
+    drop(after);
+    raise(true);
+    run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap();
+    let after = Store::open(&path, None).unwrap();
+    let (view, epoch) = (&after.superblock().view, after.superblock().epoch);
+    assert_eq!((epoch, view.epoch, view.number), (Epoch(9), Epoch(9), ViewNumber(5)));
+    drop(after);
+    let error = run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap_err().to_string();
+    assert!(error.contains("nothing is to be taken back"), "{error}");
+    let mut bytes = [0; 4096];
+    File::open(&path).unwrap().read_exact_at(&mut bytes, data + 4096).unwrap();
+    assert_eq!(bytes, [7; 4096]);
 }

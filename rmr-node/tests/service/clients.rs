@@ -50,7 +50,11 @@ fn clients_reach_pools_on_other_shards_and_leave_them_at_any_moment() {
                 for i in 0..300 {
                     let mut raw = Raw::connect(&node, i % 4);
                     let hello = Hello {
-                        versions: if i % 2 == 0 { (9, 9) } else { (1, 1) },
+                        versions: if i % 2 == 0 {
+                            (9, 9)
+                        } else {
+                            (rmr_common::wire::PROTOCOL_VERSION, rmr_common::wire::PROTOCOL_VERSION)
+                        },
                         capabilities: 0,
                         role: Role::Client,
                         client: ClientId::random(),
@@ -149,7 +153,8 @@ fn an_operators_command_from_another_node_reaches_the_client_and_its_answer_come
     let command = PoolCommand::Grow { size: 1 << 30 };
     let body = serde_json::to_vec(&command).expect("JSON");
     let length = u32::try_from(body.len()).expect("short");
-    let mut other = Raw::greeted(&node, 0);
+    let mut other = Raw::connect(&node, 0);
+    assert_eq!(other.hello_as(other.pool, Role::Peer, None).0.status, Status::Ok);
     let mut ask = |sequence: u64| {
         let header = MessageHeader { sequence: Sequence(sequence), ..other.header(Kind::Command, 0, length) };
         other.send(&[(header, &body)]);

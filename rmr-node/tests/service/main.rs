@@ -1,6 +1,7 @@
 //! A real node and its clients over real sockets: well-behaved ones, and peers that break every rule.
 
 mod clients;
+mod flushes;
 mod memory;
 mod stop;
 mod stores;

@@ -11,6 +11,11 @@ use serde_json::{Value, json};
 
 use crate::support::*;
 
+/// Where stores may be made, beside the store directory.
+fn places() -> String {
+    format!("/dev,{}", std::env::temp_dir().display())
+}
+
 /// A node of its own process, on a directory that outlives it.
 struct Keeper {
     child: Option<Child>,
@@ -51,7 +56,7 @@ impl Keeper {
 
     fn start_on_dir(&mut self) {
         let dir = self.dir.display().to_string();
-        self.start(&["--store-dir", &dir]);
+        self.start(&["--store-dir", &dir, "--store-places", &places()]);
     }
 
     fn stop(&mut self) {
@@ -259,7 +264,7 @@ fn a_store_on_a_path_is_remembered_and_its_file_goes_with_it() {
     assert_eq!(node.stores(), (vec![], vec![]));
     node.stop();
     // A node that can remember nothing says what to write into its configuration.
-    node.start(&[]);
+    node.start(&["--store-places", &places()]);
     let (status, answer, _) = node.create("vm-1", Some(&path));
     let text = answer["error"]["message"].as_str().unwrap();
     assert!(status == 400 && text.contains(&format!("stores = [\"{}\"]", path.display())), "{answer}");
@@ -271,7 +276,7 @@ fn what_is_refused_leaves_no_file_and_what_is_there_is_not_followed() {
     let dir = tempfile::tempdir().unwrap();
     let mut node = Keeper::new(dir.path());
     let dir_text = dir.path().display().to_string();
-    node.start(&["--store-dir", &dir_text, "--max-stores", "1"]);
+    node.start(&["--store-dir", &dir_text, "--max-stores", "1", "--store-places", &places()]);
     // The list of stores elsewhere may be there, and is empty.
     let list = dir.path().join("other-stores.json");
     let files = || {
@@ -297,6 +302,11 @@ fn what_is_refused_leaves_no_file_and_what_is_there_is_not_followed() {
     std::fs::remove_file(&link).unwrap();
     std::os::unix::fs::symlink("/tmp", &link).unwrap();
     refused(Some(&link.join("store")), "by a symbolic link");
+    // Outside of what the node was given nothing is made, and nothing is opened.
+    refused(Some(Path::new("/etc/hosts")), "store_places = [");
+    refused(Some(&dir.path().join("../../etc/hosts")), "store_places = [");
+    let (status, answer) = node.post("/v1/stores/open", &json!({"path": "/etc/hosts"}));
+    assert!(status == 403 && answer.to_string().contains("store_places"), "{answer}");
     assert_eq!(node.create("vm-1", None).0, 200);
     let before = files();
     let (status, answer, _) = node.create("vm-2", None);

@@ -48,7 +48,13 @@ impl Node {
         let forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().expect("a directory");
         let address = own_address();
-        let pools: Vec<PoolSpec> = (0..pools).map(|i| create_pool(&dir, i, address)).collect();
+        // A client that was told a tls:// address goes to no other.
+        let tls = flags.iter().find(|flag| flag.starts_with("tls://"));
+        let member = match tls {
+            Some(address) => address.parse().expect("an address"),
+            None => Address::tcp(address.ip().to_string(), address.port()),
+        };
+        let pools: Vec<PoolSpec> = (0..pools).map(|i| create_pool(&dir, i, &member)).collect();
         let log = dir.path().join("log");
         let file = std::fs::File::create(&log).expect("a log file");
         let listen = address.to_string();
@@ -158,7 +164,7 @@ pub(crate) fn own_address() -> SocketAddr {
     SocketAddr::from((host, NEXT_PORT.fetch_add(1, Ordering::Relaxed)))
 }
 
-fn create_pool(dir: &tempfile::TempDir, index: usize, address: SocketAddr) -> PoolSpec {
+fn create_pool(dir: &tempfile::TempDir, index: usize, address: &Address) -> PoolSpec {
     let (member, store) = (MemberId::all().next().expect("there are members"), StoreId::random());
     let spec = PoolSpec {
         id: PoolId::random(),
@@ -166,7 +172,7 @@ fn create_pool(dir: &tempfile::TempDir, index: usize, address: SocketAddr) -> Po
         size: POOL_SIZE,
         chunk_size: ChunkSize::default(),
         logical_block_size: 512,
-        members: vec![MemberSpec::new(member, store, Address::tcp(address.ip().to_string(), address.port()))],
+        members: vec![MemberSpec::new(member, store, address.clone())],
     };
     let options = CreateOptions {
         spec: spec.clone(),
@@ -196,6 +202,8 @@ pub(crate) struct Raw {
     pub(crate) pool: PoolId,
     pub(crate) epoch: Epoch,
     view: ViewNumber,
+    /// The view that the node showed in its hello.
+    shown: Option<View>,
     table: Vec<MessageHeader>,
 }
 
@@ -209,7 +217,7 @@ impl Raw {
         let stream = TcpStream::connect(address).expect("it listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
-        Self { stream, pool, epoch: Epoch(0), view: ViewNumber(0), table: Vec::new() }
+        Self { stream, pool, epoch: Epoch(0), view: ViewNumber(0), shown: None, table: Vec::new() }
     }
 
     /// A connection that was greeted.
@@ -222,7 +230,13 @@ impl Raw {
         let body = raw.hello(raw.pool);
         let reply = HelloReply::decode(&body.1).expect("a hello reply");
         (raw.epoch, raw.view) = (reply.epoch, reply.view.number);
+        raw.shown = Some(reply.view);
         raw
+    }
+
+    /// The view that the node showed when it greeted the connection.
+    pub(crate) fn view(&self) -> View {
+        self.shown.clone().expect("it was greeted")
     }
 
     /// A connection that holds its pool.
@@ -240,6 +254,7 @@ impl Raw {
             rejoin: false,
             yields: false,
             description: "raw".into(),
+            held_ms: 0,
         }
         .encode();
         let header = raw.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));
@@ -260,7 +275,7 @@ impl Raw {
         nonce: Option<[u8; NONCE_SIZE]>,
     ) -> (MessageHeader, Vec<u8>) {
         let hello = Hello {
-            versions: (1, 1),
+            versions: (rmr_common::wire::PROTOCOL_VERSION, rmr_common::wire::PROTOCOL_VERSION),
             capabilities: 0,
             role,
             client: ClientId::random(),

@@ -202,6 +202,14 @@ fn replace(
         line.store = store;
         line.address = address.clone();
     }
+    if let Some((_, old, new)) = spec.weakened_in(&next) {
+        let text = format!(
+            "member {member} would be reached at {new} instead of {old}, with less protection, and its node refuses that. A \
+             new store at such an address can be added as another member (POST /v1/pools/{}/commands), and this one removed",
+            spec.name
+        );
+        return Step::Refuse(Refusal::WeakerAddress, text);
+    }
     if line.store == store {
         // The same data, somewhere else: nothing is missed by that.
         return Step::Change(ViewStep::Amend, next);

@@ -2,7 +2,7 @@
 
 use super::super::*;
 use crate::auth::{Gate, SecretKey};
-use crate::pool::{BootId, ChunkSize, MemberSpec};
+use crate::pool::{Attested, BootId, ChunkSize, MemberSpec, Position};
 use crate::wire::{Hello, HelloReply, Kind, Limits, PROTOCOL_VERSION, Status};
 
 /// A client of two nodes that are played by the test.
@@ -80,6 +80,9 @@ impl Bench {
             view: View::initial(self.spec.members.iter().map(|m| (m.id, m.store))),
             spec: self.spec.clone(),
             epoch: Epoch(0),
+            position: Position::default(),
+            attested: Attested::default(),
+            clean_detach: true,
         }
         .encode()
     }

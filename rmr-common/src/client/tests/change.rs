@@ -328,6 +328,7 @@ fn a_client_takes_over_an_addition_that_only_some_members_heard_of() {
     bench.command(Command::Add { store, address, member: Some(member(2)) });
     // As if member 1 had not heard of it, and the client had died.
     (bench.views[1], bench.specs[1]) = older;
+    bench.never_had_more(1);
     bench.up[2] = false;
     bench.additions.clear();
     bench.client.apply(Event::Cancel, bench.now);

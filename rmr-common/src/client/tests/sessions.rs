@@ -156,6 +156,7 @@ fn what_a_member_brought_back_counts_until_the_view_of_its_rejoin_is_committed()
     assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
     // As if the view had reached the Syncing member alone, which has a write of an earlier client, and has that on record.
     (bench.views[0], bench.specs[0]) = before;
+    bench.never_had_more(0);
     bench.slots = vec![vec![written(900, 6)], vec![written(7, 3), written(900, 6)]];
     bench.known[0] = Sequence(1000);
     bench.additions.clear();
@@ -172,6 +173,7 @@ fn after_a_death_in_a_view_change_only_those_stay_clean_that_heard_of_the_loss()
     bench.set_up(2, false);
     bench.views[0] = View { number: ViewNumber(bench.views[0].number.0 - 1), ..bench.views[0].clone() };
     bench.views[0].members[2].state = MemberState::Clean;
+    bench.never_had_more(0);
     bench.prepares = false;
     bench.start_client(|_| {});
     assert!(bench.client.is_active());
@@ -189,6 +191,7 @@ fn after_a_death_in_a_view_change_only_those_stay_clean_that_heard_of_the_loss()
     bench.set_up(2, false);
     bench.views[0] = View { number: ViewNumber(bench.views[0].number.0 - 1), ..bench.views[0].clone() };
     bench.views[0].members[2].state = MemberState::Clean;
+    bench.never_had_more(0);
     // Member 0 is ahead, so that member 1 is brought in line with it.
     bench.slots[0] = vec![written(900, 6)];
     bench.prepares = false;
@@ -267,4 +270,21 @@ fn a_client_that_is_told_that_another_attached_ends_and_leaves_no_view_in_its_wa
     let mut bench = Bench::new(2, |_| {});
     told(&mut bench, epoch);
     assert_eq!((bench.client.over(), bench.state(member(0))), (None, Some(MemberState::Out)));
+}
+
+#[test]
+fn a_member_that_comes_back_is_told_since_when_the_client_has_the_pool() {
+    let mut bench = Bench::new(2, |_| {});
+    assert_eq!(bench.held_ms, [0, 0]);
+    bench.pass(Duration::from_secs(60));
+    bench.set_up(1, false);
+    bench.pass(Duration::from_secs(2));
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    let told = *bench.held_ms.last().unwrap();
+    assert!((62_000..=64_000).contains(&told), "{told}");
+    // Another client begins with nothing.
+    bench.start_client(|config| config.takeover = true);
+    assert_eq!(bench.held_ms.last(), Some(&0));
 }

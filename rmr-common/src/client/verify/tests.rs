@@ -4,8 +4,8 @@ use super::*;
 use crate::auth::Nonce;
 use crate::client::{Config, Event, LinkId, Operation, Output, Payload, PoolSelector, Token};
 use crate::pool::{
-    Address, Block, BootId, ChunkSize, ClientId, Epoch, MemberSpec, MemberState, PoolId, StoreId,
-    VerifyOutcome, View,
+    Address, Attested, Block, BootId, ChunkSize, ClientId, Epoch, MemberSpec, MemberState, PoolId, Position,
+    StoreId, VerifyOutcome, View,
 };
 use crate::wire::{Attach, AttachReply, DigestReply, HelloReply, Limits, MAX_IO, PROTOCOL_VERSION, SetView};
 
@@ -98,6 +98,9 @@ impl Bench {
                 spec: self.spec.clone(),
                 view: self.view.clone(),
                 epoch: self.epoch,
+                position: Position::default(),
+                attested: Attested::default(),
+                clean_detach: true,
             }
             .encode(),
             Kind::Attach => {
@@ -112,6 +115,9 @@ impl Bench {
                     watermark: Sequence(0),
                     tables_lost: false,
                     intents: Vec::new(),
+                    position: Position::default(),
+                    attested: Attested::default(),
+                    flush_failed: false,
                 }
                 .encode()
             }
@@ -121,11 +127,13 @@ impl Bench {
                 self.sent.push((from, header, body));
                 Vec::new()
             }
+            Kind::Mark => Vec::new(),
             _ => return self.sent.push((from, header, body)),
         };
         let kind = match header.kind {
             Kind::Hello => Kind::HelloReply,
             Kind::Attach => Kind::AttachReply,
+            Kind::Mark => Kind::MarkReply,
             _ => Kind::SetViewReply,
         };
         self.reply(from, &header.reply(kind, Status::Ok), reply);

@@ -64,6 +64,7 @@ impl Shard {
             DiskOperation::Flush => (IoKind::Flush, Payload::None),
             DiskOperation::Discard => (IoKind::Discard, Payload::None),
             DiskOperation::WriteZeroes => (IoKind::WriteZeroes { unmap: false }, Payload::None),
+            DiskOperation::ZeroPulled => (IoKind::EnsureZero, Payload::None),
         };
         self.engine.submit(Io {
             disk: member.disk,

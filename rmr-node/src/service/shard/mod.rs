@@ -37,6 +37,7 @@ use super::connection::{Greeting, Peer, WriteBuffers};
 use super::deletion::{Closure, Deletion};
 use super::member::{IoTag, Member, buffer_share};
 use super::source_link::SourceLink;
+use super::throttle::{Burst, Throttle};
 use super::windows::{RESERVE_PART, Shortage, Windows};
 use crate::admin::Responder;
 use crate::admin::api::{ControlError, PoolStatus, StoreChanged};
@@ -49,6 +50,8 @@ use crate::store::{MetadataIo, Store, StoreError};
 
 /// Replicas clear intents and connections time out on this beat.
 const TICK: Duration = Duration::from_secs(1);
+/// Most rounds of replicas, disks and sockets before the loop looks at what else has arrived.
+const MAX_ROUNDS: usize = 32;
 /// A client is dead when it was silent for so many leg timeouts.
 const SILENT_LEG_TIMEOUTS: u32 = 3;
 /// It is given so long at the least: a client sends a ping each second, however short the leg timeout is.
@@ -112,6 +115,23 @@ impl ShardHandle {
             let _ = self.wake.write(1);
         }
     }
+}
+
+/// Lines of the log that others may cause as often as they like.
+#[derive(Default)]
+pub(super) struct Throttles {
+    /// Connections refused because there are too many.
+    full: Throttle,
+    /// Connections that could not be accepted.
+    accept: Throttle,
+    /// Connections that were not greeted, and closed for others.
+    strangers: Throttle,
+    /// Hellos refused.
+    refused: Throttle,
+    /// Operators' commands that other nodes pass on.
+    pub(in crate::service) commands: Throttle,
+    /// Stores that were asked for room which they do not have.
+    pub(in crate::service) room: Throttle,
 }
 
 /// Who waits for memory.
@@ -228,6 +248,9 @@ pub(super) struct Shard {
     /// Whether the listeners are watched. They are not for a moment when a connection could not be accepted.
     listens: bool,
     phase: Phase,
+    /// Something was left for the next loop iteration, which begins at once.
+    again: bool,
+    throttles: Throttles,
     /// Stores that a stop could not mark as closed in order.
     unmarked: usize,
     next_tick: Time,
@@ -258,6 +281,7 @@ impl Shard {
         let registrations = buffers.regions().into_iter().map(register).collect::<Result<_, _>>()?;
         let (tls, fabric) = (shared.client_tls.clone(), shared.fabric.clone());
         let connector = Connector::new(shared.config.leg_timeout, tls, fabric)?;
+        let connector = connector.leaving_tls_never(shared.config.is_tls_only());
         let now = monotonic_now();
         let shard = Self {
             index,
@@ -298,6 +322,8 @@ impl Shard {
             next_command: 0,
             listens: true,
             phase: Phase::Serving,
+            again: false,
+            throttles: Throttles::default(),
             unmarked: 0,
             next_tick: now + TICK,
             now,
@@ -363,7 +389,7 @@ impl Shard {
             for (change, error) in refused {
                 shard.not_watched(change, &error)?;
             }
-            let wait = if shard.changes.is_empty() { wait } else { 0 };
+            let wait = if shard.changes.is_empty() && !shard.again { wait } else { 0 };
             manager.run_with_timeout(i32::try_from(wait).unwrap_or(i32::MAX)).map_err(failed)?;
         }
     }
@@ -423,6 +449,7 @@ impl Shard {
     /// Everything that follows a wake-up.
     fn upkeep(&mut self) {
         self.now = monotonic_now();
+        self.again = false;
         if self.next_tick <= self.now {
             self.next_tick = self.now + TICK;
             self.tick();
@@ -443,7 +470,10 @@ impl Shard {
 
     /// Replicas, disks, sockets and the line for memory, until none has anything to do at once.
     fn work(&mut self) {
-        loop {
+        for member in self.members.iter_mut().flatten() {
+            member.spent = 0;
+        }
+        for _ in 0..MAX_ROUNDS {
             self.settle();
             self.send_all();
             let fed = self.feed();
@@ -451,6 +481,8 @@ impl Shard {
                 return;
             }
         }
+        // A client that sends as fast as its data is dealt with would keep the shard here.
+        self.again = true;
     }
 
     /// Lets replicas and disks work until neither has anything to do at once.
@@ -542,7 +574,7 @@ impl Shard {
                 MetadataIo::Flush { id } => Io {
                     disk,
                     id: tag(id),
-                    kind: IoKind::Flush,
+                    kind: IoKind::FlushMetadata,
                     offset: 0,
                     length: 0,
                     payload: Payload::None,
@@ -555,6 +587,18 @@ impl Shard {
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         let holder = member.replica.holder_connection();
         let address = holder.and_then(|c| self.peers.get(&c)).map(|p| p.address);
+        // A client may attach and leave as often as it likes.
+        let (is_logged, left_out) = member.lines.admit(self.now);
+        if let Some(left_out) = left_out {
+            let (pool, most) = (&member.replica.spec().name, Burst::MOST);
+            tracing::warn!(
+                %pool, member = %member.replica.member(), left_out,
+                "lines about attachments and views were left out: there were more than {most} in a second"
+            );
+        }
+        let is_quiet = !is_logged && notice != Notice::MetadataFailed;
+        let _quiet =
+            is_quiet.then(|| tracing::subscriber::set_default(tracing::subscriber::NoSubscriber::new()));
         member.log(notice, address);
     }
 
@@ -655,6 +699,11 @@ impl Shard {
     /// Bytes of buffers that one client may have.
     pub(super) const fn share(&self) -> usize {
         self.share
+    }
+
+    /// Whether a line that others may cause as often as they like goes to the log, and how many before it did not.
+    pub(super) fn may_log(&mut self, of: impl FnOnce(&mut Throttles) -> &mut Throttle) -> Option<u64> {
+        of(&mut self.throttles).admit(self.now)
     }
 
     pub(super) fn peer_mut(&mut self, id: ConnectionId) -> Option<&mut Peer> {

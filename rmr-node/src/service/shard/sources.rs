@@ -30,16 +30,23 @@ impl Shard {
     pub(super) fn connect_source(&mut self, index: usize, address: &rmr_common::pool::Address) {
         self.close_source(index);
         let Some(Some(member)) = self.members.get_mut(index) else { return };
+        if member.connecting.is_some() {
+            // A client may name one source after the other; each attempt has a thread, and may take as long as a leg timeout.
+            member.next_source = Some(address.clone());
+            return;
+        }
         self.next_attempt += 1;
         member.source_attempt = self.next_attempt;
         let source = member.replica.status().resync.map(|resync| resync.source);
         member.source_meant = Some(Meant { member: source, address: address.clone() });
+        member.connecting = Some(self.next_attempt);
         self.connector.connect(self.next_attempt, address);
     }
 
     pub(super) fn close_source(&mut self, index: usize) {
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         member.source_attempt = 0;
+        member.next_source = None;
         if let Some(mut source) = member.source.take() {
             source.wire.shut_down();
             self.counters += source.wire.counters();
@@ -53,6 +60,15 @@ impl Shard {
     /// Attempts to connect to sources have ended.
     pub(super) fn sources_connected(&mut self) {
         while let Some((attempt, result)) = self.connector.next() {
+            let is_its = |m: &Option<Member>| m.as_ref().is_some_and(|m| m.connecting == Some(attempt));
+            if let Some(index) = self.members.iter().position(is_its)
+                && let Some(member) = self.members[index].as_mut()
+            {
+                member.connecting = None;
+                if let Some(address) = member.next_source.take() {
+                    self.connect_source(index, &address);
+                }
+            }
             let index =
                 self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.source_attempt == attempt));
             let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_mut()?))) else {

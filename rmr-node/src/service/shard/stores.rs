@@ -11,6 +11,7 @@ use super::super::places::Stage;
 use super::{Command, Deleting, Phase, Shard};
 use crate::admin::Responder;
 use crate::admin::api::{ControlError, ErrorCode, LeftOut, StoreChanged, UnixMs};
+use crate::ctl::advice::Advice;
 use crate::store::Store;
 
 impl Shard {
@@ -145,10 +146,11 @@ impl Shard {
         }
         if let Some(holder) = member.replica.status().holder.filter(|h| h.connected && !force) {
             let text = format!(
-                "pool '{}' is held by {}: closing the store takes this member out from under it (take it out by \
-                 `rmrctl pool maintenance` first, or add --force)",
+                "pool '{}' is held by {}: closing the store takes this member out from under it (take it out first with \
+                 `{}`, or add --force)",
                 member.replica.spec().name,
-                holder.description
+                holder.description,
+                Advice::maintenance_on(&member.replica.spec().name, member.replica.member())
             );
             return responder.send(Err(ControlError::new(ErrorCode::InUse, text)));
         }

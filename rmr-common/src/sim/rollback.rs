@@ -1,0 +1,210 @@
+//! Stores that go back in time: a copy of a store, made at any moment, takes its place later, as an operator does who restores
+//! a backup or a volume snapshot, or starts a node with a copied file.
+//!
+//! Only what can be known is asked of the pool. While a client lives, its copy is older than what it had from the member; when no
+//! client lives, the others' intents tell what no mark covers. The last Clean member goes back only where somebody knows better.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::aim::Aim;
+use super::node::PageBytes;
+use super::world::{Check, Event, World, trace};
+use crate::map::MapPage;
+use crate::pool::{Attested, MemberId, MemberSet, MemberState, Position, View};
+use crate::replica::DurableState;
+
+/// A store as it was at some moment.
+#[derive(Clone)]
+struct Copy {
+    sectors: Vec<u64>,
+    durable: DurableState,
+    pages: BTreeMap<MapPage, PageBytes>,
+    room: u64,
+    branch: usize,
+}
+
+/// What an operator has done with the stores of the pool.
+#[derive(Default)]
+pub(super) struct Rollbacks {
+    /// A copy of the store of each node.
+    copies: BTreeMap<usize, Copy>,
+    /// What a node had when a copy took its place: it can be put back.
+    newest: BTreeMap<usize, Copy>,
+    /// Nodes whose store went back in time, and has not been current since.
+    back: BTreeSet<usize>,
+    left: u64,
+}
+
+impl World<'_> {
+    pub(super) fn begin_rollbacks(&mut self) {
+        if self.aiming.aim != Aim::Rollbacks || self.forces.is_there {
+            return;
+        }
+        self.rollbacks.left = self.rng.range(1, 3);
+        let pause = self.rng.range(1, 4) * self.profile.fault_pause;
+        self.after(pause, Event::Copy);
+    }
+
+    /// Somebody copies a store, or puts a copy in the place of one.
+    pub(super) fn copy_or_restore(&mut self) -> Check {
+        if self.is_calm {
+            return Ok(());
+        }
+        let pause = self.rng.range(1, 6) * self.profile.fault_pause.max(self.timeout() / 4);
+        self.after(pause, Event::Copy);
+        let node = self.rng.index(self.nodes.len());
+        if self.rng.percent(50) || !self.rollbacks.copies.contains_key(&node) {
+            if !self.nodes[node].is_gone && self.is_member(node) {
+                trace!(self, "the store of node {node} is copied at {}", self.nodes[node].durable.position());
+                let copy = self.copy_of(node);
+                self.rollbacks.copies.insert(node, copy);
+            }
+            return Ok(());
+        }
+        self.restore(node)
+    }
+
+    fn copy_of(&self, index: usize) -> Copy {
+        let node = &self.nodes[index];
+        Copy {
+            sectors: node.disk.sectors.clone(),
+            durable: node.durable.clone(),
+            pages: node.pages.clone(),
+            room: node.room,
+            branch: node.branch,
+        }
+    }
+
+    /// Whether the pool can be expected to notice that this node has the copy.
+    fn is_noticed(&self, index: usize, copy: &Copy) -> bool {
+        let node = &self.nodes[index];
+        let Some(view) = &self.committed else { return false };
+        if !self.is_member(index) || !copy.durable.view.has_store(node.member, node.store) {
+            return false;
+        }
+        let position = copy.durable.position();
+        let lives: Vec<_> = self.hosts.iter().filter(|h| h.is_live() && h.committed.is_some()).collect();
+        let knows = |known: &Attested| known.refutes(node.member, &position);
+        if !lives.iter().all(|h| knows(h.client.attested())) {
+            return false;
+        }
+        let others = self.nodes.iter().enumerate().filter(|(i, n)| *i != index && !n.is_gone);
+        let mut known = others.filter(|(i, _)| self.is_member(*i)).map(|(_, n)| &n.durable);
+        let is_known = known.any(|d| d.view.has_store(node.member, node.store) && knows(&d.attested));
+        let clean = view.clean();
+        let stays = clean.iter().any(|m| self.node_index(m) != index);
+        // What a resync brought in the last moment nobody has on record; nor what the last Clean member had alone.
+        is_known || stays && clean.contains(node.member)
+    }
+
+    fn restore(&mut self, index: usize) -> Check {
+        let Some(copy) = self.rollbacks.copies.get(&index).cloned() else { return Ok(()) };
+        if self.rollbacks.left == 0 || !self.rollbacks.back.is_empty() || !self.is_noticed(index, &copy) {
+            return Ok(());
+        }
+        self.crash_node(index, false)?;
+        // Metadata that was on its way may have become durable with the crash.
+        if !self.is_noticed(index, &copy) {
+            return Ok(());
+        }
+        self.rollbacks.left -= 1;
+        self.coverage.hit("a store went back in time");
+        let newest = self.copy_of(index);
+        self.rollbacks.newest.insert(index, newest);
+        self.rollbacks.back.insert(index);
+        trace!(self, "node {index} goes back to {}", copy.durable.position());
+        self.put(index, copy);
+        Ok(())
+    }
+
+    fn put(&mut self, index: usize, copy: Copy) {
+        let node = &mut self.nodes[index];
+        node.disk.replace(copy.sectors);
+        node.answered = copy.durable.epoch;
+        node.durable = copy.durable;
+        node.pages = copy.pages;
+        node.room = copy.room;
+        node.branch = copy.branch;
+        node.lost_power = false;
+    }
+
+    /// The right store is put back, where the pool waits for that.
+    pub(super) fn put_back(&mut self, index: usize) -> Check {
+        if !self.rollbacks.back.contains(&index) {
+            return Ok(());
+        }
+        if self.hosts.iter().any(|h| h.is_live() && h.client.is_active()) {
+            // It is being dealt with, or will be.
+            let delay = self.timeout() * 10;
+            self.after(delay, Event::PutBack(index));
+            return Ok(());
+        }
+        let Some(newest) = self.rollbacks.newest.remove(&index) else { return Ok(()) };
+        self.coverage.hit("the right store was put back");
+        self.crash_node(index, false)?;
+        trace!(self, "the right store of node {index} is put back");
+        self.rollbacks.back.remove(&index);
+        self.put(index, newest);
+        Ok(())
+    }
+
+    /// A client waits, because a member lost what nobody else may have.
+    pub(super) fn history_awaited(&mut self) {
+        self.coverage.hit("attach waits for the right store");
+        let delay = self.rng.range(1, self.timeout() * 3);
+        self.await_right_stores(delay);
+    }
+
+    /// After a while the right stores are put back, if the pool waits for them.
+    pub(super) fn await_right_stores(&mut self, delay: u64) {
+        let back: Vec<_> = self.rollbacks.back.iter().copied().collect();
+        back.into_iter().for_each(|node| self.after(delay, Event::PutBack(node)));
+    }
+
+    /// Only a store that went back in time is said to have done so.
+    pub(super) fn regression_found(
+        &mut self,
+        host: usize,
+        member: MemberId,
+        known: &Position,
+        shown: &Position,
+    ) -> Check {
+        self.coverage.hit("a store that went back in time is noticed");
+        let mut found = self.rollbacks.back.iter().map(|&index| self.nodes[index].member);
+        if found.any(|m| m == member) {
+            return Ok(());
+        }
+        Err(format!(
+            "client {host} says that member {member} went back from {known} to {shown}, and it did not"
+        ))
+    }
+
+    /// Whether this node went back in time, and the pool has not dealt with that yet.
+    pub(super) fn is_back(&self, index: usize) -> bool {
+        self.rollbacks.back.contains(&index)
+    }
+
+    /// A view is committed: a member that is current in it has nothing left of the past.
+    pub(super) fn rollback_committed(&mut self, view: &View) {
+        let current: MemberSet = view.clean();
+        let is_current = |world: &Self, index: usize| {
+            let node = &world.nodes[index];
+            // One that had the view, and has it no more, is still to be found out.
+            let has_it = node.durable.view.order() >= view.order();
+            current.contains(node.member) && view.has_store(node.member, node.store) && has_it
+        };
+        let done: Vec<_> = self.rollbacks.back.iter().copied().filter(|&i| is_current(self, i)).collect();
+        for index in done {
+            self.rollbacks.back.remove(&index);
+            self.rollbacks.newest.remove(&index);
+        }
+    }
+
+    /// Whether what this node misses may not be on record yet.
+    pub(super) fn is_back_unknown(&self, index: usize, view: &View) -> bool {
+        let node = &self.nodes[index];
+        let is_told = view.state(node.member) == Some(MemberState::Syncing)
+            && node.durable.view.order() >= view.order();
+        self.is_back(index) && !is_told
+    }
+}
