@@ -192,6 +192,8 @@ fn stores_that_cannot_be_served_are_named_and_the_rest_is_served_whatever_their_
     for (path, _) in &left_out {
         let is_told = node.log().lines().any(|l| l.contains("ERROR") && l.contains(path));
         assert!(is_told, "{path} is not in\n{}", node.log());
+        let is_once = |line: &str| line.matches("(os error ").count() <= 1;
+        assert!(node.log().lines().all(is_once), "{}", node.log());
     }
     let (status, health) = node.get("/v1/health");
     assert_eq!((status, health["problems"].as_array().unwrap().len()), (503, 6), "{health}");
