@@ -111,7 +111,9 @@ impl Client {
         // A member that is not needed may have been forced into use meanwhile, and know of a later view. So each one is tried
         // once, for as long as a connection and a hello may take.
         let is_absent = view.members.iter().any(|m| !ready.contains(m.id));
-        let is_asking = !self.has_asked_all() && (is_absent || is_early || self.has_leg_away());
+        // A node that has not answered yet may know another pool of the same name.
+        let is_asking =
+            !self.has_asked_all() && (is_absent || is_early || self.goes_by_name() || self.has_leg_away());
         if is_asking || is_early && !view.active().is_subset(ready) {
             if let State::Gathering { possible_since, .. } = &mut self.state {
                 *possible_since = Some(since);

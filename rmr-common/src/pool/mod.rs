@@ -9,7 +9,7 @@ mod spec;
 mod verify;
 mod view;
 
-pub use command::{Command, CommandReply, Refusal};
+pub use command::{Command, CommandReply, MemberAddress, Refusal};
 pub use id::{
     Block, BootId, Chunk, ClientId, Epoch, MAX_NUMBER, Mark, MemberId, MemberSet, PoolId, Sequence, Slot,
     StoreId, ViewNumber,

@@ -16,7 +16,7 @@ use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 use super::Shared;
 use super::command::Asker;
 use super::pulls::Pulls;
-use super::source_link::SourceLink;
+use super::source_link::{Meant, SourceLink};
 use super::throttle::Burst;
 use crate::admin::api::{
     Authentication, ClientState, ClientStatus, HistoryStatus, IoCounters, LinkState, Missed, PeerStatus,
@@ -41,6 +41,8 @@ pub(super) struct Member {
     pub(super) store: Store,
     pub(super) disk: DiskId,
     writer: MetadataWriter,
+    /// Why metadata was not even given to the writer.
+    refused: Option<String>,
     /// Requests to the writer that are not durable, oldest first.
     tickets: VecDeque<(crate::store::Ticket, Ticket)>,
     /// Buffers that a disk read has filled, until their answer is queued, by the request's number.
@@ -62,6 +64,10 @@ pub(super) struct Member {
     pub(super) closing: bool,
     /// The connection to the node that this member is brought up to date from.
     pub(super) source: Option<SourceLink>,
+    /// The member that the connection is to lead to.
+    pub(super) source_meant: Option<Meant>,
+    /// Why the last connection to a source was lost.
+    pub(super) source_error: String,
     /// Tells an attempt to connect to it from an earlier one.
     pub(super) source_attempt: u64,
     /// An attempt is under way, if only one that nobody waits for any more. There is one thread at a time.
@@ -94,7 +100,7 @@ struct Progress {
 
 impl Member {
     /// Serves a store, which `disk` carries in the shard's engine.
-    pub(super) fn new(store: Store, disk: DiskId, shared: &Arc<Shared>) -> Self {
+    pub(super) fn new(mut store: Store, disk: DiskId, shared: &Arc<Shared>) -> Self {
         let superblock = store.superblock().clone();
         let spec = superblock.spec.clone();
         let mut maps = MemberMaps::new(&spec);
@@ -138,11 +144,13 @@ impl Member {
         };
         let replica = Replica::new(config, superblock.member, state, maps);
         let writer = store.metadata_writer();
+        store.forget_maps();
         Self {
             replica,
             store,
             disk,
             writer,
+            refused: None,
             tickets: VecDeque::new(),
             reads: Vec::new(),
             reading_bytes: 0,
@@ -155,6 +163,8 @@ impl Member {
             state_since: [None; rmr_common::pool::MAX_MEMBERS],
             closing: false,
             source: None,
+            source_meant: None,
+            source_error: String::new(),
             source_attempt: 0,
             connecting: None,
             next_source: None,
@@ -214,6 +224,7 @@ impl Member {
             Ok(asked) => self.tickets.push_back((asked, ticket)),
             Err(error) => {
                 tracing::error!(pool = %self.replica.spec().name, "superblock refused: {error}");
+                self.refused = Some(format!("the superblock to be written is refused: {error}"));
                 self.replica.apply(Event::Durable(ticket, Err(())), now);
             }
         }
@@ -264,6 +275,11 @@ impl Member {
     /// Whether metadata could not be written, and never will be.
     pub(super) fn metadata_failed(&self) -> bool {
         self.writer.failure().is_some()
+    }
+
+    /// Why metadata could not be written, in words.
+    pub(super) fn metadata_failure(&self) -> Option<String> {
+        self.writer.failure().map(ToString::to_string).or_else(|| self.refused.clone())
     }
 
     /// Writes what operators want to know to the log.

@@ -499,6 +499,72 @@ fn the_command_line_creates_inspects_and_destroys() {
 }
 
 #[test]
+fn no_file_is_made_behind_a_link_or_among_devices() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, aim) = (directory.path().join("store"), directory.path().join("aim"));
+    let options = options();
+    let link = |to: &Path, at: &Path| std::os::unix::fs::symlink(to, at).unwrap();
+    // A link that leads nowhere, one to a file, and one in the place of the file that is to become the store.
+    link(&aim, &path);
+    assert!(matches!(create(&path, &options), Err(StoreError::Link(_))));
+    std::fs::write(&aim, "precious").unwrap();
+    let overwrite = CreateOptions { overwrite: true, ..options.clone() };
+    assert!(matches!(create(&path, &overwrite), Err(StoreError::Link(_))));
+    std::fs::remove_file(&path).unwrap();
+    link(&aim, &directory.path().join("store.rmr-unfinished"));
+    assert!(matches!(create(&path, &options), Err(StoreError::Link(_))));
+    assert_eq!(std::fs::read_to_string(&aim).unwrap(), "precious");
+    let device = Path::new("/dev/no-such-device");
+    assert!(matches!(create(device, &options), Err(StoreError::NoSuchDevice(_))));
+    assert!(!device.exists());
+}
+
+#[test]
+fn a_store_is_identified_without_taking_it_from_whoever_has_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let options = options();
+    create(&path, &options).unwrap();
+    let open = Store::open(&path, None).unwrap();
+    assert_eq!(Store::identify(&path).unwrap().store, options.store);
+    drop(open);
+    assert!(Store::open(&path, None).is_ok());
+    std::fs::write(&path, [7; 65536]).unwrap();
+    assert!(matches!(Store::identify(&path), Err(StoreError::NoSuperblock { .. })));
+}
+
+#[test]
+fn a_removed_store_is_none_under_another_name_either() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, other) = (directory.path().join("store"), directory.path().join("other"));
+    let options = options();
+    create(&path, &options).unwrap();
+    std::fs::hard_link(&path, &other).unwrap();
+    assert!(matches!(Store::remove(&path, Some(PoolId::random())), Err(StoreError::WrongPool { .. })));
+    Store::remove(&path, Some(options.spec.id)).unwrap();
+    assert!(!path.exists());
+    assert_eq!(other.metadata().unwrap().len(), 0);
+}
+
+#[test]
+fn a_store_that_its_file_system_cannot_hold_is_warned_of() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let mut options = options();
+    create(&path, &options).unwrap();
+    assert_eq!(Store::open(&path, None).unwrap().space_warning(), None);
+    Store::remove(&path, None).unwrap();
+    options.spec.size = 256 << 40;
+    options.spec.chunk_size = rmr_common::pool::ChunkSize::from_bytes(64 << 20).unwrap();
+    options.max_size = Some(options.spec.size);
+    // A file system that cannot even have so large a file is none to be warned of.
+    if create(&path, &options).is_ok() {
+        let warning = Store::open(&path, None).unwrap().space_warning().unwrap();
+        assert!(warning.contains("256 TiB more") || warning.contains("may come to need"), "{warning}");
+    }
+}
+
+#[test]
 fn an_epoch_that_used_all_others_up_is_taken_back_and_nothing_else_is_changed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.store");

@@ -4,5 +4,6 @@ mod clients;
 mod flushes;
 mod memory;
 mod stop;
+mod stores;
 mod strangers;
 mod support;

@@ -209,17 +209,25 @@ pub(crate) struct Raw {
 
 impl Raw {
     pub(crate) fn connect(node: &Node, pool: usize) -> Self {
-        let stream = TcpStream::connect(node.address).expect("it listens");
+        Self::to(node.address, node.pools[pool].id)
+    }
+
+    /// A connection to a node at an address.
+    pub(crate) fn to(address: SocketAddr, pool: PoolId) -> Self {
+        let stream = TcpStream::connect(address).expect("it listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
-        let pool = node.pools[pool].id;
         Self { stream, pool, epoch: Epoch(0), view: ViewNumber(0), shown: None, table: Vec::new() }
     }
 
     /// A connection that was greeted.
     pub(crate) fn greeted(node: &Node, pool: usize) -> Self {
-        let mut raw = Self::connect(node, pool);
-        let body = raw.hello(node.pools[pool].id);
+        Self::connect(node, pool).greet()
+    }
+
+    fn greet(self) -> Self {
+        let mut raw = self;
+        let body = raw.hello(raw.pool);
         let reply = HelloReply::decode(&body.1).expect("a hello reply");
         (raw.epoch, raw.view) = (reply.epoch, reply.view.number);
         raw.shown = Some(reply.view);
@@ -233,7 +241,12 @@ impl Raw {
 
     /// A connection that holds its pool.
     pub(crate) fn attached(node: &Node, pool: usize) -> Self {
-        let mut raw = Self::greeted(node, pool);
+        Self::attached_to(node.address, node.pools[pool].id)
+    }
+
+    /// The same, to a node at an address.
+    pub(crate) fn attached_to(address: SocketAddr, pool: PoolId) -> Self {
+        let mut raw = Self::to(address, pool).greet();
         raw.epoch = Epoch(raw.epoch.0 + 1);
         let attach = Attach {
             client: ClientId::random(),
