@@ -3,6 +3,8 @@
 #![allow(unsafe_code)]
 
 use std::fmt;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 
 /// One piece of memory of a scatter/gather list: what an `iovec` is to the kernel.
 ///
@@ -139,6 +141,9 @@ pub(crate) fn for_tests(base: usize, length: usize) -> Segment {
 /// Bytes that are copied out of segments at a time, to be looked at: they stay in the processor's nearest cache.
 const PIECE: usize = 16 << 10;
 
+/// Smallest unit in which memory can be taken away from this process.
+const PAGE: usize = 4096;
+
 /// Copies `length` bytes from `offset` of the whole list, in pieces. The owner of the memory may change it meanwhile: what is
 /// looked at is the copy.
 fn for_each_piece(segments: &[Segment], offset: usize, length: usize, mut take: impl FnMut(&[u8])) {
@@ -170,6 +175,30 @@ pub fn digest(segments: &[Segment], offset: usize, length: usize) -> u32 {
 /// Appends `length` bytes from `offset` of the whole list to `bytes`.
 pub fn copy_out(segments: &[Segment], offset: usize, length: usize, bytes: &mut Vec<u8>) {
     for_each_piece(segments, offset, length, |piece| bytes.extend_from_slice(piece));
+}
+
+/// As [`copy_out`], for memory of which some may not be readable: that is zeroes in the copy. The kernel reads it, page by page into
+/// a pipe, and says so where an access of this process would end it.
+pub fn salvage(segments: &[Segment], offset: usize, length: usize, bytes: &mut Vec<u8>) {
+    let mut parts = Vec::new();
+    gather(segments, offset, length, &mut parts);
+    let pipe = io::pipe();
+    for part in parts {
+        let mut at = 0;
+        while at < part.length() {
+            let rest = part.part(at, PAGE - part.base().addr().wrapping_add(at) % PAGE);
+            at += rest.length();
+            let end = bytes.len() + rest.length();
+            if let Ok((reader, writer)) = &pipe {
+                // SAFETY: the kernel checks the address, and takes no more than an empty pipe holds.
+                let taken = unsafe { libc::write(writer.as_raw_fd(), rest.base().cast(), rest.length()) };
+                let taken = u64::try_from(taken).unwrap_or(0);
+                // Nobody else reads from the pipe. If it fails, the rest of the page is zeroes.
+                let _ = reader.take(taken).read_to_end(bytes);
+            }
+            bytes.resize(end, 0);
+        }
+    }
 }
 
 /// Copies bytes to where they belong from `offset` of the whole list on.

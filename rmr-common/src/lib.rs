@@ -10,6 +10,7 @@
 //! * [`map`] — dirty and intent maps.
 //! * [`client`] — the coordinator and data path of a pool, a state machine without I/O.
 //! * [`replica`] — one member's protocol behaviour, a state machine without I/O.
+//! * [`text`] — words of strangers, made fit for logs and terminals.
 //! * [`transport`] — bindings of the message set to TCP and to an in-memory network.
 
 /// Whether a deliberate mistake is made here, for the simulator to find; see `mutants`.
@@ -27,6 +28,10 @@ macro_rules! mutant {
     };
 }
 
+// Files that tests of other crates share name this crate as those do.
+#[cfg(test)]
+extern crate self as rmr_common;
+
 pub mod auth;
 pub mod buffer;
 pub mod client;
@@ -39,6 +44,8 @@ pub mod pool;
 pub mod reactor;
 pub mod replica;
 pub mod sim;
+pub mod text;
 pub mod time;
 pub mod transport;
 pub mod wire;
+pub mod words;

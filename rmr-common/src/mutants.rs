@@ -90,6 +90,8 @@ mutants! {
     AttachBeforeDurable,
     /// An attach to a write-back store is answered without a flush
     AttachWithoutFlush,
+    /// An attach with any epoch is accepted, so that none may be left for those that follow
+    AnyEpochAccepted,
     /// A view is answered before it is durable
     ViewBeforeDurable,
     /// A view is adopted before the dirty bits that came with it are durable
@@ -102,6 +104,26 @@ mutants! {
     HandoverWithEachView,
     /// A detach clears intents without a flush
     DetachWithoutFlush,
+
+    // Failed flushes.
+    /// A member's own flush that failed before intents are cleared is repeated and believed
+    OwnFlushRepeated,
+    /// A flush that failed in an attach is repeated by the next attach and believed
+    AttachFlushRepeated,
+    /// A flush that failed before a report of a resync is repeated and believed
+    ResyncFlushRepeated,
+    /// A detach whose flush failed counts as one in good order
+    FailedDetachInOrder,
+    /// A member whose flush failed keeps its session
+    FailedFlushKeepsSession,
+    /// A member whose flush failed keeps its slot table
+    FailedFlushKeepsTable,
+    /// A member whose flush failed tells its next client that its table is lost, and not that its cache is
+    FailedFlushNotTold,
+    /// A member whose flush failed goes on as a source
+    SourceServesAfterFailedFlush,
+    /// A flush that failed on the only Clean member is repeated and believed
+    LastFlushRepeated,
 
     // Resync at a member.
     /// A member goes Syncing with the maps that it has
@@ -208,6 +230,8 @@ mutants! {
     WatermarkTooHigh,
     /// The watermark passes a write that was given up, and members take it from a view that is not committed
     UnsettledForgotten,
+    /// A write whose memory could not be read fails with what each leg happened to get
+    FaultedWriteNotRepeated,
     /// A flush completes with the first answer
     FlushByOneLeg,
     /// A flush covers what was written while it was under way

@@ -1,19 +1,25 @@
 //! `rmr-node`: the storage service of a replicated disk. Without a subcommand it serves; `store` works on stores
 //! offline.
 
-use std::io::{IsTerminal, Write};
+use std::fmt::{Debug, Write as _};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rmr_common::text::Printable;
+use rmr_common::words;
 use rmr_node::config::{Config, ConfigError, LogFormat, LogLevel, Settings};
 use rmr_node::doctor::{DoctorArgs, Report};
 use rmr_node::lifecycle::Shutdown;
 use rmr_node::service;
 use rmr_node::store::cli::StoreCommand;
 use tracing::error;
+use tracing::field::Field;
 use tracing_subscriber::Layer;
+use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::layer::SubscriberExt;
 
 /// Exit code of a process that failed while running.
@@ -72,7 +78,8 @@ fn main() -> ExitCode {
         Some(Command::Store(command)) => {
             return match command.run() {
                 Ok(()) => ExitCode::SUCCESS,
-                Err(e) => fail(EXIT_FAILED, &format!("{e:#}")),
+                Err(e) if is_closed_pipe(&e) => ExitCode::SUCCESS,
+                Err(e) => fail(EXIT_FAILED, &words::error(e.as_ref())),
             };
         }
         Some(Command::Doctor(args)) => return doctor(*args),
@@ -89,12 +96,12 @@ fn main() -> ExitCode {
         };
     }
     if let Err(e) = start_log(config.log_format, &config.log_level) {
-        return fail(EXIT_FAILED, &format!("{e:#}"));
+        return fail(EXIT_FAILED, &words::error(e.as_ref()));
     }
     match serve(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            error!("{e:#}");
+            error!("{}", words::error(e.as_ref()));
             ExitCode::from(EXIT_FAILED)
         }
     }
@@ -131,8 +138,21 @@ fn start_log(format: LogFormat, level: &LogLevel) -> anyhow::Result<()> {
     let targets: Targets = level.as_str().parse()?;
     let colours = std::io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
+    // Else a log that nobody reads any more would end the shard that writes to it: the complaint about it panics.
+    let lines = lines.log_internal_errors(false);
     let layer = match format {
-        LogFormat::Text => lines.with_target(false).boxed(),
+        // What strangers say may have line ends and orders to terminals in it.
+        LogFormat::Text => {
+            let fields = debug_fn(|writer: &mut Writer<'_>, field: &Field, value: &dyn Debug| {
+                let mut shown = Printable(writer);
+                if field.name() == "message" {
+                    write!(shown, "{value:?}")
+                } else {
+                    write!(shown, "{}={value:?}", field.name())
+                }
+            });
+            lines.fmt_fields(fields.delimited(" ")).with_target(false).boxed()
+        }
         LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer.with_filter(targets)))?;
@@ -142,12 +162,20 @@ fn start_log(format: LogFormat, level: &LogLevel) -> anyhow::Result<()> {
 fn print(text: &str) -> ExitCode {
     match std::io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::from(EXIT_FAILED),
+        // The reader has seen enough, as `head` does.
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(e) => fail(EXIT_FAILED, &format!("the result cannot be written to standard output: {e}")),
     }
 }
 
+/// Whether an error is that of the one who reads the output and has closed it. What was to be done is done then.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe)
+}
+
 fn fail(code: u8, message: &str) -> ExitCode {
-    eprintln!("rmr-node: {message}");
+    // There may be nobody to read it, which is no reason to end in another way.
+    let _ = writeln!(std::io::stderr(), "rmr-node: {message}");
     ExitCode::from(code)
 }
 

@@ -152,3 +152,111 @@ fn an_interrupted_creation_is_rolled_back() {
     assert!(error.contains("interrupted while") && error.contains("removed again: store "), "{error}");
     assert!(output.stdout.is_empty());
 }
+
+/// A command whose output goes to a pipe that nobody reads.
+fn unread(program: &str, args: &[&str]) -> Output {
+    let mut child = Command::new(program)
+        .args(args)
+        .env_remove("RMR_NODES")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop(child.stdout.take());
+    child.wait_with_output().expect("it ends")
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure_and_not_spoken_of() {
+    let (node, ctl) = (env!("CARGO_BIN_EXE_rmr-node"), env!("CARGO_BIN_EXE_rmrctl"));
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let store = store.to_str().expect("the path is UTF-8");
+    let create =
+        ["store", "create", store, "--pool", "p", "--size", "8M", "--member", "0=127.0.0.1:1", "--this", "0"];
+    let gone = "127.0.0.1:1";
+    for (program, args, exit) in [
+        (node, &["--check-config"][..], 0),
+        (node, &create, 0),
+        (node, &["store", "inspect", store], 0),
+        (ctl, &["--help"], 0),
+        (ctl, &["doctor", "--json"], 0),
+    ] {
+        let output = unread(program, args);
+        // A doctor has its own codes for what it finds.
+        let code = output.status.code();
+        assert!(code == Some(exit) || args[0] == "doctor" && code == Some(3), "{args:?}: {output:?}");
+        assert_eq!(text(&output.stderr), "", "{args:?}");
+    }
+    // What is to be said of the command itself is said, once.
+    let output = unread(ctl, &["--node", gone, "status"]);
+    assert_eq!((output.status.code(), text(&output.stderr).lines().count()), (Some(4), 1), "{output:?}");
+}
+
+#[test]
+fn nobody_has_to_read_what_goes_wrong() {
+    for (program, args, exit) in [
+        (env!("CARGO_BIN_EXE_rmrctl"), &["--node", "127.0.0.1:1", "pool", "list"][..], 1),
+        (env!("CARGO_BIN_EXE_rmr-node"), &["--config", "/nonexistent"], 2),
+    ] {
+        let mut child = Command::new(program)
+            .args(args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        drop(child.stderr.take());
+        assert_eq!(child.wait().expect("it ends").code(), Some(exit), "{args:?}");
+    }
+}
+
+#[test]
+fn a_cause_is_said_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nothing");
+    let path = path.to_str().expect("the path is UTF-8");
+    for output in [
+        rmr_node(&["store", "inspect", path]),
+        rmr_node(&["--config", path]),
+        rmr_node(&["--listen", "tcp://127.0.0.1:0", "--admin", "127.0.0.1:0", "--store-dir", path]),
+        rmrctl(&["--node", "127.0.0.1:1", "pool", "list"]),
+    ] {
+        let error = text(&output.stderr);
+        let line =
+            error.lines().find(|line| line.contains("(os error ")).unwrap_or_else(|| panic!("{error}"));
+        assert_eq!(line.matches("(os error ").count(), 1, "{line}");
+    }
+}
+
+#[test]
+fn a_node_outlives_the_reader_of_its_log() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let admin = listener.local_addr().expect("it has an address").to_string();
+    drop(listener);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rmr-node"))
+        .args(["--listen", "tcp://127.0.0.1:0", "--admin", &admin, "--log-level", "trace"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    let mut log = child.stderr.take().expect("there is a pipe");
+    let mut seen = Vec::new();
+    while !text(&seen).contains("serving 0 stores") {
+        let mut part = [0; 4096];
+        let count = log.read(&mut part).expect("the log is read");
+        assert!(count > 0, "{}", text(&seen));
+        seen.extend_from_slice(&part[..count]);
+    }
+    drop(log);
+    for _ in 0..3 {
+        // Each connection is worth a line of trace at least.
+        let mut stream = TcpStream::connect(&admin).expect("it is there");
+        stream.write_all(b"GET /v1/pools HTTP/1.1\r\nhost: localhost\r\n\r\n").expect("it takes the request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("it answers");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().expect("kill runs").success());
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+}

@@ -28,7 +28,8 @@ Examples:
     vhost-brmr --socket-path /run/vm7.sock --pool vm7 --node stor1:7700 --once --incoming
 
 Exit code: 0 after a stop that was asked for, 1 when something failed, 2 for a bad option or configuration, 3 when another
-client took the pool over while the guest ran (do not start the daemon again by itself then).";
+client took the pool over while the guest ran (do not start the daemon again by itself then), 4 when memory that the front end
+shares was taken away.";
 
 /// Serves one replicated disk to one virtual machine, over vhost-user-blk.
 ///
@@ -60,7 +61,8 @@ pub struct Options {
     #[arg(long, value_name = "PATH", help_heading = "Hypervisor")]
     pub socket_path: Option<PathBuf>,
 
-    /// Use this inherited descriptor instead: a listening unix socket, or one that is connected already.
+    /// Use this inherited descriptor instead: a listening unix socket, or one that is connected already. Without this and
+    /// --socket-path, the one socket that systemd passes (LISTEN_FDS) is used.
     #[arg(long, value_name = "FDNUM", help_heading = "Hypervisor", conflicts_with = "socket_path")]
     pub fd: Option<i32>,
 
@@ -72,16 +74,23 @@ pub struct Options {
     #[arg(long, value_name = "WHAT", value_enum, help_heading = "Hypervisor")]
     pub on_disconnect: Option<Disconnect>,
 
-    /// Short for --on-disconnect exit.
+    /// Short for --on-disconnect exit. For QEMU only: cloud-hypervisor closes the connection for each reboot of its guest.
     #[arg(long, help_heading = "Hypervisor", conflicts_with = "on_disconnect", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub once: Option<bool>,
+
+    /// Keep the pool for so many milliseconds after the hypervisor went away with nothing in flight, so that no other client
+    /// attaches before the hypervisor that takes the guest over: for local migrations and reboots of cloud-hypervisor. At most
+    /// 10000. [default: 0]
+    #[arg(long, value_name = "MILLISECONDS", help_heading = "Hypervisor")]
+    pub linger_ms: Option<u32>,
 
     /// The pool to serve, by name or uuid.
     #[arg(long, value_name = "NAME|UUID", help_heading = "Pool")]
     pub pool: Option<String>,
 
     /// A node to ask about the pool. Repeatable; one that answers is enough, as it knows the others. Members are then used
-    /// over the binding that their own addresses name (tcp, tls, rdma), whatever is said here.
+    /// over the binding that their own addresses name (tcp, tls, rdma), whatever is said here; but if all of these are tls://
+    /// addresses, members without TLS are not used.
     #[arg(long = "node", value_name = "HOST:PORT", help_heading = "Pool")]
     pub node: Option<Vec<String>>,
 
@@ -133,7 +142,7 @@ pub struct Options {
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub num_queues: Option<u16>,
 
-    /// Largest size of a queue: a power of two from 2 to 1024. [default: 256]
+    /// Largest size of a queue: a power of two from 2 to 1024. [default: 1024]
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub queue_size: Option<u16>,
 
@@ -247,6 +256,7 @@ impl Options {
             socket_mode: self.socket_mode.or(file.socket_mode),
             on_disconnect: self.on_disconnect.or(file_disconnect),
             once: self.once.or(file_once),
+            linger_ms: self.linger_ms.or(file.linger_ms),
             pool: self.pool.or(file.pool),
             node: self.node.or(file.node),
             takeover: self.takeover.or(file.takeover),

@@ -22,9 +22,14 @@ use crate::request::ID_LENGTH;
 
 const MAX_QUEUES: u16 = 256;
 const MAX_QUEUE_SIZE: u16 = 1024;
+/// As large as any hypervisor makes its queues: a front end that asks for more than is offered may start the guest all the same, with
+/// a disk that answers nothing.
+const DEFAULT_QUEUE_SIZE: u16 = MAX_QUEUE_SIZE;
 /// Spins are this long unless told otherwise, in microseconds: about as long as a write to two legs takes.
 const DEFAULT_POLL_US: u32 = 50;
 const MAX_POLL_US: u32 = 10_000;
+/// An ordinary client elsewhere is refused for that long where no hypervisor comes for the pool.
+const MAX_LINGER_MS: u32 = 10_000;
 const MAX_TIMEOUT_S: u32 = 24 * 60 * 60;
 
 /// Where the hypervisor connects.
@@ -148,6 +153,20 @@ pub enum ConfigError {
         /// Where and why.
         source: Box<toml::de::Error>,
     },
+    /// What the service manager says about sockets is not understood.
+    #[error("LISTEN_PID and LISTEN_FDS of the service manager: {0}")]
+    Passed(std::io::Error),
+    /// More than one socket was passed.
+    #[error(
+        "the service manager passed {0} sockets (LISTEN_FDS), expected one: a daemon serves one disk; --fd names one of them"
+    )]
+    Sockets(usize),
+    /// A socket was passed, and a path is configured.
+    #[error(
+        "the service manager passed a socket (LISTEN_FDS), and socket-path is {0:?}, expected one of them: leave socket-path out, the \
+         path stands in the .socket unit"
+    )]
+    TwoSockets(PathBuf),
     /// An option that must be given.
     #[error("--{0} is missing{1}")]
     Missing(&'static str, &'static str),
@@ -184,7 +203,10 @@ impl Settings {
                     .map_err(|source| ConfigError::Parse { path: path.clone(), source: Box::new(source) })?
             }
         };
-        Self::check(args.options.clone().or(file))
+        let mut options = args.options.clone().or(file);
+        let passed = sd_notify::listen_fds().map_err(ConfigError::Passed)?;
+        adopt_socket(&mut options, passed)?;
+        Self::check(options)
     }
 
     /// Checks the options.
@@ -203,7 +225,7 @@ impl Settings {
         if !(1..=MAX_QUEUES).contains(&queues) {
             return Err(bad("num-queues", queues, "1 to 256"));
         }
-        let queue_size = options.queue_size.unwrap_or(256);
+        let queue_size = options.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE);
         if !queue_size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&queue_size) {
             return Err(bad("queue-size", queue_size, "a power of two from 2 to 1024"));
         }
@@ -216,6 +238,10 @@ impl Settings {
         let leg_timeout_ms = options.leg_timeout_ms.unwrap_or(3000);
         if !(10..=MAX_TIMEOUT_S * 1000).contains(&leg_timeout_ms) {
             return Err(bad("leg-timeout-ms", leg_timeout_ms, "10 milliseconds to one day"));
+        }
+        let linger_ms = options.linger_ms.unwrap_or(0);
+        if linger_ms > MAX_LINGER_MS {
+            return Err(bad("linger-ms", linger_ms, "0 to 10000"));
         }
         let suspend_timeout_s = seconds("suspend-timeout-s", options.suspend_timeout_s, 60)?;
         let bounce_memory_mib = options.bounce_memory_mib.unwrap_or(DEFAULT_BOUNCE_MEMORY >> 20);
@@ -265,9 +291,28 @@ impl Settings {
                 poll: Duration::from_micros(poll_us.into()),
                 drain_timeout,
                 on_disconnect: if exit { OnDisconnect::Exit } else { OnDisconnect::Wait },
+                linger: Duration::from_millis(linger_ms.into()),
             },
             log_format: options.log_format.unwrap_or_default(),
         })
+    }
+}
+
+/// Takes the socket that the service manager passed (sd_listen_fds(3)), unless a descriptor is named.
+fn adopt_socket(
+    options: &mut Options,
+    mut passed: impl ExactSizeIterator<Item = RawFd>,
+) -> Result<(), ConfigError> {
+    let count = passed.len();
+    match (&options.socket_path, passed.next()) {
+        _ if options.fd.is_some() => Ok(()),
+        (_, None) => Ok(()),
+        (None, Some(fd)) if count == 1 => {
+            options.fd = Some(fd);
+            Ok(())
+        }
+        (None, Some(_)) => Err(ConfigError::Sockets(count)),
+        (Some(path), Some(_)) => Err(ConfigError::TwoSockets(path.clone())),
     }
 }
 
@@ -285,7 +330,10 @@ fn endpoint(options: &Options) -> Result<Endpoint, ConfigError> {
             Err(bad("fd", fd, "an inherited descriptor above 2, which are the standard streams"))
         }
         (None, Some(fd)) => Ok(Endpoint::Inherited(fd)),
-        (None, None) => Err(ConfigError::Missing("socket-path", " (or --fd)")),
+        (None, None) => Err(ConfigError::Missing(
+            "socket-path",
+            " (or --fd, or a socket that the service manager passes)",
+        )),
     }
 }
 
@@ -349,13 +397,31 @@ mod tests {
         let settings = settings(GOOD).unwrap();
         assert_eq!(settings.endpoint, Endpoint::Path { path: "/tmp/s".into(), mode: 0o600 });
         assert_eq!(settings.device.queues, 1);
-        assert_eq!(settings.device.queue_size, 256);
+        assert_eq!(settings.device.queue_size, 1024);
         assert_eq!(settings.device.serial, "vm7");
         assert_eq!(settings.event_loop.poll, Duration::from_micros(50));
         assert_eq!(settings.event_loop.on_disconnect, OnDisconnect::Wait);
         assert_eq!(settings.event_loop.drain_timeout, Duration::from_secs(30));
+        assert_eq!(settings.event_loop.linger, Duration::ZERO);
         assert_eq!(settings.pool.suspend_timeout, Duration::from_secs(60));
         assert_eq!((settings.pool.data_digest, settings.pool.bounce_memory), (DataDigest::Off, 32 << 20));
+    }
+
+    #[test]
+    fn a_socket_of_the_service_manager_is_used_unless_one_is_named() {
+        let none = Options::default();
+        let path = Options { socket_path: Some("/s".into()), ..none.clone() };
+        let named = Options { fd: Some(4), ..none.clone() };
+        let adopt = |options: &Options, passed| {
+            let mut options = options.clone();
+            adopt_socket(&mut options, passed).map(|()| options.fd).map_err(|error| error.to_string())
+        };
+        assert_eq!(adopt(&none, 3..3), Ok(None));
+        assert_eq!(adopt(&path, 3..3), Ok(None));
+        assert_eq!(adopt(&none, 3..4), Ok(Some(3)));
+        assert_eq!(adopt(&named, 3..6), Ok(Some(4)));
+        assert!(adopt(&none, 3..5).unwrap_err().contains("passed 2 sockets"));
+        assert!(adopt(&path, 3..4).unwrap_err().contains("leave socket-path out"));
     }
 
     #[test]
@@ -380,6 +446,7 @@ mod tests {
             ("--socket-mode 888", "socket-mode"),
             ("--socket-mode 7777", "socket-mode"),
             ("--poll-us 10001", "poll-us"),
+            ("--linger-ms 10001", "linger-ms"),
             ("--leg-timeout-ms 1", "leg-timeout-ms"),
             ("--suspend-timeout-s 90000", "suspend-timeout-s"),
             ("--bounce-memory-mib 0", "bounce-memory-mib"),

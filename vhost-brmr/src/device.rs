@@ -75,11 +75,18 @@ pub enum DeviceError {
 }
 
 /// The device: what it offers, and what the guest took.
+///
+/// `CONFIG_WCE` is not offered. With it a guest turns the cache off by writing one byte of the configuration space, and never flushes
+/// from then on. No place that this daemon can read again keeps that byte: front ends do not repeat the message after a
+/// restart of the daemon, QEMU carries it over neither a reset of the guest nor a migration, and the inflight region is new after
+/// each of them. A daemon that took the cache for on would then lose acknowledged writes. A guest that negotiated the feature with
+/// an earlier daemon may acknowledge it all the same, and gets write-through until it says in this session that it flushes.
 #[derive(Debug)]
 pub struct Device {
     options: DeviceOptions,
     geometry: Geometry,
     acknowledged: u64,
+    /// The front end wrote in this session that the cache is on.
     writeback: bool,
 }
 
@@ -87,7 +94,7 @@ impl Device {
     /// A device over a disk of this geometry.
     #[must_use]
     pub fn new(options: DeviceOptions, geometry: Geometry) -> Self {
-        Self { options, geometry, acknowledged: 0, writeback: true }
+        Self { options, geometry, acknowledged: 0, writeback: false }
     }
 
     /// What the operator decided.
@@ -126,7 +133,6 @@ impl Device {
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_FLUSH,
             VIRTIO_BLK_F_TOPOLOGY,
-            VIRTIO_BLK_F_CONFIG_WCE,
         ];
         let optional = optional.into_iter().filter_map(|(bit, offered)| offered.then_some(bit));
         let of_vhost = VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
@@ -149,9 +155,9 @@ impl Device {
     /// Takes what the guest acknowledged.
     ///
     /// # Errors
-    /// When a feature was not on offer.
+    /// When a feature was not on offer, now or by an earlier version of this daemon.
     pub fn acknowledge(&mut self, features: u64) -> Result<(), DeviceError> {
-        let offered = self.features();
+        let offered = self.features() | 1 << VIRTIO_BLK_F_CONFIG_WCE;
         if features & !offered != 0 {
             return Err(DeviceError::Features { found: features, offered });
         }
@@ -183,8 +189,8 @@ impl Device {
         self.has(VIRTIO_RING_F_EVENT_IDX)
     }
 
-    /// Whether a write may complete only after a flush behind it (virtio 1.3 §5.2.6.2): the guest cannot flush, or it
-    /// turned the cache off.
+    /// Whether a write may complete only after a flush behind it (virtio 1.3 §5.2.6.2): the guest cannot flush, or may have turned
+    /// the cache off.
     #[must_use]
     pub fn is_write_through(&self) -> bool {
         !self.has(VIRTIO_BLK_F_FLUSH) || (self.has(VIRTIO_BLK_F_CONFIG_WCE) && !self.writeback)
@@ -220,6 +226,12 @@ impl Device {
             .collect()
     }
 
+    /// Whether the guest may have turned the cache off in a session with an earlier daemon.
+    #[must_use]
+    pub fn is_cache_unknown(&self) -> bool {
+        self.has(VIRTIO_BLK_F_FLUSH) && self.is_write_through()
+    }
+
     /// Writes a part of the configuration space: `writeback` changes, every other byte must stay as it is.
     ///
     /// # Errors
@@ -230,14 +242,11 @@ impl Device {
         let now = self.read_config(offset, length);
         let mut writeback = self.writeback;
         for (index, (new, old)) in bytes.iter().zip(now).enumerate() {
-            if offset as usize + index == CONFIG_WRITEBACK {
+            if offset as usize + index == CONFIG_WRITEBACK && self.has(VIRTIO_BLK_F_CONFIG_WCE) {
                 writeback = *new != 0;
             } else if *new != old {
                 return Err(error);
             }
-        }
-        if writeback != self.writeback && !self.has(VIRTIO_BLK_F_CONFIG_WCE) {
-            return Err(error);
         }
         self.writeback = writeback;
         Ok(())
@@ -246,7 +255,7 @@ impl Device {
     /// Back to the state before any negotiation.
     pub fn reset(&mut self) {
         self.acknowledged = 0;
-        self.writeback = true;
+        self.writeback = false;
     }
 
     /// `struct virtio_blk_config` (virtio 1.3 §5.2.4), little-endian.
@@ -270,7 +279,7 @@ impl Device {
         put(24, &[u8::try_from(exponent).unwrap_or(0), 0]);
         put(26, &minimum.to_le_bytes());
         put(28, &optimal.to_le_bytes());
-        put(CONFIG_WRITEBACK, &[u8::from(self.writeback)]);
+        put(CONFIG_WRITEBACK, &[u8::from(!self.is_write_through())]);
         put(34, &self.options.queues.to_le_bytes());
         put(36, &sectors(discard.max_length).to_le_bytes());
         put(40, &discard.max_ranges.to_le_bytes());

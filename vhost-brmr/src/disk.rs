@@ -170,7 +170,17 @@ pub enum DiskError {
     /// Another client took the disk over.
     #[error("another client took the disk over")]
     Fenced,
+    /// Guest memory of the request could not be read or written.
+    #[error(
+        "guest memory of the request cannot be reached: the file behind it was cut short, or has no pages left"
+    )]
+    Memory,
 }
+
+/// The daemon was told to stop before the disk was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("told to stop before any node answered")]
+pub struct ToldToStop;
 
 /// Where the disk stands between its first and its last request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

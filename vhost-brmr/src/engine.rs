@@ -181,6 +181,7 @@ impl Engine {
                     Taken::InFlight
                 }
                 Action::Flush if limits.read_only => answer(Status::Ok, 0),
+                Action::Nothing => answer(Status::Ok, 0),
                 Action::Flush => {
                     let Some(index) = flight.enter(origin, parsed.status, &[], 1, false, memory) else {
                         return Ok(Taken::NoRoom);
@@ -205,7 +206,7 @@ impl Engine {
                     answer(Status::Ok, u32::try_from(copied).unwrap_or(0))
                 }
                 Action::Refuse(status, reason) => {
-                    refusals.log(|more| warn!(queue, ?reason, more, "refused a request of the guest"));
+                    refusals.log(|more| warn!(queue, %reason, more, "refused a request of the guest"));
                     answer(status, 0)
                 }
             })

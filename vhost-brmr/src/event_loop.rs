@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use rmr_common::reactor::WatchChange;
+use rmr_common::words;
 use thiserror::Error;
 use tracing::{debug, error, info, warn};
 use vhost::vhost_user::message::FrontendReq;
@@ -24,7 +25,8 @@ use crate::engine::Engine;
 use crate::frontend::{self, Drain, KickChange, Session};
 use crate::pace::Pace;
 use crate::queue::RingError;
-use crate::sys::{self, Peeked, StopSignals};
+use crate::socket::{Listener, SocketFile};
+use crate::sys::{self, Nudge, Peeked, StopSignals};
 
 /// What the loop waits for after it cancelled requests that took too long.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
@@ -60,6 +62,8 @@ pub struct LoopOptions {
     pub drain_timeout: Duration,
     /// What happens when the front end goes away.
     pub on_disconnect: OnDisconnect,
+    /// Keep the disk for so long after the front end went away, for the one that takes its guest over; zero gives it back at once.
+    pub linger: Duration,
 }
 
 /// Where front ends come from.
@@ -67,6 +71,8 @@ pub struct LoopOptions {
 pub enum FrontEnds {
     /// One after the other.
     Listener(UnixListener),
+    /// The same, on a socket with a file, which is removed at the end.
+    Path(SocketFile, UnixListener),
     /// This one, and then the loop ends.
     Connected(UnixStream),
 }
@@ -81,7 +87,7 @@ pub enum LoopError {
     #[error("{0}")]
     Ring(#[from] RingError),
     /// The loop itself failed.
-    #[error("event loop: {0:?}")]
+    #[error("event loop: {0}")]
     Events(event_manager::Error),
     /// The disk will not be attached.
     #[error("the disk is refused: {0}")]
@@ -124,18 +130,21 @@ impl<D: Disk> EventLoop<D> {
         let mut session = Session::new(Device::new(device, geometry))?;
         session.memory.use_fabric(disk.fabric());
         let mut worker = Worker {
+            listener: None,
+            retired_listener: None,
             disk,
             session: Arc::new(Mutex::new(session)),
             engine: Engine::new(capacity),
             connection: None,
             retired: None,
-            listener: None,
             signals,
+            nudge: None,
             options,
             state: State::Running,
             kicks: Vec::new(),
             listener_ready: false,
             listener_rests: None,
+            lingers: None,
             changes: Vec::new(),
             control_changes: Vec::new(),
             kick_changes: Vec::new(),
@@ -144,10 +153,8 @@ impl<D: Disk> EventLoop<D> {
             armed: true,
         };
         match front_ends {
-            FrontEnds::Listener(listener) => {
-                listener.set_nonblocking(true)?;
-                worker.listener = Some(listener);
-            }
+            FrontEnds::Listener(socket) => worker.listener = Some(Listener::new(None, socket)?),
+            FrontEnds::Path(file, socket) => worker.listener = Some(Listener::new(Some(file), socket)?),
             FrontEnds::Connected(stream) => {
                 worker.options.on_disconnect = OnDisconnect::Exit;
                 worker.connect(stream);
@@ -193,26 +200,28 @@ impl<D: Disk> EventLoop<D> {
         let mut ops = self.manager.event_ops(self.id)?;
         for change in disk.drain(..) {
             if let Err(error) = change.apply(&mut ops) {
-                error!(?change, ?error, "a descriptor of the disk cannot be watched");
+                error!(%error, ?change, "a descriptor of the disk cannot be watched");
             }
         }
         for change in control {
             match change {
                 ControlChange::Add(fd) => {
-                    let set = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+                    // Writable again: answers that it did not read kept its messages waiting.
+                    let set =
+                        EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
                     if let Err(error) = ops.add(Events::with_data_raw(fd, TAG_CONTROL, set)) {
-                        error!(?error, "the front end's socket cannot be watched");
+                        error!(%error, "the front end's socket cannot be watched");
                         unwatched = true;
                     }
                 }
                 ControlChange::Listen(fd) => {
                     if let Err(error) = ops.add(Events::with_data_raw(fd, TAG_LISTENER, EventSet::IN)) {
-                        error!(?error, "the listening socket cannot be watched");
+                        error!(%error, "the listening socket cannot be watched");
                     }
                 }
                 ControlChange::Remove(fd) => {
                     if let Err(error) = ops.remove(Events::empty_raw(fd)) {
-                        debug!(?error, fd, "was not watched");
+                        debug!(%error, fd, "was not watched");
                     }
                 }
             }
@@ -232,6 +241,8 @@ impl<D: Disk> EventLoop<D> {
         }
         let worker = self.manager.subscriber_mut(self.id)?;
         worker.changes = disk;
+        // In this order: a front end that sees its connection close connects again at once.
+        worker.retired_listener = None;
         worker.retired = None;
         for queue in failed {
             error!(queue, "the kick descriptor cannot be watched, expected an eventfd");
@@ -290,6 +301,10 @@ struct Draining {
 
 /// Everything that the loop owns.
 struct Worker<D: Disk> {
+    // The listener comes first because fields are dropped in this order: however the loop ends, it is closed before the connection.
+    listener: Option<Listener>,
+    /// A listener that takes no more front ends, whose descriptor is still watched.
+    retired_listener: Option<Listener>,
     disk: D,
     /// Shared with the message handler of the connection only, on this very thread; the lock is never contended.
     session: Arc<Mutex<Session>>,
@@ -297,14 +312,17 @@ struct Worker<D: Disk> {
     connection: Option<Connection>,
     /// A connection whose descriptor is still watched.
     retired: Option<Connection>,
-    listener: Option<UnixListener>,
     signals: Option<StopSignals>,
+    /// Set while a front end is there, whose descriptors might make this thread wait.
+    nudge: Option<Nudge>,
     options: LoopOptions,
     state: State,
     kicks: Vec<usize>,
     listener_ready: bool,
     /// The listener is not watched until then.
     listener_rests: Option<Instant>,
+    /// The disk is kept until then, although no front end uses it.
+    lingers: Option<Instant>,
     changes: Vec<WatchChange>,
     control_changes: Vec<ControlChange>,
     kick_changes: Vec<KickChange>,
@@ -337,7 +355,7 @@ impl<D: Disk> MutEventSubscriber for Worker<D> {
         let signals = self.signals.as_ref().map(|signals| (signals.as_raw_fd(), TAG_SIGNALS));
         for (fd, tag) in listener.into_iter().chain(signals) {
             if let Err(error) = ops.add(Events::with_data_raw(fd, tag, EventSet::IN)) {
-                error!(?error, fd, "cannot be watched");
+                error!(%error, fd, "cannot be watched");
             }
         }
     }
@@ -350,7 +368,8 @@ impl<D: Disk> Worker<D> {
         if self.session().take_reset() {
             self.disk.reset();
         }
-        if self.listener_ready {
+        // A front end that connects again has closed its connection before, and that may be among the messages that are left.
+        if self.listener_ready && !messages_left {
             self.accept();
         }
         if self.listener_rests.is_some_and(|until| until <= Instant::now()) {
@@ -358,6 +377,7 @@ impl<D: Disk> Worker<D> {
             self.control_changes
                 .extend(self.listener.as_ref().map(|listener| ControlChange::Listen(listener.as_raw_fd())));
         }
+        self.end_lingering();
         self.attach_or_stop();
         let serve = matches!(self.state, State::Running)
             && matches!(self.disk.attachment(), Attachment::Attached | Attachment::Attaching);
@@ -424,7 +444,8 @@ impl<D: Disk> Worker<D> {
             State::Running | State::Finished(_) => None,
         };
         let resting = self.listener_rests.map(until);
-        let wait = [self.disk.timeout(), draining, stopping, resting].into_iter().flatten().min();
+        let lingering = self.lingers.map(until);
+        let wait = [self.disk.timeout(), draining, stopping, resting, lingering].into_iter().flatten().min();
         // Rounded up: waking early would only find that nothing is due yet.
         wait.map_or(-1, |wait| i32::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX))
     }
@@ -467,7 +488,18 @@ impl<D: Disk> Worker<D> {
                         self.disconnect(&format!("the front end's socket failed: {error}"));
                         return false;
                     }
+                    Ok(Peeked::TooManyDescriptors) => {
+                        self.disconnect(
+                            "it sent a message with more than 32 descriptors, or more than this process may have open",
+                        );
+                        return false;
+                    }
                     Ok(Peeked::Message { code, need_reply, length, index, value }) => {
+                        if !matches!(sys::can_answer(&connection.handler), Ok(true)) {
+                            // Its socket becomes writable when it reads.
+                            connection.readable = false;
+                            return false;
+                        }
                         if code == FrontendReq::SET_BACKEND_REQ_FD as u32 {
                             match sys::peek_descriptor(&connection.handler) {
                                 Ok(socket) => self.session().set_channel(socket),
@@ -508,7 +540,7 @@ impl<D: Disk> Worker<D> {
             return true;
         }
         if left > 0 && !draining.cancelled {
-            warn!(left, timeout = ?self.options.drain_timeout, "requests did not complete in time; cancelling them");
+            warn!(left, timeout = %words::time(self.options.drain_timeout), "requests did not complete in time; cancelling them");
             self.disk.cancel();
             let deadline = Instant::now() + CANCEL_GRACE;
             if let Some(connection) = &mut self.connection {
@@ -568,7 +600,7 @@ impl<D: Disk> Worker<D> {
         self.listener_ready = false;
         let Some(listener) = &self.listener else { return };
         match listener.accept() {
-            Ok((stream, _)) if self.connection.is_none() && matches!(self.state, State::Running) => {
+            Ok(stream) if self.connection.is_none() && matches!(self.state, State::Running) => {
                 self.connect(stream);
             }
             Ok(_) => warn!("a second front end was turned away: one at a time"),
@@ -585,6 +617,7 @@ impl<D: Disk> Worker<D> {
 
     fn connect(&mut self, stream: UnixStream) {
         info!("front end connected");
+        self.set_nudge(true);
         let fd = stream.as_raw_fd();
         let handler = BackendReqHandler::from_stream(stream, Arc::clone(&self.session));
         self.connection = Some(Connection { handler, readable: true, hung_up: false, draining: None });
@@ -596,6 +629,7 @@ impl<D: Disk> Worker<D> {
         let Some(connection) = self.connection.take() else { return };
         let in_flight = self.engine.in_flight();
         info!(in_flight, "front end gone: {reason}");
+        self.set_nudge(false);
         self.control_changes.push(ControlChange::Remove(connection.handler.as_raw_fd()));
         self.retired = Some(connection);
         self.session().end();
@@ -603,11 +637,33 @@ impl<D: Disk> Worker<D> {
             self.disk.attachment(),
             Attachment::Attached | Attachment::Attaching | Attachment::Displaced(_)
         );
-        if has_claim {
+        // Requests in flight mean that the hypervisor died: no other one goes on with its guest.
+        let may_linger = in_flight == 0
+            && !self.options.linger.is_zero()
+            && self.options.on_disconnect == OnDisconnect::Wait
+            && matches!(self.state, State::Running)
+            && matches!(self.disk.attachment(), Attachment::Attached);
+        if may_linger {
+            debug!(linger = ?self.options.linger, "keeping the disk for the next front end");
+            // One that comes and goes without using the disk does not keep it any longer.
+            self.lingers.get_or_insert(Instant::now() + self.options.linger);
+        } else if has_claim {
+            self.lingers = None;
             self.disk.detach();
         }
         if self.options.on_disconnect == OnDisconnect::Exit && matches!(self.state, State::Running) {
             self.stop();
+        }
+    }
+
+    fn set_nudge(&mut self, on: bool) {
+        let result = match &self.nudge {
+            Some(nudge) => nudge.set(on),
+            None if !on => Ok(()),
+            None => Nudge::new().and_then(|nudge| self.nudge.insert(nudge).set(on)),
+        };
+        if let Err(error) = result {
+            warn!("no timer that ends writes to a descriptor that blocks: {error}");
         }
     }
 
@@ -624,7 +680,13 @@ impl<D: Disk> Worker<D> {
         }
     }
 
+    /// Begins the end. Front ends that connect from here on are refused, so that they try again, and meet the next daemon.
     fn stop(&mut self) {
+        (self.listener_ready, self.listener_rests, self.lingers) = (false, None, None);
+        if let Some(listener) = self.listener.take() {
+            self.control_changes.push(ControlChange::Remove(listener.as_raw_fd()));
+            self.retired_listener = Some(listener);
+        }
         let deadline = Instant::now() + self.options.drain_timeout;
         self.state = State::Stopping { deadline, cancelled: false };
     }
@@ -638,12 +700,34 @@ impl<D: Disk> Worker<D> {
         matches!(self.state, State::Stopping { .. }) && self.engine.in_flight() == 0 && detached
     }
 
+    /// Gives the disk back that was kept for another front end, when none came in time, or another client has taken it.
+    fn end_lingering(&mut self) {
+        let Some(deadline) = self.lingers else { return };
+        if self.session().is_running() {
+            self.lingers = None;
+            return;
+        }
+        let is_attached = matches!(self.disk.attachment(), Attachment::Attached);
+        if !is_attached || deadline <= Instant::now() {
+            self.lingers = None;
+            self.disk.detach();
+        }
+    }
+
     /// Claims the disk when the first ring runs (live migration: not before), and gives it back before the end.
     fn attach_or_stop(&mut self) {
         if let Attachment::Refused(reason) = self.disk.attachment()
             && matches!(self.state, State::Running)
         {
-            self.state = State::Finished(Some(LoopError::Refused(reason.to_owned())));
+            let error = LoopError::Refused(reason.to_owned());
+            let mut session = self.session();
+            // Requests were taken while the disk was being attached. They fail with it, and the guest is not told where the next
+            // daemon can serve them: another client may be about to give the disk back.
+            if session.inflight.is_some() {
+                session.leave_in_flight();
+            }
+            drop(session);
+            self.state = State::Finished(Some(error));
             return;
         }
         // With its rings stopped the guest does not notice. It may have gone to the host of that client, and its hypervisor here

@@ -4,9 +4,11 @@
 use std::sync::Arc;
 
 use rmr_common::buffer::Segment;
+use rmr_common::client::MAX_QUEUED;
 
 use crate::disk::Token;
 use crate::memory::{self, GuestMemory};
+use crate::request::MAX_RANGES;
 
 /// Bits of a token that hold the slot; above them part, then generation.
 const SLOT_BITS: u32 = 24;
@@ -15,6 +17,10 @@ const PART_BITS: u32 = 8;
 /// A slot keeps room for so many segments of a read, which is what drivers are advised to send at most; more are kept for as
 /// long as the request is in flight.
 const KEPT_SEGMENTS: usize = 128;
+
+/// Most parts that the disk has at once; the pool's client fails a request beyond that. More queues of full length than 64, or
+/// requests of many ranges, would get there.
+const MAX_PARTS: usize = MAX_QUEUED;
 
 /// Where a request came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +92,8 @@ pub struct Flight {
     slots: Vec<Slot>,
     free: Vec<Index>,
     capacity: usize,
+    /// Parts that the disk has.
+    parts: usize,
 }
 
 impl Flight {
@@ -93,7 +101,7 @@ impl Flight {
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         let capacity = capacity.min(1 << SLOT_BITS);
-        Self { slots: Vec::with_capacity(capacity), free: Vec::with_capacity(capacity), capacity }
+        Self { slots: Vec::with_capacity(capacity), free: Vec::with_capacity(capacity), capacity, parts: 0 }
     }
 
     /// How many requests are in flight.
@@ -108,10 +116,10 @@ impl Flight {
         self.len() == 0
     }
 
-    /// All slots are taken.
+    /// All slots are taken, or the disk may have no place for the parts of another request.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.len() == self.capacity
+        self.len() == self.capacity || self.parts + MAX_RANGES > MAX_PARTS
     }
 
     /// Enters a request of `parts` parts, in which the disk writes to `written`; `None` if the table is full.
@@ -144,6 +152,7 @@ impl Flight {
             }
             None => return None,
         };
+        self.parts += usize::from(parts);
         let slot = &mut self.slots[index.0 as usize];
         slot.parts_left = parts;
         slot.flush_behind = flush_behind;
@@ -172,6 +181,7 @@ impl Flight {
         }
         slot.failed |= failed;
         slot.parts_left -= 1;
+        self.parts = self.parts.saturating_sub(1);
         match slot.parts_left {
             0 if slot.flush_behind && !slot.failed => {
                 slot.flush_behind = false;
@@ -187,6 +197,10 @@ impl Flight {
         let slot = &mut self.slots[index.0 as usize];
         slot.next = rest;
         slot.parts_left = 1;
+        if rest.is_none() {
+            // The one flush of the whole list.
+            self.parts += 1;
+        }
         if let Some(rest) = rest {
             self.slots[rest.0 as usize].parts_left = 0;
         }
@@ -212,3 +226,6 @@ impl Flight {
         Some((Finished { origin, status, length, failed, memory }, next))
     }
 }
+
+#[cfg(test)]
+mod tests;

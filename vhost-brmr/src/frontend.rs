@@ -9,9 +9,7 @@
 //! socket before the event loop has seen these requests complete.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
 
 use tracing::{info, warn};
 use vhost::vhost_user::message::{
@@ -27,6 +25,7 @@ use crate::inflight::Inflight;
 use crate::memory::{MAX_REGIONS, MemoryTable};
 use crate::queue::{Fault, Phase, Ring, RingError};
 use crate::request::ID_LENGTH;
+use crate::sys;
 
 /// What a log that is too small leaves out, for the error.
 const LOGGED_RING: &str = "a used ring";
@@ -102,14 +101,16 @@ pub struct Session {
     incarnations: u32,
     protocol_features: u64,
     announced: bool,
-    /// The channel on which this side speaks first.
-    channel: Option<UnixStream>,
+    /// The channel on which this side speaks first, a socket as far as the front end keeps to the rules.
+    channel: Option<OwnedFd>,
     /// The size that the front end knows of, as far as can be told.
     told_size: Option<u64>,
     /// The guest has reset the device, and the disk was not told.
     was_reset: bool,
     /// Some ring ran when that was looked at last.
     ran: bool,
+    /// Where each ring stood when it was stopped last, also by an earlier front end.
+    stopped_at: Vec<u16>,
 }
 
 impl Session {
@@ -137,6 +138,7 @@ impl Session {
             told_size: None,
             was_reset: false,
             ran: false,
+            stopped_at: vec![0; queues],
         })
     }
 
@@ -170,9 +172,7 @@ impl Session {
 
     /// The front end can be told of changes on this socket.
     pub fn set_channel(&mut self, socket: OwnedFd) {
-        let channel = UnixStream::from(socket);
-        // Nothing here may block; what cannot be sent at once is given up.
-        self.channel = channel.set_nonblocking(true).ok().map(|()| channel);
+        self.channel = Some(socket);
     }
 
     /// The disk has this size now. Requests are checked against it from here on, and the front end is told of it as soon as
@@ -191,9 +191,12 @@ impl Session {
         self.told_size = Some(size);
         // A message without payload: code, flags (version 1, no answer wanted), length.
         let message = [BackendReq::CONFIG_CHANGE_MSG as u32, 1, 0].map(u32::to_ne_bytes).concat();
-        let sent = self.channel.as_ref().map(|mut channel| channel.write(&message));
-        if !matches!(sent, Some(Ok(length)) if length == message.len()) {
-            warn!(size, "the front end cannot be told of the new size: {sent:?}");
+        // What cannot be sent at once is given up.
+        if let Some(Err(error)) = self.channel.as_ref().map(|channel| sys::send_now(channel, &message)) {
+            warn!(
+                size,
+                "the front end cannot be told of the new size, and sees it when it asks again: {error}"
+            );
             self.channel = None;
         }
     }
@@ -282,22 +285,37 @@ impl Session {
             self.incarnations = incarnation;
         }
         self.kicked[queue] |= started;
-        // A guest that goes on after a pause goes on where its rings were; after a reset they all begin anew.
+        // A guest that goes on after a pause goes on where its rings were; after a reset they all begin anew. Where all of them stood
+        // at their beginning it may be either, and is taken for a pause: a reset makes good what must not be forgotten by mistake.
         let runs = self.is_running();
-        self.was_reset |= runs && !self.ran && self.rings.iter().all(|ring| ring.base() == 0);
+        let begins_anew = self.rings.iter().all(|ring| ring.base() == 0);
+        let had_begun = self.stopped_at.iter().any(|index| *index != 0);
+        self.was_reset |= runs && !self.ran && begins_anew && had_begun;
         self.ran = runs;
         if self.is_running() && !self.announced {
             self.announced = true;
             let protocol = VhostUserProtocolFeatures::from_bits_truncate(self.protocol_features);
-            info!("guest started; negotiated {}; vhost-user {protocol:?}", self.device);
+            let flags: Vec<_> = protocol.iter_names().map(|(name, _)| name).collect();
+            info!("guest started; negotiated {}; vhost-user {}", self.device, flags.join(", "));
+            if self.device.is_cache_unknown() {
+                warn!(
+                    "the guest negotiated with an earlier daemon that it may turn the write cache off (config-wce), and whether it did \
+                     is not known: every write is flushed, which is safe and slow; stop the virtual machine and start it again to \
+                     end that"
+                );
+            }
         }
         Ok(())
     }
 
     fn reset_rings(&mut self) {
         self.ran = false;
-        for (ring, kicked) in self.rings.iter_mut().zip(&mut self.kicked) {
+        let rings = self.rings.iter_mut().zip(&mut self.kicked).zip(&mut self.stopped_at);
+        for ((ring, kicked), stopped_at) in rings {
             *kicked = false;
+            if ring.phase() != Phase::Stopped {
+                *stopped_at = ring.base();
+            }
             if let Some(kick) = ring.reset() {
                 self.kick_changes.push(KickChange::Remove(kick));
             }
@@ -358,7 +376,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        self.ring(index)?.set_size(num).map_err(refused)
+        self.ring(index)?.set_size(num).map_err(|error| {
+            refused(format!(
+                "ring {index}: {error}; the guest cannot use this disk until the hypervisor's queue size is lowered, or --queue-size \
+                 raised"
+            ))
+        })
     }
 
     fn set_vring_addr(
@@ -394,9 +417,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let ring = self.ring(index)?;
         let left = ring.in_flight();
+        let was_stopped = ring.phase() == Phase::Stopped;
         let base = ring.stop();
         let kick = ring.set_kick(None);
-        ring.set_call(None);
+        ring.clear_call();
+        if !was_stopped {
+            self.stopped_at[index as usize] = base;
+        }
         self.ran = self.is_running();
         self.kick_changes.extend(kick.map(KickChange::Remove));
         if left > 0 {
@@ -407,6 +434,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let queue = usize::from(index);
+        let fd = eventfd("kick", fd)?;
         let ring = self.ring(index.into())?;
         if fd.is_none() {
             return Err(refused(RingError::NoKick));
@@ -425,11 +453,17 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.ring(index.into())?.set_call(fd);
+        let fd = eventfd("call", fd)?;
+        let ring = self.ring(index.into())?;
+        if let Err(fault) = ring.set_call(fd) {
+            ring.clear_call();
+            return Err(refused(fault));
+        }
         Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let fd = eventfd("err", fd)?;
         self.ring(index.into())?.set_error(fd);
         Ok(())
     }
@@ -541,6 +575,14 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.memory.set_log(map).map_err(refused)?;
         self.memory.log().activate(self.device.has_log_all());
         Ok(())
+    }
+}
+
+/// A descriptor for notifications, if it is what all front ends of today send: one of another kind may let whoever uses it wait.
+fn eventfd(what: &'static str, file: Option<File>) -> Result<Option<File>> {
+    match file {
+        Some(file) if !sys::is_eventfd(&file) => Err(refused(RingError::NoEventfd(what))),
+        file => Ok(file),
     }
 }
 

@@ -3,7 +3,8 @@
 //! tracking", split rings).
 //!
 //! The region outlives this process and may have been written by any program: nothing in it is trusted before it was
-//! checked, and a value is read once.
+//! checked, and a value is read once. One that was made here cannot be cut short; one of another origin can, which ends the daemon
+//! that maps it (see [`crate::sys::explain_bus_errors`]).
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -112,7 +113,8 @@ impl Inflight {
         let size = stride(queue_size) * usize::from(queues);
         // SAFETY: the name is a valid C string; the descriptor is new and owned from here on.
         let fd = unsafe {
-            let fd = libc::memfd_create(c"vhost-brmr-inflight".as_ptr(), libc::MFD_CLOEXEC);
+            let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+            let fd = libc::memfd_create(c"vhost-brmr-inflight".as_ptr(), flags);
             if fd < 0 {
                 return Err(io::Error::last_os_error().into());
             }
@@ -120,6 +122,12 @@ impl Inflight {
         };
         let file = File::from(fd);
         file.set_len(size as u64)?;
+        // A region that is cut short would end the daemon that maps it.
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: a plain call on a descriptor that is owned here.
+        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
         let announced =
             VhostUserInflight { mmap_size: size as u64, mmap_offset: 0, num_queues: queues, queue_size };
         Ok((announced, file))

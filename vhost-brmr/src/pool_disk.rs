@@ -1,20 +1,24 @@
 //! The disk behind the device is a pool: joins [`Disk`] to the pool driver of `rmr_common`.
 
 use std::os::fd::RawFd;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use rmr_common::auth::KeyRing;
 use rmr_common::client::{self, Config, Force, IoError, Notice, OverReason, PoolSelector};
-use rmr_common::driver::{PoolDriver, discover};
-use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec};
+use rmr_common::driver::{NO_ANSWER, PoolDriver, PoolError, discover_while};
+use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec, TransportKind};
 use rmr_common::reactor::WatchChange;
 use rmr_common::transport::rdma::{self, Fabric};
 use rmr_common::transport::tls::ClientTls;
+use rmr_common::words;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::config::Settings;
-use crate::disk::{Attachment, Disk, DiskError, Geometry, Operation, RangeLimits, Request, Token};
+use crate::disk::{
+    Attachment, Disk, DiskError, Geometry, Operation, RangeLimits, Request, Token, ToldToStop,
+};
+use crate::sys;
 
 /// Segments that a driver is advised to use at most: what fits a queue of 128 with header and status.
 const MAX_SEGMENTS: u32 = 126;
@@ -26,6 +30,40 @@ const MAX_RANGE: u64 = 1 << 30;
 const DEVICE_BEAT: Duration = Duration::from_secs(1);
 /// Most ranges of one discard or write-zeroes.
 const MAX_RANGES: u32 = 16;
+
+/// How long nothing is said while no node answers, and the shortest time between two warnings.
+const FIRST_WARNING: Duration = Duration::from_secs(1);
+/// How often the same is said.
+const NEXT_WARNING: Duration = Duration::from_secs(10);
+
+/// Says in the log what the start of the daemon waits for: at once when a node could not be used, and again from time to time.
+struct Waiting {
+    since: Instant,
+    told: Option<(Instant, String)>,
+}
+
+impl Waiting {
+    fn new() -> Self {
+        Self { since: Instant::now(), told: None }
+    }
+
+    fn tell(&mut self, pool: &str, reason: &str) {
+        let is_early = match &self.told {
+            None => reason == NO_ANSWER && self.since.elapsed() < FIRST_WARNING,
+            Some((at, told)) => at.elapsed() < if told == reason { NEXT_WARNING } else { FIRST_WARNING },
+        };
+        if is_early {
+            return;
+        }
+        let seconds = self.since.elapsed().as_secs();
+        tracing::warn!(
+            pool,
+            seconds,
+            "the pool is not found yet, and no front end is served before: {reason}"
+        );
+        self.told = Some((Instant::now(), reason.to_owned()));
+    }
+}
 
 /// A pool as a disk. Its specification is learned at the start; the pool is claimed when a guest uses it.
 pub struct PoolDisk {
@@ -76,7 +114,25 @@ impl PoolDisk {
         config.data_digest = pool.data_digest;
         config.bounce_memory = pool.bounce_memory;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
-        let spec = discover(config.clone(), selector, &pool.nodes, pool.suspend_timeout)?;
+        if config.tls.is_none()
+            && let Some(node) = pool.nodes.iter().find(|node| node.transport() == TransportKind::Tls)
+        {
+            anyhow::bail!(
+                "node {node} is reached by TLS, and no certificate authority is trusted: set tls-authorities"
+            );
+        }
+        let (pool_name, mut waiting) = (pool.pool.to_string(), Waiting::new());
+        let mut goes_on = |reason: &str| {
+            waiting.tell(&pool_name, reason);
+            !sys::is_stop_pending()
+        };
+        let spec = discover_while(config.clone(), selector, &pool.nodes, pool.suspend_timeout, &mut goes_on);
+        let spec = match spec {
+            Err(PoolError::GivenUp { waiting_for }) => {
+                return Err(anyhow::Error::new(ToldToStop).context(format!("waited for: {waiting_for}")));
+            }
+            spec => spec?,
+        };
         anyhow::ensure!(
             spec.logical_block_size <= 4096,
             "logical block size {}: expected at most 4096",
@@ -166,12 +222,26 @@ impl PoolDisk {
                 Notice::LostWrites(members, blocks) => {
                     tracing::error!(
                         pool, %members, blocks,
-                        "the machines of all current members were started anew, and completed writes that were not flushed are \
-                         lost; every request fails until the guest resets the device"
+                        "the machines of all current members were started anew, or their disks failed a flush: completed writes \
+                         that were not flushed are lost; every request fails until the guest resets the device"
+                    );
+                }
+                Notice::DetachFailed(members, true) => {
+                    tracing::error!(
+                        pool, %members,
+                        "no current member has detached in order: writes that were not flushed may be lost; look at the logs \
+                         of their nodes before the disk is used again"
+                    );
+                }
+                Notice::DetachFailed(members, false) => {
+                    tracing::warn!(
+                        pool, %members,
+                        "members have not detached in order: they are brought up to date from the others at the next attach"
                     );
                 }
                 Notice::Over(OverReason::Detached) => {
-                    tracing::info!(pool, transport = ?driver.counters(), "detached; {traffic}");
+                    tracing::info!(pool, "detached; {traffic}");
+                    tracing::debug!(pool, transport = ?driver.counters(), "what the connections have done");
                 }
                 // What it means is known above: a guest that went elsewhere is no failure.
                 Notice::Over(reason @ (OverReason::Fenced(_) | OverReason::Held(_))) => {
@@ -236,7 +306,7 @@ impl Disk for PoolDisk {
             .context("cannot start the pool client")
         {
             Ok(driver) => self.driver = Some(driver),
-            Err(error) => self.refused = Some(format!("{error:#}")),
+            Err(error) => self.refused = Some(words::error(error.as_ref())),
         }
     }
 
@@ -353,17 +423,25 @@ const fn disk_error(error: IoError) -> DiskError {
         IoError::Suspended => DiskError::Suspended,
         IoError::LostWrites => DiskError::LostWrites,
         IoError::Fenced => DiskError::Fenced,
+        IoError::Memory => DiskError::Memory,
         IoError::BadRange | IoError::Media | IoError::Detached | IoError::TooMany => DiskError::Failed,
     }
 }
 
 #[cfg(test)]
+#[allow(unsafe_code, dead_code, clippy::expect_used)]
+#[path = "../../rmr-common/src/driver/fake_node.rs"]
+mod fake_node;
+
+#[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::time::Instant;
 
     use rmr_common::buffer::Segment;
     use rmr_common::pool::{ChunkSize, MemberId, MemberSpec, PoolId, StoreId};
 
+    use super::fake_node::{FakeNode, eventually};
     use super::*;
 
     /// A pool whose only node is not there.
@@ -378,12 +456,17 @@ mod tests {
             logical_block_size: 512,
             members: vec![MemberSpec::new(member, StoreId::random(), address.clone())],
         };
+        disk(spec, suspend_timeout)
+    }
+
+    fn disk(spec: PoolSpec, suspend_timeout: Duration) -> PoolDisk {
         let mut config = Config::new(ClientId::random(), "a test");
         config.suspend_timeout = suspend_timeout;
+        config.reconnect_interval = Duration::from_millis(10);
         PoolDisk {
             config,
+            seeds: spec.members.iter().map(|member| member.address.clone()).collect(),
             spec,
-            seeds: vec![address],
             driver: None,
             retired: None,
             was_active: false,
@@ -441,5 +524,140 @@ mod tests {
         submit(&mut disk, 1, 1 << 40);
         disk.upkeep();
         assert_eq!(disk.timeout(), Some(Duration::ZERO));
+    }
+
+    /// A disk with a node, in the turns of the loop.
+    struct Turns {
+        disk: PoolDisk,
+        watched: BTreeSet<RawFd>,
+        done: Vec<(Token, Result<(), DiskError>)>,
+    }
+
+    impl Turns {
+        fn new(node: &FakeNode) -> Self {
+            let disk = disk(node.spec(), Duration::from_secs(60));
+            Self { disk, watched: BTreeSet::new(), done: Vec::new() }
+        }
+
+        fn turn(&mut self) {
+            self.watched.iter().for_each(|fd| self.disk.ready(*fd, EventSet::IN));
+            self.disk.completions(&mut self.done);
+            self.disk.upkeep();
+            let mut changes = Vec::new();
+            self.disk.watch_changes(&mut changes);
+            for change in changes {
+                match change {
+                    WatchChange::Add(fd, _) => drop(self.watched.insert(fd)),
+                    WatchChange::Modify(..) => {}
+                    WatchChange::Remove(fd) => drop(self.watched.remove(&fd)),
+                }
+            }
+        }
+
+        fn until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
+            eventually(what, || {
+                self.turn();
+                condition(self)
+            });
+        }
+
+        fn attach(&mut self) {
+            self.disk.attach();
+            self.until("the attachment", |t| matches!(t.disk.attachment(), Attachment::Attached));
+        }
+
+        fn detach(&mut self) {
+            self.disk.detach();
+            self.until("the detachment", |t| matches!(t.disk.attachment(), Attachment::Detached));
+        }
+
+        fn request(&mut self, operation: Operation) -> Result<(), DiskError> {
+            let length = if operation == Operation::Flush { 0 } else { 4096 };
+            self.disk.submit(Token(7), Request { operation, offset: 0, length, segments: &[] });
+            self.until("the completion", |t| !t.done.is_empty());
+            self.done.remove(0).1
+        }
+    }
+
+    #[test]
+    fn lost_writes_are_not_forgotten_with_the_front_end_that_was_not_told() {
+        let node = FakeNode::start();
+        let mut turns = Turns::new(&node);
+        turns.attach();
+        assert_eq!(turns.request(Operation::Discard), Ok(()));
+        // The machine loses power with what was not flushed.
+        {
+            let mut state = node.state();
+            state.host_boot = 2;
+            state.cut = true;
+        }
+        turns.until("the loss", |t| t.disk.driver.as_ref().is_some_and(PoolDriver::has_lost_writes));
+        assert_eq!(turns.request(Operation::Discard), Err(DiskError::LostWrites));
+        for _ in 0..2 {
+            turns.detach();
+            turns.attach();
+            assert_eq!(turns.request(Operation::Discard), Err(DiskError::Failed), "by another front end");
+        }
+        turns.disk.reset();
+        assert_eq!(turns.request(Operation::Discard), Ok(()));
+        // And once more, by a guest that stays and resets its device.
+        {
+            let mut state = node.state();
+            state.host_boot = 3;
+            state.cut = true;
+        }
+        turns.until("the loss", |t| t.disk.driver.as_ref().is_some_and(PoolDriver::has_lost_writes));
+        turns.disk.reset();
+        assert_eq!(turns.request(Operation::Discard), Ok(()));
+        turns.detach();
+        turns.attach();
+        assert_eq!(turns.request(Operation::Flush), Ok(()));
+    }
+
+    #[test]
+    fn what_is_meant_for_one_attachment_is_not_done_by_the_next() {
+        let node = FakeNode::start();
+        let mut turns = Turns::new(&node);
+        turns.disk.incoming = true;
+        let member = node.spec().members[0].id;
+        turns.disk.config.force_from = Some(Force { member, decided: SystemTime::now() });
+        turns.disk.attach();
+        assert!(turns.disk.config.force_from.is_none(), "forced once");
+        assert!(turns.disk.incoming, "not attached yet");
+        turns.until("the attachment", |t| matches!(t.disk.attachment(), Attachment::Attached));
+        turns.turn();
+        assert!(!turns.disk.incoming, "the guest has come");
+        assert!(!turns.disk.config.takeover);
+        turns.detach();
+        assert!(turns.watched.is_empty(), "watched by nobody");
+    }
+
+    #[test]
+    fn a_client_that_was_displaced_says_so_until_the_guest_begins_anew() {
+        let node = FakeNode::start();
+        let mut turns = Turns::new(&node);
+        turns.attach();
+        node.state().fences = true;
+        assert_eq!(turns.request(Operation::Discard), Err(DiskError::Fenced));
+        turns.until("the end", |t| matches!(t.disk.attachment(), Attachment::Displaced(_)));
+        node.state().fences = false;
+        turns.disk.reset();
+        turns.until("the end of the driver", |t| matches!(t.disk.attachment(), Attachment::Detached));
+        turns.attach();
+        assert_eq!(turns.request(Operation::Discard), Ok(()));
+        // A front end that leaves is not displaced, whatever the nodes say meanwhile.
+        node.state().holds = true;
+        turns.disk.submit(
+            Token(8),
+            Request { operation: Operation::Discard, offset: 0, length: 4096, segments: &[] },
+        );
+        turns.turn();
+        turns.disk.detach();
+        {
+            let mut state = node.state();
+            (state.holds, state.fences) = (false, true);
+        }
+        turns.until("the end", |t| matches!(t.disk.attachment(), Attachment::Detached));
+        assert_eq!(turns.done, [(Token(8), Err(DiskError::Fenced))]);
     }
 }

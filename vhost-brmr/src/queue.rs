@@ -1,13 +1,13 @@
 //! One ring: takes chains off it, puts used elements on it, and decides who is notified when. It knows nothing of what
 //! a chain means.
 //!
-//! Queue and call descriptor live in `vhost_user_backend`'s vring; its lock is taken once per wake-up. Kick and error
-//! descriptors are kept here: that vring closes a kick descriptor before the loop could stop to watch it, and does not
-//! hand out the error descriptor.
+//! The queue lives in `vhost_user_backend`'s vring; its lock is taken once per wake-up. The descriptors are kept here: that vring
+//! closes a kick descriptor before the loop could stop to watch it, does not hand out the error descriptor, and writes to a
+//! call descriptor for as long as that takes.
 
 use std::fmt;
 use std::fs::File;
-use std::io::Write;
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 
@@ -21,6 +21,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryAtomic};
 use crate::inflight::Inflight;
 use crate::memory::{self, GuestMemory};
 use crate::request::{Broken, Chain};
+use crate::sys;
 
 /// How often a ring is looked at again within one turn, before the other descriptors of the loop get theirs.
 const MAX_ROUNDS: usize = 8;
@@ -40,6 +41,8 @@ pub enum Fault {
     Memory,
     /// The kick descriptor cannot be watched.
     Kick,
+    /// The counter of the call descriptor is at its limit, and the front end has made writes to it wait.
+    Call,
 }
 
 impl fmt::Display for Fault {
@@ -56,6 +59,9 @@ impl fmt::Display for Fault {
             }
             Self::Chain(broken) => broken.fmt(f),
             Self::Memory => f.write_str("the ring is not in guest memory any more"),
+            Self::Call => f.write_str(
+                "its call descriptor blocks: its counter is at its limit and the front end has taken O_NONBLOCK away",
+            ),
             Self::Kick => f.write_str("its kick descriptor cannot be watched, expected an eventfd"),
         }
     }
@@ -98,6 +104,9 @@ pub enum RingError {
     /// The inflight region is too small for the ring, of another layout, or names heads beyond the ring.
     #[error("the inflight region does not fit the ring")]
     Inflight,
+    /// A descriptor for notifications of another kind.
+    #[error("the {0} descriptor is no eventfd, expected one")]
+    NoEventfd(&'static str),
     /// No kick descriptor.
     #[error("no kick descriptor, expected one: this device does not poll for a guest that never kicks")]
     NoKick,
@@ -145,8 +154,8 @@ pub struct Served {
 pub struct Ring {
     vring: VringMutex<GuestMemoryAtomic<GuestMemory>>,
     kick: Option<File>,
+    call: Option<File>,
     error: Option<File>,
-    has_call: bool,
     has_addresses: bool,
     phase: Phase,
     enabled: bool,
@@ -174,8 +183,8 @@ impl Ring {
         Ok(Self {
             vring: VringMutex::new(memory, max_size).map_err(|_| size_error)?,
             kick: None,
+            call: None,
             error: None,
-            has_call: false,
             has_addresses: false,
             phase: Phase::Stopped,
             enabled: false,
@@ -208,10 +217,11 @@ impl Ring {
         self.incarnation
     }
 
-    /// How many requests were taken and not finished.
+    /// How many requests were taken and not finished, those that an earlier daemon took included, if they will be served.
     #[must_use]
     pub fn in_flight(&self) -> u16 {
-        self.in_flight
+        let again = if self.is_running() { self.again.len() } else { 0 };
+        self.in_flight.saturating_add(u16::try_from(again).unwrap_or(u16::MAX))
     }
 
     /// Something waits for [`publish`](Self::publish).
@@ -225,7 +235,7 @@ impl Ring {
         self.enabled = enabled;
     }
 
-    /// Takes nothing more until this is lifted.
+    /// Takes nothing more until this is lifted, but what an earlier daemon had taken.
     pub fn set_paused(&mut self, paused: bool) {
         self.paused = paused;
     }
@@ -305,13 +315,17 @@ impl Ring {
     /// by a daemon that died before it notified, or through the descriptor that this one replaces. QEMU starts the rings with
     /// one that nobody reads. A guest that missed a notification would wait for ever, because the next used element lies
     /// behind its event index.
-    pub fn set_call(&mut self, call: Option<File>) {
-        self.has_call = call.is_some();
-        self.vring.set_call(call);
-        if self.has_call {
-            // The only failure is a counter at its limit, and then the guest has a notification waiting.
-            let _ = self.vring.signal_used_queue();
-        }
+    ///
+    /// # Errors
+    /// When a write to it waits for a reader.
+    pub fn set_call(&mut self, call: Option<File>) -> Result<(), Fault> {
+        self.call = call;
+        self.call.as_ref().map_or(Ok(()), notify_guest)
+    }
+
+    /// Notifies the guest no more.
+    pub fn clear_call(&mut self) {
+        self.call = None;
     }
 
     /// Sets the descriptor that tells the front end that the ring failed.
@@ -391,7 +405,7 @@ impl Ring {
         self.paused = false;
         self.error = None;
         self.used_log = None;
-        self.set_call(None);
+        self.call = None;
         self.set_kick(None)
     }
 
@@ -407,9 +421,12 @@ impl Ring {
         mut take: impl FnMut(u16, Chain<'_>) -> Result<Taken, Broken>,
     ) -> Result<Served, Fault> {
         let mut served = Served::default();
-        if !self.is_running() || self.paused {
+        // What an earlier daemon took is in flight also while nothing more is taken: a front end waits for its end.
+        let only_again = self.paused;
+        if !self.is_running() || only_again && self.again.is_empty() {
             return Ok(served);
         }
+        let rearm = rearm && !only_again;
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
         let (size, table) = (queue.size(), GuestAddress(queue.desc_table()));
@@ -422,6 +439,7 @@ impl Ring {
             if pending > size {
                 return Err(Fault::AvailIndex);
             }
+            let pending = if only_again { 0 } else { pending };
             let mut taken = 0;
             while taken < pending || !self.again.is_empty() {
                 let head = match self.again.last() {
@@ -536,20 +554,19 @@ impl Ring {
         // Also orders the used index before the read of the flags or the event index.
         let wanted = queue.needs_notification(memory).map_err(|_| Fault::Memory)?;
         let wanted = wanted && (queue.event_idx_enabled() || !interrupts_are_off(queue, memory)?);
-        if wanted && self.has_call {
-            // The only failure is a counter at its limit, and then the guest has a notification waiting.
-            let _ = state.signal_used_queue();
+        match &self.call {
+            Some(call) if wanted => notify_guest(call),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// The ring stops here and now; the front end is told if it wants to be.
     pub fn fail(&mut self, fault: Fault) {
         self.phase = Phase::Failed(fault);
         self.finished.clear();
-        if let Some(error) = &mut self.error {
-            // A front end that closed the descriptor does not want to know.
-            let _ = error.write_all(&1u64.to_ne_bytes());
+        if let Some(error) = &self.error {
+            // A front end that does not take it does not want to know.
+            let _ = sys::notify(error);
         }
     }
 
@@ -565,6 +582,14 @@ impl fmt::Debug for Ring {
             .field("enabled", &self.enabled)
             .field("in_flight", &self.in_flight)
             .finish_non_exhaustive()
+    }
+}
+
+/// Notifies the guest. Only a write that waited is a fault: in all other cases the front end has a notification waiting, or wants none.
+fn notify_guest(call: &File) -> Result<(), Fault> {
+    match sys::notify(call) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(Fault::Call),
+        _ => Ok(()),
     }
 }
 

@@ -78,6 +78,8 @@ pub enum Action {
     Flush,
     /// Discards or zeroes [`Parser::ranges`].
     Ranges,
+    /// Discards or zeroes nothing: all ranges are empty.
+    Nothing,
     /// The identification, to be copied to [`Parser::data`].
     Identify,
     /// To be answered with this status, for this reason.
@@ -114,6 +116,22 @@ pub enum Refusal {
     BadRanges,
     /// A flag of a range that is not known, or not allowed there.
     BadFlags,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::ShortHeader => "its header is too short",
+            Self::OutsideMemory => "a buffer is outside of guest memory",
+            Self::TooManySegments => "it has more buffers than a request may have",
+            Self::UnknownType => "its type is not served",
+            Self::BadLength => "its data has no bytes, or no multiple of a sector",
+            Self::OutOfRange => "it is beyond the end of the disk",
+            Self::ReadOnly => "it changes a read-only disk",
+            Self::BadRanges => "it has too many ranges, one too long, or one cut short",
+            Self::BadFlags => "a range has a flag that is not known or not allowed",
+        })
+    }
 }
 
 /// Why a chain cannot even be answered, so that the ring must be stopped.
@@ -382,7 +400,7 @@ impl Parser {
                 self.ranges.push(Range { operation, offset, length });
             }
         }
-        if self.ranges.is_empty() { Err(bad) } else { Ok(Action::Ranges) }
+        Ok(if self.ranges.is_empty() { Action::Nothing } else { Action::Ranges })
     }
 }
 

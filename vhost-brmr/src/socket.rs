@@ -1,8 +1,14 @@
 //! The socket that front ends connect to: made with the right permissions, never stolen from a living process, and
-//! removed at the end.
+//! closed before any connection is.
+//!
+//! A front end that loses its connection may connect again within microseconds, and cloud-hypervisor gives a disk up for good when
+//! a connection that was made then breaks. While the old daemon still listens, such a connection lands in its queue and is
+//! never accepted. So [`Listener`] is closed first in every orderly end, and is held at a descriptor number that the kernel
+//! closes first when the process is killed.
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -35,7 +41,49 @@ pub enum SocketError {
     },
 }
 
-/// A listening socket; its file is removed when dropped.
+/// A listening socket, with its file if this process made one.
+#[derive(Debug)]
+pub struct Listener {
+    /// Removed before the socket is closed: while the socket is open no other file can have its inode number.
+    _file: Option<SocketFile>,
+    socket: UnixListener,
+}
+
+impl Listener {
+    /// Takes the socket over: it never blocks from here on, and is closed before other descriptors when this process is
+    /// killed.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn new(file: Option<SocketFile>, socket: UnixListener) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        let (socket, number) = sys::move_above(socket.into(), sys::HIGH_DESCRIPTOR);
+        if let Err(error) = number {
+            tracing::warn!(
+                "the listening socket stays at descriptor {}: {error}; if this process is killed, a hypervisor that connects again \
+                 at once may be cut off, which cloud-hypervisor takes for the end of its disk; raise the limit of open files",
+                socket.as_raw_fd()
+            );
+        }
+        Ok(Self { _file: file, socket: socket.into() })
+    }
+
+    /// Takes the next connection, if there is one.
+    ///
+    /// # Errors
+    /// When there is none, or the kernel refuses.
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        self.socket.accept().map(|(stream, _)| stream)
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// The file of a listening socket; removed when dropped.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -43,23 +91,32 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
+    /// Whether a socket can be made at `path`: true if a stale one has to be removed first.
+    ///
+    /// # Errors
+    /// When another process listens there, or something else has the name.
+    pub fn check(path: &Path) -> Result<bool, SocketError> {
+        let failed = |what| move |source| SocketError::Io { path: path.to_owned(), what, source };
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(failed("look at it")(error)),
+            Ok(meta) if !meta.file_type().is_socket() => Err(SocketError::NotSocket(path.to_owned())),
+            Ok(_) => match UnixStream::connect(path) {
+                Ok(_) => Err(SocketError::InUse(path.to_owned())),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
+                Err(error) => Err(failed("find out whether somebody listens on it")(error)),
+            },
+        }
+    }
+
     /// Listens on `path`, with these permissions. A socket that nobody listens on any more is replaced.
     ///
     /// # Errors
     /// When somebody listens there, something else has the name, or the socket cannot be made.
     pub fn listen(path: &Path, mode: u32) -> Result<(Self, UnixListener), SocketError> {
         let failed = |what| move |source| SocketError::Io { path: path.to_owned(), what, source };
-        match fs::symlink_metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-            Err(error) => return Err(failed("look at it")(error)),
-            Ok(meta) if !meta.file_type().is_socket() => return Err(SocketError::NotSocket(path.to_owned())),
-            Ok(_) => match UnixStream::connect(path) {
-                Ok(_) => return Err(SocketError::InUse(path.to_owned())),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(failed("remove the stale socket"))?;
-                }
-                Err(error) => return Err(failed("find out whether somebody listens on it")(error)),
-            },
+        if Self::check(path)? {
+            fs::remove_file(path).map_err(failed("remove the stale socket"))?;
         }
         let listener = bind(path, mode).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => SocketError::InUse(path.to_owned()),

@@ -51,10 +51,12 @@ struct State {
     reversed: bool,
     ignores_cancel: bool,
     failures: u32,
+    flush_failures: u32,
     resets: u32,
     attached: bool,
     detaching: bool,
     refusal: Option<String>,
+    refuses_now: bool,
     displaced: bool,
 }
 
@@ -120,6 +122,11 @@ impl Handle {
         self.change(|state| state.steps += 1);
     }
 
+    /// Completes so many of them at the same time.
+    pub fn steps(&self, count: u32) {
+        self.change(|state| state.steps += count);
+    }
+
     /// Completes what waits in the reverse order.
     pub fn reverse(&self, reversed: bool) {
         self.change(|state| state.reversed = reversed);
@@ -128,6 +135,11 @@ impl Handle {
     /// Lets the next requests fail.
     pub fn fail_next(&self, count: u32) {
         self.change(|state| state.failures = count);
+    }
+
+    /// Lets the next flushes fail, and no other request.
+    pub fn fail_flushes(&self, count: u32) {
+        self.change(|state| state.flush_failures = count);
     }
 
     /// How often it was told that the guest has reset the device.
@@ -144,6 +156,11 @@ impl Handle {
     /// Will not be attached.
     pub fn refuse(&self, reason: &str) {
         self.change(|state| state.refusal = Some(reason.to_owned()));
+    }
+
+    /// Will not be attached after all, with requests waiting for it, which fail.
+    pub fn refuse_late(&self, reason: &str) {
+        self.change(|state| (state.refusal, state.refuses_now) = (Some(reason.to_owned()), true));
     }
 
     /// Another client takes the disk.
@@ -216,6 +233,9 @@ impl State {
             let Some(request) = next else { break };
             let result = if self.failures > 0 {
                 self.failures -= 1;
+                Err(DiskError::Failed)
+            } else if request.operation == Operation::Flush && self.flush_failures > 0 {
+                self.flush_failures -= 1;
                 Err(DiskError::Failed)
             } else {
                 self.perform(&request);
@@ -326,6 +346,11 @@ impl Disk for MemoryDisk {
         let mut bytes = [0; 64];
         while (&self.wake).read(&mut bytes).is_ok_and(|count| count > 0) {}
         let mut state = lock(&self.state);
+        if std::mem::take(&mut state.refuses_now) {
+            let State { waiting, done, refusal, .. } = &mut *state;
+            done.extend(waiting.drain(..).map(|request| (request.token, Err(DiskError::Fenced))));
+            self.refused.clone_from(refusal);
+        }
         state.work();
         if std::mem::take(&mut state.displaced) {
             (self.displaced, state.attached) = (true, false);

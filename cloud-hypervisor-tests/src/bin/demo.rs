@@ -111,6 +111,12 @@ fn demo(lab: &Lab) -> Result<()> {
     title("Node b is back beside node a: it is brought up to date by itself, from node to node");
     rejoin(&pool, &[&a, &b], &daemon, &mut promises)?;
 
+    title(
+        "Somebody puts an old copy of node b's store back: as good as new, and older than what was promised",
+    );
+    daemon.stop()?;
+    let daemon = rolled_back(lab, &pool, &a, &mut b, &mut promises)?;
+
     title("Everything stops in order");
     daemon.stop()?;
     for node in [&a, &b] {
@@ -170,6 +176,44 @@ fn rejoin(pool: &Pool, nodes: &[&Node], daemon: &Daemon, promises: &mut Promises
     ensure_good(&check)?;
     proved(&format!("all {} blocks of the disk were read, and each held what was promised", check.blocks));
     Ok(())
+}
+
+/// Node b's store is copied, used, and replaced by the copy while no guest runs. The next guest must not read from it.
+fn rolled_back(lab: &Lab, pool: &Pool, a: &Node, b: &mut Node, promises: &mut Promises) -> Result<Daemon> {
+    let store = store_of(pool, b)?;
+    let copy = store.with_extension("copy");
+    b.stop()?;
+    std::fs::copy(&store, &copy).context("copying the store of node b")?;
+    restart(lab, b)?;
+    let daemon = start_daemon(lab, pool, "third")?;
+    describe(&run_load(&daemon, promises, CALM / 2, 3)?);
+    daemon.stop()?;
+    b.stop()?;
+    std::fs::rename(&copy, &store).context("putting the copy back")?;
+    say(format_args!(
+        "node b: stopped, {} replaced by its copy from before that load, started",
+        store.display()
+    ));
+    restart(lab, b)?;
+
+    show_status(&[a, b])?;
+    expect_level(pool, "degraded")?;
+    let daemon = start_daemon(lab, pool, "fourth")?;
+    let check = read_everything(&daemon, promises)?;
+    ensure_good(&check)?;
+    let log = daemon.process().log_text();
+    let noticed = log.lines().find(|line| line.contains("went back in time"));
+    say(format_args!(
+        "vhost-brmr says: {}",
+        noticed.context("vhost-brmr does not say what it found")?.trim()
+    ));
+    proved(&format!("all {} blocks were read, and not one came from the old copy", check.blocks));
+    let guest = Disk::attach(disk_options(&daemon))?;
+    expect_level(pool, "safe")?;
+    drop(guest);
+    pool.assert_identical_within(LIMIT)?;
+    proved("node b was copied over in full, and the two copies are the same again");
+    Ok(daemon)
 }
 
 fn start_node(lab: &Lab, name: &str) -> Result<Node> {

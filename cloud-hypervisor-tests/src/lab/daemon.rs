@@ -1,6 +1,11 @@
 //! The daemons of a test: `vhost-brmr` processes, each serving one pool on a socket of the test's directory.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -10,6 +15,44 @@ use super::{FrontendBuilder, Host, Lab, Pool, Process, programs, wait_until};
 
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// A listening socket that outlives the daemons that serve it: what systemd is to a daemon with a `.socket` unit.
+#[derive(Clone, Debug)]
+pub struct SocketUnit {
+    path: PathBuf,
+    listener: Arc<UnixListener>,
+}
+
+impl SocketUnit {
+    /// Listens on a socket of this name in the test's directory.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn listen(lab: &Lab, name: &str) -> Result<Self> {
+        let path = lab.path(format!("{name}.unit"));
+        let listener =
+            UnixListener::bind(&path).with_context(|| format!("listening on {}", path.display()))?;
+        Ok(Self { path, listener: Arc::new(listener) })
+    }
+
+    /// Where front ends connect.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The same program and arguments, with the socket passed as sd_listen_fds(3) says: as descriptor 3, announced to this
+    /// very process.
+    fn activate(&self, daemon: &Command) -> Result<Command> {
+        let mut shell = Command::new("/bin/sh");
+        shell
+            .args(["-c", "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" \"$@\""])
+            .arg(daemon.get_program())
+            .args(daemon.get_args())
+            .stdin(Stdio::from(OwnedFd::from(self.listener.try_clone()?)));
+        Ok(shell)
+    }
+}
 
 /// A daemon to be.
 #[derive(Clone, Debug)]
@@ -21,6 +64,7 @@ pub struct DaemonBuilder {
     read_only: bool,
     arguments: Vec<String>,
     host: Option<Host>,
+    unit: Option<SocketUnit>,
 }
 
 impl DaemonBuilder {
@@ -35,6 +79,7 @@ impl DaemonBuilder {
             read_only: false,
             arguments: Vec::new(),
             host: None,
+            unit: None,
         }
     }
 
@@ -80,11 +125,23 @@ impl DaemonBuilder {
         self
     }
 
+    /// Gives it this socket instead of a path.
+    #[must_use]
+    pub fn socket_unit(mut self, unit: &SocketUnit) -> Self {
+        self.unit = Some(unit.clone());
+        self
+    }
+
     /// Starts the daemon and waits until it serves its socket.
     ///
     /// # Errors
     /// When the program is missing or does not come up.
     pub fn start(&self, lab: &Lab) -> Result<Daemon> {
+        if let Some(unit) = &self.unit {
+            let process = self.launch(lab, unit.path())?;
+            process.wait_for_log("ready for a front end", START_LIMIT)?;
+            return Ok(Daemon { process, socket: unit.path().to_owned() });
+        }
         let socket = lab.path(format!("{}.vhost", self.name));
         let process = self.launch(lab, &socket)?;
         process.wait_for_socket(&socket, START_LIMIT)?;
@@ -113,7 +170,10 @@ impl DaemonBuilder {
 
     fn launch(&self, lab: &Lab, socket: &Path) -> Result<Process> {
         let mut command = command_on(self.host.as_ref(), programs::own("vhost-brmr")?)?;
-        command.arg("--socket-path").arg(socket).args(["--pool", self.pool.name()]);
+        if self.unit.is_none() {
+            command.arg("--socket-path").arg(socket);
+        }
+        command.args(["--pool", self.pool.name()]);
         for address in self.pool.data_addresses() {
             command.args(["--node", address]);
         }
@@ -125,7 +185,13 @@ impl DaemonBuilder {
             command.arg("--read-only");
         }
         command.args(&self.arguments);
-        Process::spawn(lab, &format!("daemon-{}", self.name), command)
+        let name = format!("daemon-{}", self.name);
+        let Some(unit) = &self.unit else { return Process::spawn(lab, &name, command) };
+        let mut command = unit.activate(&command)?;
+        let log = lab.log(&name);
+        let output = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
+        command.stdout(output.try_clone()?).stderr(output);
+        Process::adopt(&name, log, command)
     }
 }
 

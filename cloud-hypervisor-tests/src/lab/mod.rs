@@ -36,10 +36,11 @@ pub mod storage_daemon;
 pub mod stores;
 mod sys;
 pub mod vm;
+pub mod vmm_api;
 mod workspace;
 
 pub use checks::Checks;
-pub use daemon::{Daemon, DaemonBuilder};
+pub use daemon::{Daemon, DaemonBuilder, SocketUnit};
 pub use fabric::{Fabric, Transport};
 pub use frontend::{Frontend, FrontendBuilder, Status};
 pub use guest::{Command, Image, ImageBuilder, Output};
@@ -50,4 +51,5 @@ pub use process::Process;
 pub use roce::{Roce, RoceBuilder};
 pub use storage_daemon::StorageDaemonBuilder;
 pub use vm::{Disk, Hypervisor, Vm, VmBuilder};
+pub use vmm_api::VmmApi;
 pub use workspace::{Lab, free_port, run, run_on, wait_until};

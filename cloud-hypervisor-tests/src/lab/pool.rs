@@ -179,7 +179,7 @@ impl Pool {
         let output = command.args(["status", &self.name, "--json"]).output().context("starting rmrctl")?;
         let text = String::from_utf8_lossy(&output.stdout);
         // The exit status tells the level too: 3 and 4 are answers, not failures.
-        if !matches!(output.status.code(), Some(0 | 3 | 4)) {
+        if !matches!(output.status.code(), Some(0 | 3 | 4 | 6)) {
             bail!(
                 "{command:?} failed ({}): {text}{}",
                 output.status,

@@ -1,9 +1,9 @@
-//! The few calls into libc that the lab needs: signals by process id, children that die with the test, and file locks.
+//! The few calls into libc that the lab needs: signals by process id, children that die with the test, file locks, terminals.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -40,4 +40,39 @@ pub(super) fn lock_file(file: &File) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// A new terminal: the end that a user types on, and the one that a program takes for its terminal. Bytes pass as they are.
+pub(super) fn open_terminal() -> io::Result<(File, OwnedFd)> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: takes an integer; the descriptor is new and owned from here on.
+    let user = unsafe {
+        let fd = libc::posix_openpt(flags);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        File::from_raw_fd(fd)
+    };
+    let fd = user.as_raw_fd();
+    // SAFETY: `fd` is open. The new descriptor, never seen by a child that is started meanwhile, is owned from here on.
+    let program = unsafe {
+        if libc::grantpt(fd) != 0 || libc::unlockpt(fd) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let program = libc::ioctl(fd, libc::TIOCGPTPEER, flags);
+        if program < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(program)
+    };
+    // Otherwise lines are cut at 4095 bytes, and what is typed comes back.
+    // SAFETY: `termios` is plain data that tcgetattr fills, and the descriptor is open.
+    let failed = unsafe {
+        let mut settings: libc::termios = std::mem::zeroed();
+        libc::tcgetattr(program.as_raw_fd(), &mut settings) != 0 || {
+            libc::cfmakeraw(&mut settings);
+            libc::tcsetattr(program.as_raw_fd(), libc::TCSANOW, &settings) != 0
+        }
+    };
+    if failed { Err(io::Error::last_os_error()) } else { Ok((user, program)) }
 }

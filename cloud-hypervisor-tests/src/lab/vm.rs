@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use super::guest::{Agent, Command, Image, Output};
 use super::qmp::Qmp;
 use super::workspace::{self, Lab};
-use super::{Process, programs};
+use super::{Process, VmmApi, programs, sys};
 
 /// Longest boot: an idle machine takes six seconds, a crowded one several times that.
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
@@ -246,12 +246,9 @@ impl VmBuilder {
     }
 
     fn start_cloud_hypervisor(&self, lab: &Lab, image: &Image, program: &Path) -> Result<Vm> {
-        let (console, control) = (lab.log(&format!("{}-console", self.name)), lab.path(self.file("api")));
-        let log = lab.log(&self.name);
+        let console = lab.log(&format!("{}-console", self.name));
         let mut command = Program::new(program);
         command
-            .arg("--api-socket")
-            .arg(&control)
             .args(["--cpus", &format!("boot={}", self.cpus)])
             .args(["--memory", &format!("size={}M,shared=on", self.memory_mib)])
             .arg("--kernel")
@@ -269,12 +266,36 @@ impl VmBuilder {
                 .arg(format!("vhost_user=true,socket={socket},num_queues={queues},queue_size={queue_size}"));
         }
         command.args(&self.arguments);
-        // The guest's console is the hypervisor's standard input and output.
-        let (host, guest) = UnixStream::pair().context("making the channel to the guest's agent")?;
-        let guest = std::os::fd::OwnedFd::from(guest);
+        self.adopt_cloud_hypervisor(lab, command, console)
+    }
+
+    /// Starts a cloud-hypervisor without a machine, for one that is restored from a snapshot or comes by migration
+    /// ([`Vm::api`]). Only the name of this builder counts: all else comes with the machine.
+    ///
+    /// # Errors
+    /// When this is no machine of cloud-hypervisor, or it does not start.
+    pub fn empty_cloud_hypervisor(self, lab: &Lab) -> Result<Vm> {
+        let Hypervisor::CloudHypervisor(program) = &self.hypervisor else {
+            bail!("expected cloud-hypervisor, found {:?}", self.hypervisor);
+        };
+        // The console's log is that of the machine that comes, whose serial port writes to the same file as before.
+        let console = lab.log(&format!("{}-console", self.name));
+        self.adopt_cloud_hypervisor(lab, Program::new(program), console)
+    }
+
+    /// Starts cloud-hypervisor with what every machine here needs besides its hardware.
+    ///
+    /// The guest's console, on which its agent speaks, is the terminal of the hypervisor: it passes on what it reads from its
+    /// standard input only if that is a terminal. Its system call filter is off: some builds kill their own migration thread with it.
+    fn adopt_cloud_hypervisor(&self, lab: &Lab, mut command: Program, console: PathBuf) -> Result<Vm> {
+        let control = lab.path(self.file("api"));
+        let log = lab.log(&self.name);
+        command.arg("--api-socket").arg(&control).args(["--seccomp", "false"]);
+        let (host, guest) = sys::open_terminal().context("making the terminal for the guest's agent")?;
         command.stdin(Stdio::from(guest.try_clone()?)).stdout(Stdio::from(guest)).stderr(File::create(&log)?);
         let process = Process::adopt(&self.name, log, command)?;
         let agent = Agent::new(host.try_clone()?, host);
+        process.wait_for_socket(&control, BOOT_LIMIT)?;
         Ok(Vm { name: self.name.clone(), process, agent, console, control })
     }
 
@@ -388,6 +409,23 @@ impl Vm {
         Qmp::connect(&self.control)
     }
 
+    /// cloud-hypervisor's control interface.
+    #[must_use]
+    pub fn api(&self) -> VmmApi {
+        VmmApi::new(&self.control)
+    }
+
+    /// Waits until the guest has booted again, and its agent answers.
+    ///
+    /// # Errors
+    /// When the guest panics, stops or takes too long.
+    pub fn wait_for_reboot(&self) -> Result<()> {
+        self.agent
+            .wait_ready(BOOT_LIMIT, || self.check_alive())
+            .with_context(|| self.boot_log_tail())
+            .map(|_| ())
+    }
+
     /// The control socket: QMP of QEMU, the HTTP API of cloud-hypervisor.
     #[must_use]
     pub fn control_socket(&self) -> &Path {
@@ -434,5 +472,54 @@ fn qemu_version(program: &Path) -> Result<(u32, u32)> {
             program.display(),
             text.trim_end()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// Stands in for cloud-hypervisor: says what it was started with, and answers commands with their length, if its standard
+    /// input and output are a terminal.
+    const FAKE: &str = r#"#!/bin/sh
+echo "$@" >&2
+while [ $# -gt 0 ]; do
+    [ "$1" = --api-socket ] && api=$2
+    shift
+done
+[ -t 0 ] && [ -t 1 ] || { echo "not a terminal" >&2; exit 9; }
+perl -MIO::Socket::UNIX -e 'IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 1) or die' "$api"
+printf '{"ready":"fake"}\n'
+while read -r id script; do
+    [ "$script" = ZW5k ] && exit 0
+    printf '{"id":%s,"exit":0,"stdout":"%s","stderr":""}\n' "$id" "$(printf %s "${#script}" | base64)"
+done
+"#;
+
+    #[test]
+    fn the_agent_on_cloud_hypervisor_speaks_over_a_terminal_that_changes_nothing() -> Result<()> {
+        workspace::run("fake cloud-hypervisor", |lab| {
+            let program = lab.path("fake");
+            std::fs::write(&program, FAKE)?;
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700))?;
+            let image = Image { kernel: "/kernel".into(), initramfs: "/initramfs".into() };
+            let hypervisor = Hypervisor::CloudHypervisor(program);
+            let disk = Disk::vhost_user("/disk").queues(2).queue_size(512);
+            let vm = VmBuilder::new("guest").hypervisor(hypervisor).image(image).disk(disk).boot(lab)?;
+            // Beyond the 4095 bytes of a line that a terminal edits. Base64 is four characters for three.
+            for length in [3, 3000, 30_000] {
+                assert_eq!(vm.run(&"x".repeat(length))?, (length * 4 / 3).to_string());
+            }
+            let started = vm.process().log_text();
+            for words in ["--seccomp false", "--console tty", "socket=/disk,num_queues=2,queue_size=512"] {
+                assert!(started.contains(words), "{words} is missing: {started}");
+            }
+            let last = vm.start("end")?;
+            let error = vm.wait_within(BOOT_LIMIT, last).expect_err("it ended").to_string();
+            assert!(error.contains("exit status: 0"), "{error}");
+            Ok(())
+        })
     }
 }

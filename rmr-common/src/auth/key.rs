@@ -1,9 +1,9 @@
 //! Keys of pools and the files that they are in. A key is wiped from memory when it is dropped, and never printed.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ring::hmac;
@@ -75,7 +75,13 @@ impl SecretKey {
     /// When it cannot be read, is no key, or others than its owner have access to it.
     pub fn read(path: &Path) -> Result<Self, KeyFileError> {
         let failed = |source| KeyFileError::Read { path: path.to_owned(), source };
-        let file = File::open(path).map_err(failed)?;
+        // To open a pipe waits for whoever writes to it, and to open a device may do things of its own: both would stop whoever
+        // asks, and on a node every pool with it.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(KeyFileError::NoFile { path: path.to_owned() });
+        }
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
         // Of the file that was opened: the name may mean another one by now.
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
@@ -178,6 +184,18 @@ impl KeyRing {
         self.0.len()
     }
 
+    /// Numbers by which two nodes are seen to have the same keys of a pool, and nothing else is: eight bytes of an HMAC, in
+    /// hexadecimal digits.
+    #[must_use]
+    pub fn fingerprints(&self, pool: PoolId) -> Vec<String> {
+        let of = |key: &SecretKey| {
+            let text = [b"rmr key fingerprint".as_slice(), pool.as_bytes()].concat();
+            let tag = hmac::sign(&key.hmac(), &text);
+            tag.as_ref().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+        };
+        self.0.iter().map(of).collect()
+    }
+
     pub(super) fn iter(&self) -> std::slice::Iter<'_, SecretKey> {
         self.0.iter()
     }
@@ -227,6 +245,27 @@ mod tests {
             assert!(error.contains(&format!("{mode:04o}")) && error.contains("expected 0600"), "{error}");
         }
         assert!(matches!(SecretKey::read(directory.path()), Err(KeyFileError::NoFile { .. })));
+        // A pipe that nobody writes to, and a link to it.
+        let (pipe, link) = (directory.path().join("pipe"), directory.path().join("link"));
+        assert!(
+            std::process::Command::new("mkfifo").args(["-m", "600"]).arg(&pipe).status().unwrap().success()
+        );
+        std::os::unix::fs::symlink(&pipe, &link).unwrap();
+        for path in [pipe, link, "/dev/zero".into()] {
+            assert!(matches!(SecretKey::read(&path), Err(KeyFileError::NoFile { .. })), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn fingerprints_tell_keys_and_pools_apart() {
+        let ring =
+            |bytes: &[u8]| KeyRing::new(bytes.iter().map(|&b| SecretKey::from_bytes([b; 32])).collect());
+        let (pool, other) = (PoolId::from_bytes([7; 16]), PoolId::from_bytes([8; 16]));
+        let both = ring(&[1, 2]).fingerprints(pool);
+        assert_eq!((both.len(), both[0].len()), (2, 16));
+        assert_ne!(both[0], both[1]);
+        assert_eq!(ring(&[2]).fingerprints(pool), both[1..]);
+        assert_ne!(ring(&[1, 2]).fingerprints(other), both);
     }
 
     #[test]

@@ -10,6 +10,9 @@ use crate::wire::{
     Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError, encode_attested,
 };
 
+/// More writes than a pool can have in a thousand years.
+const HIGHEST_HONEST_SEQUENCE: u64 = 1 << 62;
+
 impl Client {
     pub(super) fn message(&mut self, id: LinkId, header: &MessageHeader, body: &[u8]) {
         let Some(link) = self.link(id) else { return };
@@ -33,8 +36,8 @@ impl Client {
                     Kind::GrowReply => self.grow_reply(member, header, body),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::SourceFailed => self.source_failed(member, header),
-                    Kind::DetachReply => self.detach_reply(member),
                     Kind::MarkReply => self.mark_reply(member, header, body),
+                    Kind::DetachReply => self.detach_reply(member, header.status == Status::Ok),
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
@@ -45,6 +48,13 @@ impl Client {
                     }
                     Kind::Goodbye if header.status == Status::StaleEpoch => {
                         self.told_fenced(id, header.epoch)
+                    }
+                    Kind::Goodbye if header.status == Status::IoError => {
+                        self.note_failed_flush(member);
+                        self.drop_link(
+                            id,
+                            "its disk failed a flush; what it had not flushed counts as missed",
+                        );
                     }
                     Kind::Goodbye => self.drop_link(id, "the node is stopping"),
                     _ => self.drop_link(id, &format!("protocol error: {kind:?} is not expected by a client")),
@@ -101,7 +111,9 @@ impl Client {
         // A member that is not needed may have been forced into use meanwhile, and know of a later view. So each one is tried
         // once, for as long as a connection and a hello may take.
         let is_absent = view.members.iter().any(|m| !ready.contains(m.id));
-        let is_asking = !self.has_asked_all() && (is_absent || is_early || self.has_leg_away());
+        // A node that has not answered yet may know another pool of the same name.
+        let is_asking =
+            !self.has_asked_all() && (is_absent || is_early || self.goes_by_name() || self.has_leg_away());
         if is_asking || is_early && !view.active().is_subset(ready) {
             if let State::Gathering { possible_since, .. } = &mut self.state {
                 *possible_since = Some(since);
@@ -150,6 +162,7 @@ impl Client {
             rejoin: false,
             yields: self.config.yields,
             description: self.config.description.clone(),
+            held_ms: self.held_ms(),
         }
         .encode();
         self.state = State::Attaching { waiting: asked, replies: Vec::new(), since: self.now };
@@ -157,6 +170,12 @@ impl Client {
             let header = self.header(Kind::Attach);
             self.send_body(member, header, body.clone());
         }
+    }
+
+    /// For how long this client has had the pool.
+    pub(super) fn held_ms(&self) -> u64 {
+        let held = self.held_since.map(|since| self.now - since).unwrap_or_default();
+        u64::try_from(held.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Some node has met a client of a branch that the operator forced into use, and nobody has shown a view of it.
@@ -262,7 +281,7 @@ impl Client {
             }
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                return self.drop_member(member, &format!("attach refused: {status:?} {text}"));
+                return self.drop_member(member, &refusal("attach", status, &text));
             }
         }
         let reply = match AttachReply::decode(body) {
@@ -317,7 +336,8 @@ impl Client {
         // is one whose promotion is taken back.
         let behind = replies.iter().filter(|(_, r)| r.view != best).map(|(member, _)| *member).collect();
         let absent = best.active().without(attached);
-        let powerless = self.lost_caches(&best);
+        let failed: MemberSet = replies.iter().filter(|(_, r)| r.flush_failed).map(|(m, _)| *m).collect();
+        let powerless = self.lost_caches(&best, failed);
         let is_all = best.clean().is_subset(powerless);
         if is_all {
             self.lose_writes(powerless.intersection(best.clean()));
@@ -418,7 +438,7 @@ impl Client {
             Status::StaleEpoch | Status::NotAttached => self.end(OverReason::Fenced(header.epoch)),
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                self.drop_member(member, &format!("view {} refused: {status:?} {text}", header.view));
+                self.drop_member(member, &refusal(&format!("view {}", header.view), status, &text));
             }
         }
     }
@@ -438,6 +458,7 @@ impl Client {
         self.highest_epoch = self.highest_epoch.max(self.epoch);
         self.own_epochs.clear();
         self.own_epochs.push(self.epoch);
+        self.held_since.get_or_insert(self.now);
         self.was_cut_short = false;
         self.committed_out = next.out();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
@@ -510,7 +531,7 @@ impl Client {
                 return;
             }
             State::Detaching { .. } => {
-                members.iter().for_each(|m| self.detach_reply(m));
+                members.iter().for_each(|m| self.detach_reply(m, false));
                 return;
             }
             // Nothing was promised under this attachment yet: begin it anew.
@@ -616,7 +637,8 @@ impl Client {
                 let waiting = self.view_active();
                 let Some(view) = &self.view else { return };
                 let body = encode_attested(&self.attested_in(view));
-                self.state = State::Detaching { waiting, since: self.now };
+                let failed = MemberSet::EMPTY;
+                self.state = State::Detaching { waiting, failed, since: self.now };
                 for member in waiting.iter() {
                     let header = self.header(Kind::Detach);
                     self.send_body(member, header, body.clone());
@@ -634,13 +656,30 @@ impl Client {
         }
     }
 
-    fn detach_reply(&mut self, member: MemberId) {
-        if let State::Detaching { waiting, .. } = &mut self.state {
-            waiting.remove(member);
-            if waiting.is_empty() {
-                self.end(OverReason::Detached);
+    /// The end of a detach at one member. Unless it was in order, the member keeps its intents, and the next client compares it
+    /// with the others.
+    fn detach_reply(&mut self, member: MemberId, in_order: bool) {
+        let State::Detaching { waiting, failed, .. } = &mut self.state else { return };
+        if !waiting.remove(member) {
+            return;
+        }
+        if !in_order {
+            failed.insert(member);
+        }
+        if waiting.is_empty() {
+            self.detached();
+        }
+    }
+
+    /// Ends the client after a detach; whoever has not answered did not take part in it.
+    fn detached(&mut self) {
+        if let State::Detaching { waiting, failed, .. } = &self.state {
+            let failed = failed.union(*waiting);
+            if !failed.is_empty() {
+                self.notice(Notice::DetachFailed(failed, self.view_clean().is_subset(failed)));
             }
         }
+        self.end(OverReason::Detached);
     }
 
     pub(super) fn tick_state(&mut self) {
@@ -658,7 +697,7 @@ impl Client {
                 let silent = *waiting;
                 silent.iter().for_each(|m| self.drop_member(m, "the view was not answered in time"));
             }
-            State::Detaching { since, .. } if self.now - *since > timeout => self.end(OverReason::Detached),
+            State::Detaching { since, .. } if self.now - *since > timeout => self.detached(),
             State::Attaching { .. }
             | State::Changing { .. }
             | State::Detaching { .. }
@@ -667,9 +706,11 @@ impl Client {
         }
     }
 
-    /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest.
+    /// Sequences go on above everything that a slot table remembers, so that the highest one stays the newest. What no
+    /// number of writes leads to was made up by a faulty client, and nothing could follow it.
     pub(super) fn go_on_above(&mut self, reply: &AttachReply) {
-        let highest = reply.slots.iter().map(|s| s.sequence).max().unwrap_or_default();
+        let honest = reply.slots.iter().map(|s| s.sequence).filter(|s| s.0 <= HIGHEST_HONEST_SEQUENCE);
+        let highest = honest.max().unwrap_or_default();
         self.sequence = self.sequence.max(highest);
     }
 
@@ -678,6 +719,11 @@ impl Client {
         self.sequence = self.sequence.next();
         self.sequence
     }
+}
+
+fn refusal(what: &str, status: Status, text: &str) -> String {
+    let text = if text.is_empty() { String::new() } else { format!(": {text}") };
+    format!("{what} refused: {status}{text}")
 }
 
 fn protocol(error: &WireError) -> String {

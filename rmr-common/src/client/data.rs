@@ -6,11 +6,7 @@ use super::{
 use crate::client::parts::{OpIndex, Part, PartState};
 use crate::pool::{Chunk, MemberId, MemberSet, Sequence, Slot};
 use crate::time::Time;
-use crate::wire::{DirtyAddition, Kind, MessageHeader, Status};
-
-/// Longest discard or write-zeroes that one message carries; a longer one is split, so that a node's disk is not
-/// kept from other requests for long.
-const MAX_RANGE: u64 = 64 << 20;
+use crate::wire::{DirtyAddition, Kind, MAX_RANGE, MessageHeader, Status};
 
 impl Client {
     /// Takes in a request. Its memory must stay as it is until [`Output::Complete`] with its token.
@@ -131,7 +127,7 @@ impl Client {
         let most = match operation {
             Operation::Read => self.same_home(at, u64::from(self.max_io).min(left)),
             Operation::Write => u64::from(self.max_io),
-            Operation::Discard | Operation::WriteZeroes | Operation::Flush => MAX_RANGE,
+            Operation::Discard | Operation::WriteZeroes | Operation::Flush => u64::from(MAX_RANGE),
         };
         u32::try_from(left.min(most)).unwrap_or(u32::MAX)
     }
@@ -223,7 +219,19 @@ impl Client {
         let Some(part) = self.parts.get_mut(slot).filter(|p| p.operation == Operation::Write) else {
             return Protection::None;
         };
-        let (was_sent, was_bounced) = (part.barrier, part.bounce);
+        let (was_sent, was_bounced, is_faulted) = (part.barrier, part.bounce, part.fault);
+        if is_faulted {
+            // Legs may have filler on record under the sequence of before, if an attachment ended before the repetition.
+            if !was_bounced {
+                let sequence = self.next_sequence();
+                if let Some(part) = self.parts.get_mut(slot) {
+                    part.sequence = sequence;
+                    part.bounce = true;
+                }
+            }
+            self.counters.bounced += 1;
+            return Protection::Salvage;
+        }
         match mode {
             DataDigest::Off => return Protection::None,
             DataDigest::Detect if !was_bounced => {
@@ -246,6 +254,23 @@ impl Client {
     #[must_use]
     pub fn is_bounced(&self, slot: Slot) -> bool {
         self.parts.get(slot).is_some_and(|p| p.bounce)
+    }
+
+    /// Memory of a part could not be reached. A read fails. A write fails as well, but some legs may have other data than others by
+    /// now: first it is repeated on all from one copy, in which zeroes stand for what cannot be read.
+    pub(super) fn memory_fault(&mut self, slot: Slot, sequence: Sequence) {
+        let Some(part) = self.parts.get_mut(slot) else { return };
+        if part.sequence != sequence || part.state != PartState::Sent {
+            return;
+        }
+        self.counters.memory_faults += 1;
+        match part.operation {
+            Operation::Write => {
+                part.fault = true;
+                part.repeat = !mutant!(FaultedWriteNotRepeated);
+            }
+            _ => self.part_failed(slot, IoError::Memory),
+        }
     }
 
     /// A transfer did not bring the data that its digest says.
@@ -321,9 +346,8 @@ impl Client {
                 others.iter().for_each(|m| self.drop_member(m, "the only Clean copy failed a write"));
                 self.part_failed(header.slot, IoError::Media);
             }
-            status => {
-                self.drop_member(member, &format!("{operation:?} at {offset}+{length} answered {status:?}"))
-            }
+            status => self
+                .drop_member(member, &format!("{operation} of {length} bytes at {offset} failed: {status}")),
         }
     }
 
@@ -384,7 +408,8 @@ impl Client {
                 self.unflushed.insert_bytes(offset, length.into());
             }
         }
-        self.finish_part(slot, None);
+        let fault = self.parts.get(slot).is_some_and(|p| p.fault);
+        self.finish_part(slot, fault.then_some(IoError::Memory));
     }
 
     /// Whether the committed view does not need these members any more: they are Out, or were removed since.
@@ -546,6 +571,9 @@ impl Client {
         {
             return;
         }
+        if matches!(header.status, Status::IoError | Status::NoSpace) && !mutant!(LastFlushRepeated) {
+            self.failed_flushes.insert(member);
+        }
         match header.status {
             Status::Ok => {
                 flush.pending.remove(member);
@@ -553,9 +581,13 @@ impl Client {
             }
             Status::StaleEpoch | Status::NotAttached => self.end(super::OverReason::Fenced(header.epoch)),
             Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
+                // The guest has to know. What was not flushed may be gone, and no other member has it.
                 self.finish_flush(Some(IoError::Media));
+                if !mutant!(LastFlushRepeated) {
+                    self.drop_member(member, "the only Clean member failed a flush");
+                }
             }
-            status => self.drop_member(member, &format!("flush answered {status:?}")),
+            status => self.drop_member(member, &format!("flush failed: {status}")),
         }
     }
 

@@ -33,6 +33,7 @@ impl Client {
             ping_since: None,
             last_error: "not connected yet".into(),
             asked: false,
+            contested_since: None,
             denied: false,
             retired: false,
         };
@@ -112,6 +113,10 @@ impl Client {
     pub(super) fn link_up(&mut self, id: LinkId, nonce: Nonce) {
         let (now, config) = (self.now, &self.config);
         let (pool, pool_name) = match (&self.spec, &self.selector) {
+            // Not by the id that another node gave for the name: this node may know a second pool of that name.
+            (_, PoolSelector::Name(name)) if self.goes_by_name() => {
+                (PoolId::from_bytes([0; 16]), name.clone())
+            }
             (Some(spec), _) => (spec.id, String::new()),
             (None, PoolSelector::Id(id)) => (*id, String::new()),
             (None, PoolSelector::Name(name)) => (PoolId::from_bytes([0; 16]), name.clone()),
@@ -134,6 +139,28 @@ impl Client {
         let mut header = MessageHeader::new(Kind::Hello, pool);
         header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
         self.outputs.push_back(Output::Send(id, header, Payload::Body(body)));
+    }
+
+    /// Whether the name is all that says which pool is meant: the client was given no id, and has never been attached.
+    pub(super) fn goes_by_name(&self) -> bool {
+        let is_first = matches!(self.state, State::Gathering { .. }) && self.own_epochs.is_empty();
+        is_first && matches!(self.selector, PoolSelector::Name(_))
+    }
+
+    /// Why a node that means another pool than the others ends the client.
+    fn conflict(&self, known: &PoolSpec, address: &Address, other: &PoolSpec) -> String {
+        if known.id == other.id || known.name != other.name {
+            return format!("{known} on one node, {other} on {address}");
+        }
+        let is_known = |l: &&super::Link| matches!(&l.state, LinkState::Ready(r) if r.spec.id == known.id);
+        let holders: Vec<_> = self.links.iter().filter(is_known).map(|l| l.address.to_string()).collect();
+        format!(
+            "'{}' names several pools, use the uuid: {} on {}, {} on {address}",
+            known.name,
+            known.id,
+            holders.join(", "),
+            other.id
+        )
     }
 
     /// A connection is gone. The member, if it had requests or is part of the view, is lost with it.
@@ -204,7 +231,7 @@ impl Client {
         if let Some(known) = &self.spec
             && !known.is_same_pool(&reply.spec)
         {
-            let text = format!("{known} on one node, {} on {address}", reply.spec);
+            let text = self.conflict(known, &address, &reply.spec);
             return self.end(OverReason::Conflict(text));
         }
         let (member, store) = (reply.member, reply.store());
@@ -317,23 +344,33 @@ impl Client {
 
     /// Whether another node shows the same store, and this link is not to be used for that: then one is a copy of the other. The one
     /// at the address that the specification has is used, or the one that is in use already; else neither is, and no chance decides.
+    ///
+    /// A node that was started again has another run of its process as well, and an older link to it may not be known to be gone. So
+    /// the older link is asked again first; one that is in use shows by its pings that it is alive.
     fn is_duplicate(&mut self, id: LinkId, reply: &HelloReply) -> bool {
         let (store, process) = (reply.store(), reply.process_boot);
         let shows_it = |l: &super::Link| match &l.state {
             LinkState::Ready(other) => other.store() == store && other.process_boot != process,
             _ => false,
         };
-        let fresh = |l: &super::Link| self.now - l.greeted <= self.config.leg_timeout;
         let found = self.links.iter().zip(0u8..).map(|(l, i)| (l, LinkId(i)));
-        let mut twins = found.filter(|(l, i)| *i != id && !l.retired && shows_it(l));
-        let Some((twin, other)) = twins.next() else { return false };
-        if mutant!(DuplicateUsed) {
+        let other = found.filter(|(l, i)| *i != id && !l.retired && shows_it(l)).map(|(_, i)| i).next();
+        let Some(other) = other.filter(|_| !mutant!(DuplicateUsed)) else {
+            self.links[usize::from(id.0)].contested_since = None;
             return false;
-        }
+        };
+        let (now, timeout) = (self.now, self.config.leg_timeout);
         let is_leg = self.legs.contains(&Some(other)) && !matches!(self.state, State::Gathering { .. });
-        if !is_leg && !fresh(twin) {
-            // Its node may have been started again since, and have another address.
+        let since = *self.links[usize::from(id.0)].contested_since.get_or_insert(now);
+        if is_leg && now - since <= timeout {
+            self.drop_link(id, "another node shows its store, and is in use");
+            return true;
+        }
+        if !is_leg && since == now {
+            let again = &mut self.links[usize::from(other.0)];
+            again.contested_since = Some(now);
             self.drop_link(other, "asked again: another node shows its store");
+            self.links[usize::from(other.0)].asked = false;
             return false;
         }
         let (Some(here), Some(there)) = (self.link(id), self.link(other)) else { return false };
@@ -344,18 +381,18 @@ impl Client {
             self.is_home(id).then(|| here.clone())
         };
         let is_used = used.as_ref() == Some(&here);
-        self.contested = Some((store, self.now));
-        if self.told_duplicate != Some((store, here.clone(), there.clone())) {
-            self.told_duplicate = Some((store, here.clone(), there.clone()));
-            self.notice(Notice::Duplicate(store, used.clone(), here.clone(), there.clone()));
+        self.contested = Some((store, now));
+        let pair = if here.to_string() < there.to_string() { (here, there) } else { (there, here) };
+        if self.told_duplicate != Some((store, pair.0.clone(), pair.1.clone())) {
+            self.told_duplicate = Some((store, pair.0.clone(), pair.1.clone()));
+            self.notice(Notice::Duplicate(store, used.clone(), pair.0, pair.1));
         }
-        let reason =
-            |at: &Address| format!("{at} shows store {store} as well, and only one can be the member's");
-        if used.as_ref() != Some(&there) {
-            self.drop_link(other, &reason(&here));
+        let reason = format!("two nodes show store {store}, and only one can be the member's");
+        if used.is_none() || is_used {
+            self.drop_link(other, &reason);
         }
         if !is_used {
-            self.drop_link(id, &reason(&there));
+            self.drop_link(id, &reason);
         }
         !is_used
     }
@@ -504,6 +541,15 @@ impl Client {
             };
             if !self.links.iter().zip(0u8..).any(leads_there) {
                 self.add_link(member.address);
+                continue;
+            }
+            // One that was set aside for another link to the store is of use again when that is not, as the specification is now.
+            let is_usable = |l: &super::Link| !l.is_idle() && l.store == Some(member.store) && self.suits(l);
+            let is_left = |l: &super::Link| !l.retired && l.is_idle() && l.address == member.address;
+            if !self.links.iter().any(is_usable)
+                && let Some(index) = self.links.iter().position(is_left)
+            {
+                self.links[index].state = LinkState::Down { retry_at: self.now };
             }
         }
     }

@@ -202,6 +202,18 @@ pub enum Operation {
     WriteZeroes,
 }
 
+impl std::fmt::Display for Operation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes => "write of zeroes",
+        })
+    }
+}
+
 impl Operation {
     /// Whether it changes the pool's data.
     #[must_use]
@@ -234,10 +246,13 @@ pub enum IoError {
     Suspended,
     /// Every current copy lost writes that had completed and were not flushed.
     #[error(
-        "completed writes were lost: every current copy's machine was started anew before they were flushed; nothing is served \
-         until that is acknowledged"
+        "completed writes were lost: every current copy's machine was started anew before they were flushed, or its disk failed \
+         the flush; nothing is served until that is acknowledged"
     )]
     LostWrites,
+    /// The request's memory could not be read or written.
+    #[error("the memory of the request could not be reached: its owner has taken it away")]
+    Memory,
     /// Another client has taken the pool.
     #[error("this client lost the pool to another one")]
     Fenced,
@@ -301,6 +316,9 @@ pub enum Event<'a> {
     /// A message arrived. Data of a read went to where [`Client::payload_target`] said; other payloads are the body. An answer
     /// whose data does not fit the digest in its header is handed in with [`crate::wire::Status::DigestDiffers`].
     Message(LinkId, &'a MessageHeader, &'a [u8]),
+    /// Memory of this part could not be read or written: its owner has taken it away. Of a write, the leg may have been sent other
+    /// data in place of it. Handed in before any answer to what was sent so.
+    MemoryFault(Slot, Sequence),
     /// Time has passed; due at the latest at [`Client::deadline`].
     Tick,
     /// Leave the pool in good order: finish, flush, say so to the nodes.
@@ -339,6 +357,9 @@ pub enum Protection {
     /// The data is sent from a copy, made for the first message of the slot and kept until [`Output::Unbounce`], and the header
     /// gets the copy's digest.
     Bounce,
+    /// As [`Protection::Bounce`], for memory of which some cannot be read: that is zeroes in the copy. Reading it the usual way may
+    /// end the process.
+    Salvage,
 }
 
 /// What the driver has to do, in this order.
@@ -381,9 +402,12 @@ pub enum Notice {
     Waiting(String),
     /// A copy's disk answered a read with an error; another copy served it.
     ReadError(MemberId, u64, u32),
-    /// The machines of all these members, which are all that are Clean, were started anew, and so many blocks of completed
-    /// writes were not flushed on them: every request fails until that is acknowledged.
+    /// The machines of all these members, which are all that are Clean, were restarted, or their disks failed a flush. The number
+    /// of blocks of completed writes that were not flushed on them follows. Every request fails until that is acknowledged.
     LostWrites(MemberSet, u64),
+    /// These members did not detach in order: they could not flush, or did not answer. True if they are all that are Clean. The
+    /// next client compares them with the others; what they had not flushed may be gone.
+    DetachFailed(MemberSet, bool),
     /// A verify began, or ended; how, in words.
     Verify(String),
     /// The store of this member shows less than it had acknowledged: it went back in time, or is a copy of an earlier state. It is
@@ -436,6 +460,8 @@ struct Link {
     last_error: String,
     /// Since the client began to gather, the node has answered the hello, or could not be reached.
     asked: bool,
+    /// Since when another node shows the same store.
+    contested_since: Option<Time>,
     /// The node said that it has no such pool, or one does not believe the other that it may have to do with it.
     denied: bool,
     /// It leads to nobody who is of interest, and may be made to lead elsewhere.
@@ -456,7 +482,7 @@ enum State {
     /// Requests flow.
     Active,
     /// The goodbye is under way.
-    Detaching { waiting: MemberSet, since: Time },
+    Detaching { waiting: MemberSet, failed: MemberSet, since: Time },
     /// Nothing more will happen.
     Over(OverReason),
 }
@@ -506,6 +532,8 @@ pub struct Client {
     highest_epoch: Epoch,
     /// The attachment of the last commit, and those under which views were proposed since. Empty before the first.
     own_epochs: Vec<Epoch>,
+    /// When the pool was attached first.
+    held_since: Option<Time>,
     /// An attach of this client did not come through since the last one that did.
     was_cut_short: bool,
     /// The epoch of a client that cut one short, and when it was seen first.
@@ -532,6 +560,8 @@ pub struct Client {
     write_through: MemberSet,
     /// The machine's run of each member that is active in the view committed last.
     host_boots: [Option<BootId>; MAX_MEMBERS],
+    /// Members that said so since the last commit: a flush failed. A member whose process is restarted may not know of it.
+    failed_flushes: MemberSet,
     /// See [`IoError::LostWrites`].
     lost_writes: bool,
     ready_slots: Vec<Slot>,
@@ -573,6 +603,8 @@ pub struct Counters {
     pub bounced: u64,
     /// Reads that a leg's disk failed, and that were repeated on another one.
     pub read_errors: u64,
+    /// Parts of requests whose memory could not be reached.
+    pub memory_faults: u64,
 }
 
 impl Client {
@@ -592,6 +624,7 @@ impl Client {
             epoch: Epoch(0),
             highest_epoch: Epoch(0),
             own_epochs: Vec::new(),
+            held_since: None,
             was_cut_short: false,
             rival: None,
             committed_out: MemberSet::EMPTY,
@@ -610,6 +643,7 @@ impl Client {
             slot_limit: 0,
             write_through: MemberSet::EMPTY,
             host_boots: [None; MAX_MEMBERS],
+            failed_flushes: MemberSet::EMPTY,
             lost_writes: false,
             ready_slots: Vec::new(),
             slot_scratch: Vec::new(),
@@ -654,6 +688,7 @@ impl Client {
             Event::LinkUp(link, nonce) => self.link_up(link, nonce),
             Event::LinkDown(link, reason) => self.link_down(link, reason),
             Event::Message(link, header, body) => self.message(link, header, body),
+            Event::MemoryFault(slot, sequence) => self.memory_fault(slot, sequence),
             Event::Tick => self.tick(),
             Event::Detach => {
                 self.detach_requested = true;

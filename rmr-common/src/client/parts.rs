@@ -46,6 +46,8 @@ pub(super) struct Part {
     pub(super) bounce: bool,
     /// Some leg got other data than the digest says: the write is repeated on all, once all have answered.
     pub(super) repeat: bool,
+    /// Memory of the write could not be read. It fails, once all legs have the same data in its range.
+    pub(super) fault: bool,
     /// Legs that were sent the part and have not answered.
     pub(super) pending: MemberSet,
     /// Legs that did not carry it out; a write completes when the committed view has them Out, and a read is not sent to them again
@@ -81,6 +83,7 @@ impl Part {
         order: Sequence(0),
         bounce: false,
         repeat: false,
+        fault: false,
         pending: MemberSet::EMPTY,
         failed: MemberSet::EMPTY,
         erred: MemberSet::EMPTY,

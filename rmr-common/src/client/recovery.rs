@@ -5,8 +5,6 @@ use crate::pool::{Epoch, MemberId, MemberSet, MemberState, View};
 
 /// How far a forced attachment is above what was seen.
 const FORCED_EPOCHS: u64 = Epoch::FORCED_JUMP;
-/// A clock that shows more is wrong, and is not to use the epochs up.
-const LAST_DECISION_NS: u64 = 1 << 61;
 
 /// The latest of several views: by attachment first, because one that an older client left behind without committing it may
 /// have any number.
@@ -49,7 +47,7 @@ pub fn forced_epoch(highest_seen: Epoch, own: Epoch, decided_ns: u64) -> Epoch {
     if mutant!(ForcedEpochNotRaised) {
         return proposed_epoch(highest_seen, own);
     }
-    Epoch(highest_seen.max(own).0.saturating_add(FORCED_EPOCHS).max(decided_ns.min(LAST_DECISION_NS)))
+    Epoch(highest_seen.max(own).0.saturating_add(FORCED_EPOCHS).max(decided_ns.min(Epoch::LAST_DECISION_NS)))
 }
 
 /// Whether another client made the view, after this one was attached: what this one has in flight may be older than what

@@ -115,6 +115,7 @@ impl Client {
             rejoin: true,
             yields: self.config.yields,
             description: self.config.description.clone(),
+            held_ms: self.held_ms(),
         };
         let header = self.header(Kind::Attach);
         self.send_body(member, header, body.encode());
@@ -223,12 +224,12 @@ impl Client {
         // An exact one hands out what was missed and nothing beside it, so what else is wrong there stays there.
         let best = [stale, exact.without(wrong), exact, usable.without(wrong), usable];
         let source = best.iter().find_map(|set| set.iter().next());
-        let address = source.and_then(|s| self.spec.as_ref()?.member(s)).map(|m| m.address.clone());
-        let (Some(source), Some(address)) = (source, address) else { return };
+        let (Some(source), Some(spec)) = (source, self.spec.clone()) else { return };
+        let Some(address) = spec.member(source).map(|m| m.address.clone()) else { return };
         self.stale.sources[member.index()] = Some(source);
         self.stale.current.remove(member);
         let header = self.header(Kind::Prepare);
-        self.send_body(member, header, Prepare { source, address }.encode());
+        self.send_body(member, header, Prepare { source, address, spec }.encode());
     }
 
     /// A Syncing member cannot get what it misses from its source: another one is named, if there is one.

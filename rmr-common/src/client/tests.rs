@@ -5,13 +5,14 @@ use crate::pool::{
     Attested, BootId, ChunkSize, CommandReply, Mark, MemberSpec, MemberState, Position, StoreId,
     TransportKind, ViewStep,
 };
-use crate::wire::{DirtyAddition, Kind, Limits, SetView, SlotEntry, Status, decode_attested};
+use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, SlotEntry, Status, decode_attested};
 
 mod auth;
 mod bindings;
 mod change;
 mod digests;
 mod history;
+mod memory;
 mod reads;
 mod sessions;
 mod unflushed;
@@ -35,6 +36,8 @@ pub(super) struct Bench {
     pub(super) views: Vec<View>,
     pub(super) epochs: Vec<Epoch>,
     pub(super) host_boots: Vec<u8>,
+    /// The nodes whose disks failed a flush.
+    pub(super) flush_failed: Vec<bool>,
     pub(super) write_through: bool,
     pub(super) up: Vec<bool>,
     /// Nodes to which connections take until [`Bench::connect`].
@@ -62,6 +65,8 @@ pub(super) struct Bench {
     pub(super) sent: Vec<(MemberId, MessageHeader)>,
     /// The node that each link leads to.
     pub(super) nodes: Vec<usize>,
+    /// For how long the client has had the pool, as it told with each attach.
+    held_ms: Vec<u64>,
     /// What came with views.
     pub(super) additions: Vec<DirtyAddition>,
     pub(super) done: Vec<(Token, Result<(), IoError>)>,
@@ -110,6 +115,7 @@ impl Bench {
             views: vec![view; count],
             epochs: vec![Epoch(0); count],
             host_boots: vec![1; count],
+            flush_failed: vec![false; count],
             write_through: true,
             up: vec![true; count],
             slow: Vec::new(),
@@ -125,6 +131,7 @@ impl Bench {
             sent: Vec::new(),
             nodes: Vec::new(),
             held: Vec::new(),
+            held_ms: Vec::new(),
             additions: Vec::new(),
             done: Vec::new(),
             marks: vec![Mark(0); count],
@@ -236,6 +243,7 @@ impl Bench {
             }
             Kind::Attach => {
                 let position = self.position(node);
+                self.held_ms.push(Attach::decode(&body).unwrap().held_ms);
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
                     view: self.views[node].clone(),
@@ -248,6 +256,7 @@ impl Bench {
                     intents: Vec::new(),
                     position,
                     attested: self.attested[node],
+                    flush_failed: self.flush_failed[node],
                 };
                 (Kind::AttachReply, reply.encode())
             }
@@ -325,6 +334,7 @@ impl Bench {
         self.room.push(Some(Status::Ok));
         self.epochs.push(Epoch(0));
         self.host_boots.push(1);
+        self.flush_failed.push(false);
         self.up.push(true);
         self.slots.push(Vec::new());
         self.known.push(Sequence(0));

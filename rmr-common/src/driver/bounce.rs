@@ -13,6 +13,9 @@ struct Copy {
     digest: u32,
 }
 
+/// A way to copy a part of a request's memory.
+type CopyOut = fn(&[Segment], usize, usize, &mut Vec<u8>);
+
 /// The message that a digest is for, on whichever leg.
 type Key = (Slot, Sequence, Epoch, ViewNumber);
 
@@ -44,11 +47,12 @@ impl Bounces {
         header: &MessageHeader,
         segments: &[Segment],
         offset: usize,
+        copy_out: CopyOut,
     ) -> (Segment, u32) {
         if self.get(header.slot).is_none() {
             let mut data = self.spare.pop().unwrap_or_default();
             data.clear();
-            buffer::copy_out(segments, offset, header.payload as usize, &mut data);
+            copy_out(segments, offset, header.payload as usize, &mut data);
             let digest = data_digest(&data);
             self.put(header.slot, Copy { data, digest });
         }

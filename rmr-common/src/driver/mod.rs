@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use vmm_sys_util::epoll::EventSet;
 
-pub use pool::{BlockingPool, Buffers, Pool, PoolError, discover};
+pub use pool::{BlockingPool, Buffers, NO_ANSWER, Pool, PoolError, discover, discover_while};
 pub use traffic::Traffic;
 
 use crate::auth::Nonce;
@@ -25,11 +25,11 @@ use crate::client::{
     Client, CommandToken, Config, Event, IoError, LinkId, MAX_LINKS, Notice, Operation, Output, OverReason,
     Payload, PoolSelector, PoolStatus, Token,
 };
-use crate::pool::{Address, Command, CommandReply, PoolSpec};
+use crate::pool::{Address, Command, CommandReply, PoolSpec, Sequence, Slot, TransportKind};
 use crate::reactor::WatchChange;
 use crate::time::Time;
 use crate::transport::connect::Connector;
-use crate::transport::{Connection, Counters, Place, Receiver, Wire as AnyConnection};
+use crate::transport::{Connection, ConnectionError, Counters, Place, Receiver, Wire as AnyConnection};
 use crate::wire::{Kind, MessageHeader, Status, data_digest};
 use bounce::Bounces;
 use clock::Clock;
@@ -95,6 +95,9 @@ impl Owed {
     }
 }
 
+/// Most calls in which a link is emptied before the time is told. Messages that are alone are few: answers come in frames.
+const MAX_CALLS: usize = 16;
+
 struct Request {
     /// The owner's name for it; `None` when the entry is free.
     token: Option<Token>,
@@ -109,11 +112,16 @@ pub struct PoolDriver {
     owed: [Owed; MAX_LINKS],
     /// The link whose answers wake the loop for those of the others as well.
     leading: usize,
+    /// Where each link leads.
+    addresses: [Option<Address>; MAX_LINKS],
+    /// Links whose last connection ended in distrust, and the words.
+    distrusted: [Option<String>; MAX_LINKS],
     /// Tells an attempt to connect from an earlier one on the same link.
     attempts: [u64; MAX_LINKS],
     requests: Vec<Request>,
     free_requests: Vec<u32>,
     bounces: Bounces,
+    faults: Vec<(Slot, Sequence)>,
     done: Vec<(Token, Result<(), IoError>)>,
     replies: Vec<(CommandToken, CommandReply)>,
     notices: Vec<Notice>,
@@ -138,7 +146,7 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(config: Config, selector: PoolSelector, seeds: &[Address]) -> io::Result<Self> {
-        let connector = Self::connector(&config)?;
+        let connector = Self::connector(&config, seeds)?;
         let clock = Clock::default();
         Ok(Self::start(Client::new(config, selector, seeds, clock.now()), connector, clock))
     }
@@ -148,13 +156,16 @@ impl PoolDriver {
     /// # Errors
     /// When no eventfd can be made.
     pub fn with_spec(config: Config, spec: PoolSpec, seeds: &[Address]) -> io::Result<Self> {
-        let connector = Self::connector(&config)?;
+        let connector = Self::connector(&config, seeds)?;
         let clock = Clock::default();
         Ok(Self::start(Client::with_spec(config, spec, seeds, clock.now()), connector, clock))
     }
 
-    fn connector(config: &Config) -> io::Result<Connector> {
-        Connector::new(config.leg_timeout, config.tls.clone(), config.fabric.clone())
+    /// Who names nothing but `tls://` addresses wants TLS: what a node says of other members does not change that.
+    fn connector(config: &Config, seeds: &[Address]) -> io::Result<Connector> {
+        let tls_only = !seeds.is_empty() && seeds.iter().all(|seed| seed.transport() == TransportKind::Tls);
+        let connector = Connector::new(config.leg_timeout, config.tls.clone(), config.fabric.clone())?;
+        Ok(connector.leaving_tls_never(tls_only))
     }
 
     fn start(client: Client, connector: Connector, clock: Clock) -> Self {
@@ -166,10 +177,13 @@ impl PoolDriver {
             wires: std::array::from_fn(|_| None),
             owed: [Owed::default(); MAX_LINKS],
             leading: 0,
+            addresses: std::array::from_fn(|_| None),
+            distrusted: std::array::from_fn(|_| None),
             attempts: [0; MAX_LINKS],
             requests: Vec::new(),
             free_requests: Vec::new(),
             bounces: Bounces::default(),
+            faults: Vec::new(),
             done: Vec::new(),
             replies: Vec::new(),
             notices: Vec::new(),
@@ -275,7 +289,7 @@ impl PoolDriver {
         if self.client.deadline() <= self.now {
             // What has arrived is not late, however long nobody had the time to look.
             for index in 0..MAX_LINKS {
-                self.receive(index);
+                self.receive_all(index);
             }
             self.client.apply(Event::Tick, self.now);
             self.carry_out();
@@ -288,24 +302,39 @@ impl PoolDriver {
                 }
             }
         }
-        // A connection that is lost gives the others something to send, also those that were flushed before it.
+        // A connection that is lost gives the others something to send, also those that were flushed before it. So does a write
+        // whose memory could not be read.
         while self.flush_all() {}
         self.watch_wires();
         self.is_now = false;
     }
 
-    /// Sends what is queued; true if a connection was lost by that.
+    /// Sends what is queued; true if there may be more to send by that.
     fn flush_all(&mut self) -> bool {
-        let mut lost = false;
+        let mut more = false;
         for index in 0..MAX_LINKS {
             let Some(wire) = &mut self.wires[index] else { continue };
-            if let Err(error) = wire.connection.flush() {
-                self.lost(index, &error.to_string());
+            let flushed = wire.connection.flush();
+            wire.connection.take_faults(&mut self.faults);
+            if let Err(error) = flushed {
+                self.lost(index, &error);
                 self.carry_out();
-                lost = true;
+                more = true;
             }
         }
-        lost
+        more | self.take_faults()
+    }
+
+    /// Tells the client of writes whose memory could not be read; whether there were any.
+    fn take_faults(&mut self) -> bool {
+        if self.faults.is_empty() {
+            return false;
+        }
+        for (slot, sequence) in std::mem::take(&mut self.faults) {
+            self.client.apply(Event::MemoryFault(slot, sequence), self.now);
+        }
+        self.carry_out();
+        true
     }
 
     /// Lets as few links wake the loop as will do. A write is complete when every leg answered it, so a wake-up for the
@@ -401,6 +430,17 @@ impl PoolDriver {
         self.client.has_asked_all()
     }
 
+    /// Why no node can be reached, if all were tried and none is trusted, or trusts this client: see [`ConnectionError::is_distrust`].
+    #[must_use]
+    pub fn distrust(&self) -> Option<String> {
+        let mut links = self.addresses.iter().zip(&self.distrusted).filter(|(address, _)| address.is_some());
+        let has_none = self.distrusted.iter().all(Option::is_none);
+        if has_none || !self.client.has_asked_all() || !links.all(|(_, distrusted)| distrusted.is_some()) {
+            return None;
+        }
+        Some(self.distrusted.iter().flatten().cloned().collect::<Vec<_>>().join("; "))
+    }
+
     /// Whether requests flow.
     #[must_use]
     pub const fn is_active(&self) -> bool {
@@ -460,7 +500,23 @@ impl PoolDriver {
                 self.owed[index] = Owed::default();
                 self.client.apply(Event::LinkUp(id, nonce), self.now);
             }
-            Err(error) => self.client.apply(Event::LinkDown(id, &error), self.now),
+            Err(error) => {
+                self.distrusted[index] = None;
+                self.client.apply(Event::LinkDown(id, &error), self.now);
+            }
+        }
+    }
+
+    /// Receives what has arrived, within bounds: one call may stop after a message that was alone.
+    fn receive_all(&mut self, index: usize) {
+        let arrived =
+            |s: &Self| s.wires[index].as_ref().map(|wire| wire.connection.counters().tcp_received_bytes);
+        for _ in 0..MAX_CALLS {
+            let before = arrived(self);
+            self.receive(index);
+            if arrived(self) == before {
+                return;
+            }
         }
     }
 
@@ -483,13 +539,16 @@ impl PoolDriver {
             self.last_request = self.now;
         }
         if let Err(error) = received {
-            self.lost(index, &error.to_string());
+            self.lost(index, &error);
         }
     }
 
-    fn lost(&mut self, index: usize, reason: &str) {
+    fn lost(&mut self, index: usize, error: &ConnectionError) {
+        let reason = error.to_string();
+        let address = self.addresses[index].as_ref().filter(|_| error.is_distrust());
+        self.distrusted[index] = address.map(|address| format!("{address}: {reason}"));
         self.close(index);
-        self.client.apply(Event::LinkDown(LinkId(u8::try_from(index).unwrap_or(u8::MAX)), reason), self.now);
+        self.client.apply(Event::LinkDown(LinkId(u8::try_from(index).unwrap_or(u8::MAX)), &reason), self.now);
     }
 
     fn close(&mut self, index: usize) {
@@ -543,8 +602,14 @@ impl PoolDriver {
                                     header.digest = Some(self.bounces.digest(&header, segments, offset));
                                     segments
                                 }
-                                Protection::Bounce => {
-                                    let (segment, digest) = self.bounces.copy(&header, segments, offset);
+                                Protection::Bounce | Protection::Salvage => {
+                                    let copy_out = if protection == Protection::Salvage {
+                                        buffer::salvage
+                                    } else {
+                                        buffer::copy_out
+                                    };
+                                    let (segment, digest) =
+                                        self.bounces.copy(&header, segments, offset, copy_out);
                                     (header.digest, offset) = (Some(digest), 0);
                                     copy = [segment];
                                     &copy[..]
@@ -565,6 +630,7 @@ impl PoolDriver {
                     *attempt += MAX_LINKS as u64;
                     *attempt = *attempt / MAX_LINKS as u64 * MAX_LINKS as u64 + u64::from(link.0);
                     self.connector.connect(*attempt, &address);
+                    self.addresses[index] = Some(address);
                 }
                 Output::Disconnect(link) => {
                     let index = usize::from(link.0);
@@ -654,7 +720,21 @@ impl Receiver for Sink<'_> {
         }
         self.client.apply(Event::Message(self.link, header, body), self.now);
     }
+
+    fn deliver_faulted(&mut self, header: &MessageHeader) -> bool {
+        self.owed.received(header);
+        self.traffic.received(header);
+        self.client.apply(Event::MemoryFault(header.slot, header.sequence), self.now);
+        true
+    }
 }
+
+#[cfg(test)]
+#[allow(unsafe_code, clippy::expect_used)]
+mod fake_node;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation)]
+mod node_tests;
 
 #[cfg(test)]
 mod tests {

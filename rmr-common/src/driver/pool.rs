@@ -18,6 +18,7 @@ use crate::client::{
 };
 use crate::pool::{self, Address, CommandReply, MemberId, MemberState, PoolSpec, Refusal};
 use crate::reactor::WatchChange;
+use crate::words;
 
 /// A scatter/gather list that its request owns while it is under way.
 pub type Buffers = Vec<Vec<u8>>;
@@ -29,10 +30,19 @@ pub enum PoolError {
     #[error(transparent)]
     Over(#[from] OverReason),
     /// The pool did not become active within the time allowed.
-    #[error("the pool did not become active within {after:?}: {waiting_for}")]
+    #[error("the pool did not become active within {}: {waiting_for}", words::time(*after))]
     Timeout {
         /// The time allowed.
         after: Duration,
+        /// What the client was waiting for.
+        waiting_for: String,
+    },
+    /// No node is trusted, or trusts this client.
+    #[error("no node can be used: {0}")]
+    Distrust(String),
+    /// The caller gave up.
+    #[error("the caller gave up before the pool was found; it waited for: {waiting_for}")]
+    GivenUp {
         /// What the client was waiting for.
         waiting_for: String,
     },
@@ -46,15 +56,35 @@ pub enum PoolError {
 /// # Errors
 /// When no node knows the pool, they disagree about it, or none answers within `patience`.
 pub fn discover(
-    mut config: Config,
+    config: Config,
     selector: PoolSelector,
     seeds: &[Address],
     patience: Duration,
 ) -> Result<PoolSpec, PoolError> {
+    discover_while(config, selector, seeds, patience, &mut |_| true)
+}
+
+/// As [`discover`], for a caller that has something else to listen to: several times a second `goes_on` is asked, with what is waited for
+/// in words. False gives up.
+///
+/// # Errors
+/// As [`discover`], and when the caller gave up.
+pub fn discover_while(
+    mut config: Config,
+    selector: PoolSelector,
+    seeds: &[Address],
+    patience: Duration,
+    goes_on: &mut dyn FnMut(&str) -> bool,
+) -> Result<PoolSpec, PoolError> {
     config.observe = true;
-    let pool = Pool::connect(config, selector, seeds, patience)?;
+    let pool = Pool::connect_while(config, selector, seeds, patience, goes_on)?;
     Ok(pool.spec.clone())
 }
+
+/// What is waited for at first, in words.
+pub const NO_ANSWER: &str = "no node has answered";
+/// How often a caller that waits is asked whether it goes on.
+const SLICE: Duration = Duration::from_millis(100);
 
 type Callback = Box<dyn FnOnce(Result<Buffers, IoError>) + Send>;
 
@@ -107,6 +137,16 @@ impl Pool {
         seeds: &[Address],
         patience: Duration,
     ) -> Result<Self, PoolError> {
+        Self::connect_while(config, selector, seeds, patience, &mut |_| true)
+    }
+
+    fn connect_while(
+        config: Config,
+        selector: PoolSelector,
+        seeds: &[Address],
+        patience: Duration,
+        goes_on: &mut dyn FnMut(&str) -> bool,
+    ) -> Result<Self, PoolError> {
         let system = |e: &dyn std::fmt::Display| PoolError::System(e.to_string());
         let wake = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(|e| system(&e))?);
         let (commands, inbox) = mpsc::channel();
@@ -130,17 +170,21 @@ impl Pool {
             let _ = wake.write(1);
             Err(error)
         };
-        let mut waiting_for = "no node has answered".to_owned();
+        let mut waiting_for = NO_ANSWER.to_owned();
         let deadline = std::time::Instant::now() + patience;
         loop {
             let left = deadline.saturating_duration_since(std::time::Instant::now());
-            match attachment.recv_timeout(left) {
+            match attachment.recv_timeout(left.min(SLICE)) {
                 Ok(Ok(Progress::Attached(spec))) => {
                     return Ok(Self { commands, wake, thread: Some(thread), spec: *spec });
                 }
                 Ok(Ok(Progress::Waiting(text))) => waiting_for = text,
                 Ok(Err(error)) => return abandon(error),
+                Err(mpsc::RecvTimeoutError::Timeout) if !left.is_zero() => {}
                 Err(_) => return abandon(PoolError::Timeout { after: patience, waiting_for }),
+            }
+            if !goes_on(&waiting_for) {
+                return abandon(PoolError::GivenUp { waiting_for });
             }
         }
     }
@@ -423,6 +467,13 @@ impl Owner {
             // As in `tell`.
             let _ = attached.send(Ok(Progress::Attached(Box::new(spec.clone()))));
             self.attached = None;
+        }
+        if self.observe
+            && let Some(words) = self.driver.distrust()
+            && let Some(attached) = self.attached.take()
+        {
+            // As in `tell`.
+            let _ = attached.send(Err(PoolError::Distrust(words)));
         }
         let mut replies = Vec::new();
         self.driver.take_replies(&mut replies);

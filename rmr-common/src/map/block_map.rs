@@ -47,6 +47,13 @@ impl BlockMap {
         self.leaves.resize_with(leaves, || Leaf::None);
     }
 
+    /// Makes the set one for a pool of at least this many blocks.
+    pub fn resize_to_hold(&mut self, blocks: u64) {
+        if blocks.div_ceil(LEAF_BITS) > self.leaves.len() as u64 {
+            self.resize(blocks);
+        }
+    }
+
     /// How many blocks are in the set.
     #[must_use]
     pub const fn count(&self) -> u64 {
@@ -122,16 +129,76 @@ impl BlockMap {
         }
     }
 
+    /// Adds every block of `other`. The cost depends on the size of the pool, never on how many ranges made up `other`.
+    pub fn insert_all(&mut self, other: &Self) {
+        for (leaf, more) in self.leaves.iter_mut().zip(&other.leaves) {
+            self.count += leaf.insert_all_of(more);
+        }
+    }
+
     /// Moves every block of `other` into this set, leaving `other` empty.
     pub fn append(&mut self, other: &mut Self) {
         if self.is_empty() {
             std::mem::swap(self, other);
         } else {
-            for (leaf, more) in self.leaves.iter_mut().zip(&other.leaves) {
-                self.count += leaf.insert_all_of(more);
-            }
+            self.insert_all(other);
         }
         other.clear();
+    }
+
+    /// The blocks in a range in ascending order. Empty words are skipped whole.
+    pub fn iter_in(&self, first: Block, count: u64) -> impl Iterator<Item = Block> + '_ {
+        let end = first.0.saturating_add(count).min(self.leaves.len() as u64 * LEAF_BITS);
+        let words = first.0 / 64..end.div_ceil(64).max(first.0 / 64);
+        words
+            .filter_map(|w| Some((w * 64, self.words_at(Block(w * 64))?[index(w % LEAF_WORDS as u64)])))
+            .flat_map(move |(base, word)| {
+                let mut left = word;
+                let bits = std::iter::from_fn(move || {
+                    let bit = (left != 0).then(|| u64::from(left.trailing_zeros()))?;
+                    left &= left - 1;
+                    Some(Block(base + bit))
+                });
+                bits.filter(move |b| (first.0..end).contains(&b.0))
+            })
+    }
+
+    /// Calls `found` with the runs `(first, count)` of those units of which any block is in the set. `blocks` is the size of
+    /// a unit: a power of two from 16 blocks to a leaf.
+    pub fn each_unit_run(&self, blocks: u64, mut found: impl FnMut(u64, u64)) {
+        let mut run: Option<Range<u64>> = None;
+        let mut add = |units: Range<u64>| match &mut run {
+            Some(run) if units.start <= run.end => run.end = run.end.max(units.end),
+            _ => {
+                if let Some(done) = run.replace(units) {
+                    found(done.start, done.end - done.start);
+                }
+            }
+        };
+        for (leaf, i) in self.leaves.iter().zip(0u64..) {
+            let base = i * LEAF_BITS;
+            match leaf {
+                Leaf::None => {}
+                Leaf::All => add(base / blocks..(base + LEAF_BITS) / blocks),
+                Leaf::Some(bits) => {
+                    for (word, w) in bits.words.iter().zip(0u64..).filter(|(word, _)| **word != 0) {
+                        let mut at = base + w * 64;
+                        let mut left = *word;
+                        while left != 0 {
+                            let skipped = u64::from(left.trailing_zeros());
+                            let unit = (at + skipped) / blocks;
+                            add(unit..unit + 1);
+                            let next = (unit + 1) * blocks - at;
+                            left = if next < 64 { left >> next } else { 0 };
+                            at += next;
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(done) = run {
+            found(done.start, done.end - done.start);
+        }
     }
 
     /// The blocks in ascending order.
@@ -344,6 +411,27 @@ mod tests {
                 let is_any = (first..first + count).any(|b| single.contains(Block(b)));
                 prop_assert_eq!(map.any_in(Block(first), count), is_any);
             }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn runs_of_units_and_blocks_of_a_range_are_those_of_the_blocks_one_by_one(
+            ranges in proptest::collection::vec((0..3 * LEAF_BITS, 0u8..4, 0u64..200), 0..12),
+            shift in 4u32..=14, from in 0..3 * LEAF_BITS, length in 0..2 * LEAF_BITS,
+        ) {
+            let (mut map, unit) = (BlockMap::new(3 * LEAF_BITS), 1u64 << shift);
+            for (first, kind, count) in ranges {
+                let count = if kind == 0 { count * 512 } else { count };
+                map.insert_range(Block(first), count);
+            }
+            let mut units = BTreeSet::new();
+            map.each_unit_run(unit, |first, count| units.extend(first..first + count));
+            prop_assert_eq!(units, map.iter().map(|b| b.0 / unit).collect::<BTreeSet<_>>());
+            let inside = map.iter().filter(|b| (from..from + length).contains(&b.0));
+            prop_assert!(map.iter_in(Block(from), length).eq(inside));
         }
     }
 

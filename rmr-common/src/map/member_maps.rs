@@ -134,6 +134,21 @@ impl MemberMaps {
         }
     }
 
+    /// Records that `member` misses these blocks; each page that changed goes to `changed`. The cost depends on the size of the
+    /// pool, never on how many ranges made up the set.
+    pub fn set_dirty_blocks(&mut self, member: MemberId, missed: &BlockMap, changed: &mut Vec<MapPage>) {
+        let (blocks, chunks) = (self.blocks, self.chunks);
+        let map = self.dirty[member.index()]
+            .get_or_insert_with(|| DirtyMap { blocks: BlockMap::new(blocks), chunks: ChunkMap::new(chunks) });
+        map.blocks.insert_all(missed);
+        let per_chunk = self.chunk_size.bytes() / crate::pool::BLOCK_SIZE;
+        missed.each_unit_run(per_chunk, |first, count| {
+            map.chunks.insert_range(Chunk(first), count, |page| {
+                note(changed, MapPage { map: MapId::Dirty(member), page });
+            });
+        });
+    }
+
     /// Clears bits: the only function that does so in any map. The caller states why no recovery can need them any more;
     /// [`ClearReason`] says what each reason promises, and a reason that does not fit the target is a bug.
     pub fn clear(&mut self, target: ClearTarget, reason: ClearReason, changed: &mut Vec<MapPage>) {
@@ -157,9 +172,11 @@ impl MemberMaps {
                     self.clear_chunk(member, chunk, changed);
                 }
             }
-            (ClearTarget::Chunk(member, chunk), ClearReason::Reported) => {
+            // A report may name any number; beyond the pool nothing is on record.
+            (ClearTarget::Chunk(member, chunk), ClearReason::Reported) if chunk.0 < self.chunks => {
                 self.clear_chunk(member, chunk, changed)
             }
+            (ClearTarget::Chunk(..), ClearReason::Reported) => {}
             (ClearTarget::Member(member), ClearReason::CleanInView | ClearReason::Removed) => {
                 if let Some(map) = &mut self.dirty[member.index()] {
                     map.blocks.clear();
@@ -229,10 +246,10 @@ impl MemberMaps {
 
     /// The missed blocks of a member in a range of bytes, in ascending order.
     pub fn missed_in(&self, member: MemberId, offset: u64, length: u64) -> impl Iterator<Item = Block> + '_ {
-        let end = (offset + length).div_ceil(crate::pool::BLOCK_SIZE).min(self.blocks);
+        let first = offset / crate::pool::BLOCK_SIZE;
+        let end = offset.saturating_add(length).div_ceil(crate::pool::BLOCK_SIZE).min(self.blocks);
         let map = self.dirty[member.index()].as_ref();
-        let blocks = (offset / crate::pool::BLOCK_SIZE..end).map(Block);
-        blocks.filter(move |b| map.is_some_and(|m| m.blocks.contains(*b)))
+        map.into_iter().flat_map(move |m| m.blocks.iter_in(Block(first), end.saturating_sub(first)))
     }
 
     /// Takes over what a Clean member has on record for `member`, in place of what was known here; every page of the
@@ -346,6 +363,33 @@ mod tests {
         maps.set_dirty(MemberSet::only(member), 1 << 20, 8192, &mut changed);
         assert_eq!(maps.missed(member), (3, 2));
         assert_eq!(maps.missed(MemberId::new(2).unwrap()), (0, 0));
+    }
+
+    #[test]
+    fn a_report_of_a_chunk_beyond_the_pool_clears_nothing() {
+        let (mut maps, mut changed) = (maps(), Vec::new());
+        let member = MemberId::new(1).unwrap();
+        maps.set_dirty(MemberSet::only(member), 0, 4096, &mut changed);
+        for chunk in [1024, u64::MAX, 1 << 60] {
+            maps.clear(ClearTarget::Chunk(member, Chunk(chunk)), ClearReason::Reported, &mut changed);
+        }
+        assert_eq!(maps.missed(member), (1, 1));
+    }
+
+    #[test]
+    fn blocks_added_as_a_set_are_on_record_as_those_added_one_by_one() {
+        let (mut maps, mut single, mut changed) = (maps(), self::maps(), Vec::new());
+        let member = MemberId::new(1).unwrap();
+        let mut missed = BlockMap::new(spec().block_count());
+        for (offset, length) in [(0, 4096), (65536, 200_000), ((64 << 20) - 4096, 4096)] {
+            missed.insert_bytes(offset, length);
+            single.set_dirty(MemberSet::only(member), offset, length, &mut changed);
+        }
+        changed.clear();
+        maps.set_dirty_blocks(member, &missed, &mut changed);
+        assert_eq!(maps.missed(member), single.missed(member));
+        assert!(maps.dirty_chunks(member).unwrap().iter().eq(single.dirty_chunks(member).unwrap().iter()));
+        assert_eq!(changed, vec![MapPage { map: MapId::Dirty(member), page: 0 }]);
     }
 
     #[test]

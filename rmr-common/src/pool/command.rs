@@ -39,6 +39,12 @@ pub enum Command {
         /// Where its node listens.
         address: Address,
     },
+    /// Nodes have other addresses than the pool knows; the stores are the same. All of them change in one view, so that two
+    /// nodes may have each other's address.
+    Readdress {
+        /// The members with their addresses from now on. The others stay as they are.
+        members: Vec<MemberAddress>,
+    },
     /// A member is taken Out with nothing lost, and stays Out until this is switched off.
     Maintenance {
         /// The member.
@@ -64,6 +70,18 @@ pub enum Command {
     VerifyCancel,
 }
 
+/// The address of a member from now on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemberAddress {
+    /// The member.
+    pub member: MemberId,
+    /// The store that it must have: a command for a member that was replaced meanwhile changes nothing.
+    pub store: StoreId,
+    /// Where its node listens.
+    pub address: Address,
+}
+
 impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -74,6 +92,10 @@ impl fmt::Display for Command {
             Self::Remove { member, .. } => write!(f, "remove member {member}"),
             Self::Replace { member, store, address } => {
                 write!(f, "replace the store of member {member} by {store} at {address}")
+            }
+            Self::Readdress { members } => {
+                let list: Vec<_> = members.iter().map(|m| format!("{} at {}", m.member, m.address)).collect();
+                write!(f, "new addresses of members: {}", list.join(", "))
             }
             Self::Maintenance { member, on: true } => write!(f, "maintenance of member {member}"),
             Self::Maintenance { member, on: false } => write!(f, "end of the maintenance of member {member}"),
@@ -120,6 +142,8 @@ pub enum Refusal {
     BadSize,
     /// The store of a member cannot be made as large.
     NoRoom,
+    /// The member is reached over TLS or RDMA, and would be reached with less protection at the new address.
+    WeakerAddress,
     /// A verify cannot do what is asked: one is under way, or there are too few Clean members.
     CannotVerify,
 }
@@ -168,6 +192,7 @@ mod tests {
         for command in [
             Command::Add { store, address: address.clone(), member: Some(member) },
             Command::Remove { member, store: None },
+            Command::Readdress { members: vec![MemberAddress { member, store, address: address.clone() }] },
             Command::Replace { member, store, address },
             Command::Maintenance { member, on: true },
             Command::Grow { size: 1 << 30 },

@@ -9,7 +9,7 @@ mod spec;
 mod verify;
 mod view;
 
-pub use command::{Command, CommandReply, Refusal};
+pub use command::{Command, CommandReply, MemberAddress, Refusal};
 pub use id::{
     Block, BootId, Chunk, ClientId, Epoch, MAX_NUMBER, Mark, MemberId, MemberSet, PoolId, Sequence, Slot,
     StoreId, ViewNumber,
@@ -17,7 +17,7 @@ pub use id::{
 pub use position::{Attested, Position};
 pub use spec::{
     Address, AddressError, BLOCK_SIZE, ChunkSize, MAX_CHUNK_SIZE, MAX_MEMBERS, MAX_NAME_LENGTH,
-    MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
+    MAX_POOL_SIZE, MIN_CHUNK_SIZE, MemberSpec, PoolSpec, SpecError, TransportKind,
 };
 pub use verify::{VerifiedMember, VerifyDifference, VerifyOptions, VerifyOutcome, VerifyReport, VerifyState};
 pub(crate) use view::FORCED_JUMP;

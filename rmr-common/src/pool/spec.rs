@@ -21,7 +21,7 @@ pub const MAX_NAME_LENGTH: usize = 64;
 /// Longest member address in bytes, scheme included.
 const MAX_ADDRESS_LENGTH: usize = 128;
 /// Largest pool in bytes: 1 PiB, for which maps at the largest chunk are still 2 MiB each.
-const MAX_POOL_SIZE: u64 = 1 << 50;
+pub const MAX_POOL_SIZE: u64 = 1 << 50;
 
 /// Size of a chunk: a power of two from 64 KiB to 64 MiB.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -102,6 +102,24 @@ pub enum TransportKind {
     Tls,
     /// Reliable connections of RDMA verbs.
     Rdma,
+}
+
+impl TransportKind {
+    /// How far it keeps others out of the connection; more is better. TLS encrypts and proves the node; a network of RDMA is
+    /// reached by those with a card in it; plain TCP protects nothing.
+    const fn protection(self) -> u8 {
+        match self {
+            Self::Tcp => 0,
+            Self::Rdma => 1,
+            Self::Tls => 2,
+        }
+    }
+
+    /// Whether a change from `before` to this one takes protection away.
+    #[must_use]
+    pub const fn is_weaker_than(self, before: Self) -> bool {
+        self.protection() < before.protection()
+    }
 }
 
 impl fmt::Display for TransportKind {
@@ -346,12 +364,23 @@ impl PoolSpec {
         }
     }
 
-    /// Whether both are the same pool, with what never changes: only size and members may differ.
+    /// Whether both are the same pool, with what never changes: only size and members may differ. The name never changes
+    /// either: a client that could rename its pool could take the name of another one.
     #[must_use]
     pub fn is_same_pool(&self, other: &Self) -> bool {
         self.id == other.id
+            && self.name == other.name
             && self.chunk_size == other.chunk_size
             && self.logical_block_size == other.logical_block_size
+    }
+
+    /// The member whose store `next` has at an address with less protection, with both addresses.
+    #[must_use]
+    pub fn weakened_in<'a>(&'a self, next: &'a Self) -> Option<(MemberId, &'a Address, &'a Address)> {
+        next.members.iter().find_map(|new| {
+            let old = &self.members.iter().find(|m| m.store == new.store)?.address;
+            new.address.transport().is_weaker_than(old.transport()).then_some((new.id, old, &new.address))
+        })
     }
 
     /// Whether it goes with this view: the same members with the same stores, and those in maintenance are Out.
@@ -419,6 +448,21 @@ mod tests {
     }
 
     #[test]
+    fn a_pool_stays_the_same_with_another_size_or_other_members_and_with_nothing_else() {
+        let pool = spec();
+        let is_same = |change: fn(&mut PoolSpec)| {
+            let mut other = pool.clone();
+            change(&mut other);
+            pool.is_same_pool(&other)
+        };
+        assert!(is_same(|s| s.size *= 2) && is_same(|s| s.members.truncate(1)));
+        assert!(!is_same(|s| s.id = PoolId::random()));
+        assert!(!is_same(|s| s.name = "vm-2".into()));
+        assert!(!is_same(|s| s.chunk_size = ChunkSize::from_bytes(64 << 10).unwrap()));
+        assert!(!is_same(|s| s.logical_block_size = 4096));
+    }
+
+    #[test]
     fn each_broken_limit_is_named() {
         let broken = |change: fn(&mut PoolSpec)| {
             let mut s = spec();
@@ -452,6 +496,32 @@ mod tests {
         assert_eq!(size.chunk_of(65536), Chunk(1));
         assert_eq!(size.chunk_of_block(Block(16)), Chunk(1));
         assert_eq!(size.count((64 << 10) + 1), 2);
+    }
+
+    #[test]
+    fn a_store_whose_address_loses_protection_is_found_and_one_that_gains_it_is_not() {
+        let with = |address: &str| {
+            let mut spec = spec();
+            (spec.members[0].store, spec.members[1].store) =
+                (StoreId::from_bytes([1; 16]), StoreId::from_bytes([2; 16]));
+            spec.members[1].address = address.parse().unwrap();
+            spec
+        };
+        let table = [
+            ("tls://a:1", "tcp://a:1", true),
+            ("tls://a:1", "rdma://a:1", true),
+            ("rdma://a:1", "tcp://a:1", true),
+            ("tls://a:1", "tls://b:1", false),
+            ("tcp://a:1", "rdma://a:1", false),
+            ("rdma://a:1", "tls://a:1", false),
+        ];
+        for (old, new, is_weaker) in table {
+            let (old, new) = (with(old), with(new));
+            assert_eq!(old.weakened_in(&new).map(|(m, ..)| m), is_weaker.then_some(old.members[1].id));
+        }
+        let mut replaced = with("tcp://a:1");
+        replaced.members[1].store = StoreId::random();
+        assert_eq!(with("tls://a:1").weakened_in(&replaced), None, "another store");
     }
 
     #[test]

@@ -25,12 +25,43 @@ impl Epoch {
     /// that come to nothing add up to in ten years.
     pub const FORCED_JUMP: u64 = 1 << 30;
 
+    /// Latest time of an operator's decision in nanoseconds since 1970. A clock that shows more is wrong, and must not use the
+    /// epochs up.
+    pub const LAST_DECISION_NS: u64 = 1 << 61;
+
     /// Whether a view or an attachment is of an older branch than one of epoch `known`: the operator has forced a member into
     /// use since. Without the operator epochs grow one by one, and a member that accepted one so much higher has met a
     /// client of the later branch, though it may not have a view of it.
     #[must_use]
     pub const fn is_of_older_branch(self, known: Self) -> bool {
         known.0 >= self.0.saturating_add(Self::FORCED_JUMP)
+    }
+}
+
+/// Highest epoch and view number that an honest history comes to, however many attachments and decisions of operators it
+/// has: twice the highest time of a decision.
+const HIGHEST_HONEST: u64 = 2 * Epoch::LAST_DECISION_NS;
+
+/// Whether a party that knows of `known` may believe a number that another one names. A member of an old branch is brought
+/// back in under any epoch that the operator's decisions may have led to; above those, numbers grow in small steps only. So
+/// no message uses the numbers up, after which nothing could follow.
+const fn may_follow(known: u64, named: u64, step: u64) -> bool {
+    named <= HIGHEST_HONEST || named <= known.saturating_add(step)
+}
+
+impl Epoch {
+    /// Whether a member with this epoch may take `next` for that of an attachment or of a forced view.
+    #[must_use]
+    pub const fn may_be_followed_by(self, next: Self) -> bool {
+        may_follow(self.0, next.0, 2 * Self::FORCED_JUMP)
+    }
+}
+
+impl ViewNumber {
+    /// Whether a member that has the view of this number may take `next` for the number of a later one.
+    #[must_use]
+    pub const fn may_be_followed_by(self, next: Self) -> bool {
+        may_follow(self.0, next.0, 2 * FORCED_JUMP)
     }
 }
 

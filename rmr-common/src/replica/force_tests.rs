@@ -86,8 +86,14 @@ fn only_a_view_of_this_member_alone_brings_an_epoch_with_it() {
 fn a_client_of_a_later_branch_gets_a_member_that_a_client_of_an_older_one_holds() {
     let attach = |bench: &mut Bench, connection, epoch| {
         let client = ClientId::from_bytes([7; 16]);
-        let attach =
-            Attach { client, takeover: false, rejoin: true, yields: false, description: "another".into() };
+        let attach = Attach {
+            client,
+            takeover: false,
+            rejoin: true,
+            yields: false,
+            description: "another".into(),
+            held_ms: 0,
+        };
         bench.message(connection, bench.header(Kind::Attach, epoch), &attach.encode());
         bench.durable();
         bench.answer(Kind::AttachReply)
@@ -109,7 +115,8 @@ fn a_client_that_is_refused_for_another_is_shown_a_forced_epoch_only_when_it_is_
     force(&mut bench, 0, 1, 1 << 40);
     let client = ClientId::from_bytes([7; 16]);
     let description = "another client".into();
-    let attach = Attach { client, takeover: false, rejoin: true, yields: false, description }.encode();
+    let attach =
+        Attach { client, takeover: false, rejoin: true, yields: false, description, held_ms: 0 }.encode();
     let refused = |bench: &mut Bench| {
         bench.message(2, bench.header(Kind::Attach, 1), &attach);
         let held = bench.outputs.iter().rev().find_map(|o| match o {

@@ -6,18 +6,21 @@ use super::{
 };
 use crate::map::{ChunkMap, ClearReason, ClearTarget, MapId, MapPage};
 use crate::pool::{Chunk, MemberState, Sequence};
-use crate::wire::{Kind, MAX_SLOTS, MessageHeader, SlotEntry, Status};
+use crate::wire::{Kind, MAX_RANGE, MAX_SLOTS, MessageHeader, SlotEntry, Status};
+
+/// Most chunks that are looked at for their intent bits in one go, once a second.
+const MAX_CLEARED: usize = 64 << 10;
 
 /// A disk request, and the message that asked for it.
 pub(super) struct Io {
     /// `None` for one of the replica's own: a flush, or a part of a resync or a verify.
-    request: Option<(ConnectionId, MessageHeader)>,
-    session: u64,
-    operation: DiskOperation,
+    pub(super) request: Option<(ConnectionId, MessageHeader)>,
+    pub(super) session: u64,
+    pub(super) operation: DiskOperation,
     /// Whether the disk has it.
-    started: bool,
+    pub(super) started: bool,
     /// Metadata pages that must be durable before the disk request starts.
-    awaited: usize,
+    pub(super) awaited: usize,
 }
 
 impl Replica {
@@ -99,8 +102,11 @@ impl Replica {
         let unit = self.spec.logical_block_size;
         let within = header.offset.checked_add(header.length.into()).is_some_and(|end| end <= self.spec.size);
         let aligned = header.offset.is_multiple_of(unit.into()) && header.length.is_multiple_of(unit);
-        let fits =
-            !matches!(header.kind, Kind::Read | Kind::Write) || header.length <= self.config.limits.max_io;
+        let most = match header.kind {
+            Kind::Read | Kind::Write => self.config.limits.max_io,
+            _ => MAX_RANGE,
+        };
+        let fits = header.length <= most;
         let known_missing = header.kind == Kind::Read || header.missing == self.view.out();
         if within && aligned && fits && known_missing && header.length > 0 {
             Status::Ok
@@ -121,6 +127,9 @@ impl Replica {
         }
         self.settled_session = self.session;
         self.tables_lost = false;
+        if std::mem::take(&mut self.flush_failed) {
+            self.persist_mark();
+        }
         for chunk in std::mem::take(&mut self.frozen) {
             let settled = Activity { sequence: Sequence(0), last_write: self.now };
             self.activity.entry(chunk).or_insert(settled);
@@ -145,7 +154,7 @@ impl Replica {
         });
     }
 
-    fn insert_io(&mut self, io: Io) -> IoId {
+    pub(super) fn insert_io(&mut self, io: Io) -> IoId {
         if let Some(index) = self.free_ios.pop() {
             self.ios[index as usize] = Some(io);
             return IoId(index);
@@ -227,6 +236,9 @@ impl Replica {
         }
         let (offset, length) = io.request.as_ref().map_or((0, 0), |(_, h)| (h.offset, h.length));
         let operation = io.operation;
+        if operation == DiskOperation::Flush {
+            return self.start_flush(id);
+        }
         if operation.is_write() && self.holds_write(id, offset, length.into()) {
             return;
         }
@@ -268,6 +280,9 @@ impl Replica {
     }
 
     pub(super) fn disk_done(&mut self, id: IoId, result: DiskResult) {
+        if self.flush_ended(id, result) {
+            return self.check_drained();
+        }
         let Some(io) = self.ios.get_mut(id.0 as usize).and_then(Option::take) else { return };
         let is_own = io.request.is_none();
         if is_own && self.pull_read_done(id, result) {
@@ -307,7 +322,13 @@ impl Replica {
         }
     }
 
-    fn request_done(&mut self, id: IoId, connection: ConnectionId, header: &MessageHeader, status: Status) {
+    pub(super) fn request_done(
+        &mut self,
+        id: IoId,
+        connection: ConnectionId,
+        header: &MessageHeader,
+        status: Status,
+    ) {
         self.counters.count(header, status);
         let is_write = matches!(header.kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
         let is_kept =
@@ -341,24 +362,6 @@ impl Replica {
         self.ios.iter().flatten().filter(|io| io.session < self.session).count()
     }
 
-    /// Starts a flush of the replica's own.
-    pub(super) fn own_flush(&mut self) -> IoId {
-        let id = self.insert_io(Io {
-            request: None,
-            session: self.session,
-            operation: DiskOperation::Flush,
-            started: true,
-            awaited: 0,
-        });
-        self.outputs.push_back(Output::Disk {
-            io: id,
-            operation: DiskOperation::Flush,
-            offset: 0,
-            length: 0,
-        });
-        id
-    }
-
     /// Once a second: chunks that were idle for long and are complete everywhere lose their intent bit, after a flush
     /// that began when both were known. While no client is attached the watermark stands still, so that nothing
     /// that was in flight when it died is forgotten.
@@ -368,17 +371,27 @@ impl Replica {
         if self.clearing.is_some() || self.broken || self.holder_connection().is_none() || !is_clean {
             return;
         }
+        // What the watermark says is of the client before, until the next one is answered. A flush that failed since may have
+        // covered these chunks, and another one proves nothing.
+        if self.attach.is_some() || self.flush_failed && !mutant!(OwnFlushRepeated) {
+            return;
+        }
         let (now, watermark, idle) = (self.now, self.watermark, self.config.intent_idle);
         // Until then a member that went back in time could not be told from one that did not.
         let settled = self.history.settled;
         let is_done = |c: &Chunk, a: &Activity| {
-            (a.sequence <= watermark || mutant!(WatermarkIgnored))
-                && (a.sequence <= settled || mutant!(IntentClearedUnsettled))
-                && now - a.last_write >= idle
-                && !self.frozen.contains(c)
+            let is_flushed = a.sequence <= watermark || mutant!(WatermarkIgnored);
+            let is_settled = a.sequence <= settled || mutant!(IntentClearedUnsettled);
+            is_flushed && is_settled && now - a.last_write >= idle && !self.frozen.contains(c)
         };
-        let chunks: Vec<_> =
-            self.activity.iter().filter(|(c, a)| is_done(c, a)).map(|(c, a)| (*c, a.sequence)).collect();
+        // A part of them at a time: a client may have written everywhere, and others' pools wait meanwhile.
+        let from = std::mem::take(&mut self.next_clearing);
+        let part = self.activity.range(from..).chain(self.activity.range(..from)).take(MAX_CLEARED);
+        let chunks: Vec<_> = part.filter(|(c, a)| is_done(c, a)).map(|(c, a)| (*c, a.sequence)).collect();
+        if self.activity.len() > MAX_CLEARED {
+            let next = self.activity.range(from..).nth(MAX_CLEARED).map(|(chunk, _)| *chunk);
+            self.next_clearing = next.unwrap_or_default();
+        }
         if !chunks.is_empty() {
             let io = self.own_flush();
             self.clearing = Some((io, chunks));
@@ -388,7 +401,7 @@ impl Replica {
         }
     }
 
-    fn own_flush_done(&mut self, id: IoId, status: Status) {
+    pub(super) fn own_flush_done(&mut self, id: IoId, status: Status) {
         if self.detach.as_ref().is_some_and(|d| d.flush == Some(id)) {
             return self.detach_flushed(status);
         }

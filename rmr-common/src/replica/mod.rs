@@ -4,7 +4,9 @@
 //! for. What a write needs for recovery is durable before the write is answered: first the intent bit of its chunk and
 //! the dirty bits of the members that miss it, then the data, then the answer.
 
+mod additions;
 mod command;
+mod flush;
 mod history;
 mod io;
 mod resync;
@@ -28,7 +30,7 @@ use crate::pool::{
     View, ViewNumber,
 };
 use crate::time::Time;
-use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, SlotEntry};
+use crate::wire::{Hello, HelloReply, Limits, MAX_SLOTS, MessageHeader, PROTOCOL_VERSION, Role, SlotEntry};
 use io::Io;
 use resync::{Resync, Writing};
 use session::{PendingAttach, PendingDetach, PendingView};
@@ -75,6 +77,9 @@ pub struct DurableState {
     pub mark: Mark,
     /// What the member remembers of all members of the view.
     pub attested: Attested,
+    /// Set when a flush of the data failed, until a view of a later session is committed: what had completed and was not flushed
+    /// may be gone.
+    pub flush_failed: bool,
 }
 
 impl DurableState {
@@ -82,7 +87,7 @@ impl DurableState {
     #[must_use]
     pub fn new(view: View, spec: PoolSpec) -> Self {
         let (mark, attested) = (Mark(0), Attested::default());
-        Self { view, spec, epoch: Epoch(0), last_client: None, mark, attested }
+        Self { view, spec, epoch: Epoch(0), last_client: None, mark, attested, flush_failed: false }
     }
 
     /// How far the store has come.
@@ -163,6 +168,8 @@ pub enum Event<'a> {
     Message {
         /// Where it came from.
         connection: ConnectionId,
+        /// In which role that connection was opened.
+        role: Role,
         /// Its header.
         header: &'a MessageHeader,
         /// Its body, if it is a control message.
@@ -265,6 +272,8 @@ pub enum Notice {
     MetadataFailed,
     /// The coordinator found that the store of this member went back in time, and is to be copied over in full.
     Regressed,
+    /// The disk failed a flush, for this purpose: what it had answered and not flushed may be gone. The session ends.
+    FlushFailed(&'static str),
 }
 
 /// How a replica behaves.
@@ -282,6 +291,10 @@ pub struct Config {
     pub write_through: bool,
     /// How hard a resync of this member may work.
     pub resync: ResyncLimits,
+    /// Bytes of the largest pool that the store can ever hold. Views and questions for more are refused at once.
+    pub max_size: u64,
+    /// Other nodes, and the members of the pool, are reached by `tls://` and in no other way.
+    pub tls_only: bool,
 }
 
 struct Holder {
@@ -290,6 +303,8 @@ struct Holder {
     /// `None` once the connection is gone.
     connection: Option<ConnectionId>,
     since: Time,
+    /// For how long it had the pool then.
+    held: Duration,
     /// Whoever comes and does not yield may have its place.
     yields: bool,
 }
@@ -310,6 +325,8 @@ enum Waiter {
     DetachPages(Epoch),
     Detach(Epoch),
     Mark(Epoch, Mark),
+    /// Nothing: the superblock is written for the next process.
+    Nobody,
 }
 
 /// One member of a pool.
@@ -333,8 +350,13 @@ pub struct Replica {
     /// Whether the last client left in good order, so that the slot table needs no look.
     clean_detach: bool,
     maps: MemberMaps,
+    /// A flush failed, and no view of a later session is known to be committed: see [`DurableState::flush_failed`].
+    flush_failed: bool,
+    /// A flush failed, and the member has adopted no view since: it hands out nothing of what it may have lost.
+    distrusted: bool,
+    flushes: flush::Flushes,
     /// What came with the view that is being set.
-    additions: Vec<crate::wire::DirtyAddition>,
+    additions: additions::Additions,
     /// Whether the slot table was lost with an earlier run of the process, and no attachment is known to have dealt with that.
     tables_lost: bool,
     slots: Vec<SlotEntry>,
@@ -346,6 +368,8 @@ pub struct Replica {
     frozen: HashSet<Chunk>,
     /// Chunks whose intent bit goes when the flush that is under way is answered.
     clearing: Option<(IoId, Vec<(Chunk, Sequence)>)>,
+    /// Where the next look at the intents begins.
+    next_clearing: Chunk,
     /// Counts attaches: disk requests of an earlier session are of a client that is fenced.
     session: u64,
     /// The session in which the view was adopted. One of an earlier session says nothing about what was missed since.
@@ -367,6 +391,8 @@ pub struct Replica {
     tickets: HashMap<Ticket, (Option<MapPage>, Vec<Waiter>)>,
     attach: Option<PendingAttach>,
     set_view: Option<PendingView>,
+    /// Views that were replaced before they were durable, since the last one that is.
+    views_given_up: u32,
     detach: Option<PendingDetach>,
     /// Set when metadata could not be written: nothing that depends on it is answered any more.
     broken: bool,
@@ -384,7 +410,7 @@ impl Replica {
         let history = history::History::new(&state);
         let spec = state.spec;
         let is_detached = state.last_client.as_ref().is_none_or(|c| !c.attached);
-        let clean_detach = is_detached && maps.intent().count() == 0;
+        let clean_detach = is_detached && maps.intent().count() == 0 && !state.flush_failed;
         let none = |slot| SlotEntry {
             slot: crate::pool::Slot(slot),
             sequence: Sequence(0),
@@ -406,8 +432,11 @@ impl Replica {
             commands: command::Commands::default(),
             room: room::Room::new(spec.size),
             clean_detach,
+            flush_failed: state.flush_failed,
+            distrusted: false,
+            flushes: flush::Flushes::new(&spec),
             maps,
-            additions: Vec::new(),
+            additions: additions::Additions::default(),
             tables_lost: !clean_detach && !mutant!(RestartNotTold),
             spec,
             slots: (0..MAX_SLOTS).map(none).collect(),
@@ -416,6 +445,7 @@ impl Replica {
             activity: BTreeMap::new(),
             frozen: HashSet::new(),
             clearing: None,
+            next_clearing: Chunk(0),
             session: 0,
             view_session: u64::MAX,
             settled_session: u64::MAX,
@@ -431,6 +461,7 @@ impl Replica {
             tickets: HashMap::new(),
             attach: None,
             set_view: None,
+            views_given_up: 0,
             detach: None,
             broken: false,
             changed: Vec::new(),
@@ -482,8 +513,16 @@ impl Replica {
     pub fn apply(&mut self, event: Event<'_>, now: Time) {
         self.now = now;
         match event {
-            Event::Message { connection, header, body, buffer } => {
-                self.message(connection, header, body, buffer)
+            Event::Message { connection, role, header, .. } if !header.kind.is_from(role) => {
+                let reason = match role {
+                    Role::Client => "a message that no client sends",
+                    Role::Peer => "a message that nodes do not send one another",
+                };
+                self.outputs.push_back(Output::Close(connection, reason));
+                self.closed(connection);
+            }
+            Event::Message { connection, role, header, body, buffer } => {
+                self.message(connection, role, header, body, buffer)
             }
             Event::Closed(connection) => self.closed(connection),
             Event::Disk(io, result) => self.disk_done(io, result),
@@ -547,10 +586,22 @@ impl Replica {
         &self.view
     }
 
+    /// The highest epoch that the member has accepted.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
     /// The connection of the client that is attached.
     #[must_use]
     pub fn holder_connection(&self) -> Option<ConnectionId> {
         self.holder.as_ref()?.connection
+    }
+
+    /// Whether a flush failed, and no view of a later session is known to be committed.
+    #[must_use]
+    pub const fn flush_failed(&self) -> bool {
+        self.flush_failed
     }
 
     /// Whether disk or metadata requests are under way.
@@ -567,6 +618,7 @@ impl Replica {
             last_client: self.last_client.clone(),
             mark: self.history.mark,
             attested: self.history.attested,
+            flush_failed: self.flush_failed,
         }
     }
 
@@ -636,6 +688,7 @@ impl Replica {
                 Waiter::DetachPages(epoch) => self.detach_page_durable(epoch),
                 Waiter::Detach(epoch) => self.detach_durable(epoch),
                 Waiter::Mark(epoch, mark) => self.mark_durable(epoch, mark),
+                Waiter::Nobody => {}
             }
         }
     }
@@ -646,7 +699,11 @@ impl Replica {
 }
 
 #[cfg(test)]
+mod flush_tests;
+#[cfg(test)]
 mod force_tests;
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(test)]
 mod room_tests;
 #[cfg(test)]

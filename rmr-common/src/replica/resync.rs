@@ -140,6 +140,15 @@ impl Replica {
                 return self.answer(connection, header, Kind::PrepareReply, Status::BadRequest, text);
             }
         };
+        if let Some(text) = self.refuses_spec(&prepare.spec) {
+            return self.answer(
+                connection,
+                header,
+                Kind::PrepareReply,
+                Status::BadRequest,
+                text.into_bytes(),
+            );
+        }
         self.drop_resync();
         self.drop_verify();
         self.resync = Some(Resync {
@@ -309,7 +318,7 @@ impl Replica {
             }
             (status, _, _) => {
                 resync.handover = None;
-                self.fail_handover(&format!("the source answered {status:?}"));
+                self.fail_handover(&format!("the source refused: {status}"));
             }
         }
     }
@@ -402,7 +411,7 @@ impl Replica {
             pull.offset.checked_add(header.length.into()).filter(|&end| end <= pull.end && end > pull.offset);
         let reply = PullReply::decode(body);
         let (Status::Ok, Ok(reply), Some(covered)) = (header.status, reply, covered) else {
-            let reason = format!("pull of {} answered {:?}", pull.chunk, header.status);
+            let reason = format!("pull of chunk {} failed at the source: {}", pull.chunk, header.status);
             resync.busy_chunks.remove(&pull.chunk);
             if header.status == Status::StaleView {
                 // The view is durable here before it is there; both are about to have it.
@@ -510,6 +519,7 @@ impl Replica {
                     ClearReason::Pulled,
                     &mut self.changed,
                 );
+                self.flushes.note_fresh(block);
             }
         } else if let Some(resync) = self.resync.as_mut() {
             resync.last_error = Some("the disk failed to write pulled data".into());
@@ -592,15 +602,23 @@ impl Replica {
         self.pump_resync();
     }
 
+    /// The flush before a report, if it is under way.
+    pub(super) fn report_flush(&self) -> Option<IoId> {
+        self.resync.as_ref()?.flush.as_ref().map(|(io, _)| *io)
+    }
+
     /// True if the flush was that before a report.
     pub(super) fn report_flushed(&mut self, io: IoId, status: Status) -> bool {
         let (member, stale) = (self.member, self.maps.missed(self.member).0);
         let Some(resync) = self.resync.as_mut() else { return false };
         let Some((_, chunks)) = resync.flush.take_if(|(flush, _)| *flush == io) else { return false };
         if status != Status::Ok && !mutant!(ReportAfterFailedFlush) {
+            // They are stale again, by `distrust`.
             resync.last_error = Some("the disk failed to flush pulled data".into());
-            resync.finished.extend(chunks);
-            resync.finished_since = self.now + RETRY;
+            if mutant!(ResyncFlushRepeated) {
+                resync.finished.extend(chunks);
+                resync.finished_since = self.now + RETRY;
+            }
             return true;
         }
         // What is under way may have been written after the flush began, or not at all.
@@ -677,6 +695,7 @@ impl Replica {
         let mut chunks = BTreeSet::new();
         for block in blocks.map(Block) {
             self.maps.clear(ClearTarget::Block(member, block), ClearReason::Overwritten, &mut self.changed);
+            self.flushes.note_fresh(block);
             chunks.insert(self.spec.chunk_size.chunk_of_block(block));
         }
         for chunk in chunks {

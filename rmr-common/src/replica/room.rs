@@ -1,7 +1,11 @@
 //! Room for a pool that grows: asked for by the coordinator ahead of the view, and made sure of before a view is adopted.
 
 use super::{ConnectionId, Output, Replica};
+use crate::pool::BLOCK_SIZE;
 use crate::wire::{Kind, MessageHeader, Status};
+
+/// Most questions for room that wait. A coordinator asks once for each change of the size.
+const MAX_ASKED: usize = 16;
 
 /// How large a pool the store can hold.
 pub(super) struct Room {
@@ -9,17 +13,25 @@ pub(super) struct Room {
     bytes: u64,
     /// What the node makes room for at present.
     making: Option<u64>,
+    /// The pool became smaller while room was made. The node leaves the part in between as it is, so the work does not count.
+    is_outdated: bool,
     /// Who waits for it.
     asked: Vec<(ConnectionId, MessageHeader)>,
 }
 
 impl Room {
     pub(super) const fn new(bytes: u64) -> Self {
-        Self { bytes, making: None, asked: Vec::new() }
+        Self { bytes, making: None, is_outdated: false, asked: Vec::new() }
     }
 
     pub(super) const fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// How many questions for room wait.
+    #[cfg(test)]
+    pub(super) fn asked(&self) -> usize {
+        self.asked.len()
     }
 
     /// The pool has this size from now on. When that is smaller than before, what lies beyond is nobody's any more, and
@@ -28,6 +40,7 @@ impl Room {
         if size < old || size > self.bytes {
             self.bytes = size;
         }
+        self.is_outdated |= size < old && self.making.is_some();
     }
 }
 
@@ -41,8 +54,28 @@ impl Replica {
         if header.offset <= self.room.bytes {
             return self.answer(connection, header, Kind::GrowReply, Status::Ok, Vec::new());
         }
+        if !header.offset.is_multiple_of(BLOCK_SIZE) {
+            let text = format!("{} bytes: expected a multiple of {BLOCK_SIZE}", header.offset).into_bytes();
+            return self.answer(connection, header, Kind::GrowReply, Status::BadRequest, text);
+        }
+        if header.offset > self.config.max_size {
+            let text = self.too_large(header.offset).into_bytes();
+            return self.answer(connection, header, Kind::GrowReply, Status::NoSpace, text);
+        }
+        if self.room.asked.len() >= MAX_ASKED {
+            let text = b"too many questions for room wait already".to_vec();
+            return self.answer(connection, header, Kind::GrowReply, Status::Limit, text);
+        }
         self.room.asked.push((connection, *header));
         self.pump_room();
+    }
+
+    /// The words for a pool that the store can never hold.
+    pub(super) fn too_large(&self, size: u64) -> String {
+        let most = self.config.max_size;
+        format!(
+            "there is no room for {size} bytes: the store was made for a pool of at most {most} (--max-size)"
+        )
     }
 
     /// Makes room for the largest size that anybody waits for.
@@ -59,7 +92,8 @@ impl Replica {
     /// The node has made room, or cannot.
     pub(super) fn grown(&mut self, result: Result<(), &str>) {
         let Some(made) = self.room.making.take() else { return };
-        if result.is_ok() {
+        let is_outdated = std::mem::take(&mut self.room.is_outdated);
+        if result.is_ok() && !is_outdated {
             self.room.bytes = self.room.bytes.max(made);
         }
         for (connection, header) in std::mem::take(&mut self.room.asked) {
@@ -74,7 +108,12 @@ impl Replica {
         }
         match self.set_view.as_ref().filter(|p| p.needs_room).map(|p| p.spec.size) {
             Some(size) if size <= self.room.bytes => self.begin_view(),
-            Some(size) if size <= made => self.refuse_room(result.err().unwrap_or("it was not made")),
+            // One that needs more room waits for the next answer, as does any when this one does not count.
+            Some(size) if size <= made => {
+                if let Err(reason) = result {
+                    self.refuse_room(reason);
+                }
+            }
             Some(_) | None => {}
         }
         self.pump_room();

@@ -141,6 +141,62 @@ fn a_pool_becomes_smaller_only_with_a_later_attachment_that_does_not_know_of_its
 }
 
 #[test]
+fn room_that_was_made_while_the_pool_became_smaller_is_made_again() {
+    let mut bench = attached();
+    let size = bench.replica.spec().size;
+    grow(&mut bench, size * 4);
+    assert_eq!(asked(&mut bench), Some((size, size * 4)));
+    // A client of a branch in which the pool is smaller brings its view.
+    bench.attach(2, 2);
+    bench.durable();
+    let view = bench.replica.view().step(ViewStep::Attach(MemberSet::EMPTY), Epoch(2)).expect("a legal step");
+    let mut spec = bench.replica.spec().clone();
+    spec.size = size / 2;
+    let body =
+        SetView { view, spec, additions: Vec::new(), more: false, attested: Attested::default() }.encode();
+    bench.message(2, bench.header(Kind::SetView, 2), &body);
+    bench.durable();
+    assert_eq!((bench.answer(Kind::SetViewReply), bench.replica.spec().size), (Some(Status::Ok), size / 2));
+    bench.outputs.clear();
+    // The old request asked for more than there is room for: it is made once more, from the new end on.
+    bench.apply(Event::Grown(Ok(())));
+    assert_eq!(asked(&mut bench), Some((size / 2, size * 4)), "the part in between was not zeroed");
+    assert_eq!(bench.answer(Kind::GrowReply), None);
+    bench.apply(Event::Grown(Ok(())));
+    assert_eq!((asked(&mut bench), bench.answer(Kind::GrowReply)), (None, Some(Status::Ok)));
+}
+
+#[test]
+fn a_view_that_waits_for_room_which_does_not_count_is_not_refused() {
+    let mut bench = attached();
+    let size = bench.replica.spec().size;
+    grow(&mut bench, size * 4);
+    asked(&mut bench);
+    let next = |bench: &mut Bench, epoch: u64, size: u64| {
+        let connection = u32::try_from(epoch).expect("small");
+        bench.attach(connection, epoch);
+        bench.durable();
+        let step = ViewStep::Attach(MemberSet::EMPTY);
+        let view = bench.replica.view().step(step, Epoch(epoch)).expect("a legal step");
+        let mut spec = bench.replica.spec().clone();
+        spec.size = size;
+        let body = SetView { view, spec, additions: Vec::new(), more: false, attested: Attested::default() }
+            .encode();
+        bench.message(connection, bench.header(Kind::SetView, epoch), &body);
+        bench.durable();
+    };
+    next(&mut bench, 2, size / 2);
+    next(&mut bench, 3, size * 2);
+    bench.outputs.clear();
+    bench.apply(Event::Grown(Ok(())));
+    assert_eq!(bench.answer(Kind::SetViewReply), None);
+    assert!(asked(&mut bench).is_some_and(|(from, to)| from == size / 2 && to >= size * 2));
+    bench.apply(Event::Grown(Ok(())));
+    bench.durable();
+    assert_eq!((bench.answer(Kind::SetViewReply), bench.replica.spec().size), (Some(Status::Ok), size * 2));
+}
+
+#[test]
 fn a_new_store_is_on_record_as_missing_everything_before_the_view_is_durable() {
     let mut bench = attached();
     let store = StoreId::random();

@@ -1,15 +1,24 @@
 //! Attach, views and detach: who may write, and under which view.
 
+use std::time::Duration;
+
 use super::{
     BufferToken, ConnectionId, Holder, IoId, LastClient, Notice, Output, Replica, ReplyPayload, Waiter,
 };
 use crate::map::{ClearReason, ClearTarget};
 use crate::pool::{
-    Attested, Chunk, Epoch, MemberId, MemberSet, MemberState, PoolSpec, Position, Sequence, View, ViewNumber,
+    Address, Attested, Chunk, Epoch, MemberId, MemberSet, MemberState, PoolSpec, Position, Sequence,
+    TransportKind, View, ViewNumber,
 };
 use crate::wire::{
-    Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, SetView, Status, decode_attested,
+    Attach, AttachReply, ChunkList, Kind, MAX_SLOTS, MessageHeader, Role, SetView, Status, decode_attested,
 };
+
+/// Most superblocks on their way to disk at a time. A client makes an attachment or a view after the one before is answered,
+/// or was given up because a member was lost.
+const MAX_STATES: usize = 64;
+/// Most views that may replace one another before any of them is durable: a client replaces one when it loses a member.
+const MAX_VIEWS: u32 = 256;
 
 /// An attach whose epoch is being made durable, or that waits for older disk requests to end and to be flushed.
 pub(super) struct PendingAttach {
@@ -54,6 +63,7 @@ impl Replica {
     pub(super) fn message(
         &mut self,
         connection: ConnectionId,
+        role: Role,
         header: &MessageHeader,
         body: &[u8],
         buffer: Option<BufferToken>,
@@ -71,7 +81,7 @@ impl Replica {
             Kind::PullMap => self.pull_map(connection, header),
             Kind::Pull => self.pull(connection, header),
             Kind::Compare => self.compare(connection, header, body),
-            Kind::Digest => self.digest(connection, header),
+            Kind::Digest => self.digest(connection, role, header),
             Kind::CommandReply => self.command_reply(connection, header, body),
             Kind::Grow => self.make_room(connection, header),
             Kind::Ping => {
@@ -84,11 +94,28 @@ impl Replica {
                     ReplyPayload::None,
                 ));
             }
-            _ => {
-                self.outputs.push_back(Output::Close(connection, "a message that only a node sends"));
-                self.closed(connection);
-            }
+            // What no connection may send was dealt with before.
+            _ => {}
         }
+    }
+
+    /// Why this member does not believe a specification that a client names; `None` if it does.
+    pub(super) fn refuses_spec(&self, spec: &PoolSpec) -> Option<String> {
+        if !self.spec.is_same_pool(spec) {
+            return Some(format!("{spec} is not {}", self.spec));
+        }
+        if let Some((member, old, new)) = self.spec.weakened_in(spec) {
+            return Some(format!(
+                "member {member} would be reached at {new} instead of {old}, with less protection: no client may change that"
+            ));
+        }
+        let is_known = |address: &Address| self.spec.members.iter().any(|m| m.address == *address);
+        let is_open = |a: &Address| a.transport() != TransportKind::Tls && !is_known(a);
+        let open = spec.members.iter().find(|m| self.config.tls_only && is_open(&m.address))?;
+        Some(format!(
+            "member {} would be reached at {}, and this node listens at tls:// addresses only: it takes no member without TLS",
+            open.id, open.address
+        ))
     }
 
     pub(super) fn answer(
@@ -142,9 +169,21 @@ impl Replica {
         if is_older || is_taken {
             return self.answer(connection, header, Kind::AttachReply, Status::StaleEpoch, Vec::new());
         }
+        if !self.epoch.may_be_followed_by(header.epoch) && !mutant!(AnyEpochAccepted) {
+            let text = format!(
+                "epoch {} cannot follow epoch {} of member {}: no history of attachments leads there. If another member has \
+                 that epoch, a faulty client has raised it; `store reset-epoch` of rmr-node is the way out (docs/security.md)",
+                header.epoch, self.epoch, self.member
+            );
+            return self.answer(connection, header, Kind::AttachReply, Status::BadRequest, text.into_bytes());
+        }
         if self.broken {
             let text = b"its metadata cannot be written".to_vec();
             return self.answer(connection, header, Kind::AttachReply, Status::IoError, text);
+        }
+        if self.coming_states.len() >= MAX_STATES {
+            let text = b"too many attachments and views wait for its disk".to_vec();
+            return self.answer(connection, header, Kind::AttachReply, Status::Limit, text);
         }
         let is_other = self.holder.as_ref().is_some_and(|h| h.client != attach.client);
         if let Some(old) = self.holder.take().and_then(|h| h.connection).filter(|&c| c != connection)
@@ -176,6 +215,7 @@ impl Replica {
             description: attach.description.clone(),
             connection: Some(connection),
             since: self.now,
+            held: Duration::from_millis(attach.held_ms),
             yields: attach.yields,
         });
         let previous = self.last_client.replace(LastClient {
@@ -202,6 +242,7 @@ impl Replica {
         let mut gap = 0;
         loop {
             let mut runs: Vec<(Chunk, u64)> = Vec::new();
+            let mut is_complete = true;
             for chunk in self.maps.intent().iter() {
                 match runs.last_mut() {
                     Some((first, count)) if chunk.0 - (first.0 + *count) <= gap => {
@@ -209,8 +250,13 @@ impl Replica {
                     }
                     _ => runs.push((chunk, 1)),
                 }
+                if runs.len() > AttachReply::MAX_INTENTS {
+                    // The rest of the map would only make it longer.
+                    is_complete = false;
+                    break;
+                }
             }
-            if runs.len() <= AttachReply::MAX_INTENTS {
+            if is_complete {
                 return runs;
             }
             gap = gap * 2 + 1;
@@ -271,6 +317,7 @@ impl Replica {
             slots,
             watermark: self.watermark,
             tables_lost: self.tables_lost,
+            flush_failed: self.flush_failed && !mutant!(FailedFlushNotTold),
             intents: if self.clean_detach || mutant!(IntentsNotTold) {
                 Vec::new()
             } else {
@@ -288,6 +335,14 @@ impl Replica {
         let who = self.holder.as_ref().map(|h| h.description.clone()).unwrap_or_default();
         self.notice(Notice::Attached(self.epoch, who));
         self.answer(connection, &header, Kind::AttachReply, Status::Ok, reply.encode());
+    }
+
+    /// The flush of the pending attach, if it is under way.
+    pub(super) fn attach_flush(&self) -> Option<IoId> {
+        match self.attach.as_ref()?.flush {
+            AttachFlush::Running(io) => Some(io),
+            AttachFlush::Due | AttachFlush::Done => None,
+        }
     }
 
     /// True if the flush was that of the pending attach.
@@ -331,20 +386,40 @@ impl Replica {
         // Of one attachment a pool only grows. A later one may not know of a size that was never committed, or the operator
         // forced the pool into use from a member that had not grown.
         let is_later = set.view.epoch > self.view.epoch;
-        if !self.spec.is_same_pool(&set.spec) || set.spec.size < self.spec.size && !is_later {
+        let is_near = self.epoch.may_be_followed_by(set.view.epoch)
+            && self.view.number.may_be_followed_by(set.view.number);
+        if !is_near {
+            let text = format!(
+                "{} cannot follow {} on member {}: its numbers are higher than any history leads to",
+                set.view, self.view, self.member
+            );
+            return refuse(self, Status::IllegalView, text);
+        }
+        if let Some(text) = self.refuses_spec(&set.spec) {
+            return refuse(self, Status::IllegalView, text);
+        }
+        if set.spec.size > self.config.max_size {
+            let text = self.too_large(set.spec.size);
+            return refuse(self, Status::NoSpace, text);
+        }
+        if self.views_given_up >= MAX_VIEWS || self.coming_states.len() >= MAX_STATES {
+            return refuse(self, Status::Limit, "too many views wait for its disk".to_owned());
+        }
+        if set.spec.size < self.spec.size && !is_later {
             let text = format!(
                 "{} of {} bytes does not follow {} of {} bytes",
                 set.spec, set.spec.size, self.spec, self.spec.size
             );
             return refuse(self, Status::IllegalView, text);
         }
-        self.additions.extend_from_slice(&set.additions);
+        self.additions.merge(&set.additions, set.spec.member_set(), set.spec.size);
         if set.more {
             return;
         }
         let needs_room = set.spec.size > self.room.bytes();
         let (view, spec, attested) = (set.view, set.spec, set.attested);
         let header = *header;
+        self.views_given_up += u32::from(self.set_view.is_some());
         self.set_view = Some(PendingView {
             connection,
             header,
@@ -368,6 +443,7 @@ impl Replica {
         pending.needs_room = false;
         let next = pending.view.clone();
         self.maps.resize(&pending.spec, &mut self.changed);
+        self.flushes.resize(&pending.spec);
         if !mutant!(AdditionsIgnored) {
             self.record_additions();
         }
@@ -381,12 +457,7 @@ impl Replica {
 
     /// Puts on record what came with the view that is pending.
     fn record_additions(&mut self) {
-        let Some(size) = self.set_view.as_ref().map(|p| p.spec.size) else { return };
-        for addition in &self.additions {
-            let end = addition.offset.saturating_add(addition.length).min(size);
-            let length = end.saturating_sub(addition.offset);
-            self.maps.set_dirty(addition.members, addition.offset, length, &mut self.changed);
-        }
+        self.additions.record(&mut self.maps, &mut self.changed);
     }
 
     /// There is no room for the pool as the view has it.
@@ -463,7 +534,10 @@ impl Replica {
         if list.member == self.member || self.view.state(list.member) != Some(MemberState::Syncing) {
             return;
         }
-        for chunk in list.chunks {
+        let mut chunks = list.chunks;
+        chunks.sort_unstable();
+        chunks.dedup();
+        for chunk in chunks {
             let target = ClearTarget::Chunk(list.member, chunk);
             self.maps.clear(target, ClearReason::Reported, &mut self.changed);
         }
@@ -507,6 +581,7 @@ impl Replica {
         self.remember(&replaced, &attested);
         self.room.fit(old.size, self.spec.size);
         self.view_session = self.session;
+        self.distrusted = false;
         self.persist_state(Waiter::View(self.view.number));
         if mutant!(ViewBeforeDurable) {
             self.view_durable(self.view.number);
@@ -521,6 +596,7 @@ impl Replica {
             return self.answer(pending.connection, &pending.header, kind, Status::IoError, Vec::new());
         }
         let done = if mutant!(SyncingMapCleared) { pending.view.active() } else { pending.view.clean() };
+        self.views_given_up = 0;
         for member in done.iter() {
             self.maps.clear(ClearTarget::Member(member), ClearReason::CleanInView, &mut self.changed);
         }
@@ -539,6 +615,11 @@ impl Replica {
     fn detach(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
         if self.holder_connection() != Some(connection) || header.epoch != self.epoch {
             return self.answer(connection, header, Kind::DetachReply, Status::NotAttached, Vec::new());
+        }
+        if self.detach.is_some() {
+            // Each would flush the disk.
+            let text = b"a detach is under way".to_vec();
+            return self.answer(connection, header, Kind::DetachReply, Status::BadRequest, text);
         }
         let attested = match decode_attested(header.kind, body) {
             Ok(attested) => attested,
@@ -560,7 +641,7 @@ impl Replica {
     pub(super) fn detach_flushed(&mut self, status: Status) {
         let Some(detach) = &mut self.detach else { return };
         detach.flush = None;
-        if status != Status::Ok {
+        if status != Status::Ok && !mutant!(FailedDetachInOrder) {
             let Some(detach) = self.detach.take() else { return };
             return self.answer(detach.connection, &detach.header, Kind::DetachReply, status, Vec::new());
         }

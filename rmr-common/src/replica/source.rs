@@ -51,12 +51,13 @@ impl PulledData {
 impl Replica {
     /// A member that is stale may only be told by one that is Clean in the same attachment, and has not started anew since: one that has
     /// may have lost with its cache what the stale one missed, and the client, which has not noticed, would promote that one
-    /// without it.
+    /// without it. The same holds for one whose flush failed.
     pub(super) fn may_be_source(&self, header: &MessageHeader) -> bool {
         header.epoch == self.epoch
             && (self.session > 0 || mutant!(SourceStartedAnew))
             && (self.view.state(self.member) == Some(MemberState::Clean) || mutant!(PullFromStale))
             && !self.broken
+            && (!self.distrusted || mutant!(SourceServesAfterFailedFlush))
             && self.attach.is_none()
     }
 
@@ -140,7 +141,9 @@ impl Replica {
         let blocks = pull.blocks.iter().map(|b| u32::try_from(b.0 - first).unwrap_or(u32::MAX)).collect();
         self.counters.pulled_out_blocks += pull.blocks.len() as u64;
         self.counters.read_errors += u64::from(pull.failed);
-        let status = if pull.failed { Status::IoError } else { Status::Ok };
+        // A flush may have failed while the disk read: then this may be from before writes that were lost with it.
+        let is_doubtful = self.distrusted && !mutant!(SourceServesAfterFailedFlush);
+        let status = if pull.failed || is_doubtful { Status::IoError } else { Status::Ok };
         let reply = pull.header.reply(Kind::PullReply, status);
         let data = PulledData { blocks, reads: pull.runs };
         self.free_ios(&data.reads);

@@ -1,5 +1,7 @@
 //! What a replica tells operators about itself.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use super::Replica;
@@ -34,6 +36,8 @@ pub struct ReplicaCounters {
     pub read_errors: u64,
     /// Writes whose data did not fit their digest.
     pub digest_mismatches: u64,
+    /// Flushes that the disk failed, of clients and of the member's own.
+    pub failed_flushes: u64,
     /// Requests refused: another epoch or view, or a broken rule.
     pub refused: u64,
 }
@@ -70,6 +74,9 @@ pub struct HolderStatus {
     /// When it attached.
     #[serde(skip)]
     pub since: Time,
+    /// For how long it had the pool then, as it says itself.
+    #[serde(skip)]
+    pub held: Duration,
 }
 
 /// What another member has missed, as far as this one knows.
@@ -112,6 +119,8 @@ pub struct ReplicaStatus {
     pub attested: Attested,
     /// Whether the member has stopped to serve because its metadata cannot be written.
     pub broken: bool,
+    /// Whether a flush failed, and no view of a later session is known to be committed.
+    pub flush_failed: bool,
 }
 
 impl Replica {
@@ -126,6 +135,7 @@ impl Replica {
             description: h.description.clone(),
             connected: h.connection.is_some(),
             since: h.since,
+            held: h.held,
         });
         ReplicaStatus {
             member: self.member,
@@ -141,6 +151,7 @@ impl Replica {
             position: self.position(),
             attested: self.history.attested,
             broken: self.broken,
+            flush_failed: self.flush_failed,
         }
     }
 }

@@ -53,6 +53,8 @@ impl Bench {
             host_boot: BootId::from_bytes([1; 16]),
             process_boot: BootId::from_bytes([1; 16]),
             write_through,
+            max_size: size.max(1 << 30),
+            tls_only: false,
         };
         let state = DurableState::new(view, spec.clone());
         let maps = MemberMaps::new(&spec);
@@ -76,9 +78,15 @@ impl Bench {
     }
 
     pub(super) fn message(&mut self, connection: u32, header: MessageHeader, body: &[u8]) {
+        let role = if header.kind.is_from(Role::Client) { Role::Client } else { Role::Peer };
+        self.message_as(role, connection, header, body);
+    }
+
+    pub(super) fn message_as(&mut self, role: Role, connection: u32, header: MessageHeader, body: &[u8]) {
         let is_write = header.kind == Kind::Write;
         let buffer = is_write.then_some(BufferToken(u32::from(header.slot.0)));
-        self.apply(Event::Message { connection: ConnectionId(connection), header: &header, body, buffer });
+        let connection = ConnectionId(connection);
+        self.apply(Event::Message { connection, role, header: &header, body, buffer });
     }
 
     pub(super) fn header(&self, kind: Kind, epoch: u64) -> MessageHeader {
@@ -93,13 +101,13 @@ impl Bench {
         self.attach_as(connection, epoch, false);
     }
 
-    fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
+    pub(super) fn attach_as(&mut self, connection: u32, epoch: u64, rejoin: bool) {
         let client = ClientId::from_bytes([1; 16]);
         let description = "test".into();
         self.attach_with(
             connection,
             epoch,
-            &Attach { client, takeover: false, rejoin, yields: false, description },
+            &Attach { client, takeover: false, rejoin, yields: false, description, held_ms: 0 },
         );
     }
 
@@ -108,7 +116,7 @@ impl Bench {
     }
 
     /// A view without `lost`, which has missed the chunks at these indices.
-    fn set_view(&mut self, connection: u32, epoch: u64, lost: u8, chunks: &[u64]) {
+    pub(super) fn set_view(&mut self, connection: u32, epoch: u64, lost: u8, chunks: &[u64]) {
         let lost = MemberSet::only(member(lost));
         let view = self.replica.view().step(ViewStep::Lose(lost), Epoch(epoch)).unwrap();
         let missed = |c: &u64| DirtyAddition { members: lost, offset: c * CHUNK, length: 4096 };
@@ -139,7 +147,7 @@ impl Bench {
         }
     }
 
-    fn take_flush(&mut self) -> Option<IoId> {
+    pub(super) fn take_flush(&mut self) -> Option<IoId> {
         let is_flush = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Flush, .. });
         let at = self.outputs.iter().position(is_flush)?;
         if let Output::Disk { io, .. } = self.outputs.remove(at) { Some(io) } else { None }
@@ -241,7 +249,7 @@ fn a_detach_keeps_the_intents_of_writes_above_the_watermark() {
 
 impl Bench {
     /// The last one.
-    fn attach_reply(&self) -> crate::wire::AttachReply {
+    pub(super) fn attach_reply(&self) -> crate::wire::AttachReply {
         let body = self.outputs.iter().rev().find_map(|o| match o {
             Output::Send(_, header, ReplyPayload::Body(body)) if header.kind == Kind::AttachReply => {
                 Some(body)
@@ -286,19 +294,21 @@ impl Bench {
     pub(super) fn prepare(&mut self) {
         self.attach_as(1, 1, true);
         self.durable();
-        let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+        let spec = self.replica.spec().clone();
+        let body =
+            crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);
         self.apply(Event::PeerUp);
         assert_eq!(self.answer(Kind::PrepareReply), Some(Status::Ok));
     }
 
     /// A view that has this member Syncing and member 1 Out, which adds to what that one misses.
-    fn syncing(&mut self) {
+    pub(super) fn syncing(&mut self) {
         self.syncing_in(1, 7);
     }
 
     /// The view with this number, on this connection.
-    fn syncing_in(&mut self, connection: u32, number: u64) {
+    pub(super) fn syncing_in(&mut self, connection: u32, number: u64) {
         let states = [MemberState::Syncing, MemberState::Out, MemberState::Clean];
         let mut view = self.replica.view().clone();
         (view.number, view.epoch) = (ViewNumber(number), Epoch(1));
@@ -322,7 +332,7 @@ impl Bench {
     }
 
     /// The same with the first eight chunks of which this member misses those whose bits are set.
-    fn hand_over_chunks(&mut self, chunks: u8) {
+    pub(super) fn hand_over_chunks(&mut self, chunks: u8) {
         for ask in self.take_sent(Kind::PullMap) {
             let mut bits = [0; crate::map::MAP_PAGE_BYTES];
             bits[0] = if ask.slot == Slot(0) { chunks } else { 0 };
@@ -583,7 +593,7 @@ fn in_use() -> Bench {
     bench
 }
 
-fn mark(bench: &mut Bench, number: u64, watermark: u64, attested: &Attested) {
+pub(super) fn mark(bench: &mut Bench, number: u64, watermark: u64, attested: &Attested) {
     let header = MessageHeader {
         sequence: Sequence(number),
         watermark: Sequence(watermark),
@@ -593,7 +603,7 @@ fn mark(bench: &mut Bench, number: u64, watermark: u64, attested: &Attested) {
 }
 
 /// What a client knows when all three members have this mark.
-fn all_at(bench: &Bench, number: u64) -> Attested {
+pub(super) fn all_at(bench: &Bench, number: u64) -> Attested {
     let mut attested = Attested::default();
     for index in 0..3 {
         attested.note(member(index), &Position::new(Epoch(1), bench.replica.view(), Mark(number)));
@@ -712,6 +722,7 @@ fn a_client_that_is_displaced_is_told_so_before_its_connection_is_closed() {
             rejoin: false,
             yields: false,
             description: format!("client {client}"),
+            held_ms: 0,
         };
         bench.attach_with(1, 1, &attach(1, false));
         bench.durable();
@@ -739,6 +750,7 @@ fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
         rejoin: false,
         yields,
         description: format!("client {client}"),
+        held_ms: 0,
     };
     let status = |bench: &mut Bench, to: u32| {
         bench.durable();
@@ -838,7 +850,8 @@ fn zeroes_of_a_pull_become_holes_by_the_run_and_are_reported_after_a_flush() {
     bench.attach_as(1, 1, true);
     bench.durable();
     finish_flush(&mut bench);
-    let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+    let spec = bench.replica.spec().clone();
+    let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
     bench.message(1, bench.header(Kind::Prepare, 1), &body);
     bench.apply(Event::PeerUp);
     bench.syncing();
@@ -871,4 +884,17 @@ fn zeroes_of_a_pull_become_holes_by_the_run_and_are_reported_after_a_flush() {
     assert_eq!(bench.answer(Kind::ChunksDone), None, "a hole may come back with a power cut");
     finish_flush(&mut bench);
     assert_eq!(bench.answer(Kind::ChunksDone), Some(Status::Ok));
+}
+
+#[test]
+fn a_member_knows_for_how_long_its_client_has_had_the_pool() {
+    let mut bench = Bench::new(true);
+    let client = ClientId::from_bytes([1; 16]);
+    let description = "test".into();
+    let attach =
+        Attach { client, takeover: false, rejoin: false, yields: false, description, held_ms: 90_000 };
+    bench.attach_with(1, 1, &attach);
+    bench.durable();
+    let held = bench.replica.status().holder.map(|holder| holder.held);
+    assert_eq!(held, Some(Duration::from_secs(90)));
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::{ConnectionId, DiskOperation, IoId, Output, Replica};
 use crate::pool::{Address, BLOCK_SIZE, MemberId};
 use crate::time::Time;
-use crate::wire::{Compare, CompareReply, DigestReply, Kind, MAX_COMPARE, MessageHeader, Status};
+use crate::wire::{Compare, CompareReply, DigestReply, Kind, MAX_COMPARE, MessageHeader, Role, Status};
 
 /// Most comparisons that may be under way here: a coordinator has a few.
 const MAX_COMPARES: usize = 64;
@@ -81,6 +81,13 @@ impl Replica {
             Status::Ok => {}
             status => return refuse(self, status, ""),
         }
+        if self.spec.member(compare.reference).is_none_or(|m| m.address != compare.address) {
+            let text = format!(
+                "the specification does not have member {} at {}",
+                compare.reference, compare.address
+            );
+            return refuse(self, Status::BadRequest, &text);
+        }
         let is_other = |l: &Link| l.reference != compare.reference || l.address != compare.address;
         if self.verify.link.as_ref().is_some_and(is_other) {
             self.outputs.push_back(Output::PeerClose);
@@ -102,8 +109,13 @@ impl Replica {
     }
 
     /// Another member, or the coordinator, asks what is here.
-    pub(super) fn digest(&mut self, connection: ConnectionId, header: &MessageHeader) {
+    pub(super) fn digest(&mut self, connection: ConnectionId, role: Role, header: &MessageHeader) {
+        // Another node compares for the coordinator. A client has to be the coordinator.
+        let is_let = role == Role::Peer || self.holder_connection() == Some(connection);
         match self.digest_status(header) {
+            Status::Ok if !is_let => {
+                self.answer(connection, header, Kind::DigestReply, Status::NotAttached, Vec::new());
+            }
             Status::Ok if self.verify.reads.len() >= MAX_DIGESTS => {
                 self.answer(connection, header, Kind::DigestReply, Status::Limit, Vec::new());
             }
@@ -246,7 +258,7 @@ impl Replica {
             (status, _) => {
                 let (connection, asked) = (comparing.connection, comparing.header);
                 self.verify.compares.remove(&number);
-                let text = format!("the reference answered {status:?}").into_bytes();
+                let text = format!("the reference refused: {status}").into_bytes();
                 return self.answer(connection, &asked, Kind::CompareReply, status, text);
             }
         }
@@ -384,7 +396,7 @@ mod tests {
             bench.outputs.clear();
             let view = crate::pool::ViewNumber(view);
             let header = MessageHeader { view, offset, length, ..bench.header(Kind::Digest, epoch) };
-            bench.message(9, header, &[]);
+            bench.message_as(Role::Peer, 9, header, &[]);
             (bench.answer(Kind::DigestReply), take_read(bench).is_some())
         };
         assert_eq!(ask(&mut bench, 1, 1, 0, 4096), (None, true), "any member may ask");

@@ -33,6 +33,8 @@ pub(super) enum Aim {
     Sources,
     /// Stores go back in time. See `sim/rollback.rs`.
     Rollbacks,
+    /// Disks fail flushes, most of all those that cover data of a resync.
+    Flushes,
 }
 
 impl Aim {
@@ -42,8 +44,9 @@ impl Aim {
             1 => Self::HalfViews,
             3 => Self::Sources,
             4 => Self::Rivals,
-            5 | 9 => Self::Rollbacks,
+            5 => Self::Rollbacks,
             7 => Self::Scattered,
+            9 => Self::Flushes,
             10 => Self::Orphans,
             11 => Self::Divided,
             13 => Self::SlowLeg,

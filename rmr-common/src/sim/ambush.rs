@@ -15,7 +15,7 @@ impl Aim {
     /// How many members it takes: one is lost, and two are left to know of different things.
     pub(super) const fn least_members(self) -> u8 {
         match self {
-            Self::Divided => 2,
+            Self::Divided | Self::Flushes => 2,
             Self::Caches | Self::GivenUp | Self::Sources => 3,
             _ => 1,
         }
@@ -23,7 +23,7 @@ impl Aim {
 
     /// Whether every disk has a cache.
     pub(super) const fn needs_caches(self) -> bool {
-        matches!(self, Self::Caches | Self::Sources)
+        matches!(self, Self::Caches | Self::Sources | Self::Flushes)
     }
 
     /// What a run must be like for the steps to come one after the other.
@@ -42,6 +42,8 @@ impl Aim {
             }
             // Caches survive when a client has died before.
             Self::Caches => profile.client_crashes = false,
+            // The member flushes by itself when its guest is idle.
+            Self::Flushes => profile.pause = profile.pause.max(100 * MILLISECOND),
             Self::GivenUp => {
                 lasts(profile);
                 profile.client.suspend_timeout = Duration::from_millis(600);

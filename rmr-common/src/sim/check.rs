@@ -76,6 +76,13 @@ impl World<'_> {
                 node.answered = node.answered.max(header.epoch);
                 node.has_pending_view = false;
             }
+            (Kind::AttachReply, Status::IoError | Status::NoSpace) => {
+                self.coverage.hit("attach refused: a flush failed");
+            }
+            (Kind::DetachReply, Status::IoError | Status::NoSpace) => {
+                self.coverage.hit("detach refused: a flush failed");
+            }
+            (Kind::Goodbye, Status::IoError) => self.coverage.hit("session ended by a failed flush"),
             (Kind::AttachReply, Status::StaleEpoch) => self.coverage.hit("attach refused: stale epoch"),
             (Kind::SetViewReply, Status::Ok) => {
                 node.has_pending_view = false;
@@ -236,8 +243,15 @@ impl World<'_> {
 
     pub(super) fn node_notice(&mut self, node: usize, notice: &replica::Notice) {
         self.cover_node_notice(node, notice);
-        if *notice == replica::Notice::MetadataFailed {
-            self.coverage.hit("metadata failed");
+        match notice {
+            replica::Notice::MetadataFailed => self.coverage.hit("metadata failed"),
+            replica::Notice::FlushFailed("before intents are cleared") => {
+                self.coverage.hit("flush failed before intents are cleared");
+            }
+            replica::Notice::FlushFailed("before resynchronised chunks are reported") => {
+                self.coverage.hit("flush failed before a report");
+            }
+            _ => {} // Of interest to people only.
         }
     }
 
@@ -316,6 +330,7 @@ impl World<'_> {
             | Notice::LinkLost(..)
             | Notice::Spec(_)
             | Notice::NoRoom(..)
+            | Notice::DetachFailed(..)
             | Notice::Verify(_) => Ok(()), // Of interest to people only.
         }
     }
@@ -333,7 +348,8 @@ impl World<'_> {
                 None => self.node_index(member),
             };
             let node = &self.nodes[index];
-            if !node.disk.write_back || self.hosts[host].host_boots[index] == node.host_boot {
+            let ran_on = self.hosts[host].host_boots[index] == node.host_boot && !node.has_failed_flush;
+            if !node.disk.write_back || ran_on {
                 return Err(format!(
                     "client {host} says that member {member} lost writes, whose machine ran on"
                 ));
@@ -503,6 +519,8 @@ impl World<'_> {
             return Err(format!("failed when nothing was wrong: {error}"));
         }
         match error {
+            // Held against the request itself.
+            IoError::Memory => self.coverage.hit("request failed for its memory"),
             IoError::Media if self.had_errors => self.coverage.hit("disk error shown to the guest"),
             IoError::LostWrites if self.hosts[host].has_lost_writes => {
                 self.coverage.hit("request refused after writes were lost");

@@ -286,6 +286,14 @@ impl Disk {
         lost
     }
 
+    /// Whether something is not flushed; of what came from another member, if that is asked.
+    pub(super) fn has_unflushed(&self, is_pulled: bool) -> bool {
+        self.unflushed_since
+            .iter()
+            .zip(&self.pulled)
+            .any(|(since, pulled)| *since > 0 && (*pulled || !is_pulled))
+    }
+
     /// Whether a write of a client to this block is under way.
     pub(super) fn is_written_by_guest(&self, block: Block) -> bool {
         let first = usize::try_from(block.0).unwrap_or(usize::MAX).saturating_mul(SECTORS_PER_BLOCK);

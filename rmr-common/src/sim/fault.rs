@@ -126,7 +126,7 @@ impl World<'_> {
         let live: Vec<_> = (0..self.hosts.len()).filter(|&h| self.hosts[h].is_live()).collect();
         let Some(&host) = live.last() else { return Ok(()) };
         let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
-        match self.rng.range(0, 20) {
+        match self.rng.range(0, 22) {
             0..=1 => self.cut_some(host, Some(node)),
             2 => self.cut_some(host, None),
             3 => {
@@ -153,7 +153,12 @@ impl World<'_> {
                 let delay = self.rng.range(1, self.profile.network_delay * 3);
                 self.after(delay, Event::HostCrash(host));
             }
-            11 => self.client(host, client::Event::Detach)?,
+            11 => {
+                if self.rng.percent(25) {
+                    self.fail_flush(node);
+                }
+                self.client(host, client::Event::Detach)?;
+            }
             12 => {
                 let takeover = self.profile.client_crashes && self.rng.percent(60);
                 let id = self.hosts[host].id % 3 + 1;
@@ -210,6 +215,12 @@ impl World<'_> {
                     self.nodes[node].disk.bad.insert(block);
                 }
             }
+            20..=21 => {
+                self.fail_flush(node);
+                if self.rng.percent(20) {
+                    (0..self.nodes.len()).for_each(|node| self.fail_flush(node));
+                }
+            }
             _ => {
                 // A new client, as a daemon that is started again.
                 if self.profile.client_crashes {
@@ -223,6 +234,39 @@ impl World<'_> {
         Ok(())
     }
 
+    /// The next flush of a disk fails. What it covered may be gone, and the flush after it says that all is well.
+    pub(super) fn fail_flush(&mut self, node: usize) {
+        trace!(self, "the next flush of node {node} fails");
+        self.had_errors = true;
+        self.nodes[node].flush_fails = true;
+    }
+
+    /// Whether a flush that begins now is to fail: most do harm only if there is something to lose.
+    pub(super) fn fails_flush(&mut self, node: usize) -> bool {
+        let fails_once = std::mem::take(&mut self.nodes[node].flush_fails);
+        let disk = &self.nodes[node].disk;
+        if self.is_calm || self.profile.lost_flushes == 0 || !disk.has_unflushed(false) {
+            return fails_once;
+        }
+        let (is_pulled, is_aimed) = (disk.has_unflushed(true), self.aiming.aim == super::aim::Aim::Flushes);
+        let percent = if is_pulled && is_aimed { 40 } else { self.profile.lost_flushes };
+        let fails = fails_once || self.rng.percent(percent);
+        self.had_errors |= fails;
+        fails
+    }
+
+    /// A flush has failed: what was not flushed is gone, or not, block by block; and no later flush says so.
+    pub(super) fn drop_unflushed(&mut self, node: usize) {
+        self.nodes[node].has_failed_flush = true;
+        if self.nodes[node].disk.has_unflushed(true) {
+            self.coverage.hit("flush of pulled data failed");
+        }
+        if self.nodes[node].disk.lose_cache(&mut self.rng) {
+            trace!(self, "node {node} has lost what a failed flush covered");
+            self.coverage.hit("failed flush lost what it covered");
+        }
+    }
+
     pub(super) fn cut_some(&mut self, host: usize, node: Option<usize>) {
         let open = |c: &super::network::Connection| {
             c.host == host && !c.is_cut && !c.client_closed && node.is_none_or(|n| n == c.node)
@@ -234,9 +278,8 @@ impl World<'_> {
     /// Ends a node's process, or cuts its machine's power, and starts it again some time later.
     pub(super) fn crash_node(&mut self, index: usize, power: bool) -> Check {
         self.cover_crash(index);
-        if self.nodes[index].replica.take().is_none() {
-            return Ok(());
-        }
+        let Some(replica) = self.nodes[index].replica.take() else { return Ok(()) };
+        let is_failed = replica.flush_failed();
         self.cover_command("node crashed", None);
         trace!(self, "node {index} crashes, with its machine: {power}");
         let node = &mut self.nodes[index];
@@ -244,7 +287,10 @@ impl World<'_> {
             self.coverage.hit("node crashed with disk requests under way");
         }
         node.life += 1;
-        node.lost_power |= power;
+        // What is known of a failed flush is lost with the process for as long as the mark is on its way to the disk. That is not
+        // expected to be noticed, so it comes with the machine's end only.
+        let is_unmarked = is_failed && !node.durable.flush_failed;
+        node.lost_power |= power || is_unmarked;
         node.buffers.clear();
         node.reads.clear();
         node.pulled.clear();
@@ -315,7 +361,8 @@ impl World<'_> {
                 self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 4, timeout * 2);
             }
             8 => self.cut_some(host, None),
-            11..=12 => {
+            12 => self.fail_flush(node),
+            11 => {
                 // What it pulls stays in its cache.
                 self.had_errors = true;
                 self.nodes[node].flush_errors = 100;
@@ -415,6 +462,7 @@ impl World<'_> {
         for index in 0..self.nodes.len() {
             self.nodes[index].disk_errors = 0;
             self.nodes[index].flush_errors = 0;
+            self.nodes[index].flush_fails = false;
             self.nodes[index].disk.bad.clear();
             self.nodes[index].metadata_fails = false;
             if self.nodes[index].replica.as_ref().is_some_and(|r| r.status().broken) {

@@ -7,7 +7,7 @@ use super::network::Message;
 use super::oracle::{Oracle, SECTOR, Step, WriteId};
 use super::world::{Check, Event, World, trace};
 use crate::client::{self, Client, LinkId, Operation, Payload, PoolSelector, Token};
-use crate::pool::{ClientId, Epoch, MemberId, View};
+use crate::pool::{ClientId, Epoch, MemberId, Sequence, Slot, View};
 use crate::time::Time;
 use crate::wire::{Kind, MessageHeader};
 
@@ -21,6 +21,8 @@ pub(super) struct Request {
     pub(super) memory: Vec<u64>,
     /// How often the guest has changed the memory of a write.
     pub(super) changes: u64,
+    /// Some of the memory could not be reached.
+    pub(super) faulted: bool,
 }
 
 /// A client and the machine it runs on.
@@ -31,6 +33,8 @@ pub(super) struct Host {
     /// The node that each link that is down led to.
     pub(super) lost_node: Vec<Option<usize>>,
     pub(super) requests: BTreeMap<u64, Request>,
+    /// Writes that were sent with something else in place of memory that could not be read, which the client is to hear of.
+    pub(super) faults: Vec<(Slot, Sequence)>,
     /// The view that the client last said to be committed.
     pub(super) committed: Option<View>,
     /// Another client has attached since this one did.
@@ -98,6 +102,7 @@ impl World<'_> {
             links: vec![None; client::MAX_LINKS],
             lost_node: vec![None; client::MAX_LINKS],
             requests: BTreeMap::new(),
+            faults: Vec::new(),
             committed: None,
             is_fenced: false,
             is_crashed: false,
@@ -131,7 +136,14 @@ impl World<'_> {
     }
 
     pub(super) fn client_outputs(&mut self, host: usize) -> Check {
-        while let Some(output) = self.hosts[host].client.take_output() {
+        loop {
+            let Some(output) = self.hosts[host].client.take_output() else {
+                // As a driver does: once all of it is sent, and before any answer.
+                let Some((slot, sequence)) = self.hosts[host].faults.pop() else { break };
+                let now = Time(self.now);
+                self.hosts[host].client.apply(client::Event::MemoryFault(slot, sequence), now);
+                continue;
+            };
             match output {
                 client::Output::Connect(link, address) => {
                     let node = self.node_at(&address);
@@ -224,7 +236,8 @@ impl World<'_> {
             (Operation::Read, _) => vec![u64::MAX; count],
             _ => Vec::new(),
         };
-        let request = Request { operation, first, count, start: self.step, write, memory, changes: 0 };
+        let request =
+            Request { operation, first, count, start: self.step, write, memory, changes: 0, faulted: false };
         trace!(self, "client {host}: {token:?} {operation:?} sectors {first}+{count} as write {write:?}");
         self.hosts[host].requests.insert(token.0, request);
         let (offset, length) = (first as u64 * SECTOR, count as u64 * SECTOR);
@@ -244,6 +257,10 @@ impl World<'_> {
         let request = request.ok_or_else(|| format!("client {host} completed {token:?} twice"))?;
         let step = self.step;
         let described = |e: String| format!("client {host}, {token:?} {:?}: {e}", request.operation);
+        if request.faulted != (result == Err(client::IoError::Memory)) && (result.is_ok() || !request.faulted)
+        {
+            return Err(described(format!("memory faulted: {}, but ends with {result:?}", request.faulted)));
+        }
         if let Err(error) = result {
             let end = (request.first + request.count) as u64 * SECTOR;
             let is_beyond = self.hosts[host].client.spec().is_some_and(|s| end > s.size);

@@ -12,6 +12,7 @@ mod disk;
 mod fault;
 mod force;
 mod host;
+mod liar;
 mod network;
 mod node;
 mod operator;

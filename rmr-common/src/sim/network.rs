@@ -6,7 +6,7 @@ use crate::auth::Nonce;
 use crate::client::{self, LinkId, Protection, Token};
 use crate::pool::{Address, MemberSpec, TransportKind, View};
 use crate::replica::{self, BufferToken, ConnectionId};
-use crate::wire::{Hello, Kind, MessageHeader, Status};
+use crate::wire::{Hello, Kind, MessageHeader, Role, Status};
 
 /// A message on its way.
 pub(super) struct Message {
@@ -62,8 +62,13 @@ impl World<'_> {
         };
         let slot = header.slot.0;
         match protection {
-            Protection::None => message.data = memory(self)?,
-            Protection::Bounce => {
+            Protection::None => {
+                message.data = memory(self)?;
+                if self.is_memory_taken() {
+                    self.take_memory(host, token, &range, message);
+                }
+            }
+            Protection::Bounce | Protection::Salvage => {
                 let copy = match self.hosts[host].copies.get(&slot) {
                     Some(copy) if copy.len() == range.len() => copy.clone(),
                     Some(_) => return Err(format!("slot {slot} has a copy of another request")),
@@ -89,6 +94,39 @@ impl World<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a transfer finds that the guest's memory cannot be reached. Without digests, members that were sent different data
+    /// under one sequence are not told apart after the client's death; so not where clients die.
+    fn is_memory_taken(&mut self) -> bool {
+        let profile = &self.profile;
+        profile.restless > 0 && !profile.client_crashes && !self.is_calm && self.rng.percent(2)
+    }
+
+    /// Some of the memory of a write cannot be read for this leg: it is sent zeroes in place of it. The client may find the memory
+    /// readable again, or not.
+    fn take_memory(
+        &mut self,
+        host: usize,
+        token: Token,
+        range: &std::ops::Range<usize>,
+        message: &mut Message,
+    ) {
+        let first = self.rng.index(range.len());
+        let is_back = self.rng.percent(50);
+        let Some(request) = self.hosts[host].requests.get_mut(&token.0) else { return };
+        let Some(write) = request.write else { return };
+        request.faulted = true;
+        let start = request.first + range.start;
+        message.data[first..].fill(0);
+        if !is_back {
+            request.memory[range.start + first..range.end].fill(0);
+        }
+        for sector in start + first..start + range.len() {
+            self.oracle_of(host).vary(write, sector, 0);
+        }
+        self.hosts[host].faults.push((message.header.slot, message.header.sequence));
+        self.coverage.hit("memory of a write taken away");
     }
 
     /// The guest changes a sector of the memory that it writes from.
@@ -160,6 +198,7 @@ impl World<'_> {
         if is_deaf || self.nodes[node].life != connection.life || self.nodes[node].replica.is_none() {
             return Ok(());
         }
+        self.lie(node)?;
         let header = message.header;
         if header.kind == Kind::Hello {
             return self.greet(index, node, &header, &message.body);
@@ -180,7 +219,13 @@ impl World<'_> {
         });
         self.cover_message(node, &header);
         let connection = ConnectionId(u32::try_from(index).unwrap_or(u32::MAX));
-        let event = replica::Event::Message { connection, header: &header, body: &message.body, buffer };
+        let event = replica::Event::Message {
+            connection,
+            role: Role::Client,
+            header: &header,
+            body: &message.body,
+            buffer,
+        };
         let before = self.before_message(node, &header, &message.body);
         let held = self.held_against(node, &header, &message.body);
         self.replica(node, event)?;
@@ -220,8 +265,15 @@ impl World<'_> {
                 message.header.status = Status::DigestDiffers;
                 self.coverage.hit("read repeated for its digest");
             }
+            let is_taken = !self.hosts[host].client.is_bounced(message.header.slot) && self.is_memory_taken();
             let request = self.hosts[host].requests.get_mut(&token.0);
             let request = request.ok_or_else(|| format!("data for {token:?}, which is finished"))?;
+            if is_taken {
+                request.faulted = true;
+                self.coverage.hit("memory of a read taken away");
+                let (slot, sequence) = (message.header.slot, message.header.sequence);
+                return self.client(host, client::Event::MemoryFault(slot, sequence));
+            }
             let first = usize::try_from(offset / SECTOR).unwrap_or(usize::MAX);
             let place = request.memory.get_mut(first..first + message.data.len());
             place.ok_or("data beyond the memory of a request")?.copy_from_slice(&message.data);

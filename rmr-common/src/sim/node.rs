@@ -83,6 +83,10 @@ pub(super) struct Node {
     pub(super) disk_errors: u64,
     /// Per cent of the flushes that fail, beyond those.
     pub(super) flush_errors: u64,
+    /// The next flush fails, and those after it do not.
+    pub(super) flush_fails: bool,
+    /// A flush has failed since the run began.
+    pub(super) has_failed_flush: bool,
     /// The next metadata write fails.
     pub(super) metadata_fails: bool,
 }
@@ -124,6 +128,8 @@ impl Node {
             host_boot: 1,
             disk_errors: 0,
             flush_errors: 0,
+            flush_fails: false,
+            has_failed_flush: false,
             metadata_fails: false,
         }
     }
@@ -191,6 +197,8 @@ impl Node {
                 2,
             ]),
             write_through: !self.disk.write_back,
+            max_size: crate::pool::MAX_POOL_SIZE,
+            tls_only: false,
         };
         let state = self.durable.clone();
         self.replica = Some(Replica::new(config, self.member, state, maps));
@@ -279,7 +287,9 @@ impl World<'_> {
                 }
                 replica::Output::Close(connection, reason) => {
                     trace!(self, "node {node} closes connection {}: {reason}", connection.0);
-                    if connection.0 >= FIRST_PEER {
+                    if super::liar::is_its(connection) {
+                        self.coverage.hit("a liar is refused");
+                    } else if connection.0 >= FIRST_PEER {
                         self.source_closes(connection);
                     } else {
                         self.node_closes(connection.0 as usize);
@@ -304,6 +314,9 @@ impl World<'_> {
         mut header: MessageHeader,
         payload: ReplyPayload,
     ) -> Check {
+        if super::liar::is_its(connection) {
+            return self.liar_answered(node, &header);
+        }
         let mut message = Message { header, body: Vec::new(), data: Vec::new() };
         match payload {
             ReplyPayload::None => {}
@@ -329,7 +342,11 @@ impl World<'_> {
             return Err(format!("node {node} sends {length} bytes with a header that says {header:?}"));
         }
         if header.kind == Kind::AttachReply && header.status == Status::Ok {
-            self.unclean |= !AttachReply::decode(&message.body).map_err(|e| e.to_string())?.clean_detach;
+            let reply = AttachReply::decode(&message.body).map_err(|e| e.to_string())?;
+            self.unclean |= !reply.clean_detach;
+            if reply.flush_failed {
+                self.coverage.hit("attach tells of a failed flush");
+            }
         }
         self.note_told(node, &header, &message.body);
         self.check_answer(node, &header)?;
@@ -376,7 +393,8 @@ impl World<'_> {
         let is_flush = operation == DiskOperation::Flush;
         let errors =
             self.nodes[index].disk_errors + if is_flush { self.nodes[index].flush_errors } else { 0 };
-        let is_bad = self.rng.percent(errors) || is_unreadable;
+        let fails = is_flush && self.fails_flush(index);
+        let is_bad = self.rng.percent(errors) || is_unreadable || fails;
         let no_space = self.rng.percent(30) && !is_read;
         let result = match (is_bad, no_space) {
             (false, _) => DiskResult::Done,

@@ -231,6 +231,8 @@ impl World<'_> {
             Command::Replace { member, store, address } => {
                 spec.member(*member).is_some_and(|m| m.store == *store && m.address == *address)
             }
+            // The addresses of simulated nodes stay as they are.
+            Command::Readdress { .. } => false,
             Command::Maintenance { member, on } => spec.member(*member).is_some_and(|m| m.maintenance == *on),
             Command::Grow { size } => spec.size == *size,
             // Verifies are not the operator's here: see `sim/verify.rs`.
@@ -256,11 +258,12 @@ impl World<'_> {
                     return Err(format!("'{command}' is refused: {text}"));
                 }
             }
-            Refusal::BadCommand | Refusal::CannotVerify if !self.has_branches() => {
+            Refusal::BadCommand | Refusal::CannotVerify | Refusal::WeakerAddress if !self.has_branches() => {
                 return Err(format!("'{command}' is refused: {text}"));
             }
             Refusal::BadCommand
             | Refusal::CannotVerify
+            | Refusal::WeakerAddress
             | Refusal::StoreNotFound
             | Refusal::StoreInUse
             | Refusal::AddressInUse
@@ -284,7 +287,10 @@ impl World<'_> {
                 self.committed_spec.member(*member).is_some()
             }
             Command::Add { .. } | Command::Maintenance { .. } | Command::Grow { .. } => true,
-            Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => false,
+            Command::Readdress { .. }
+            | Command::Verify { .. }
+            | Command::VerifyStatus
+            | Command::VerifyCancel => false,
         };
         if may_come && is_wanted && (reason != Refusal::Unreachable || !self.is_gone(command)) {
             self.operator.unfinished = Some(command.clone());
@@ -563,9 +569,11 @@ fn situation(command: &Command, what: &'static str) -> &'static str {
         Command::Remove { .. } => names[1],
         Command::Replace { .. } => names[2],
         Command::Maintenance { .. } => names[3],
-        // The operator gives no commands about verifies here.
-        Command::Grow { .. } | Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => {
-            names[4]
-        }
+        // The operator gives no commands about verifies or addresses here.
+        Command::Grow { .. }
+        | Command::Readdress { .. }
+        | Command::Verify { .. }
+        | Command::VerifyStatus
+        | Command::VerifyCancel => names[4],
     }
 }

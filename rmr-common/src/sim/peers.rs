@@ -9,7 +9,7 @@ use super::oracle::SECTOR;
 use super::world::{Check, Event, World, trace};
 use crate::pool::Address;
 use crate::replica::{self, ConnectionId, PulledData};
-use crate::wire::{Kind, MAX_BODY, MessageHeader, Status};
+use crate::wire::{Kind, MAX_BODY, MessageHeader, Role, Status};
 
 /// Connections with at least this number lead to other nodes.
 pub(super) const FIRST_PEER: u32 = 1 << 24;
@@ -173,7 +173,8 @@ impl World<'_> {
         let connection = ConnectionId(FIRST_PEER + u32::try_from(index).unwrap_or(0));
         let (header, body) = (&message.header, &message.body[..]);
         self.cover_pull(node, header);
-        self.replica(node, replica::Event::Message { connection, header, body, buffer: None })
+        let role = Role::Peer;
+        self.replica(node, replica::Event::Message { connection, role, header, body, buffer: None })
     }
 
     pub(super) fn deliver_to_stale(&mut self, index: usize, message: &Message) -> Check {

@@ -38,6 +38,8 @@ pub(super) struct Profile {
     pub(super) restless: u64,
     /// Per mille of the transfers with a digest whose data arrives damaged.
     pub(super) damage: u64,
+    /// Per cent of the flushes that fail and lose what they covered.
+    pub(super) lost_flushes: u64,
 }
 
 impl Profile {
@@ -99,6 +101,7 @@ impl Profile {
             rot: rng.percent(60),
             restless: rng.pick(&[0, 10, 50]),
             damage: if is_scattered { 60 } else { rng.pick(&[0, 0, 5]) },
+            lost_flushes: if aim == Aim::Flushes { 15 } else { rng.pick(&[0, 0, 0, 2, 8]) },
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The rules of rejoin and resync: what a stale member misses is on record, nothing stale is promoted, and only what was
 //! missed is moved.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::disk::Running;
 use super::oracle::{Oracle, SECTOR};
@@ -24,6 +24,8 @@ struct Started {
     /// Blocks that the source had on record.
     missed: u64,
     blocks: Vec<Block>,
+    /// Those among them that took space on the member before.
+    allocated: BTreeSet<Block>,
     /// Blocks that the member had pulled before.
     pulled: u64,
     /// Writes that it had carried out before.
@@ -147,7 +149,10 @@ impl World<'_> {
             let disk = &self.nodes[stale].disk;
             for sector in start..(start + per_chunk).min(self.sectors()) {
                 let is_unflushed = disk.pulled[sector] && disk.unflushed_since[sector] > 0;
-                if is_unflushed || self.is_missing(stale, sector) {
+                // A guest write that came after the flush before the report, and went with a later flush that failed: the view that
+                // follows has it on record.
+                let is_lost = disk.lost.contains(&sector) && !disk.pulled[sector];
+                if is_unflushed || self.is_missing(stale, sector) && !is_lost {
                     return Err(format!(
                         "node {index} forgets that member {member} misses chunk {chunk}: its sector {sector} is {} \
                          (unflushed: {is_unflushed}); possible: {}",
@@ -183,7 +188,8 @@ impl World<'_> {
             let keepers: Vec<_> = keepers.into_iter().filter(|&k| !self.is_back(k)).collect();
             let own = self.nodes[index].replica.as_ref();
             let knows_itself = own.is_some_and(|r| {
-                r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == *view
+                let is_syncing = r.view().state(stale.id) == Some(MemberState::Syncing) && *r.view() == *view;
+                is_syncing && !r.flush_failed()
             });
             let has = |k: &usize, sector: usize| {
                 self.has_record(*k, stale.id, sector) || self.has_dropped(*k, stale)
@@ -199,6 +205,13 @@ impl World<'_> {
             // of that, it is Out with all of it on record, and judged as such.
             let is_promoted = stale.state == MemberState::Syncing
                 && self.nodes[index].durable.view.state(stale.id) == Some(MemberState::Clean);
+            // So is one whose flush failed: its session is over, of which its client hears next.
+            let has_left = own.is_none_or(|r| r.holder_connection().is_none() || r.flush_failed());
+            // What one had not flushed of a client that died, and lost with a failed flush while it was not attached, it tells when it
+            // comes back: see `check_rejoined`.
+            let tells = self.nodes[index].durable.flush_failed || own.is_some_and(Replica::flush_failed);
+            let is_untold = tells && self.resyncs.is_unflushed_unknown && stale.state == MemberState::Out;
+            let is_promoted = is_promoted || is_untold || stale.state == MemberState::Syncing && has_left;
             let is_lost = |sector: usize| is_promoted && self.nodes[index].disk.lost.contains(&sector);
             if let Some(sector) = sectors.find(|&s| self.is_missing(index, s) && !is_lost(s)) {
                 let silent: Vec<_> = keepers.iter().filter(|k| !has(k, sector)).collect();
@@ -380,7 +393,9 @@ impl World<'_> {
             let sectors = block * SECTORS_PER_BLOCK..(block + 1) * SECTORS_PER_BLOCK;
             // What rots there does not read as zeroes.
             let is_rotten = { sectors }.any(|s| own.rot.mark(s) | source.rot.mark(s) != 0);
-            if source.is_allocated(block) || is_rotten {
+            // What took space before may keep it.
+            let had_space = started.allocated.contains(&Block(block as u64));
+            if source.is_allocated(block) || is_rotten || had_space {
                 continue;
             }
             if own.is_allocated(block) {
@@ -416,12 +431,16 @@ impl World<'_> {
             return; // What the view says to be missed is not on record there yet.
         }
         let counters = replica.status().counters;
+        let blocks: Vec<_> = source.maps().missed_in(member, 0, source.spec().size).collect();
+        let disk = &self.nodes[index].disk;
+        let takes_space = |b: &&Block| disk.is_allocated(usize::try_from(b.0).unwrap_or(usize::MAX));
         let started = Started {
+            allocated: blocks.iter().filter(takes_space).copied().collect(),
             link,
             attempt: self.nodes[index].peer_attempt,
             source: self.peers[link].source,
             missed: source.maps().missed(member).0,
-            blocks: source.maps().missed_in(member, 0, source.spec().size).collect(),
+            blocks,
             pulled: self.peers[link].pulled_before,
             writes: counters.writes + counters.zeroes,
             faults: self.faults,
@@ -538,14 +557,7 @@ impl World<'_> {
         let failed = running.result != DiskResult::Done;
         match (running.operation, running.is_pulled(), failed) {
             (_, true, true) => self.coverage.hit("pulled write failed"),
-            (DiskOperation::Flush, _, true) => {
-                self.coverage.hit("flush failed at a Syncing member");
-                let disk = &self.nodes[index].disk;
-                if disk.pulled.iter().zip(&disk.unflushed_since).any(|(pulled, since)| *pulled && *since > 0)
-                {
-                    self.coverage.hit("flush of pulled data failed");
-                }
-            }
+            (DiskOperation::Flush, _, true) => self.coverage.hit("flush failed at a Syncing member"),
             (_, false, true) if running.is_write() => {
                 self.coverage.hit("guest write failed at a Syncing member")
             }

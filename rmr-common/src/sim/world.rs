@@ -181,6 +181,8 @@ pub(super) struct World<'a> {
     pub(super) unclean: bool,
     /// So many answers to reads find their memory changed by the guest.
     pub(super) scribbles: u64,
+    /// What a liar says comes from here.
+    pub(super) liar: Rng,
     trace: Option<&'a mut dyn Write>,
 }
 
@@ -246,6 +248,7 @@ impl<'a> World<'a> {
         }
         let mut world = Self {
             asks_otherwise,
+            liar: super::liar::rng(seed),
             rng,
             now: 0,
             step: 1,
@@ -352,6 +355,9 @@ impl<'a> World<'a> {
                         let end = (running.first + running.count).div_ceil(SECTORS_PER_BLOCK);
                         self.nodes[node].disk.unread.extend(running.first / SECTORS_PER_BLOCK..end);
                     }
+                }
+                if running.operation == DiskOperation::Flush && running.result != DiskResult::Done {
+                    self.drop_unflushed(node);
                 }
                 let stale = self.own_stale(node);
                 self.disk_ended(node, io, &running)?;

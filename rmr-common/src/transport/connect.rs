@@ -22,6 +22,7 @@ pub type Attempt = (u64, Result<Wire, String>);
 struct Ways {
     timeout: Duration,
     tls: Option<ClientTls>,
+    tls_only: bool,
     fabric: Fabric,
 }
 
@@ -43,7 +44,14 @@ impl Connector {
     pub fn new(timeout: Duration, tls: Option<ClientTls>, fabric: Fabric) -> io::Result<Self> {
         let (sender, results) = mpsc::channel();
         let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-        Ok(Self { results, sender, event, ways: Ways { timeout, tls, fabric } })
+        Ok(Self { results, sender, event, ways: Ways { timeout, tls, tls_only: false, fabric } })
+    }
+
+    /// The same connector, which from now on refuses every address but `tls://` ones, if `tls_only` says so.
+    #[must_use]
+    pub const fn leaving_tls_never(mut self, tls_only: bool) -> Self {
+        self.ways.tls_only = tls_only;
+        self
     }
 
     /// Readable when an attempt has ended.
@@ -82,6 +90,12 @@ impl Connector {
 }
 
 fn open(address: &Address, ways: &Ways) -> Result<Wire, String> {
+    if ways.tls_only && address.transport() != TransportKind::Tls {
+        return Err(format!(
+            "{address} is not a tls:// address, and this side was given no other: it never leaves TLS. If the pool is to have \
+             members without TLS, name one of their addresses as well"
+        ));
+    }
     let candidates = (address.host(), address.port())
         .to_socket_addrs()
         .map_err(|e| format!("no address for the name: {e}"))?;
@@ -109,5 +123,33 @@ fn open_one(address: &Address, candidate: SocketAddr, ways: &Ways) -> Result<Wir
         TransportKind::Rdma => RdmaConnection::connect(&ways.fabric, candidate, ways.timeout)
             .map(|connection| Wire::Rdma(Box::new(connection)))
             .map_err(|e| e.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connector_that_never_leaves_tls_connects_to_no_other_address() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let connector = || Connector::new(Duration::from_secs(5), None, Fabric::for_nodes()).unwrap();
+        let ask = |connector: Connector, transport| {
+            connector.connect(1, &Address::new(transport, "127.0.0.1", port));
+            loop {
+                if let Some((_, result)) = connector.next() {
+                    return result.map(drop);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        assert_eq!(ask(connector(), TransportKind::Tcp), Ok(()));
+        for transport in [TransportKind::Tcp, TransportKind::Rdma] {
+            let refused = ask(connector().leaving_tls_never(true), transport).unwrap_err();
+            assert!(refused.contains("never leaves TLS"), "{refused}");
+        }
+        let refused = ask(connector().leaving_tls_never(true), TransportKind::Tls).unwrap_err();
+        assert!(refused.contains("no certificate authority"), "{refused}");
     }
 }

@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::buffer::Segment;
+use crate::pool::{Sequence, Slot};
 use crate::wire::{MAX_BODY, MAX_IO, MessageHeader, WireError};
 
 pub use wire::{Listener, Wire};
@@ -48,6 +49,14 @@ pub enum ConnectionError {
     /// The network card gave up, or its manager says that the connection is over.
     #[error("connection lost: {0}")]
     Link(String),
+}
+
+impl ConnectionError {
+    /// Whether the two sides do not trust each other's certificates, or do not both speak TLS: see [`tls::Distrust`].
+    #[must_use]
+    pub fn is_distrust(&self) -> bool {
+        matches!(self, Self::Io(error) if error.get_ref().is_some_and(|e| e.is::<tls::Distrust>()))
+    }
 }
 
 /// What a connection did so far: system calls and work for the network, and what was copied on the way.
@@ -114,6 +123,12 @@ pub trait Receiver {
         MAX_BODY
     }
 
+    /// Work that a message makes beyond its bytes, as a number of bytes. Bytes, messages and this together are what one call
+    /// of [`Connection::receive`] takes in before it is others' turn.
+    fn weight(&self, _header: &MessageHeader) -> usize {
+        0
+    }
+
     /// Says that the data of a write, whose header this is, lies in memory that the owner has lent: `offset` bytes into
     /// the window. True if the owner keeps it, and will release the mark. Called before the message is delivered.
     fn placed(&mut self, _header: &MessageHeader, _window: u16, _offset: u32, _mark: u32) -> bool {
@@ -123,6 +138,12 @@ pub trait Receiver {
     /// Takes a complete message. The payload of a message that carries data is where [`Receiver::place`] said, and
     /// `body` is empty.
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]);
+
+    /// Takes a complete message, some of whose data went nowhere, because the place for it cannot be written: its owner has taken
+    /// the memory away. False ends the connection.
+    fn deliver_faulted(&mut self, _header: &MessageHeader) -> bool {
+        false
+    }
 }
 
 /// One connection between a client and a node.
@@ -165,12 +186,21 @@ pub trait Connection {
     /// Moves the tags of data that was sent to `tags`.
     fn take_sent(&mut self, tags: &mut Vec<u32>);
 
+    /// Moves the writes whose memory could not be read to `faults`: the peer was or will be sent filler in place of it, and may
+    /// carry that out. To be called after each [`Connection::flush`], before an answer can arrive.
+    fn take_faults(&mut self, _faults: &mut Vec<(Slot, Sequence)>) {}
+
     /// Whether messages wait for the network to take them.
     fn wants_to_send(&self) -> bool;
 
     /// How many messages are queued or only partly sent. The owner bounds it: a peer that asks and does not listen would
     /// make it grow for ever.
     fn backlog(&self) -> usize;
+
+    /// Bytes of bodies that are queued or only partly sent. Data does not count: it lies in memory that has an owner.
+    fn backlog_bytes(&self) -> usize {
+        0
+    }
 
     /// Whether [`Place::Wait`] is all that keeps it from receiving more. Its descriptor may be readable all the while.
     fn is_starved(&self) -> bool;

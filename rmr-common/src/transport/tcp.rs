@@ -15,6 +15,7 @@ use super::tls::{ClientTls, ServerTls, TlsStream};
 use super::unsent::{ANSWERED, Request, Unsent};
 use super::{Connection, ConnectionError, Counters, Place, Receiver};
 use crate::buffer::Segment;
+use crate::pool::{Sequence, Slot};
 use crate::wire::{
     FRAME_HEADER_SIZE, FrameHeader, HEADER_SIZE, Kind, MAX_FRAME_MESSAGES, MAX_SLOTS, MessageHeader,
     WireError, frame_crc,
@@ -24,14 +25,31 @@ use crate::wire::{
 const HEAD: usize = FRAME_HEADER_SIZE + HEADER_SIZE;
 /// Headers of the most messages that a frame may have.
 const TABLE: usize = HEADER_SIZE * MAX_FRAME_MESSAGES;
-/// Most bytes taken in one call of `receive`, so that other connections get their turn.
+/// What is taken in one call of `receive` in bytes, messages and work, so that other connections get their turn.
 const RECEIVE_BUDGET: usize = 1 << 20;
+/// A message counts as at least so many bytes of the budget: short ones cost their receiver about as much as a block.
+const MESSAGE_COST: usize = 4096;
 /// Most bytes of payload in a frame; a frame that reaches it is closed, and the next message starts another.
 const FRAME_PAYLOAD: u32 = 8 << 20;
 /// Where payload goes that nobody waits for any more.
 const DISCARD: usize = 64 << 10;
 /// Most frames that are kept for use again; one is filled while one is sent.
 const MAX_SPARE: usize = 8;
+/// Smallest unit in which memory can be taken away from this process.
+const PAGE: usize = 4096;
+/// Sent in place of a page that cannot be read.
+static FILLER: [u8; PAGE] = [0; PAGE];
+
+/// Whether the kernel could not reach the memory of a system call.
+fn is_fault(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
+}
+
+/// The part of a segment from `offset` to the end of its first page.
+fn first_page(segment: &Segment, offset: usize) -> Segment {
+    let start = segment.base().addr().wrapping_add(offset);
+    segment.part(offset, PAGE - start % PAGE)
+}
 
 /// What frames go over.
 enum Stream {
@@ -168,6 +186,7 @@ impl TcpConnection {
 
 impl Connection for TcpConnection {
     fn queue(&mut self, header: &MessageHeader, body: Option<Vec<u8>>) {
+        self.sender.body_bytes += body.as_ref().map_or(0, Vec::len);
         self.sender.queue(header, None, |frame| {
             if let Some(body) = body {
                 // SAFETY: the bytes live in the frame until it is sent, and moving a `Vec` does not move its bytes.
@@ -175,6 +194,10 @@ impl Connection for TcpConnection {
                 frame.bodies.push(body);
             }
         });
+    }
+
+    fn backlog_bytes(&self) -> usize {
+        self.sender.body_bytes
     }
 
     fn queue_data(
@@ -197,6 +220,10 @@ impl Connection for TcpConnection {
 
     fn take_sent(&mut self, tags: &mut Vec<u32>) {
         tags.append(&mut self.sender.sent);
+    }
+
+    fn take_faults(&mut self, faults: &mut Vec<(Slot, Sequence)>) {
+        faults.extend(self.sender.faults.drain(..).map(|request| (request.slot, request.sequence)));
     }
 
     fn wants_to_send(&self) -> bool {
@@ -261,10 +288,18 @@ struct Sender {
     open: Option<Frame>,
     /// Messages in `frames` and `open`.
     backlog: usize,
+    /// Bytes of bodies in `frames` and `open`.
+    body_bytes: usize,
     spare: Vec<Frame>,
     scratch: Vec<Segment>,
     sent: Vec<u32>,
     unsent: Unsent,
+    /// Bytes that are sent page by page, because memory near them cannot be read.
+    narrow: usize,
+    /// Bytes of these that are sent as [`FILLER`].
+    filler: usize,
+    /// Writes that were sent with filler.
+    faults: Vec<Request>,
 }
 
 impl Sender {
@@ -317,22 +352,52 @@ impl Sender {
             match stream.send(&self.scratch) {
                 Ok(sent) => {
                     counters.tcp_sent_bytes += sent as u64;
+                    self.narrow = self.narrow.saturating_sub(sent);
+                    self.filler = self.filler.saturating_sub(sent);
+                    let was_short = sent < wanted;
                     self.advance(sent);
-                    if sent < wanted {
+                    // Short of a page that cannot be read, or of what the network takes: the next call tells.
+                    if was_short {
                         return Ok(());
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_fault(&error) && self.fault() => {}
                 Err(error) => return Err(error.into()),
             }
         }
         Ok(())
     }
 
+    /// The kernel could not read the memory of what is to be sent next. The frame's table has been sent, so the peer expects the
+    /// bytes: what can be read is sent page by page to the end of the message, and filler in place of the rest. False if that is
+    /// no help: only the owner of a write can repeat it.
+    fn fault(&mut self) -> bool {
+        let (index, offset) = self.position;
+        let Some(frame) = self.frames.front() else { return false };
+        let at = frame.messages.partition_point(|(end, _)| *end <= index);
+        let Some((end, request)) = frame.messages.get(at) else { return false };
+        if self.narrow == 0 {
+            let left = frame.segments[index..*end].iter().map(Segment::length).sum::<usize>();
+            self.narrow = left - offset;
+            return true;
+        }
+        // Of the requests only writes have data to send.
+        let Some(request) = request.filter(|_| self.filler == 0) else { return false };
+        self.filler = first_page(&frame.segments[index], offset).length();
+        if self.faults.last() != Some(&request) {
+            self.faults.push(request);
+        }
+        true
+    }
+
     /// Collects the segments of one system call from as many frames as fit; returns their bytes.
     fn collect(&mut self) -> usize {
         self.scratch.clear();
+        if self.narrow > 0 {
+            return self.collect_page();
+        }
         let (mut skip, mut offset) = self.position;
         for frame in &self.frames {
             for segment in &frame.segments[skip..] {
@@ -345,6 +410,24 @@ impl Sender {
             skip = 0;
         }
         self.scratch.iter().map(Segment::length).sum()
+    }
+
+    /// Collects the next page, or filler for it.
+    fn collect_page(&mut self) -> usize {
+        let (mut index, mut offset) = self.position;
+        let Some(frame) = self.frames.front() else { return 0 };
+        while frame.segments.get(index).is_some_and(|segment| segment.length() == offset) {
+            (index, offset) = (index + 1, 0);
+        }
+        let Some(segment) = frame.segments.get(index) else { return 0 };
+        let page = if self.filler > 0 {
+            // SAFETY: the bytes are never written: what is sent is only read.
+            unsafe { Segment::new(FILLER.as_ptr().cast_mut(), self.filler) }
+        } else {
+            first_page(segment, offset)
+        };
+        self.scratch.push(page);
+        page.length()
     }
 
     fn advance(&mut self, mut sent: usize) {
@@ -363,6 +446,7 @@ impl Sender {
             self.position = (0, 0);
             if let Some(mut frame) = self.frames.pop_front() {
                 self.sent.append(&mut frame.tags);
+                self.body_bytes -= frame.bodies.iter().map(Vec::len).sum::<usize>();
                 frame.bodies.clear();
                 self.backlog -= usize::from(frame.count);
                 if self.spare.len() < MAX_SPARE {
@@ -377,6 +461,8 @@ impl Sender {
 struct Incoming {
     header: MessageHeader,
     body: Vec<u8>,
+    /// Some of its data went nowhere: the memory for it cannot be written.
+    faulted: bool,
 }
 
 /// What is received: head, rest of the table, then payloads.
@@ -399,6 +485,10 @@ struct ReceiveState {
     first_left: usize,
     /// There is no place for the first message's payload.
     starved: bool,
+    /// The first message is received page by page, because memory near its place cannot be written.
+    narrow: bool,
+    /// What the messages that were delivered in this call count for in its budget.
+    spent: usize,
     scratch: Vec<Segment>,
     discard: Box<[u8]>,
 }
@@ -417,6 +507,8 @@ impl ReceiveState {
             segments: VecDeque::new(),
             first_left: 0,
             starved: false,
+            narrow: false,
+            spent: 0,
             scratch: Vec::new(),
             discard: Box::new([]),
         }
@@ -429,7 +521,8 @@ impl ReceiveState {
         receiver: &mut dyn Receiver,
         counters: &mut Counters,
     ) -> Result<(), ConnectionError> {
-        let mut budget = RECEIVE_BUDGET;
+        let mut taken = 0;
+        self.spent = 0;
         self.starved = false;
         loop {
             self.place(sender, receiver)?;
@@ -438,28 +531,54 @@ impl ReceiveState {
                 return Ok(()); // No memory for the next payload; the owner calls again when there is.
             }
             let wanted = self.collect();
-            let received = match stream.receive(&self.scratch, budget > 0) {
+            let received = match stream.receive(&self.scratch, taken.max(self.spent) < RECEIVE_BUDGET) {
                 Ok(0) => return Err(ConnectionError::Closed),
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if is_fault(&error) && self.fault() => continue,
                 Err(error) => return Err(error.into()),
             };
             counters.tcp_received_bytes += received as u64;
             self.take(received, sender, receiver)?;
-            budget = budget.saturating_sub(received);
+            taken += received;
+            let is_spent = taken.max(self.spent) >= RECEIVE_BUDGET;
             // A lone message without payload is mostly the only thing there; asking again would only be told so.
             let lone = received == HEAD && self.messages.is_empty() && self.frame.is_none();
-            if (received < wanted || budget == 0 || lone) && !stream.has_received() {
+            if (received < wanted || is_spent || lone) && !stream.has_received() {
                 return Ok(()); // Drained, or others' turn; the loop calls again while there is more.
             }
         }
     }
 
+    /// The kernel could not write to the place of what comes next. To the end of the message, what can be written is received page
+    /// by page, and the rest goes nowhere. False if no message's data is to come next.
+    fn fault(&mut self) -> bool {
+        let (Some(first), Some(message)) = (self.segments.front().copied(), self.messages.front_mut()) else {
+            return false;
+        };
+        if !std::mem::replace(&mut self.narrow, true) {
+            return true;
+        }
+        message.faulted = true;
+        let page = first_page(&first, 0);
+        self.segments[0] = first.part(page.length(), usize::MAX);
+        if self.segments[0].length() == 0 {
+            self.segments.pop_front();
+        }
+        let nowhere = self.nowhere(page.length());
+        self.segments.push_front(nowhere);
+        true
+    }
+
     /// The destinations of the next system call.
     fn collect(&mut self) -> usize {
         self.scratch.clear();
-        if self.messages.is_empty() && self.frame.is_some() {
+        if self.narrow
+            && let Some(first) = self.segments.front()
+        {
+            self.scratch.push(first_page(first, 0));
+        } else if self.messages.is_empty() && self.frame.is_some() {
             let rest = &mut self.table[self.table_filled..self.table_length];
             // SAFETY: the table is not moved or read while the system call fills it.
             self.scratch.push(unsafe { Segment::new(rest.as_mut_ptr(), rest.len()) });
@@ -532,7 +651,16 @@ impl ReceiveState {
             if sender.is_unsent(&message.header) {
                 return Err(ConnectionError::Broken(ANSWERED));
             }
-            receiver.deliver(&message.header, &message.body);
+            let payload = message.header.payload as usize;
+            self.spent += MESSAGE_COST.max(HEADER_SIZE + payload) + receiver.weight(&message.header);
+            if message.faulted {
+                if !receiver.deliver_faulted(&message.header) {
+                    return Err(io::Error::from_raw_os_error(libc::EFAULT).into());
+                }
+            } else {
+                receiver.deliver(&message.header, &message.body);
+            }
+            self.narrow = false;
             self.messages.pop_front();
             self.placed -= 1;
             self.first_left = self.messages.front().map_or(0, |m| m.header.payload as usize);
@@ -587,7 +715,7 @@ impl ReceiveState {
                 answered[word] |= bit;
             }
             total += u64::from(header.payload);
-            self.messages.push_back(Incoming { header, body: Vec::new() });
+            self.messages.push_back(Incoming { header, body: Vec::new(), faulted: false });
         }
         if total != u64::from(frame.payload) {
             return Err(WireError::Limit {
@@ -631,17 +759,25 @@ impl ReceiveState {
     }
 
     fn discard(&mut self, mut length: usize) {
-        if self.discard.is_empty() {
-            self.discard = vec![0; DISCARD].into_boxed_slice();
-        }
         while length > 0 {
             let part = length.min(DISCARD);
-            // SAFETY: the buffer lives as long as the connection and is never read.
-            self.segments.push_back(unsafe { Segment::new(self.discard.as_mut_ptr(), part) });
+            let nowhere = self.nowhere(part);
+            self.segments.push_back(nowhere);
             length -= part;
         }
     }
+
+    /// A segment of at most [`DISCARD`] bytes for what is not wanted.
+    fn nowhere(&mut self, length: usize) -> Segment {
+        if self.discard.is_empty() {
+            self.discard = vec![0; DISCARD].into_boxed_slice();
+        }
+        // SAFETY: the buffer lives as long as the connection and is never read.
+        unsafe { Segment::new(self.discard.as_mut_ptr(), length.min(DISCARD)) }
+    }
 }
 
+#[cfg(test)]
+pub(crate) use tests::faults::torn_pages;
 #[cfg(test)]
 mod tests;

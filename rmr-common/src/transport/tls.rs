@@ -14,7 +14,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::version::TLS13;
-use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore, ServerConfig,
+    ServerConnection,
+};
 use thiserror::Error;
 
 use crate::buffer::Segment;
@@ -53,6 +56,45 @@ pub enum TlsError {
         /// What is wrong.
         reason: String,
     },
+}
+
+/// A session that will not come about, or was damaged: it helps little to try again before somebody changes a certificate, a clock or
+/// the configuration.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+#[error("TLS: {0}")]
+pub struct Distrust(String);
+
+impl From<rustls::Error> for Distrust {
+    fn from(error: rustls::Error) -> Self {
+        let advice = match &error {
+            rustls::Error::InvalidCertificate(reason) => match reason {
+                CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                    "the peer's certificate has expired; renew it there, or look at the clock here"
+                }
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                    "the peer's certificate is not valid yet; look at the clocks of both machines"
+                }
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                    "the peer's certificate does not name the host of the address; use a name that it has, or give it one \
+                     with this name"
+                }
+                // An authority that was made again under the same name has another key.
+                CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                    "the peer's certificate is of no authority that is trusted here (tls-authorities)"
+                }
+                _ => "the peer's certificate is not accepted",
+            },
+            rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => {
+                "the peer wants a certificate; configure one (tls-certificate, tls-key)"
+            }
+            rustls::Error::AlertReceived(_) => "the peer refuses the session, its log says why",
+            rustls::Error::InvalidMessage(_) => {
+                "the peer does not speak TLS; look at the scheme of its address"
+            }
+            _ => return Self(error.to_string()),
+        };
+        Self(format!("{advice} ({error})"))
+    }
 }
 
 /// A certificate chain and its private key, as PEM files.
@@ -296,7 +338,7 @@ impl TlsStream {
         let state = self.session.process_new_packets();
         // An alert, too, that tells the peer what is wrong with it.
         let pushed = self.push();
-        let state = state.map_err(|e| io::Error::new(ErrorKind::InvalidData, format!("TLS: {e}")))?;
+        let state = state.map_err(|e| io::Error::new(ErrorKind::InvalidData, Distrust::from(e)))?;
         self.readable = state.plaintext_bytes_to_read();
         pushed.map(drop)
     }

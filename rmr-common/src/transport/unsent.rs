@@ -12,8 +12,8 @@ pub(super) const ANSWERED: &str = "an answer to a request that was not sent yet"
 /// A request whose memory is used when it is sent, or by the peer from then on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Request {
-    slot: Slot,
-    sequence: Sequence,
+    pub(super) slot: Slot,
+    pub(super) sequence: Sequence,
 }
 
 impl Request {

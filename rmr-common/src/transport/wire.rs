@@ -10,6 +10,7 @@ use super::tcp::TcpConnection;
 use super::tls::ServerTls;
 use super::{Connection, ConnectionError, Counters, Receiver};
 use crate::buffer::Segment;
+use crate::pool::{Sequence, Slot};
 use crate::wire::MessageHeader;
 
 /// The last words of a connection may take so long.
@@ -144,6 +145,14 @@ impl Connection for Wire {
         }
     }
 
+    fn take_faults(&mut self, faults: &mut Vec<(Slot, Sequence)>) {
+        match self {
+            Self::Tcp(connection) => connection.take_faults(faults),
+            // The card reads memory that is pinned: it stays readable when its owner gives it up.
+            Self::Rdma(_) => {}
+        }
+    }
+
     fn wants_to_send(&self) -> bool {
         match self {
             Self::Tcp(connection) => connection.wants_to_send(),
@@ -155,6 +164,13 @@ impl Connection for Wire {
         match self {
             Self::Tcp(connection) => connection.backlog(),
             Self::Rdma(connection) => connection.backlog(),
+        }
+    }
+
+    fn backlog_bytes(&self) -> usize {
+        match self {
+            Self::Tcp(connection) => connection.backlog_bytes(),
+            Self::Rdma(connection) => connection.backlog_bytes(),
         }
     }
 

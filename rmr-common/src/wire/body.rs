@@ -152,7 +152,11 @@ impl HelloReply {
             || !(1..=MAX_SLOTS).contains(&limits.slots)
             || limits.max_bytes < limits.max_io
         {
-            return Err(d.value_error(format!("limits {limits:?}")));
+            return Err(d.value_error(format!(
+                "limits of {} bytes a message, {} slots, {} bytes in flight: expected 4096 to {MAX_IO}, 1 to {MAX_SLOTS}, and no less \
+                 in flight than in a message",
+                limits.max_io, limits.slots, limits.max_bytes
+            )));
         }
         let member = d.member()?;
         let write_through = d.u8()? != 0;
@@ -197,6 +201,8 @@ pub struct Attach {
     pub yields: bool,
     /// Who the client is, in words for operators; named to whoever is refused because of it.
     pub description: String,
+    /// For how long the client has had the pool, in milliseconds: more than nothing where it comes back to a member.
+    pub held_ms: u64,
 }
 
 impl Attach {
@@ -208,7 +214,8 @@ impl Attach {
             .u8(self.takeover.into())
             .u8(self.rejoin.into())
             .u8(self.yields.into())
-            .text(&self.description);
+            .text(&self.description)
+            .u64(self.held_ms);
         e.finish()
     }
 
@@ -220,7 +227,7 @@ impl Attach {
         let mut d = Decoder::new(Kind::Attach, body);
         let client = ClientId::from_bytes(d.uuid()?);
         let (takeover, rejoin, yields) = (d.u8()? != 0, d.u8()? != 0, d.u8()? != 0);
-        let attach = Self { client, takeover, rejoin, yields, description: d.text()? };
+        let attach = Self { client, takeover, rejoin, yields, description: d.text()?, held_ms: d.u64()? };
         d.finish()?;
         Ok(attach)
     }
@@ -264,6 +271,9 @@ pub struct AttachReply {
     pub position: Position,
     /// What the member remembers of all members.
     pub attested: Attested,
+    /// The disk failed a flush, and no later attachment is known to have dealt with that: what the member had answered and not
+    /// flushed may be gone.
+    pub flush_failed: bool,
 }
 
 impl AttachReply {
@@ -287,6 +297,7 @@ impl AttachReply {
             e.u64(first.0).u64(*count);
         }
         e.position(&self.position).attested(&self.attested);
+        e.u8(self.flush_failed.into());
         e.finish()
     }
 
@@ -327,6 +338,7 @@ impl AttachReply {
             intents.push((Chunk(d.u64()?), d.u64()?));
         }
         let (position, attested) = (d.position()?, d.attested()?);
+        let flush_failed = d.u8()? != 0;
         d.finish()?;
         Ok(Self {
             view,
@@ -339,6 +351,7 @@ impl AttachReply {
             intents,
             position,
             attested,
+            flush_failed,
         })
     }
 }
@@ -439,6 +452,9 @@ pub struct Prepare {
     pub source: MemberId,
     /// Where its node listens.
     pub address: Address,
+    /// The pool as it is in the committed view; it has the source at that address. The receiver may have been away while
+    /// the pool changed.
+    pub spec: PoolSpec,
 }
 
 impl Prepare {
@@ -446,20 +462,26 @@ impl Prepare {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut e = Encoder::default();
-        e.u8(self.source.as_u8()).text(&self.address.to_string());
+        e.u8(self.source.as_u8()).text(&self.address.to_string()).spec(&self.spec);
         e.finish()
     }
 
     /// Reads the body.
     ///
     /// # Errors
-    /// When the bytes are no such body.
+    /// When the bytes are no such body, or the specification does not have the source at the address.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut d = Decoder::new(Kind::Prepare, body);
         let source = d.member()?;
         let address = d.text()?.parse().map_err(|e| d.value_error(e))?;
+        let spec = d.spec()?;
+        if spec.member(source).is_none_or(|m| m.address != address) {
+            return Err(
+                d.value_error(format!("the specification does not have member {source} at {address}"))
+            );
+        }
         d.finish()?;
-        Ok(Self { source, address })
+        Ok(Self { source, address, spec })
     }
 }
 
@@ -653,6 +675,7 @@ mod tests {
             rejoin: true,
             yields: true,
             description: "x".into(),
+            held_ms: 7,
         };
         check(&attach, attach.encode(), Attach::decode);
         let entry =
@@ -668,19 +691,27 @@ mod tests {
             intents: vec![(Chunk(3), 2)],
             position: attested_positions().of(MemberId::new(1).unwrap()).to_owned(),
             attested: attested_positions(),
+            flush_failed: true,
         };
         check(&attached, attached.encode(), AttachReply::decode);
         let addition = DirtyAddition { members: MemberSet(2), offset: 0, length: 4096 };
         let set = SetView {
             view,
-            spec: pool,
+            spec: pool.clone(),
             additions: vec![addition],
             more: true,
             attested: attested_positions(),
         };
         check(&set, set.encode(), SetView::decode);
-        let prepare = Prepare { source: MemberId::new(2).unwrap(), address: Address::tcp("node-c", 7700) };
+        let (source, address) = (MemberId::new(3).unwrap(), pool.members[1].address.clone());
+        let prepare = Prepare { source, address, spec: pool };
         check(&prepare, prepare.encode(), Prepare::decode);
+        for wrong in [
+            Prepare { source: MemberId::new(2).unwrap(), ..prepare.clone() },
+            Prepare { address: Address::tcp("elsewhere", 2), ..prepare },
+        ] {
+            assert!(Prepare::decode(&wrong.encode()).is_err(), "{wrong:?}");
+        }
         let known = attested_positions();
         check(&known, encode_attested(&known), |b| decode_attested(Kind::Mark, b));
         let member = MemberId::new(1).unwrap();
@@ -710,6 +741,7 @@ mod tests {
             intents: Vec::new(),
             position: Position::default(),
             attested: Attested::default(),
+            flush_failed: false,
         };
         let is_read = |reply: &AttachReply| AttachReply::decode(&reply.encode()).is_ok();
         let with = |entry| AttachReply { slots: vec![entry], ..reply.clone() };

@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{MAX_BODY, MAX_IO, MAX_SLOTS, WireError};
+use super::{MAX_BODY, MAX_IO, MAX_SLOTS, Role, WireError};
 use crate::pool::{Epoch, MAX_NUMBER, MemberSet, PoolId, Sequence, Slot, ViewNumber};
 
 /// Size of a [`MessageHeader`] in bytes.
@@ -158,6 +158,36 @@ impl Kind {
         matches!(self, Self::PullMap | Self::PullMapReply | Self::Pull | Self::PullReply | Self::PullData)
     }
 
+    /// Whether a connection that was opened in this role may send it, once it is greeted. Everything else closes the
+    /// connection.
+    #[must_use]
+    pub const fn is_from(self, role: Role) -> bool {
+        match role {
+            Role::Client => matches!(
+                self,
+                Self::Attach
+                    | Self::Detach
+                    | Self::SetView
+                    | Self::Ping
+                    | Self::Prepare
+                    | Self::ClearDirty
+                    | Self::Write
+                    | Self::Read
+                    | Self::Flush
+                    | Self::Discard
+                    | Self::WriteZeroes
+                    | Self::Compare
+                    | Self::Digest
+                    | Self::CommandReply
+                    | Self::Grow
+                    | Self::Mark
+            ),
+            Role::Peer => {
+                matches!(self, Self::PullMap | Self::Pull | Self::Digest | Self::Command | Self::Ping)
+            }
+        }
+    }
+
     /// Whether this is one of the five I/O requests.
     #[must_use]
     pub const fn is_request(self) -> bool {
@@ -228,6 +258,31 @@ impl Status {
             15 => Self::KeyRefused,
             16 => Self::NoKey,
             _ => return None,
+        })
+    }
+}
+
+/// What a status means, for logs and operators.
+impl std::fmt::Display for Status {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "done",
+            Self::BadRequest => "malformed request",
+            Self::StaleEpoch => "another client has attached since",
+            Self::StaleView => "the member has another view",
+            Self::NotAttached => "not attached",
+            Self::Held => "another client holds the pool",
+            Self::NoSuchPool => "no such pool",
+            Self::Version => "no common protocol version",
+            Self::IoError => "I/O error of the disk",
+            Self::NoSpace => "the disk is full",
+            Self::IllegalView => "no legal step from the member's view",
+            Self::Stopping => "the node is stopping",
+            Self::Limit => "a limit of the node is reached",
+            Self::DigestDiffers => "the data does not fit its digest",
+            Self::KeyRequired => "the pool has a key, and none was shown",
+            Self::KeyRefused => "the key is not the pool's",
+            Self::NoKey => "the node has no key for the pool",
         })
     }
 }

@@ -30,6 +30,8 @@ pub const PROTOCOL_VERSION: u16 = 2;
 pub const MAX_BODY: u32 = 1 << 20;
 /// Largest data payload of one message in bytes. Larger requests are split by the client.
 pub const MAX_IO: u32 = 1 << 20;
+/// Longest range of one Discard or WriteZeroes in bytes. Larger requests are split by the client.
+pub const MAX_RANGE: u32 = 64 << 20;
 /// Most request slots of one client session, and so the length of a node's slot table.
 pub const MAX_SLOTS: u16 = 1024;
 /// Longest text (a holder's name, the words of a refusal) in bytes.

@@ -3,7 +3,7 @@
 //! Every answer is JSON (but for the metrics page); every refusal has the same shape, an [`ErrorBody`].
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{
@@ -15,24 +15,29 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use rmr_common::pool::{Command, CommandReply, StoreId};
+use rmr_common::words;
 use serde::de::DeserializeOwned;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{debug, info};
 use uuid::Uuid;
 
 use super::api::{
-    ControlError, CreateStore, DeleteStore, ErrorBody, ErrorCode, Health, NodeInfo, PoolKey, PoolList,
-    PoolStatus, StoreCreated, StoreDeleted, StoreState,
+    ControlError, CreateStore, DeleteStore, ErrorBody, ErrorCode, Health, LeftOut, NodeInfo, PoolKey,
+    PoolList, PoolStatus, StoreCreated, StoreDeleted, StoreList, StoreState,
 };
-use super::{AdminLimits, NodeControl, metrics};
+use super::connections::Work;
+use super::{AdminLimits, HostNames, NodeControl, metrics, stores};
 
-type Control = State<Arc<dyn NodeControl>>;
-type Answer<T> = Result<Json<T>, Refusal>;
+pub(super) type Control = State<Arc<dyn NodeControl>>;
+pub(super) type Answer<T> = Result<Json<T>, Refusal>;
 
 /// What handlers share.
 #[derive(Clone)]
-struct App {
-    control: Arc<dyn NodeControl>,
+pub(super) struct App {
+    pub(super) control: Arc<dyn NodeControl>,
     limits: AdminLimits,
+    /// For requests that may take long: a reserve of connections is kept from them.
+    long: Arc<Semaphore>,
 }
 
 impl FromRef<App> for Arc<dyn NodeControl> {
@@ -41,33 +46,11 @@ impl FromRef<App> for Arc<dyn NodeControl> {
     }
 }
 
-/// How many requests that may take long are going on over one connection. It lets the server tell a caller who waits
-/// for a disk to be zeroed from one who keeps a connection for nothing.
-#[derive(Clone, Debug, Default)]
-pub(super) struct LongWork(Arc<AtomicU32>);
+/// How long a caller has to send the body of a request, at most.
+const BODY_LIMIT: Duration = Duration::from_secs(10);
 
-impl LongWork {
-    pub(super) fn is_going_on(&self) -> bool {
-        self.0.load(Ordering::Relaxed) > 0
-    }
-
-    fn begin(&self) -> LongWorkGuard {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        LongWorkGuard(self.clone())
-    }
-}
-
-/// Long work that ends when this is dropped.
-struct LongWorkGuard(LongWork);
-
-impl Drop for LongWorkGuard {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// The router with its limits. Each connection adds its own [`LongWork`].
-pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits) -> Router {
+/// The router with its limits. Each connection adds its own [`Work`].
+pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits, names: HostNames) -> Router {
     let quick = Router::new()
         .route("/v1/node", get(node))
         .route("/v1/health", get(health))
@@ -76,22 +59,55 @@ pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits) -> Rout
         .route("/v1/stores/{uuid}", delete(delete_store))
         .route("/metrics", get(metrics_page))
         .layer(middleware::from_fn(move |request: Request, next: Next| async move {
-            within(limits, next.run(request)).await.unwrap_or_else(IntoResponse::into_response)
+            // These have no body: all of the request is here.
+            let work = request.extensions().get::<Work>().map(Work::begin);
+            let answer = within(limits.request_timeout, next.run(request)).await;
+            drop(work);
+            answer.unwrap_or_else(IntoResponse::into_response)
         }));
+    let names = Arc::new(names);
+    let long = Arc::new(Semaphore::new((limits.max_connections - limits.max_connections / 4).max(1)));
     quick
         .route("/v1/stores", post(create_store))
         .route("/v1/pools/{key}/commands", post(command))
+        .merge(stores::routes())
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(limits.max_body))
-        .with_state(App { control, limits })
+        .layer(middleware::from_fn(move |request: Request, next: Next| {
+            let names = Arc::clone(&names);
+            async move {
+                match names.check(request.version(), request.uri(), request.headers()) {
+                    Ok(()) => next.run(request).await,
+                    Err(message) => Refusal::new(ErrorCode::Forbidden, message).into_response(),
+                }
+            }
+        }))
+        .with_state(App { control, limits, long })
+}
+
+impl App {
+    /// Reads the body of a request that may take long.
+    pub(super) async fn body<T: DeserializeOwned>(&self, request: Request) -> Result<T, Refusal> {
+        let limit = self.limits.request_timeout.min(BODY_LIMIT);
+        let JsonOf(body) = within(limit, JsonOf::<T>::from_request(request, self)).await??;
+        Ok(body)
+    }
+
+    /// A place among the requests that may take long.
+    pub(super) fn long_work(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        Arc::clone(&self.long).try_acquire_owned().map_err(|_| {
+            let message = "too many creations of stores and commands are under way on this node; wait until one of them is done";
+            Refusal::new(ErrorCode::Busy, message)
+        })
+    }
 }
 
 /// Waits as long as a request may take.
-async fn within<T>(limits: AdminLimits, work: impl Future<Output = T>) -> Result<T, Refusal> {
-    let limit = limits.request_timeout;
+async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, Refusal> {
     tokio::time::timeout(limit, work).await.map_err(|_| {
-        let message = format!("the node did not finish within {limit:?}; it may still carry the request out");
+        let limit = words::time(limit);
+        let message = format!("the node did not finish within {limit}; it may still carry the request out");
         Refusal::new(ErrorCode::Timeout, message)
     })
 }
@@ -115,16 +131,23 @@ async fn health(State(control): Control) -> Result<Response, Refusal> {
             }
         })
         .collect();
+    let list = control.stores().await?;
+    let mut problems = problems;
+    problems.extend(list.left_out.iter().map(LeftOut::words));
+    let is_faulty = list.left_out.iter().any(|l| !l.closed) || !list.problems.is_empty();
+    problems.extend(list.problems);
     let stores = u32::try_from(pools.len()).unwrap_or(u32::MAX);
     // A store that waits needs its peers, not a restart of this node.
-    let healthy = !pools.iter().any(|p| matches!(p.store_state, StoreState::Failed { .. }));
+    let healthy = !is_faulty && !pools.iter().any(|p| matches!(p.store_state, StoreState::Failed { .. }));
     let health = Health { healthy, stores, problems };
     let status = if health.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     Ok((status, Json(health)).into_response())
 }
 
 async fn pools(State(control): Control) -> Answer<PoolList> {
-    Ok(Json(PoolList { pools: sorted_pools(&control).await? }))
+    let (pools, stores) = (sorted_pools(&control).await?, control.stores().await?);
+    let StoreList { node, left_out, data_addresses, .. } = stores;
+    Ok(Json(PoolList { pools, left_out, node, data_addresses }))
 }
 
 async fn pool(State(control): Control, PathOf(key): PathOf<String>) -> Answer<PoolStatus> {
@@ -146,13 +169,13 @@ async fn pool(State(control): Control, PathOf(key): PathOf<String>) -> Answer<Po
 /// caller may hang up, and the node carries on.
 async fn create_store(
     State(app): State<App>,
-    Extension(long_work): Extension<LongWork>,
+    Extension(work): Extension<Work>,
     request: Request,
 ) -> Answer<StoreCreated> {
-    let JsonOf(request) = within(app.limits, JsonOf::<CreateStore>::from_request(request, &app)).await??;
+    let request: CreateStore = app.body(request).await?;
     check_create(&request).map_err(|message| Refusal::new(ErrorCode::Invalid, message))?;
     let (pool, name, member) = (request.spec.id, request.spec.name.clone(), request.member);
-    let _guard = long_work.begin();
+    let _guard = (app.long_work()?, work.begin());
     let created = app.control.create_store(request).await?;
     info!(%pool, name, %member, store = %created.store, path = %created.path.display(), "store created");
     Ok(Json(created))
@@ -161,13 +184,13 @@ async fn create_store(
 /// As with a creation, there is no limit of time once the request was read: a pool grows as fast as its devices can be zeroed.
 async fn command(
     State(app): State<App>,
-    Extension(long_work): Extension<LongWork>,
+    Extension(work): Extension<Work>,
     PathOf(key): PathOf<String>,
     request: Request,
 ) -> Answer<CommandReply> {
     let key: PoolKey = key.parse().map_err(|e| Refusal::new(ErrorCode::Invalid, format!("{e}")))?;
-    let JsonOf(command) = within(app.limits, JsonOf::<Command>::from_request(request, &app)).await??;
-    let _guard = long_work.begin();
+    let command: Command = app.body(request).await?;
+    let _guard = (app.long_work()?, work.begin());
     let reply = app.control.command(key.clone(), command.clone()).await?;
     match &reply {
         CommandReply::Done { view, .. } => info!(pool = %key, view = %view.number, "done: {command}"),
@@ -211,7 +234,11 @@ async fn delete_store(
 }
 
 async fn metrics_page(State(control): Control) -> Result<Response, Refusal> {
-    let page = metrics::page(&control.node_info().await?, &sorted_pools(&control).await?);
+    let page = metrics::page(
+        &control.node_info().await?,
+        &sorted_pools(&control).await?,
+        &control.stores().await?.left_out,
+    );
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response())
 }
 
@@ -231,10 +258,10 @@ async fn sorted_pools(control: &Arc<dyn NodeControl>) -> Result<Vec<PoolStatus>,
 }
 
 /// A [`ControlError`] as an HTTP answer.
-struct Refusal(ControlError);
+pub(super) struct Refusal(ControlError);
 
 impl Refusal {
-    fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+    pub(super) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self(ControlError::new(code, message))
     }
 
@@ -264,7 +291,7 @@ impl IntoResponse for Refusal {
 }
 
 /// [`Json`] whose rejection is a [`Refusal`].
-struct JsonOf<T>(T);
+pub(super) struct JsonOf<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonOf<T> {
     type Rejection = Refusal;

@@ -27,7 +27,10 @@ fn exchange(node: &FakeNode, request: &[u8]) -> (u16, String) {
 }
 
 fn request(node: &FakeNode, line: &str, headers: &str, body: &str) -> (u16, String) {
-    let text = format!("{line} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {}\r\n\r\n{body}", body.len());
+    let text = format!(
+        "{line} HTTP/1.1\r\nhost: localhost\r\n{headers}content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
     exchange(node, text.as_bytes())
 }
 
@@ -204,8 +207,7 @@ fn a_creation_may_take_longer_than_a_request_but_its_body_may_not() {
     node.state.lock().unwrap().create_takes = fake::limits().request_timeout * 2;
     assert_eq!(post(&node, &serde_json::to_string(&create_request()).unwrap()).0, 200);
     let begun = Instant::now();
-    let head =
-        "POST /v1/stores HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+    let head = "POST /v1/stores HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
     assert_eq!(exchange(&node, head.as_bytes()).0, 504);
     assert!(begun.elapsed() < QUICK);
 }
@@ -263,6 +265,40 @@ fn health_follows_the_stores() {
 }
 
 #[test]
+fn health_follows_the_stores_left_out_but_for_those_that_were_closed() {
+    let node = FakeNode::start("n0");
+    node.state.lock().unwrap().left_out.push(fake::left_out("/dev/vdb", "vm-1", 0));
+    let (status, health) = get(&node, "/v1/health");
+    let words = "store /dev/vdb of pool 'vm-1' member 0 is left out: I/O error";
+    assert_eq!((status, &health["healthy"], &health["problems"]), (503, &json!(false), &json!([words])));
+    assert_eq!(get(&node, "/v1/pools").1["left_out"][0]["path"], "/dev/vdb");
+    node.state.lock().unwrap().left_out[0].closed = true;
+    let (status, health) = get(&node, "/v1/health");
+    assert_eq!((status, health["problems"].as_array().unwrap().len()), (200, 1), "{health}");
+}
+
+#[test]
+fn a_store_is_named_by_an_absolute_path_or_its_uuid() {
+    let node = FakeNode::start("n0");
+    let ask = |route: &str, body: &Value| {
+        let line = format!("POST /v1/stores/{route}");
+        let (status, answer) = request(&node, &line, "content-type: application/json\r\n", &body.to_string());
+        (status, serde_json::from_str::<Value>(&answer).unwrap())
+    };
+    for (route, body) in [
+        ("open", json!({})),
+        ("open", json!({"store": StoreId::random()})),
+        ("open", json!({"path": "/dev/vdb", "force": true})),
+        ("close", json!({"path": "vdb"})),
+        ("delete", json!({"path": "/dev/vdb", "colour": 1})),
+    ] {
+        let (status, answer) = ask(route, &body);
+        assert_eq!((status, code(&answer)), (400, "invalid"), "{route} {body}");
+    }
+    assert_eq!(ask("close", &json!({"path": "/dev/vdb"})).0, 404);
+}
+
+#[test]
 fn the_metrics_page_is_prometheus_text() {
     let node = FakeNode::start("n0");
     node.hold(pool_status("vm-1", 2, 0));
@@ -272,19 +308,65 @@ fn the_metrics_page_is_prometheus_text() {
 }
 
 #[test]
-fn connections_beyond_the_limit_wait_and_idle_ones_end() {
+fn requests_for_another_host_are_refused_on_every_route() {
     let node = FakeNode::start("n0");
-    let idle: Vec<_> =
-        (0..fake::limits().max_connections).map(|_| TcpStream::connect(node.address()).unwrap()).collect();
-    let mut late = TcpStream::connect(node.address()).unwrap();
-    late.write_all(b"GET /v1/node HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
-    late.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-    assert!(late.read(&mut [0; 1]).is_err(), "served beyond the limit");
-    drop(idle);
-    late.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let mut answer = String::new();
-    late.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    for line in ["GET /v1/node", "DELETE /v1/stores/x", "POST /v1/stores", "GET /nowhere", "PUT /v1/node"] {
+        let text = format!("{line} HTTP/1.1\r\nhost: evil.example:7701\r\ncontent-length: 0\r\n\r\n");
+        let (status, body) = exchange(&node, text.as_bytes());
+        let answer: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((status, code(&answer)), (403, "forbidden"), "{line}: {answer}");
+    }
+    let (status, _) = exchange(&node, b"GET /v1/node HTTP/1.0\r\n\r\n");
+    assert_eq!(status, 200);
+}
+
+#[test]
+fn requests_that_are_sent_half_lock_nobody_out() {
+    let node = FakeNode::start("n0");
+    let body = "POST /v1/stores HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+    for start in ["", "GET /v1/node HTTP/1.1\r\nhost: localhost\r\n", body] {
+        let half = || {
+            let mut stream = TcpStream::connect(node.address()).unwrap();
+            stream.write_all(start.as_bytes()).unwrap();
+            stream
+        };
+        let _halves: Vec<_> = (0..3 * fake::limits().max_connections).map(|_| half()).collect();
+        let begun = Instant::now();
+        assert_eq!(get(&node, "/v1/node").0, 200);
+        assert!(begun.elapsed() < fake::limits().request_timeout, "{start:?}: {:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn requests_that_the_node_works_at_are_not_closed_for_others_and_leave_a_reserve() {
+    let node = FakeNode::start("n0");
+    node.state.lock().unwrap().create_takes = Duration::from_secs(3);
+    let create = serde_json::to_string(&create_request()).unwrap();
+    std::thread::scope(|scope| {
+        let ask = || scope.spawn(|| post(&node, &create).0);
+        let creations: Vec<_> = (0..fake::limits().max_connections).map(|_| ask()).collect();
+        while node.state.lock().unwrap().requests.len() < 6 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Three quarters of the connections may be taken so. Others are served, and no matter how many of them come.
+        for _ in 0..2 * fake::limits().max_connections {
+            assert_eq!(get(&node, "/v1/node").0, 200);
+        }
+        let mut statuses: Vec<_> = creations.into_iter().map(|c| c.join().unwrap()).collect();
+        statuses.sort_unstable();
+        assert_eq!(statuses, [200, 200, 200, 200, 200, 200, 503, 503]);
+    });
+}
+
+#[test]
+fn a_caller_has_seconds_to_send_the_head_of_a_request() {
+    let node = FakeNode::start("n0");
+    let mut silent = TcpStream::connect(node.address()).unwrap();
+    silent.write_all(b"GET /v1/node HTTP/1.1\r\nhost: local").unwrap();
+    silent.set_read_timeout(Some(QUICK)).unwrap();
+    let mut answer = Vec::new();
+    // Closed, with an answer or without.
+    silent.read_to_end(&mut answer).unwrap();
 }
 
 #[test]
@@ -305,7 +387,10 @@ fn stopping_does_not_wait_for_a_silent_caller_longer_than_the_grace() {
 fn an_address_in_use_is_named() {
     let node = FakeNode::start("n0");
     let address = node.address().parse().unwrap();
-    let error = super::AdminServer::start(address, fake::limits(), node.control()).err().unwrap();
+    let error =
+        super::AdminServer::start(address, fake::limits(), super::HostNames::default(), node.control())
+            .err()
+            .unwrap();
     assert!(error.to_string().contains(&format!("admin address {address}: ")), "{error}");
 }
 

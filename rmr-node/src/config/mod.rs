@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rmr_common::pool::{Address, MemberId, PoolId, TransportKind};
@@ -26,9 +26,11 @@ const MAX_BUFFER_MEMORY: ByteSize = ByteSize(64 << 30);
 /// Extension of store files in the store directory.
 const STORE_EXTENSION: &str = "store";
 
+mod places;
 mod settings;
 mod values;
 
+pub use places::PlaceError;
 pub use settings::{
     AdminSettings, ConfigError, KeySettings, LogSettings, ResyncSettings, Settings, TlsSettings,
 };
@@ -45,10 +47,16 @@ pub struct Config {
     pub advertise: Vec<Address>,
     /// Where the admin API listens.
     pub admin: SocketAddr,
+    /// Names by which callers may know the admin API, besides those that the node knows itself.
+    pub admin_names: Vec<String>,
     /// Devices or files of stores to open at start.
     pub stores: Vec<PathBuf>,
     /// Directory of file stores.
     pub store_dir: Option<PathBuf>,
+    /// Most stores that are open at once.
+    pub max_stores: usize,
+    /// Devices, files and directories on which the admin API may make stores, besides.
+    pub store_places: Vec<PathBuf>,
     /// I/O threads.
     pub shards: usize,
     /// Buffer memory of each shard in bytes, a multiple of 4096.
@@ -57,9 +65,11 @@ pub struct Config {
     pub engine: EngineChoice,
     /// Most data connections.
     pub max_connections: usize,
+    /// Most of them from one address.
+    pub max_connections_per_address: usize,
     /// A connection on which sent data stays unacknowledged this long is dropped.
     pub leg_timeout: Duration,
-    /// A connection attached to no pool that says nothing this long is closed.
+    /// A connection that has not been greeted for so long is closed.
     pub idle_timeout: Duration,
     /// The intent bit of a chunk without a write for this long may be cleared.
     pub intent_idle: Duration,
@@ -109,6 +119,18 @@ pub struct ResyncConfig {
 }
 
 impl Config {
+    /// Whether all addresses at which the node listens are `tls://` ones: then it reaches others in no other way either.
+    #[must_use]
+    pub fn is_tls_only(&self) -> bool {
+        self.listen.iter().all(|address| address.transport() == TransportKind::Tls)
+    }
+
+    /// Most connections that have not said which pool they want: the others are for those who have.
+    #[must_use]
+    pub fn max_strangers(&self) -> usize {
+        (self.max_connections / 4).max(1)
+    }
+
     /// Checks complete settings.
     ///
     /// # Errors
@@ -120,12 +142,17 @@ impl Config {
             listen: given("listen", s.listen)?,
             advertise: given("advertise", s.advertise)?,
             admin: given("admin", s.admin)?,
+            admin_names: given("admin_names", s.admin_names)?,
             stores: given("stores", s.stores)?,
             store_dir: s.store_dir,
+            max_stores: given("max_stores", s.max_stores)?.as_usize(),
+            store_places: given("store_places", s.store_places)?,
             shards: given("shards", s.shards)?.as_usize(),
             buffer_memory: given("buffer_memory", s.buffer_memory)?.0,
             engine: given("engine", s.engine)?,
             max_connections: given("max_connections", s.max_connections)?.as_usize(),
+            max_connections_per_address: given("max_connections_per_address", s.max_connections_per_address)?
+                .as_usize(),
             leg_timeout: Duration::from_millis(given("leg_timeout_ms", s.leg_timeout_ms)?.get()),
             idle_timeout: given("idle_timeout_s", s.idle_timeout_s)?.seconds(),
             intent_idle: given("intent_idle_s", s.intent_idle_s)?.seconds(),
@@ -163,6 +190,14 @@ impl Config {
         }
         check_advertise(&self.advertise)?;
         check_distinct("stores", &self.stores, |p| p.display().to_string())?;
+        if let Some(place) = self.store_places.iter().find(|place| !place.is_absolute()) {
+            let problem = format!("{}: expected an absolute path", place.display());
+            return Err(ConfigError::value("store_places", problem));
+        }
+        if let Some(name) = self.admin_names.iter().find(|name| !is_host_name(name)) {
+            let problem = format!("'{name}': expected a host name or IP address without a port");
+            return Err(ConfigError::value("admin_names", problem));
+        }
         let memory = ByteSize(self.buffer_memory);
         if !(MIN_BUFFER_MEMORY..=MAX_BUFFER_MEMORY).contains(&memory) || !memory.0.is_multiple_of(4096) {
             let problem = format!(
@@ -233,6 +268,22 @@ impl Config {
         Ok(paths)
     }
 
+    /// Whether a path is one of those that the store directory is searched for at the start.
+    #[must_use]
+    pub fn is_in_store_dir(&self, path: &Path) -> bool {
+        let is_store = path.extension().is_some_and(|e| e == STORE_EXTENSION);
+        is_store && self.store_dir.is_some() && path.parent() == self.store_dir.as_deref()
+    }
+
+    /// Host names by which callers of the admin API may call this node: its own, those of its addresses, and those that are
+    /// configured.
+    #[must_use]
+    pub fn known_names(&self) -> Vec<String> {
+        let addresses = self.listen.iter().chain(&self.advertise).map(|address| address.host().to_owned());
+        let own = [self.node_name.clone(), host_name().unwrap_or_default()];
+        own.into_iter().chain(addresses).chain(self.admin_names.iter().cloned()).collect()
+    }
+
     /// Where a new store of this member goes when the request names no path; `None` without a store directory.
     #[must_use]
     pub fn new_store_path(&self, pool: PoolId, member: MemberId) -> Option<PathBuf> {
@@ -242,6 +293,11 @@ impl Config {
 
 fn given<T>(key: &'static str, value: Option<T>) -> Result<T, ConfigError> {
     value.ok_or_else(|| ConfigError::value(key, "no value"))
+}
+
+fn is_host_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    name.parse::<IpAddr>().is_ok() || !name.is_empty() && name.chars().all(good)
 }
 
 fn host_name() -> Result<String, ConfigError> {

@@ -29,12 +29,21 @@ pub struct Settings {
     /// Where the admin API listens [default: 127.0.0.1:7701]
     #[arg(long, value_name = "IP:PORT")]
     pub admin: Option<SocketAddr>,
+    /// Host names by which callers of the admin API may call this node, besides its own, comma-separated
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub admin_names: Option<Vec<String>>,
     /// Devices or files of stores to open at start, comma-separated
     #[arg(long, value_name = "PATH,…", value_delimiter = ',')]
     pub stores: Option<Vec<PathBuf>>,
     /// Directory of file stores: all *.store in it are opened, new pools get files in it
     #[arg(long, value_name = "DIRECTORY")]
     pub store_dir: Option<PathBuf>,
+    /// Most stores that are open at once, 1 to 65535 [default: 16384]
+    #[arg(long, value_name = "N")]
+    pub max_stores: Option<Bounded<1, 65_535>>,
+    /// Devices, files and directories on which rmrctl may make stores, besides --store-dir and --stores, comma-separated
+    #[arg(long, value_name = "PATH,…", value_delimiter = ',')]
+    pub store_places: Option<Vec<PathBuf>>,
     /// I/O threads, 1 to 64 [default: 1]
     #[arg(long, value_name = "N")]
     pub shards: Option<Bounded<1, 64>>,
@@ -47,10 +56,13 @@ pub struct Settings {
     /// Most data connections, 1 to 65536 [default: 256]
     #[arg(long, value_name = "N")]
     pub max_connections: Option<Bounded<1, 65_536>>,
+    /// Most of them from one address, 1 to 65536 [default: three quarters of --max-connections]
+    #[arg(long, value_name = "N")]
+    pub max_connections_per_address: Option<Bounded<1, 65_536>>,
     /// Drop a connection on which sent data stays unacknowledged this long, in ms, 100 to 600000 [default: 5000]
     #[arg(long, value_name = "MS")]
     pub leg_timeout_ms: Option<Bounded<100, 600_000>>,
-    /// Close a connection that is attached to no pool and says nothing this long, in s, 1 to 86400 [default: 60]
+    /// Close a connection that has not said which pool it wants, and proved the key, after this long in s, 1 to 86400 [default: 5]
     #[arg(long, value_name = "SECONDS")]
     pub idle_timeout_s: Option<Bounded<1, 86_400>>,
     /// Clear the intent bit of a chunk that had no write for this long, in s, 1 to 3600 [default: 5]
@@ -210,12 +222,18 @@ impl Settings {
             listen: self.listen.or(base.listen),
             advertise: self.advertise.or(base.advertise),
             admin: self.admin.or(base.admin),
+            admin_names: self.admin_names.or(base.admin_names),
             stores: self.stores.or(base.stores),
             store_dir: self.store_dir.or(base.store_dir),
+            max_stores: self.max_stores.or(base.max_stores),
+            store_places: self.store_places.or(base.store_places),
             shards: self.shards.or(base.shards),
             buffer_memory: self.buffer_memory.or(base.buffer_memory),
             engine: self.engine.or(base.engine),
             max_connections: self.max_connections.or(base.max_connections),
+            max_connections_per_address: self
+                .max_connections_per_address
+                .or(base.max_connections_per_address),
             leg_timeout_ms: self.leg_timeout_ms.or(base.leg_timeout_ms),
             idle_timeout_s: self.idle_timeout_s.or(base.idle_timeout_s),
             intent_idle_s: self.intent_idle_s.or(base.intent_idle_s),
@@ -258,20 +276,26 @@ impl Settings {
             Some(name) => name.clone(),
             None => host_name()?,
         };
+        let max_connections = self.max_connections.unwrap_or(Bounded::of::<256>());
         Ok(self.over(Self {
             node_name: Some(node_name),
             listen: Some(vec![Address::tcp("0.0.0.0", DEFAULT_DATA_PORT)]),
             advertise: Some(Vec::new()),
             admin: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_ADMIN_PORT))),
+            admin_names: Some(Vec::new()),
             stores: Some(Vec::new()),
             // No default: a node that is given no directory makes no files anywhere.
             store_dir: None,
+            max_stores: Some(Bounded::of::<16_384>()),
+            store_places: Some(Vec::new()),
             shards: Some(Bounded::of::<1>()),
             buffer_memory: Some(ByteSize(64 << 20)),
             engine: Some(EngineChoice::default()),
-            max_connections: Some(Bounded::of::<256>()),
+            max_connections: Some(max_connections),
+            // One machine does not keep all others out.
+            max_connections_per_address: Some(max_connections.three_quarters()),
             leg_timeout_ms: Some(Bounded::of::<5_000>()),
-            idle_timeout_s: Some(Bounded::of::<60>()),
+            idle_timeout_s: Some(Bounded::of::<5>()),
             intent_idle_s: Some(Bounded::of::<5>()),
             stop_timeout_s: Some(Bounded::of::<20>()),
             resync: ResyncSettings { max_inflight: Some(Bounded::of::<8>()), bytes_per_s: Some(ByteSize(0)) },

@@ -114,6 +114,8 @@ fn what_breaks_a_rule_is_refused_by_name() {
         ("buffer_memory = 1", "buffer_memory: 1 bytes: expected 8 MiB to 64 GiB"),
         ("buffer_memory = \"65G\"", "buffer_memory: 65 GiB: expected 8 MiB to 64 GiB"),
         ("buffer_memory = 8388609", "a multiple of 4096 bytes"),
+        ("store_places = [\"dev/vdb\"]", "store_places: dev/vdb: expected an absolute path"),
+        ("admin_names = [\"a:7701\"]", "admin_names: 'a:7701': expected a host name"),
         ("store_dir = \"/nonexistent\"", "store_dir: /nonexistent is no directory"),
     ];
     for (text, problem) in table {
@@ -161,7 +163,7 @@ fn every_setting_but_the_store_directory_has_a_default() {
         }
     }
     keys.push("store_dir".into());
-    assert_eq!(keys.len(), 22, "{keys:?}");
+    assert_eq!(keys.len(), 26, "{keys:?}");
     for key in keys {
         assert!(documented.contains(&format!("| `{key}` |")), "{key} is not in docs/configuration.md");
     }

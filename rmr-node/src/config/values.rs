@@ -34,6 +34,12 @@ impl<const MIN: u64, const MAX: u64> Bounded<MIN, MAX> {
         count
     }
 
+    /// Three quarters of the number, and at least 1.
+    pub(super) const fn three_quarters(self) -> Self {
+        let part = self.0 - self.0 / 4;
+        Self(if part < MIN { MIN } else { part })
+    }
+
     pub(super) const fn seconds(self) -> Duration {
         Duration::from_secs(self.0)
     }

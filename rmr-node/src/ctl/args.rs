@@ -15,6 +15,7 @@ use super::change_args::{
     ResyncArgs,
 };
 use super::http::NodeAddress;
+use super::store::StoreCommand;
 use super::verify::VerifyArgs;
 use crate::admin::api::PoolKey;
 use crate::store::ByteSize;
@@ -30,7 +31,8 @@ Examples:
   RMR_NODES=node-a,node-b rmrctl pool list --json
 
 Exit codes: 0 done (status: every copy current), 1 failed, 2 wrong usage,
-  3 status: degraded, 4 status: suspended or unknown, 5 verify: copies differ";
+  3 status: degraded, 4 status: suspended or unknown, 5 verify: copies differ,
+  6 status: every pool that was seen is safe, but a node did not answer";
 
 const CREATE_EXAMPLES: &str = "\
 Examples:
@@ -46,7 +48,8 @@ Examples:
   rmrctl --node node-a --node node-b status vm-1 --watch 5
 
 Name every node that holds a member: a pool is SAFE only when all its copies were seen.
-Exit codes: 0 every copy current, 3 degraded, 4 suspended or unknown (the worst pool counts)";
+Exit codes: 0 every copy current, 3 degraded, 4 suspended or unknown (the worst pool counts),
+  6 every pool that was seen is safe, but a node did not answer";
 
 const ADD_EXAMPLES: &str = "\
 Examples:
@@ -136,6 +139,12 @@ pub enum Command {
     /// Create, show, list, change and delete pools
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// Tell pools of changes of their members' nodes
+    #[command(subcommand)]
+    Member(MemberCommand),
+    /// List, open, close and delete stores of nodes, while the nodes run
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Is the data safe, and how long until it is
     #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArgs),
@@ -211,6 +220,17 @@ pub enum PoolCommand {
     },
     /// Wait until every copy is current. Without a guest, rmrctl holds the pool meanwhile, so that it is brought up to date
     Resync(ResyncArgs),
+}
+
+/// The commands on members.
+#[derive(Clone, Debug, Subcommand)]
+pub enum MemberCommand {
+    /// Tell a pool the present addresses of its members' nodes, after nodes moved; name all of them with --node
+    Address {
+        /// Name or uuid of the pool
+        #[arg(value_name = "NAME|UUID")]
+        pool: PoolKey,
+    },
 }
 
 /// Arguments of `pool create`.

@@ -5,12 +5,16 @@
 
 use std::collections::BTreeSet;
 
-use rmr_common::pool::{Attested, MemberId, MemberSet, MemberState, PoolSpec, Position, View};
+use rmr_common::pool::{
+    Attested, MemberAddress, MemberId, MemberSet, MemberState, PoolSpec, Position, StoreId, View,
+};
 use serde::Serialize;
 
+use super::advice::Advice;
 use super::format;
 use crate::admin::api::{
-    ClientState, ClientStatus, PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
+    Authentication, ClientState, ClientStatus, LeftOut, PoolStatus, ResyncState, ResyncStatus, StoreState,
+    UnixMs,
 };
 
 /// One pool, as all nodes that answered see it.
@@ -26,6 +30,20 @@ pub struct Picture {
     pub strays: Vec<PoolStatus>,
     /// Two nodes have different views with the same number and epoch, which must never be.
     pub contradiction: Option<String>,
+    /// Stores of the pool that nodes left out, with the names of the nodes.
+    pub left_out: Vec<(String, LeftOut)>,
+    /// Members whose nodes are at other addresses than the pool knows.
+    pub moved: Vec<MemberAddress>,
+    /// How to call `rmrctl` for this pool.
+    pub advice: Advice,
+}
+
+impl Picture {
+    /// Why the store of a member is left out, and by which node.
+    fn left_out_of(&self, member: MemberId, store: StoreId) -> Option<&(String, LeftOut)> {
+        let is_its = |l: &LeftOut| l.member == Some(member) && l.store.is_none_or(|found| found == store);
+        self.left_out.iter().find(|(_, l)| is_its(l))
+    }
 }
 
 /// Whether the data of a pool is safe.
@@ -104,6 +122,8 @@ pub struct MemberLine {
     pub store_state: Option<StoreState>,
     /// Sync: what brings it up to date.
     pub resync: Option<ResyncStatus>,
+    /// Why its node leaves its store out, where it does.
+    pub left_out: Option<String>,
 }
 
 /// What [`assess`] finds.
@@ -162,6 +182,9 @@ fn picture(statuses: &[PoolStatus]) -> Picture {
             )
         }),
         reports,
+        left_out: Vec::new(),
+        moved: Vec::new(),
+        advice: Advice::for_pool(&highest.spec.name),
     }
 }
 
@@ -172,7 +195,9 @@ fn picture(statuses: &[PoolStatus]) -> Picture {
 /// | two nodes disagree on it                      | Unknown   |
 /// | a member that is Clean in v\* was not seen    | Unknown: a newer view could be there (design.md §4) |
 /// | all Clean members seen, none of them serves   | Suspended: one whose store went back in time does not serve |
-/// | all members Clean, serving, and have v\*      | Safe      |
+/// | none of these lets a client in, none attached | Suspended |
+/// | all members Clean, serving, and have v\*, and |           |
+/// | their nodes have a key in common, or no keys  | Safe      |
 /// | otherwise                                     | Degraded  |
 #[must_use]
 pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment {
@@ -188,11 +213,19 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     let members: Vec<_> = picture.view.members.iter().map(|m| member_line(picture, m.id, m.state)).collect();
     let copies = members.len();
 
+    let keys = KeyTrouble::of(picture);
+    let held = picture.reports.iter().any(|r| {
+        picture.view.active().contains(r.member)
+            && r.client.as_ref().is_some_and(|c| c.state == ClientState::Attached)
+    });
     let level = if picture.contradiction.is_some() || !unseen_clean.is_empty() {
         Level::Unknown
-    } else if current.is_empty() {
+    } else if current.is_empty() || current.without(keys.unusable).is_empty() && !held {
         Level::Suspended
-    } else if usize::try_from(current.len()) == Ok(copies) && clean.intersection(behind).is_empty() {
+    } else if keys.words.is_empty()
+        && usize::try_from(current.len()) == Ok(copies)
+        && clean.intersection(behind).is_empty()
+    {
         Level::Safe
     } else {
         Level::Degraded
@@ -201,12 +234,16 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     let mut parts = vec![match (level, &picture.contradiction) {
         (Level::Unknown, Some(text)) => text.clone(),
         (Level::Unknown, None) => unknown_words(&members, unseen_clean, clean, all_answered),
-        (Level::Suspended, _) => "no current copy can serve".to_owned(),
-        (Level::Safe, _) if copies == 1 => "1 of 1 copies current (this pool has no second copy)".to_owned(),
+        (Level::Suspended, _) if current.is_empty() => "no current copy can serve".to_owned(),
+        (Level::Suspended, _) => "no client is let in by any current copy".to_owned(),
+        (Level::Safe, _) if copies == 1 => {
+            "1 of 1 copies current, one copy only: the data is lost with its disk".to_owned()
+        }
         (Level::Safe | Level::Degraded, _) => format!("{} of {copies} copies current", current.len()),
     }];
     parts.extend(members.iter().filter_map(|m| member_words(m, now)));
     parts.extend(regressed.iter().map(|found| regressed_words(&members, found)));
+    parts.extend(keys.words.iter().cloned());
     let late = clean.intersection(behind);
     if level == Level::Degraded && !late.is_empty() {
         parts.push(format!("view {} is not agreed yet: {} still below it", picture.view.number, names(late)));
@@ -214,11 +251,12 @@ pub fn assess(picture: &Picture, all_answered: bool, now: UnixMs) -> Assessment 
     // A member that is Out may tell of a client that has left long ago.
     let active = picture.view.active();
     let told = picture.reports.iter().filter(|r| active.contains(r.member));
-    let client = told.filter_map(|r| r.client.clone()).max_by_key(|c| c.attached_unix_ms);
+    let client = holder(told.filter_map(|r| r.client.as_ref()));
     Assessment {
         level,
         planned: level == Level::Degraded
             && late.is_empty()
+            && keys.words.is_empty()
             && members
                 .iter()
                 .all(|m| m.maintenance || m.state == MemberState::Clean && current.contains(m.member)),
@@ -254,9 +292,67 @@ fn regressed_words(members: &[MemberLine], (id, known, shown): &(MemberId, Posit
     )
 }
 
+/// The client that holds the pool. Each member tells since when the client has it, as the client said when it attached there;
+/// where that differs, as clocks do, the first of these moments counts.
+fn holder<'a>(told: impl Iterator<Item = &'a ClientStatus> + Clone) -> Option<ClientStatus> {
+    let latest = told.clone().max_by_key(|c| (c.state == ClientState::Attached, c.attached_unix_ms))?;
+    let of_it = told.filter(|c| c.id == latest.id);
+    Some(ClientStatus { attached_unix_ms: of_it.filter_map(|c| c.attached_unix_ms).min(), ..latest.clone() })
+}
+
+/// What stands against a client being let in by every member.
+struct KeyTrouble {
+    /// Members that let nobody in.
+    unusable: MemberSet,
+    /// All of it in words.
+    words: Vec<String>,
+}
+
+impl KeyTrouble {
+    fn of(picture: &Picture) -> Self {
+        let name = |r: &PoolStatus| format!("member {} ({})", r.member, format::plain(&r.node));
+        let (mut unusable, mut words) = (MemberSet::default(), Vec::new());
+        // How many members let a client in that has this key, or none.
+        let mut admits: Vec<(Option<&str>, usize)> = Vec::new();
+        let mut note = |key| match admits.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, count)) => *count += 1,
+            None => admits.push((key, 1)),
+        };
+        let mut told = Vec::new();
+        for report in &picture.reports {
+            match (&report.authentication, &report.key_fingerprints[..]) {
+                (Authentication::Unusable { reason }, _) => {
+                    unusable.insert(report.member);
+                    words.push(format!("{} lets nobody in: {}", name(report), format::plain(reason)));
+                    continue;
+                }
+                (Authentication::None, _) => {
+                    note(None);
+                    told.push(format!("{} has no key", name(report)));
+                }
+                // A node that does not tell which keys it has.
+                (Authentication::Key | Authentication::Rotating, []) => continue,
+                (Authentication::Key | Authentication::Rotating, keys) => {
+                    keys.iter().for_each(|key| note(Some(key)));
+                    told.push(format!("{} has {}", name(report), format::plain(&keys.join(" and "))));
+                }
+            }
+        }
+        if !told.is_empty() && admits.iter().all(|(_, count)| *count < told.len()) {
+            words.push(format!(
+                "the nodes have different keys, so that no client is let in by all: {}",
+                told.join(", ")
+            ));
+        }
+        Self { unusable, words }
+    }
+}
+
 fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLine {
     let own = picture.reports.iter().find(|r| r.member == id);
     let chunk_size = picture.spec.chunk_size.bytes();
+    let store = picture.view.member(id).map(|m| m.store);
+    let left_out = store.filter(|_| own.is_none()).and_then(|store| picture.left_out_of(id, store));
     // Only Clean members have complete maps of what others miss; where they differ, the worst counts.
     let clean = picture.view.clean();
     let from_clean = picture.reports.iter().filter(|r| clean.contains(r.member) && r.member != id);
@@ -264,7 +360,7 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
     let worst = seen.clone().max_by_key(|p| p.missed.bytes(chunk_size)).map(|p| p.missed);
     MemberLine {
         member: id,
-        node: own.map(|r| r.node.clone()),
+        node: own.map(|r| &r.node).or(left_out.map(|(node, _)| node)).cloned(),
         address: picture
             .spec
             .member(id)
@@ -278,24 +374,47 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
             None => Leg::Unseen,
             Some(None) => Leg::None,
             Some(Some(ClientState::Attached)) => Leg::Up,
+            // A member that was taken out does not hear how its client left.
+            Some(Some(ClientState::Crashed)) if state == MemberState::Out => Leg::None,
             Some(Some(ClientState::Crashed)) => Leg::Lost,
         },
         store_state: own.map(|r| r.store_state.clone()),
         resync: own.and_then(|r| r.resync.clone()),
+        left_out: left_out.map(|(_, l)| left_out_words(l)),
     }
+}
+
+/// Why a store is left out, with its path.
+fn left_out_words(entry: &LeftOut) -> String {
+    let state = if entry.closed { "closed: " } else { "" };
+    let path = entry.path.display().to_string();
+    let path = if entry.reason.contains(&path) { String::new() } else { format!("{path}: ") };
+    format::plain(&format!("{path}{state}{}", entry.reason))
 }
 
 fn unknown_words(members: &[MemberLine], unseen: MemberSet, clean: MemberSet, all_answered: bool) -> String {
     let seen = clean.len() - unseen.len();
-    let missing: Vec<_> = members
-        .iter()
-        .filter(|m| unseen.contains(m.member))
-        .map(|m| format!("member {} ({})", m.member, m.address))
-        .collect();
+    let (left_out, unseen): (Vec<&MemberLine>, Vec<_>) =
+        members.iter().filter(|m| unseen.contains(m.member)).partition(|m| m.left_out.is_some());
+    let mut parts: Vec<String> = left_out.iter().filter_map(|m| left_out_by(m)).collect();
+    let head = format!("only {seen} of {} current copies seen", clean.len());
+    if unseen.is_empty() {
+        parts.insert(0, head);
+        return parts.join("; ");
+    }
+    let missing: Vec<_> = unseen.iter().map(|m| format!("member {} ({})", m.member, m.address)).collect();
     let why = if all_answered { "was not asked; give its admin address with --node" } else { "was not seen" };
     let why =
         if missing.len() > 1 { why.replace("was", "were").replace("its", "their") } else { why.to_owned() };
-    format!("only {seen} of {} current copies seen; {} {why}", clean.len(), missing.join(", "))
+    parts.splice(0..0, [head, format!("{} {why}", missing.join(", "))]);
+    parts.join("; ")
+}
+
+/// That a node leaves the store of a member out.
+fn left_out_by(line: &MemberLine) -> Option<String> {
+    let reason = line.left_out.as_ref()?;
+    let node = line.node.as_ref().unwrap_or(&line.address);
+    Some(format!("member {}: {node} left it out: {reason}", line.member))
 }
 
 /// What is wrong with a member, or `None`.
@@ -321,6 +440,10 @@ fn member_words(line: &MemberLine, now: UnixMs) -> Option<String> {
             vec![format!("{name} is Syncing{since}, {progress}")]
         }
     };
+    // Of a Clean one the headline says so already.
+    if line.state != MemberState::Clean {
+        words.extend(left_out_by(line));
+    }
     if let Some(StoreState::Waiting { reason } | StoreState::Failed { reason }) = &line.store_state {
         words.push(format!("the store of {name} does not serve: {reason}"));
     }
@@ -381,19 +504,20 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
             holders.len()
         ));
     }
-    let name = &picture.spec.name;
     for line in members.iter().filter(|l| l.maintenance) {
         notes.push(format!(
-            "member {0} stays out until its maintenance is over: rmrctl pool maintenance {name} {0} off",
-            line.member
+            "member {} stays out until its maintenance is over: {}",
+            line.member,
+            picture.advice.maintenance_off(line.member)
         ));
     }
     let waits = |l: &&MemberLine| l.state == MemberState::Out && !l.maintenance && l.store_state.is_some();
     let waiting: MemberSet = members.iter().filter(waits).map(|l| l.member).collect();
     if !waiting.is_empty() && up.is_empty() {
         notes.push(format!(
-            "{} will be brought up to date when a client is attached, or by: rmrctl pool resync {name}",
-            names(waiting)
+            "{} will be brought up to date when a client is attached, or by: {}",
+            names(waiting),
+            picture.advice.resync()
         ));
     }
     let smaller = picture.reports.iter().filter(|r| r.spec.size < picture.spec.size);
@@ -403,6 +527,20 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
             report.member,
             format::bytes(report.spec.size)
         ));
+    }
+    for new in &picture.moved {
+        let old = picture.spec.member(new.member).map(|m| m.address.to_string()).unwrap_or_default();
+        notes.push(format!(
+            "the node of member {} is at {}, and the pool has {old}: {}",
+            new.member,
+            new.address,
+            picture.advice.member_address()
+        ));
+    }
+    let is_member =
+        |l: &LeftOut| l.store.is_none_or(|store| picture.view.members.iter().any(|m| m.store == store));
+    for (node, entry) in picture.left_out.iter().filter(|(_, l)| !is_member(l)) {
+        notes.push(format!("{node} left out a store that is no member: {}", format::plain(&entry.words())));
     }
     for stray in picture.strays.iter().filter(|s| s.is_prepared()) {
         notes.push(format!(
@@ -427,7 +565,7 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use rmr_common::pool::{Epoch, Mark, StoreId};
+    use rmr_common::pool::{Epoch, Mark};
 
     use super::*;
     use crate::admin::api::Missed;
@@ -539,7 +677,7 @@ mod tests {
         assert_eq!(headline(statuses(&[Clean, Clean])), "SAFE: 2 of 2 copies current");
         assert_eq!(
             headline(statuses(&[Clean])),
-            "SAFE: 1 of 1 copies current (this pool has no second copy)"
+            "SAFE: 1 of 1 copies current, one copy only: the data is lost with its disk"
         );
 
         let mut lost = statuses(&[Clean, Out]);
@@ -680,10 +818,67 @@ mod tests {
     }
 
     #[test]
+    fn a_pool_whose_nodes_let_no_client_in_everywhere_is_not_safe() {
+        use Authentication::{Key, None, Rotating};
+        let unusable = || Authentication::Unusable { reason: "mode 0644".into() };
+        let table = [
+            ((None, &[][..]), (None, &[][..]), Level::Safe),
+            ((Key, &["a"][..]), (Key, &["a"][..]), Level::Safe),
+            ((Rotating, &["b", "a"]), (Key, &["a"]), Level::Safe),
+            ((Rotating, &["b", "a"]), (Key, &["b"]), Level::Safe),
+            ((Key, &["a"]), (Key, &["b"]), Level::Degraded),
+            ((Rotating, &["b", "a"]), (Key, &["c"]), Level::Degraded),
+            ((Key, &["a"]), (None, &[]), Level::Degraded),
+            // A node of an older version.
+            ((Key, &[]), (Key, &["a"]), Level::Safe),
+            ((Key, &["a"]), (unusable(), &[]), Level::Degraded),
+            ((unusable(), &[]), (unusable(), &[]), Level::Suspended),
+        ];
+        for (first, second, level) in table {
+            let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+            for (status, (state, keys)) in found.iter_mut().zip([&first, &second]) {
+                status.authentication = state.clone();
+                status.key_fingerprints = keys.iter().map(|&key| key.to_owned()).collect();
+            }
+            let a = assess(&one(found.clone()), true, NOW);
+            assert_eq!(a.level, level, "{first:?} {second:?}: {}", a.headline);
+            assert!(!a.planned);
+            // Who is in stays in.
+            found[0].client = Some(client(5));
+            let held = assess(&one(found), true, NOW).level;
+            assert_eq!(held == Level::Safe, level == Level::Safe, "{first:?} {second:?}");
+            assert_ne!(held, Level::Suspended);
+        }
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found[0].authentication = Key;
+        found[0].key_fingerprints = vec!["01ff".into()];
+        assert_eq!(
+            headline(found),
+            "DEGRADED: 2 of 2 copies current; the nodes have different keys, so that no client is let in by all: \
+             member 0 (n0) has 01ff, member 1 (n1) has no key"
+        );
+    }
+
+    #[test]
+    fn a_client_that_a_member_out_of_the_view_lost_is_no_loss() {
+        let mut found = statuses(&[MemberState::Clean, MemberState::Out]);
+        found[1].client = Some(ClientStatus { state: ClientState::Crashed, ..client(5) });
+        let a = assess(&one(found.clone()), true, NOW);
+        assert_eq!((a.members[1].leg, a.client), (Leg::None, None));
+        assert!(!a.notes.iter().any(|note| note.contains("lost")), "{:?}", a.notes);
+        // Where it is not out, it is one.
+        let mut found = statuses(&[MemberState::Clean, MemberState::Clean]);
+        found[1].client = Some(ClientStatus { state: ClientState::Crashed, ..client(5) });
+        let a = assess(&one(found), true, NOW);
+        assert!(a.notes[0].starts_with("the client was lost"), "{:?}", a.notes);
+    }
+
+    #[test]
     fn the_client_is_the_one_that_active_members_tell_of() {
         use MemberState::{Clean, Out, Syncing};
         // States in the view; which client is shown when member 0 tells of one attached at 5, and member 1 at 6.
-        let table = [([Clean, Clean], 6), ([Clean, Syncing], 6), ([Clean, Out], 5), ([Out, Clean], 6)];
+        // To member 1 it is attached again since 6.
+        let table = [([Clean, Clean], 5), ([Clean, Syncing], 5), ([Clean, Out], 5), ([Out, Clean], 6)];
         for (states, shown) in table {
             let mut found = statuses(&states);
             found[0].client = Some(client(5));

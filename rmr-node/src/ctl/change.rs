@@ -3,6 +3,7 @@
 //! A store is made first, on its node, and then the coordinator is told. Every command can be run again after a failure or
 //! a crash at any step: a store that an earlier run made and that has not joined is used, and what is done already is done.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rmr_common::pool::{
@@ -10,6 +11,7 @@ use rmr_common::pool::{
 };
 use serde_json::json;
 
+use super::advice::Advice;
 use super::args::StoreArgs;
 use super::assess::Picture;
 use super::change_args::{
@@ -18,12 +20,13 @@ use super::change_args::{
 use super::coordinate::deliver;
 use super::http::{Client, NodeAddress};
 use super::pool::{data_address, may_exist};
+use super::readdress::tell;
 use super::sync::{outcome, wait_until_current};
 use super::{Context, CtlError, MemberArg, Outcome, Survey, format, once_each};
 use crate::admin::api::{CreateStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, StoreDeleted};
 
 /// A change of views is answered within this.
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// How often a store is tried to be deleted that its client is about to leave.
 const DELETE_ATTEMPTS: usize = 20;
 /// Pause between these.
@@ -79,11 +82,15 @@ pub(super) async fn remove(context: &Context, args: &RemoveMemberArgs) -> Result
     let (survey, picture) = look(context, &args.pool).await?;
     let mut headline = match left.was_member {
         true => format!("pool {name}: member {member} is removed"),
-        false => format!("pool {name} has no member {member}; nothing was to be removed"),
+        false => no_member(&picture, member),
     };
-    headline += &left.stores_words(&name, member);
+    headline += &left.stores_words(&picture.advice, member);
     let json = json!({"member": member, "changed": left.was_member, "deleted_stores": left.deleted});
-    Ok(outcome(&survey, &picture, &headline, json))
+    let mut outcome = outcome(&survey, &picture, &headline, json);
+    if !left.was_member && left.deleted.is_empty() {
+        outcome.warnings.push(no_member(&picture, member));
+    }
+    Ok(outcome)
 }
 
 pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Outcome, CtlError> {
@@ -93,6 +100,11 @@ pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Ou
     ensure_found(&survey, &picture, from, args.delete_store)?;
     // Known before the new copy is added, and gone from the pool once it was moved away from.
     let leaves = picture.spec.member(from).cloned();
+    // Moved in an earlier run, it is gone, and its copy is where it was to go.
+    let is_moved = matches!(place(&survey, &picture, &args.to.node), Place::Member(..));
+    if leaves.is_none() && !is_moved {
+        return Err(CtlError::failed(no_member(&picture, from)));
+    }
     let joined = join(context, &args.pool, None, &args.to, &args.store).await?;
     if joined.member == from {
         return Err(CtlError::failed(format!(
@@ -111,7 +123,7 @@ pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Ou
         ),
         None => format!("pool {name}: member {from} was moved already; it is member {} now", joined.member),
     };
-    headline += &left.stores_words(&name, from);
+    headline += &left.stores_words(&picture.advice, from);
     let json = json!({
         "from": from, "member": joined.member, "store": joined.store, "deleted_stores": left.deleted,
     });
@@ -121,12 +133,20 @@ pub(super) async fn move_member(context: &Context, args: &MoveArgs) -> Result<Ou
 pub(super) async fn maintenance(context: &Context, args: &MaintenanceArgs) -> Result<Outcome, CtlError> {
     let (survey, picture) = look(context, &args.pool).await?;
     let (member, on, name) = (args.member.0, args.switch == Switch::On, &picture.spec.name);
+    // As a removal that is repeated: what is to be so is so, since the pool does not need the node.
+    if picture.spec.member(member).is_none() {
+        let text = no_member(&picture, member);
+        let json = json!({"member": member, "maintenance": false, "changed": false});
+        let mut outcome = outcome(&survey, &picture, &text, json);
+        outcome.warnings.push(text);
+        return Ok(outcome);
+    }
     let command = Command::Maintenance { member, on };
     deliver(context, &survey, &picture, &command, COMMAND_LIMIT).await?;
     let headline = if on {
         format!(
-            "pool {name}: member {member} is out, by plan: its node may be stopped, and what it misses is recorded. Then:\n  \
-             rmrctl pool maintenance {name} {member} off"
+            "pool {name}: member {member} is out, by plan: its node may be stopped, and what it misses is recorded. Then:\n  {}",
+            picture.advice.maintenance_off(member)
         )
     } else {
         format!(
@@ -161,7 +181,7 @@ pub(super) async fn grow(context: &Context, args: &GrowArgs) -> Result<Outcome, 
     Ok(outcome(&survey, &picture, &headline, json))
 }
 
-async fn look(context: &Context, pool: &PoolKey) -> Result<(Survey, Picture), CtlError> {
+pub(super) async fn look(context: &Context, pool: &PoolKey) -> Result<(Survey, Picture), CtlError> {
     let survey = context.survey().await;
     let picture = survey.picture(pool)?;
     Ok((survey, picture))
@@ -181,7 +201,7 @@ enum Place {
     /// Nothing.
     Nothing,
     /// The store of this member, as the pool knows it.
-    Member(MemberId, StoreId),
+    Member(MemberId, StoreId, PathBuf),
     /// A store that was made for a new copy, and has not joined.
     Prepared(Box<PoolStatus>),
     /// A store that is not of the pool any more.
@@ -214,10 +234,27 @@ async fn join(
     let mut prepared = None;
     match place(&survey, &picture, &arg.node) {
         Place::Nothing => {}
-        Place::Member(id, store) if replaces.is_none_or(|member| member == id) => {
+        Place::Member(id, store, path) if replaces.is_none_or(|member| member == id) => {
+            if let Some(other) = arg.path.as_ref().filter(|other| **other != path) {
+                return Err(CtlError::failed(format!(
+                    "nothing was done: node {} has the store of member {id} at {}, and a node holds one store of a pool, so \
+                     that it is not replaced by {} in one step. While another copy is current, this does it:\n  {}\n  {}\n  {}",
+                    arg.node,
+                    path.display(),
+                    other.display(),
+                    picture.advice.close_store(&arg.node, &path),
+                    picture.advice.replace(id, &arg.node, Some(other)),
+                    picture.advice.delete_store(&arg.node, &path)
+                )));
+            }
+            // The node may be at another address since, and the pool is told so.
+            if picture.moved.iter().any(|m| m.member == id) {
+                // With all the others: two nodes may have each other's address.
+                tell(context, &survey, &picture, &picture.moved).await?;
+            }
             return Ok(joined(id, store, false));
         }
-        Place::Member(id, _) => {
+        Place::Member(id, ..) => {
             return Err(CtlError::failed(format!(
                 "nothing was done: node {} holds member {id} of pool '{}' already, and a node holds one copy at the most",
                 arg.node, spec.name
@@ -228,7 +265,8 @@ async fn join(
                 Some(member) => status.member == member,
                 None => spec.member(status.member).is_none(),
             };
-            if fits && status.spec.size == spec.size {
+            let is_there = arg.path.as_ref().is_none_or(|path| *path == status.path);
+            if fits && is_there && status.spec.size == spec.size {
                 prepared = Some((status.member, status.store));
             } else {
                 // Nothing is in it, and the pool has changed since it was made.
@@ -238,15 +276,13 @@ async fn join(
         Place::Former(status) => {
             return Err(CtlError::failed(format!(
                 "nothing was done: node {} has store {} ({}) of pool '{}', which was member {} once; delete it first:\n  \
-                 rmrctl --node {} pool remove-member {} {} --delete-store",
+                 {}",
                 arg.node,
                 status.store,
                 status.path.display(),
                 spec.name,
                 status.member,
-                arg.node,
-                spec.name,
-                status.member
+                picture.advice.remove_member(status.member, Some(&arg.node))
             )));
         }
     }
@@ -296,7 +332,7 @@ fn place(survey: &Survey, picture: &Picture, node: &NodeAddress) -> Place {
     let status = pools.and_then(|pools| pools.iter().find(|p| p.spec.id == picture.spec.id));
     let Some(status) = status else { return Place::Nothing };
     match picture.spec.members.iter().find(|m| m.store == status.store) {
-        Some(member) => Place::Member(member.id, member.store),
+        Some(member) => Place::Member(member.id, member.store, status.path.clone()),
         None if status.is_prepared() => Place::Prepared(Box::new(status.clone())),
         None => Place::Former(Box::new(status.clone())),
     }
@@ -355,16 +391,27 @@ struct Left {
 }
 
 impl Left {
-    fn stores_words(&self, pool: &str, member: MemberId) -> String {
+    fn stores_words(&self, advice: &Advice, member: MemberId) -> String {
+        let way = advice.remove_member(member, None);
         let deleted = self.deleted.iter().map(|store| format!("\n  store {store} is deleted"));
         let kept = self.kept.iter().map(|(store, place)| {
             format!(
                 "\n  store {store} ({place}) stays and belongs to nothing; delete it with\n    \
-                 rmrctl pool remove-member {pool} {member} --delete-store"
+                 {way}"
             )
         });
         deleted.chain(kept).collect()
     }
+}
+
+/// What is said of a member that the pool does not have: it is gone already, or its number is mistyped.
+fn no_member(picture: &Picture, member: MemberId) -> String {
+    let has: Vec<_> = picture.spec.members.iter().map(|m| m.id.to_string()).collect();
+    format!(
+        "pool {} has no member {member}, only {}; nothing was to be done",
+        picture.spec.name,
+        has.join(", ")
+    )
 }
 
 /// A store that is to be deleted has to be on a node that was asked, or it would stay for good without a word.
@@ -432,6 +479,7 @@ impl Context {
     /// The same, asking one more node: one that a command names besides.
     fn with_node(&self, node: &NodeAddress) -> Self {
         let given = once_each(&[self.nodes(), vec![node.clone()]].concat());
-        Self { given, keys: self.keys.clone(), tls: self.tls.clone(), ..*self }
+        let advice = self.advice.clone();
+        Self { given, keys: self.keys.clone(), tls: self.tls.clone(), advice, ..*self }
     }
 }

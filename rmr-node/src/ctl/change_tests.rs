@@ -1,6 +1,8 @@
 //! The commands that change a pool in use, against fake nodes whose coordinator answers as told.
 
-use rmr_common::pool::{Command, CommandReply, MemberSpec, MemberState, Refusal, StoreId};
+use rmr_common::pool::{
+    Address, Command, CommandReply, MemberAddress, MemberSpec, MemberState, Refusal, StoreId,
+};
 
 use super::tests::{rmrctl_within, two_nodes};
 use crate::admin::api::{ClientState, ControlError, ErrorCode, PoolStatus};
@@ -96,10 +98,8 @@ fn a_store_of_an_earlier_time_is_refused_with_the_way_to_delete_it() {
     let error = run(&[&a, &b], &["pool", "add-member", "vm-1", "--member", &c.address()]).unwrap_err();
     assert!(error.contains("nothing was done"), "{error}");
     let way = error.lines().last().unwrap().trim().to_owned();
-    assert!(
-        way.starts_with("rmrctl --node ") && way.ends_with("remove-member vm-1 1 --delete-store"),
-        "{way}"
-    );
+    assert!(way.ends_with("remove-member vm-1 1 --delete-store"), "{way}");
+    assert!(way.contains(&format!("--node {} ", c.address())), "it is on a node that was not asked: {way}");
 }
 
 #[test]
@@ -160,6 +160,67 @@ fn a_removal_that_is_run_again_deletes_what_is_left() {
 }
 
 #[test]
+fn commands_agree_on_a_member_that_is_not_there() {
+    let (a, b) = in_use([]);
+    let words = "pool vm-1 has no member 5, only 0, 1; nothing was to be done";
+    for args in [
+        &["remove-member", "vm-1", "5"][..],
+        &["remove-member", "vm-1", "5", "--delete-store"],
+        &["maintenance", "vm-1", "5", "on"],
+        &["maintenance", "vm-1", "5", "off", "--wait"],
+    ] {
+        let outcome = run(&[&a, &b], &[&["pool"], args].concat()).unwrap();
+        assert!(outcome.text.starts_with(words), "{args:?}: {}", outcome.text);
+        assert_eq!((outcome.exit, &outcome.warnings[..]), (0, &[words.to_owned()][..]), "{args:?}");
+        assert_eq!(outcome.json["changed"], false, "{args:?}");
+    }
+    // Nothing can be moved away from there, and no copy is added for it.
+    let c = FakeNode::start("n2");
+    let error = run(&[&a, &b], &["pool", "move", "vm-1", "5", "--to", &c.address()]).unwrap_err();
+    assert_eq!(error, words);
+    assert_eq!((commands(&a), c.store_count()), (vec![], 0));
+}
+
+#[test]
+fn another_path_on_the_members_own_node_is_refused_with_the_way() {
+    let (a, b) = in_use([]);
+    let here = pool_status("vm-1", 2, 1).path.display().to_string();
+    for (path, refused) in [("/dev/vdc", true), (here.as_str(), false)] {
+        let at = format!("{}={path}", b.address());
+        for args in [&["replace", "vm-1", "1", "--member", &at][..], &["add-member", "vm-1", "--member", &at]]
+        {
+            let result = run(&[&a], &[&["pool"], args].concat());
+            match result {
+                Err(error) if refused => {
+                    assert!(error.contains("nothing was done") && error.contains(&here), "{error}");
+                    let ways: Vec<_> = error.lines().skip(1).map(str::trim).collect();
+                    let node = format!("rmrctl --node {}", b.address());
+                    assert_eq!(ways[0], format!("{node} store close {here} --force"), "{error}");
+                    assert!(ways[1].ends_with(&format!("pool replace vm-1 1 --member {at}")), "{error}");
+                    assert_eq!(ways[2], format!("{node} store delete {here} --yes-destroy-all-data"));
+                }
+                Ok(outcome) if !refused => assert_eq!(outcome.json["changed"], false),
+                other => panic!("{args:?}: {other:?}"),
+            }
+        }
+    }
+    assert_eq!((commands(&a), b.store_count()), (vec![], 1));
+}
+
+#[test]
+fn a_prepared_store_at_another_path_is_not_used() {
+    let (a, b) = in_use([refused(Refusal::Busy), done()]);
+    let c = FakeNode::start("n2");
+    for path in ["/dev/vdb", "/dev/vdc"] {
+        let at = format!("{}={path}", c.address());
+        let _ = run(&[&a, &b], &["pool", "add-member", "vm-1", "--member", &at]);
+    }
+    let state = c.state.lock().unwrap();
+    let paths: Vec<_> = state.stores.values().map(|s| s.path.display().to_string()).collect();
+    assert_eq!((state.requests.len(), paths), (2, vec!["/dev/vdc".to_owned()]));
+}
+
+#[test]
 fn without_a_client_rmrctl_tries_to_be_the_coordinator_and_says_what_it_waits_for() {
     let (a, b) = in_use([]);
     let error = run(&[&a, &b], &["pool", "maintenance", "vm-1", "1", "on"]).unwrap_err();
@@ -202,7 +263,8 @@ fn maintenance_is_told_from_failure() {
     assert_eq!(status.exit, 3);
     assert!(status.text.contains("member 1 (n1) is in maintenance, by plan, missed 0 B"), "{}", status.text);
     assert!(status.text.contains("Out by plan"), "{}", status.text);
-    assert!(status.text.contains("rmrctl pool maintenance vm-1 1 off"), "{}", status.text);
+    let way = format!("rmrctl --node {} --node {} pool maintenance vm-1 1 off", a.address(), b.address());
+    assert!(status.text.contains(&way), "{}", status.text);
     assert_eq!(status.json["pools"][0]["assessment"]["planned"], true);
     let mut failed = on_a;
     failed.spec.members[1] = MemberSpec { maintenance: false, ..failed.spec.members[1].clone() };
@@ -210,9 +272,9 @@ fn maintenance_is_told_from_failure() {
     a.hold(failed);
     let status = run(&[&a, &b], &["status"]).unwrap();
     assert_eq!(status.json["pools"][0]["assessment"]["planned"], false);
-    assert!(status.text.contains("rmrctl pool resync vm-1"), "{}", status.text);
+    assert!(status.text.contains(" pool resync vm-1"), "{}", status.text);
     let error = run(&[&a, &b], &["pool", "resync", "vm-1", "--wait-timeout", "0.1"]).unwrap_err();
-    assert!(error.contains("not done within 0.1 s: member 1 (n1) Out"), "{error}");
+    assert!(error.contains("not done within 100 ms: member 1 (n1) Out"), "{error}");
 }
 
 #[test]
@@ -291,5 +353,30 @@ fn a_client_that_left_without_a_goodbye_is_not_displaced_unless_it_is_said_to_be
 fn waiting_does_not_end_by_the_words_of_one_node_that_may_be_behind() {
     let (a, _b) = two_nodes();
     let error = run(&[&a], &["pool", "resync", "vm-1", "--wait-timeout", "0.1"]).unwrap_err();
-    assert!(error.contains("not done within 0.1 s"), "{error}");
+    assert!(error.contains("not done within 100 ms"), "{error}");
+}
+
+#[test]
+fn a_pool_is_told_where_its_nodes_are_now() {
+    let (a, b) = in_use([done()]);
+    let mut moved = pool_status("vm-1", 2, 1);
+    moved.spec.members[1].address = Address::tcp("old", 7700);
+    let mut other = pool_status("vm-1", 2, 0);
+    other.spec.members[1].address = Address::tcp("old", 7700);
+    a.hold(other);
+    b.hold(moved.clone());
+    let status = run(&[&a, &b], &["status"]).unwrap();
+    let way = format!("rmrctl --node {} --node {} member address vm-1", a.address(), b.address());
+    let words = format!("tcp://n1:7700, and the pool has tcp://old:7700: {way}");
+    assert!(status.text.contains(&words), "{}", status.text);
+    let told = run(&[&a, &b], &["member", "address", "vm-1"]).unwrap();
+    assert!(told.text.contains("member 1: tcp://old:7700 is now tcp://n1:7700"), "{}", told.text);
+    let address = Address::tcp("n1", 7700);
+    let members = vec![MemberAddress { member: member(1), store: moved.store, address }];
+    assert_eq!(commands(&a), [Command::Readdress { members: members.clone() }]);
+    // So does the command that an operator may think of first.
+    a.state.lock().unwrap().replies.push_back(done());
+    let at = b.address();
+    run(&[&a, &b], &["pool", "replace", "vm-1", "1", "--member", &at]).unwrap();
+    assert_eq!(commands(&a)[1], Command::Readdress { members });
 }

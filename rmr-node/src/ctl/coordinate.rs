@@ -201,7 +201,8 @@ impl Hold {
         match blocking(move || Pool::connect(config, selector, &seeds, patience)).await {
             Ok(Ok(pool)) => Ok(Self(Arc::new(pool))),
             Ok(Err(PoolError::Over(OverReason::Held(holder)))) => Err(NotHeld::HeldBy(holder)),
-            Ok(Err(error)) => Err(NotHeld::Failed(error.to_string())),
+            // The words may be those of whoever answers at the address.
+            Ok(Err(error)) => Err(NotHeld::Failed(super::format::plain(&error.to_string()))),
             Err(reason) => Err(NotHeld::Failed(reason)),
         }
     }

@@ -1,6 +1,10 @@
 //! How `rmrctl` prints for people: sizes in IEC units, times as UTC with their age, aligned tables.
 
+use rmr_common::text::printable;
 use std::fmt::Write;
+
+use rmr_common::words;
+pub use rmr_common::words::duration;
 
 use crate::admin::api::UnixMs;
 
@@ -28,10 +32,7 @@ pub fn bytes(count: u64) -> String {
 /// A moment as `2026-11-20T12:03:04Z`.
 #[must_use]
 pub fn utc(moment: UnixMs) -> String {
-    let seconds = moment.0 / 1000;
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil(days);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+    words::utc(moment.0 / 1000)
 }
 
 /// A moment with its age: `2026-11-20T12:03:04Z (5 min ago)`.
@@ -44,44 +45,16 @@ pub fn utc_with_age(moment: UnixMs, now: UnixMs) -> String {
     }
 }
 
-/// Seconds in the two largest units: `42 s`, `5 min 2 s`, `3 h 10 min`, `2 d 4 h`.
-#[must_use]
-pub fn duration(seconds: u64) -> String {
-    let two = |large: u64, large_unit: &str, small: u64, small_unit: &str| match small {
-        0 => format!("{large} {large_unit}"),
-        _ => format!("{large} {large_unit} {small} {small_unit}"),
-    };
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3_600 => two(seconds / 60, "min", seconds % 60, "s"),
-        3_600..86_400 => two(seconds / 3_600, "h", seconds / 60 % 60, "min"),
-        _ => two(seconds / 86_400, "d", seconds / 3_600 % 24, "h"),
-    }
-}
-
 /// A text of unknown origin without anything that a terminal would obey or that would look like another line.
 #[must_use]
 pub fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    printable(text).into_owned()
 }
 
 /// Several lines of which parts are of unknown origin: as [`plain`], but line breaks stay.
 #[must_use]
 pub fn plain_lines(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { char::REPLACEMENT_CHARACTER } else { c }).collect()
-}
-
-/// Year, month and day of a day counted from 1970-01-01, by the proleptic Gregorian calendar.
-fn civil(days: u64) -> (u64, u64, u64) {
-    // Years that begin in March have the leap day at their end; 719468 days lie between 0000-03-01 and 1970-01-01.
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
-    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
 }
 
 /// A table with aligned columns.
@@ -175,8 +148,8 @@ mod tests {
 
     #[test]
     fn foreign_text_cannot_command_the_terminal() {
-        assert_eq!(plain("a\x1b[2Jb\nc\u{9b}"), "a\u{fffd}[2Jb\u{fffd}c\u{fffd}");
-        assert_eq!(plain_lines("a\x1b\nb µ"), "a\u{fffd}\nb µ");
+        assert_eq!(plain("a\x1b[2Jb\nc\u{9b}"), r"a\u{1b}[2Jb\nc\u{9b}");
+        assert_eq!(plain_lines("a\x1b\nb µ"), "a\\u{1b}\nb µ");
     }
 
     #[test]

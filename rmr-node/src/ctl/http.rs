@@ -1,6 +1,7 @@
 //! One HTTP request to a node's admin address, bounded in time and size, with errors that name the node.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -8,6 +9,8 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use rmr_common::text::printable;
+use rmr_common::words;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -186,7 +189,7 @@ impl Client {
         body: Vec<u8>,
     ) -> Result<T, CallError> {
         let deadline = tokio::time::Instant::now() + self.timeout;
-        let late = format!("no answer within {} s", self.timeout.as_secs_f64());
+        let late = format!("no answer within {}", words::time(self.timeout));
         let unreachable = |reason: String| CallError::Unreachable { node: node.clone(), reason };
         let no_answer = |reason: String| CallError::NoAnswer { node: node.clone(), reason };
         let connect = TcpStream::connect((node.host.as_str(), node.port));
@@ -195,7 +198,9 @@ impl Client {
             Ok(Err(e)) => return Err(unreachable(e.to_string())),
             Err(_) => return Err(unreachable(late)),
         };
-        let exchange = exchange(stream, node, method, path, body);
+        // The address and not the name: a node refuses names that it does not know to be its own, and cannot know them all.
+        let host = stream.peer_addr().map(|peer| SocketAddr::new(peer.ip(), peer.port()).to_string());
+        let exchange = exchange(stream, host.unwrap_or_else(|_| node.to_string()), method, path, body);
         match tokio::time::timeout_at(deadline, exchange).await {
             Ok(Ok((status, bytes))) => read_answer(status, &bytes).map_err(|e| match e {
                 Unread::Refusal(error) => CallError::Refused { node: node.clone(), error },
@@ -210,7 +215,7 @@ impl Client {
 /// Sends one request on the connection and reads the whole answer.
 async fn exchange(
     stream: TcpStream,
-    node: &NodeAddress,
+    host: String,
     method: Method,
     path: &str,
     body: Vec<u8>,
@@ -220,7 +225,7 @@ async fn exchange(
     let request = Request::builder()
         .method(method)
         .uri(path)
-        .header(header::HOST, node.to_string())
+        .header(header::HOST, host)
         .header(header::CONTENT_TYPE, "application/json")
         .body(Full::new(Bytes::from(body)))
         .map_err(|e| format!("request cannot be made: {e}"))?;
@@ -240,17 +245,32 @@ async fn exchange(
     }
 }
 
+/// An answer with its texts as they may be shown on a terminal: names, descriptions and reasons in it come from whoever
+/// attached to the node, or asked it.
+fn shown(answer: serde_json::Value) -> serde_json::Value {
+    use serde_json::Value;
+    match answer {
+        Value::String(text) => Value::String(printable(&text).into_owned()),
+        Value::Array(items) => Value::Array(items.into_iter().map(shown).collect()),
+        Value::Object(fields) => {
+            Value::Object(fields.into_iter().map(|(k, v)| (printable(&k).into_owned(), shown(v))).collect())
+        }
+        other => other,
+    }
+}
+
 enum Unread {
     Refusal(ControlError),
     Strange(String),
 }
 
 fn read_answer<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T, Unread> {
+    let strange = |e: serde_json::Error| Unread::Strange(format!("the answer is not what was expected: {e}"));
     if status.is_success() {
-        return serde_json::from_slice(body)
-            .map_err(|e| Unread::Strange(format!("the answer is not what was expected: {e}")));
+        let answer = serde_json::from_slice(body).map_err(strange)?;
+        return serde_json::from_value(shown(answer)).map_err(strange);
     }
-    match serde_json::from_slice::<ErrorBody>(body) {
+    match serde_json::from_slice(body).and_then(|body| serde_json::from_value::<ErrorBody>(shown(body))) {
         Ok(body) => Err(Unread::Refusal(body.error)),
         Err(_) => {
             Err(Unread::Strange(format!("HTTP status {status}; is this the admin address of an rmr-node?")))
@@ -261,6 +281,18 @@ fn read_answer<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_strangers_have_put_into_an_answer_gives_the_terminal_no_orders() {
+        #[derive(serde::Deserialize)]
+        struct Answer {
+            client: String,
+            size: u64,
+        }
+        let body = b"{\"client\":\"a\\u001b[2J\\nok\",\"size\":7}";
+        let answer: Answer = read_answer(StatusCode::OK, body).ok().unwrap();
+        assert_eq!((answer.client.as_str(), answer.size), ("a\\u{1b}[2J\\nok", 7));
+    }
 
     #[test]
     fn admin_addresses_read_and_print() {

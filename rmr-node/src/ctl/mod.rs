@@ -2,6 +2,7 @@
 //!
 //! Each command gives an [`Outcome`], the same facts as text and as JSON; only [`run`] prints.
 
+pub mod advice;
 mod args;
 pub mod assess;
 mod change;
@@ -10,20 +11,25 @@ mod coordinate;
 pub mod format;
 pub mod http;
 mod pool;
+mod readdress;
 mod status;
+mod store;
 mod survey;
 mod sync;
 mod verify;
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use self::advice::Advice;
 pub use self::args::{
-    Cli, Command, CreateArgs, DeleteArgs, MemberArg, NodeCommand, PoolCommand, StatusArgs, TransportArg,
+    Cli, Command, CreateArgs, DeleteArgs, MemberArg, MemberCommand, NodeCommand, PoolCommand, StatusArgs,
+    TransportArg,
 };
 use self::http::{CallError, Client};
+pub use self::store::StoreCommand;
 use self::survey::{Context, Survey, once_each};
 pub use self::verify::VerifyArgs;
 use crate::admin::api::NodeInfo;
@@ -74,18 +80,28 @@ pub fn run(cli: &Cli) -> u8 {
     };
     let watch = match &cli.command {
         Command::Status(args) => args.watch,
-        Command::Pool(_) | Command::Node(_) | Command::Doctor => None,
+        Command::Pool(_) | Command::Member(_) | Command::Store(_) | Command::Node(_) | Command::Doctor => {
+            None
+        }
     };
     let lines = watch.is_some() || cli.command.tells_progress();
     let tty = std::io::stdout().is_terminal();
     let colour = tty && std::env::var_os("NO_COLOR").is_none();
     loop {
         let exit = match runtime.block_on(execute(cli)) {
-            Ok(outcome) => match print(&outcome, cli.json, watch.is_some(), lines, tty, colour) {
-                Ok(()) => outcome.exit,
-                // The reader went away; nobody is left to be told.
-                Err(_) => return EXIT_FAILED,
-            },
+            Ok(outcome) => {
+                let printed = print(&outcome, cli.json, watch.is_some(), lines, tty, colour);
+                outcome.warnings.iter().for_each(|warning| complain(warning));
+                match printed {
+                    Ok(()) => outcome.exit,
+                    // The reader has seen enough, as `head` does. What was to be done is done.
+                    Err(e) if e.kind() == ErrorKind::BrokenPipe => return outcome.exit,
+                    Err(e) => {
+                        complain(&format!("the result cannot be written to standard output: {e}"));
+                        return EXIT_FAILED;
+                    }
+                }
+            }
             Err(e) => {
                 complain(&e.to_string());
                 EXIT_FAILED
@@ -120,15 +136,12 @@ fn print(
             out.write_all(text.as_bytes())?;
         }
     }
-    out.flush()?;
-    for warning in &outcome.warnings {
-        complain(warning);
-    }
-    Ok(())
+    out.flush()
 }
 
 fn complain(message: &str) {
-    eprintln!("rmrctl: {}", format::plain_lines(message));
+    // There may be nobody to read it, which is no reason to end in another way.
+    let _ = writeln!(std::io::stderr(), "rmrctl: {}", format::plain_lines(message));
 }
 
 /// Colours the level word of each headline.
@@ -157,6 +170,7 @@ pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
         keys: cli.keys()?,
         tls: cli.tls()?,
         client_is_gone: cli.client_is_gone,
+        advice: Advice::new(cli),
     };
     match &cli.command {
         Command::Pool(PoolCommand::Create(args)) => pool::create(&context, args).await,
@@ -174,6 +188,8 @@ pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
         Command::Pool(PoolCommand::Verify(args)) => verify::verify(&context, args).await,
         Command::Pool(PoolCommand::VerifyStatus { pool }) => verify::status(&context, pool).await,
         Command::Pool(PoolCommand::VerifyCancel { pool }) => verify::cancel(&context, pool).await,
+        Command::Member(MemberCommand::Address { pool }) => readdress::address(&context, pool).await,
+        Command::Store(command) => store::run(&context, command).await,
         Command::Status(args) => status::status(&context, args.pool.as_ref()).await,
         Command::Node(NodeCommand::Show) => show_nodes(&context).await,
         Command::Doctor => doctor(),
@@ -195,6 +211,7 @@ async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
         "VERSION",
         "UP",
         "STORES",
+        "LEFT OUT",
         "CONNECTIONS",
         "BUFFERS",
         "ENGINE",
@@ -213,6 +230,7 @@ async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
                     info.version.clone(),
                     format::duration(up_ms / 1000),
                     info.stores.to_string(),
+                    info.stores_left_out.to_string(),
                     format!("{}/{}", info.connections, info.max_connections),
                     format!("{}/{}", format::bytes(info.buffer_used_bytes), format::bytes(info.buffer_bytes)),
                     info.engine.clone(),

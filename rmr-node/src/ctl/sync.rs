@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use rmr_common::pool::{MemberId, MemberSet, MemberState, PoolSpec};
+use rmr_common::words;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
@@ -76,11 +77,11 @@ async fn follow(
         progress.tell(&picture.spec, &left, obstacle.as_deref());
         if let Some(limit) = limit.filter(|limit| start.elapsed() >= *limit) {
             progress.end();
-            let seconds = limit.as_secs_f64();
+            let limit = words::time(limit);
             let names: Vec<_> = left.iter().map(line_words).collect();
             let why = obstacle.map(|reason| format!(" ({reason})")).unwrap_or_default();
             return Err(CtlError::failed(format!(
-                "not done within {seconds} s: {}{why}; it goes on while a client is attached, and when this command is run again",
+                "not done within {limit}: {}{why}; it goes on while a client is attached, and when this command is run again",
                 names.join("; ")
             )));
         }
@@ -163,7 +164,7 @@ impl Progress {
 
     fn end(&mut self) {
         if self.terminal && !self.json && self.told.take().is_some() {
-            eprintln!();
+            let _ = writeln!(std::io::stderr());
         }
     }
 }
@@ -248,7 +249,8 @@ pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Resul
     let picture = survey.picture(&args.pool)?;
     let headline = format!(
         "pool {name} goes on with member {member}; the others are copied over in full when a client is attached, or with\n  \
-         rmrctl pool resync {name}"
+         {}",
+        picture.advice.resync()
     );
     let mut outcome = outcome(
         &survey,
@@ -258,7 +260,8 @@ pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Resul
     );
     if !untold.is_empty() {
         outcome.warnings.push(format!(
-            "{untold} could not be told of this; before a guest is started, run rmrctl pool resync {name} with all nodes up"
+            "{untold} could not be told of this; before a guest is started, run with all nodes up: {}",
+            picture.advice.resync()
         ));
     }
     Ok(outcome)

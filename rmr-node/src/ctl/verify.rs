@@ -76,10 +76,8 @@ pub(super) async fn verify(context: &Context, args: &VerifyArgs) -> Result<Outco
         Answered::Reply(reply) => {
             let report = report_of(reply)?;
             if !args.wait {
-                let pool = &picture.spec.name;
-                let more = format!(
-                    "see how it goes with\n  rmrctl pool verify-status {pool}\nor stop it with\n  rmrctl pool verify-cancel {pool}\n"
-                );
+                let (status, cancel) = (picture.advice.verify_status(), picture.advice.verify_cancel());
+                let more = format!("see how it goes with\n  {status}\nor stop it with\n  {cancel}\n");
                 return Ok(outcome(&survey, &picture, report, &more));
             }
             let report = follow(context, &Place::Client(&survey, &picture), &mut stop).await?;
@@ -261,7 +259,7 @@ impl Progress {
 
     fn end(&mut self) {
         if self.terminal && !self.json && self.told.take().is_some() {
-            eprintln!();
+            let _ = writeln!(std::io::stderr());
         }
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::file::{DiskFile, Medium};
 use super::inline::Inline;
 use super::uring::{Ring, RingDisk};
-use super::{BufferPool, Completion, DiskError, DiskId, Engine, Io, Limits};
+use super::{BufferPool, Completion, DiskError, DiskId, Engine, Io, IoKind, Limits};
 
 /// Most requests that a ring can be asked to hold.
 const MAX_DEPTH: u32 = 4096;
@@ -48,13 +48,13 @@ pub struct EngineOptions {
     pub choice: EngineChoice,
     /// Requests that the kernel gets at a time over all disks: 1 to 4096. Each costs about 300 bytes.
     pub queue_depth: u32,
-    /// Most disks at a time.
+    /// Most disks at a time. What a disk costs, it costs when it is added.
     pub disks: u16,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { choice: EngineChoice::Auto, queue_depth: 256, disks: 256 }
+        Self { choice: EngineChoice::Auto, queue_depth: 256, disks: u16::MAX }
     }
 }
 
@@ -240,6 +240,10 @@ impl Engine for DiskEngine {
             None => Err(DiskError::NoSuchDisk(io.disk)),
         };
         if let Err(error) = checked {
+            return self.ready.push(io.failed(error));
+        }
+        if io.kind == IoKind::Flush && super::faults::take_flush() {
+            let error = io.errno(libc::EIO);
             return self.ready.push(io.failed(error));
         }
         if let Some(Some(Disk::Inline(file))) = self.disks.get(usize::from(io.disk.0)) {

@@ -11,7 +11,7 @@ use libc::c_int;
 use rmr_common::buffer::Segment;
 use serde::Serialize;
 
-use super::{DiskError, Io, IoKind, sys};
+use super::{DiskError, Io, sys};
 
 /// What a disk is made of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -60,6 +60,8 @@ impl std::fmt::Display for Medium {
 #[derive(Debug)]
 pub struct DiskFile {
     file: File,
+    /// Another open file description of the same, and the one that holds the store's lock.
+    metadata: Option<(File, File)>,
     size: u64,
     medium: Medium,
     direct: bool,
@@ -95,7 +97,26 @@ impl DiskFile {
             (true, None) => (512, 512),
         };
         let (can_punch, can_zero) = (Cell::new(true), Cell::new(true));
-        Ok(Self { file, size, medium, direct, offset_alignment, memory_alignment, can_punch, can_zero })
+        let metadata = None;
+        Ok(Self {
+            file,
+            metadata,
+            size,
+            medium,
+            direct,
+            offset_alignment,
+            memory_alignment,
+            can_punch,
+            can_zero,
+        })
+    }
+
+    /// Gives the disk another open file description, `metadata`, for [`IoKind::FlushMetadata`]. The kernel reports a failed
+    /// write-back once for each description, so one that both kinds of flush shared would tell only one of them. `lock` is kept
+    /// open for as long as the disk.
+    #[must_use]
+    pub fn with_metadata(self, metadata: File, lock: File) -> Self {
+        Self { metadata: Some((metadata, lock)), ..self }
     }
 
     /// Size in bytes.
@@ -147,10 +168,32 @@ impl DiskFile {
         self.file.as_raw_fd()
     }
 
+    /// What data, metadata and the lock go through.
+    #[cfg(test)]
+    pub(crate) fn descriptions(&self) -> Vec<&File> {
+        let (metadata, lock) = self.metadata.as_ref().expect("a store has them");
+        vec![&self.file, metadata, lock]
+    }
+
+    /// What a flush of metadata goes through.
+    pub(super) fn metadata_file(&self) -> &File {
+        self.metadata.as_ref().map_or(&self.file, |(metadata, _)| metadata)
+    }
+
+    /// A flush failed. What the page cache still has of it is not on the disk, and counts as written: it must not be read again.
+    pub(super) fn forget_unwritten(&self) {
+        if !self.direct
+            && self.medium != Medium::Memory
+            && let Err(error) = sys::forget_pages(&self.file)
+        {
+            tracing::warn!("the page cache keeps what a failed flush did not write: {error}");
+        }
+    }
+
     /// Whether the request is one that this disk can be asked.
     pub(super) fn check(&self, io: &Io) -> Result<(), DiskError> {
         let (offset, length) = (io.offset, io.length);
-        if io.kind == IoKind::Flush {
+        if io.kind.is_flush() {
             return Ok(());
         }
         if offset.checked_add(length).is_none_or(|end| end > self.size) {

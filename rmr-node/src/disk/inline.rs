@@ -36,7 +36,9 @@ impl Inline {
         match io.kind {
             IoKind::Read => self.transfer(disk, io, sys::read_at),
             IoKind::Write => self.transfer(disk, io, sys::write_at),
-            IoKind::Flush => retry(|| disk.file().sync_data()).map_err(|e| to_error(io, &e)),
+            IoKind::Flush => flush(disk, disk.file()).map_err(|e| to_error(io, &e)),
+            IoKind::FlushMetadata => flush(disk, disk.metadata_file()).map_err(|e| to_error(io, &e)),
+            IoKind::Discard | IoKind::WriteZeroes { .. } if io.length == 0 => Ok(()),
             IoKind::Discard | IoKind::WriteZeroes { .. } | IoKind::EnsureZero => self.zero(disk, io),
         }
     }
@@ -109,6 +111,11 @@ fn advance(disk: &DiskFile, io: &Io, done: u64, moved: io::Result<usize>) -> Res
 
 fn to_error(io: &Io, error: &io::Error) -> DiskError {
     io.errno(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// Flushes once, whatever the error: one that is reported again is not what was lost.
+fn flush(disk: &DiskFile, file: &File) -> io::Result<()> {
+    file.sync_data().inspect_err(|_| disk.forget_unwritten())
 }
 
 /// Calls again while the kernel says that it was interrupted or busy, a bounded number of times.

@@ -4,6 +4,8 @@
 mod buddy;
 mod buffer;
 mod engine;
+#[doc(hidden)]
+pub mod faults;
 mod file;
 mod inline;
 mod part;
@@ -34,8 +36,11 @@ pub enum IoKind {
     Read,
     /// Write the payload.
     Write,
-    /// Make durable every write that completed before this was submitted. Offset and length mean nothing.
+    /// Make durable every write that completed before this was submitted. Offset and length mean nothing. It is tried once: after
+    /// a failure the kernel counts the pages as written, and another flush would succeed without having written them.
     Flush,
+    /// The same, through the disk's other open file description: see [`DiskFile::with_metadata`].
+    FlushMetadata,
     /// Make the range read as zeroes and give its space back where that is possible.
     Discard,
     /// Make the range read as zeroes; with `unmap`, as [`IoKind::Discard`], without, it stays allocated.
@@ -213,6 +218,7 @@ impl IoKind {
             Self::Read => "read",
             Self::Write => "write",
             Self::Flush => "flush",
+            Self::FlushMetadata => "flush of metadata",
             Self::Discard => "discard",
             Self::WriteZeroes { .. } => "write zeroes",
             Self::EnsureZero => "make a hole",
@@ -221,6 +227,10 @@ impl IoKind {
 
     const fn makes_zeroes(self) -> bool {
         matches!(self, Self::Discard | Self::WriteZeroes { .. } | Self::EnsureZero)
+    }
+
+    const fn is_flush(self) -> bool {
+        matches!(self, Self::Flush | Self::FlushMetadata)
     }
 
     const fn has_payload(self) -> bool {

@@ -82,6 +82,7 @@ fn requests_agree_with_memory(mut engine: DiskEngine, file: DiskFile, unit: u64,
                 10..20 => (IoKind::WriteZeroes { unmap: true }, Payload::None),
                 20..30 => (IoKind::WriteZeroes { unmap: false }, Payload::None),
                 30 => (IoKind::Flush, Payload::None),
+                31 => (IoKind::FlushMetadata, Payload::None),
                 n => {
                     let mut list = Vec::new();
                     let pieces = if random(2) == 0 || length < 2 * unit {
@@ -107,7 +108,7 @@ fn requests_agree_with_memory(mut engine: DiskEngine, file: DiskFile, unit: u64,
             match kind {
                 IoKind::Read => expected.push((id, oracle[range].to_vec())),
                 IoKind::Write => oracle[range].copy_from_slice(&bytes_of(&payload)),
-                IoKind::Flush => {}
+                IoKind::Flush | IoKind::FlushMetadata => {}
                 IoKind::Discard | IoKind::WriteZeroes { .. } | IoKind::EnsureZero => oracle[range].fill(0),
             }
             engine.submit(io(disk, id, kind, offset, length, payload));

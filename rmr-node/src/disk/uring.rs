@@ -14,6 +14,10 @@ use super::inline::{MAX_ATTEMPTS, zero_segments};
 use super::zero::{ZeroCall, ZeroStep, Zeroing};
 use super::{AlignedPage, BufferPool, Completion, DiskError, DiskId, Io, IoKind};
 
+/// Most disks whose descriptors are registered, which saves the kernel a look-up for each request. The table has its size from
+/// the start, some 64 KiB; disks beyond it are used by plain descriptors.
+const REGISTERED_FILES: u16 = 4096;
+
 /// A disk, and whether the ring has its descriptor registered.
 #[derive(Debug)]
 pub(super) struct RingDisk {
@@ -60,8 +64,9 @@ impl Ring {
         let ring = build(depth)?;
         let wakeup = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         ring.submitter().register_eventfd(wakeup.as_raw_fd())?;
-        let file_slots = match ring.submitter().register_files_sparse(u32::from(disks)) {
-            Ok(()) => disks,
+        let file_slots = disks.min(REGISTERED_FILES);
+        let file_slots = match ring.submitter().register_files_sparse(u32::from(file_slots)) {
+            Ok(()) => file_slots,
             Err(error) => {
                 tracing::debug!(
                     "the kernel registers no sparse file table ({error}); plain descriptors are used"
@@ -314,6 +319,10 @@ impl Request {
                 let flags = types::FsyncFlags::DATASYNC;
                 return on_disk!(|fd| opcode::Fsync::new(fd).flags(flags).build());
             }
+            IoKind::FlushMetadata => {
+                let fd = types::Fd(disk.file.metadata_file().as_raw_fd());
+                return opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
+            }
             IoKind::Read | IoKind::Write => {
                 self.part.clear();
                 let skip = usize::try_from(self.done).expect("below the length of memory");
@@ -354,6 +363,12 @@ impl Request {
     fn after(&mut self, disk: &DiskFile, result: i32) -> Option<Result<(), DiskError>> {
         let io = self.io.as_ref().expect("an entry completes once");
         let result = u64::try_from(result).map_err(|_| -result);
+        if let Err(errno) = result
+            && io.kind.is_flush()
+        {
+            disk.forget_unwritten();
+            return Some(Err(io.errno(errno)));
+        }
         if matches!(result, Err(libc::EINTR | libc::EAGAIN)) && self.attempts < MAX_ATTEMPTS {
             self.attempts += 1;
             return None;
@@ -370,7 +385,7 @@ impl Request {
             Ok(moved) => moved,
             Err(errno) => return Some(Err(io.errno(errno))),
         };
-        if io.kind == IoKind::Flush {
+        if io.kind.is_flush() {
             return Some(Ok(()));
         }
         if moved == 0 {

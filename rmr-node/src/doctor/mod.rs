@@ -50,6 +50,7 @@ use std::path::{Path, PathBuf};
 
 use rmr_common::auth::SecretKey;
 use rmr_common::pool::{Address, TransportKind};
+use rmr_common::words;
 use serde::Serialize;
 
 use self::machine::{Machine, RdmaPort};
@@ -109,11 +110,9 @@ impl Report {
             built_with_rdma: built_with_rdma(),
         };
         let unbound = unbound(&config.listen);
-        let certificates = config
-            .tls
-            .identity
-            .is_some()
-            .then(|| service::load_tls(&config.tls).map(|_| ()).map_err(|error| format!("{error:#}")));
+        let certificates = config.tls.identity.is_some().then(|| {
+            service::load_tls(&config.tls).map(|_| ()).map_err(|error| words::error(error.as_ref()))
+        });
         let engine = Engine::probe();
         let store_directory = config.store_dir.as_deref().map(StoreDirectory::probe);
         let stores: Vec<_> = config.stores.iter().map(|path| StorePath::probe(root, path)).collect();

@@ -19,6 +19,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A client that makes devices larger answers when they have zeroed themselves.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
+/// Longest command that another node may pass on, in bytes of JSON.
+const MAX_COMMAND: usize = 64 << 10;
+
 /// What a shard says of a command of the admin API.
 pub(super) struct Answered {
     pub(super) reply: CommandReply,
@@ -44,7 +47,7 @@ impl Shard {
         match self.member_of_pool(pool) {
             Some(index) => self.take_command(index, command, Asker::Admin(responder)),
             None => {
-                let text = "the pool is being deleted on this node";
+                let text = "the store of the pool is being closed on this node";
                 responder.send(Err(ControlError::new(ErrorCode::NotFound, text)));
             }
         }
@@ -54,6 +57,10 @@ impl Shard {
     pub(super) fn node_command(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
         let Some(index) = self.member_of_connection(connection) else { return };
         let asker = Asker::Node(connection, *header);
+        if body.len() > MAX_COMMAND {
+            let text = format!("a command of {} bytes: expected at most {MAX_COMMAND}", body.len());
+            return self.answer(index, asker, CommandReply::refused(Refusal::BadCommand, text));
+        }
         match serde_json::from_slice(body) {
             Ok(command) => self.take_command(index, &command, asker),
             Err(error) => {
@@ -65,8 +72,14 @@ impl Shard {
 
     fn take_command(&mut self, index: usize, command: &PoolCommand, asker: Asker) {
         let id = self.next_command();
+        let withheld = match &asker {
+            Asker::Admin(_) => Some(0),
+            Asker::Node(..) => self.may_log(|throttles| &mut throttles.commands),
+        };
         let Some(member) = self.member_mut(index) else { return };
-        tracing::info!(pool = %member.replica.spec().name, "asked by an operator: {command}");
+        if let Some(withheld) = withheld {
+            tracing::info!(pool = %member.replica.spec().name, withheld, "asked by an operator: {command}");
+        }
         member.commands.push((id, asker));
         member.replica.command(id, command);
         self.activate(index);
@@ -117,6 +130,7 @@ pub(super) fn ask_others(shared: &Arc<Shared>, asked: Answered, command: &PoolCo
             fabric: &shared.fabric,
             keys: keys.clone(),
             tls: shared.client_tls.clone(),
+            tls_only: shared.config.is_tls_only(),
         };
         match forward.run(command) {
             Forwarded::Answered(CommandReply::Refused { reason: Refusal::NoCoordinator, .. }) => {

@@ -10,7 +10,7 @@ use rmr_common::pool::PoolId;
 use rmr_common::replica::{BufferToken, ConnectionId, Event};
 use rmr_common::time::Time;
 use rmr_common::transport::{Connection, Place, Receiver, Wire};
-use rmr_common::wire::{Kind, MAX_BODY, MAX_SLOTS, MessageHeader, Status};
+use rmr_common::wire::{HEADER_SIZE, Kind, MAX_BODY, MAX_SLOTS, MessageHeader, Role, Status};
 use vmm_sys_util::epoll::EventSet;
 
 use super::ConnectionPlace;
@@ -24,6 +24,15 @@ const MAX_HELLO: u32 = 4096;
 /// Most messages that wait for a client to take them before nothing more is read from it. A session has fewer answers
 /// outstanding; only one that asks and does not listen comes here.
 pub(super) const MAX_BACKLOG: usize = 4 * MAX_SLOTS as usize;
+/// Most bytes of bodies that wait so. One answer has up to 1 MiB.
+const MAX_BACKLOG_BYTES: usize = 1 << 20;
+/// The same over RDMA, where what has been asked cannot be left unread: a member that is brought back in asks for all pages of
+/// all maps at once.
+pub(super) const MAX_RDMA_BACKLOG_BYTES: usize = 32 << 20;
+/// A message counts as at least so many bytes of what the clients of a pool may have done in one loop iteration.
+const MESSAGE_COST: usize = 4096;
+/// So many bytes of a range without data count as one byte of it: bits are set for the range, and the disk is asked for it.
+const RANGE_PART: u32 = 64;
 /// Most requests of a connection at a time. A session has a slot for each; twice that allows for slots that a client
 /// uses again after it gave the request up.
 const MAX_REQUESTS: usize = 2 * MAX_SLOTS as usize;
@@ -38,8 +47,8 @@ pub(super) struct Peer {
     pub(super) member: Option<usize>,
     /// It has to prove that it has the pool's key before it is greeted.
     pub(super) challenged: Option<Box<Challenged>>,
-    /// Another node opened it.
-    pub(super) is_node: bool,
+    /// Who opened it, as the hello says.
+    pub(super) role: Role,
     pub(super) since: Time,
     pub(super) last_heard: Time,
     /// What the event loop watches its descriptor for.
@@ -48,6 +57,8 @@ pub(super) struct Peer {
     pub(super) in_line: bool,
     /// It stands in the shard's list of connections with something to send.
     pub(super) queued: bool,
+    /// Loop iterations in which it was not read, because others of its member had spent what there is for one.
+    pub(super) passed_over: u8,
     /// Requests that are not answered.
     pub(super) requests: usize,
     /// For each write whose data is arriving, in order: where to, or `None` when it goes nowhere.
@@ -77,12 +88,13 @@ impl Peer {
             place,
             member: None,
             challenged: None,
-            is_node: false,
+            role: Role::Client,
             since: now,
             last_heard: now,
             watched: EventSet::IN,
             in_line: false,
             queued: false,
+            passed_over: 0,
             requests: 0,
             arriving: VecDeque::new(),
             arriving_bytes: 0,
@@ -117,7 +129,9 @@ impl Peer {
             // It shows completions of what was sent as well, and its credits bound what may arrive.
             return EventSet::IN;
         }
-        let takes = !self.wire.is_starved() && self.wire.backlog() < MAX_BACKLOG;
+        let takes = !self.wire.is_starved()
+            && self.wire.backlog() < MAX_BACKLOG
+            && self.wire.backlog_bytes() < MAX_BACKLOG_BYTES;
         let read = if takes { EventSet::IN } else { EventSet::READ_HANG_UP };
         if self.wire.wants_to_send() { read | EventSet::OUT } else { read }
     }
@@ -165,11 +179,6 @@ pub(super) struct Greeting {
     pub(super) body: Vec<u8>,
 }
 
-/// What a node may send to another one: it is let in for a resync, a comparison or an operator, and not to hold the pool.
-const fn is_for_nodes(kind: Kind) -> bool {
-    matches!(kind, Kind::PullMap | Kind::Pull | Kind::Digest | Kind::Command | Kind::Ping)
-}
-
 /// Takes what arrives on one connection.
 pub(super) struct Sink<'a> {
     pub(super) id: ConnectionId,
@@ -194,7 +203,9 @@ pub(super) struct Sink<'a> {
     /// A proof is expected, and no hello any more.
     pub(super) is_challenged: bool,
     pub(super) proof: &'a mut Option<Vec<u8>>,
-    pub(super) is_node: bool,
+    pub(super) role: Role,
+    /// What the member's connections have made it do in this loop iteration, in bytes.
+    pub(super) spent: &'a mut usize,
     /// Operators' commands that another node passes on.
     pub(super) commands: &'a mut Vec<(MessageHeader, Vec<u8>)>,
     pub(super) error: &'a mut Option<&'static str>,
@@ -248,7 +259,19 @@ impl Receiver for Sink<'_> {
         if self.member.is_some() { MAX_BODY } else { MAX_HELLO }
     }
 
+    fn weight(&self, header: &MessageHeader) -> usize {
+        match header.kind {
+            Kind::Discard | Kind::WriteZeroes => (header.length / RANGE_PART) as usize,
+            // A pass over maps, a superblock, a connection to another node.
+            Kind::Attach | Kind::SetView | Kind::Prepare | Kind::Detach | Kind::Grow | Kind::Command => {
+                64 << 10
+            }
+            _ => 0,
+        }
+    }
+
     fn deliver(&mut self, header: &MessageHeader, body: &[u8]) {
+        *self.spent += MESSAGE_COST.max(HEADER_SIZE + header.payload as usize) + self.weight(header);
         // What counts is a whole message: a peer that sends a byte now and then keeps what it has been given.
         *self.heard = self.now;
         *self.delivered = true;
@@ -267,8 +290,11 @@ impl Receiver for Sink<'_> {
                     }
                     return;
                 }
-                if self.is_node && !is_for_nodes(header.kind) {
-                    *self.error = Some("a message that nodes do not send one another");
+                if !header.kind.is_from(self.role) {
+                    *self.error = Some(match self.role {
+                        Role::Client => "a message that no client sends",
+                        Role::Peer => "a message that nodes do not send one another",
+                    });
                     if let Some(buffer) = buffer {
                         self.writes.release(buffer);
                     }
@@ -289,7 +315,8 @@ impl Receiver for Sink<'_> {
                 {
                     checked.status = Status::DigestDiffers;
                 }
-                let event = Event::Message { connection: self.id, header: &checked, body, buffer };
+                let (connection, role) = (self.id, self.role);
+                let event = Event::Message { connection, role, header: &checked, body, buffer };
                 member.replica.apply(event, self.now);
             }
             None if header.payload > MAX_HELLO => *self.error = Some("a greeting of more than 4096 bytes"),

@@ -13,6 +13,7 @@ use rmr_common::transport::rdma::Fabric;
 use rmr_common::transport::tls::ClientTls;
 use rmr_common::transport::{Connection, Place, Receiver, Wire};
 use rmr_common::wire::{Hello, Kind, MessageHeader, PROTOCOL_VERSION, Role, Status};
+use rmr_common::words;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// A node closes connections that say nothing for long.
@@ -33,6 +34,8 @@ pub(super) struct Forward<'a> {
     pub(super) keys: KeyRing,
     /// How a `tls://` address is reached.
     pub(super) tls: Option<ClientTls>,
+    /// It goes to `tls://` addresses in any case.
+    pub(super) tls_only: bool,
 }
 
 /// What became of it.
@@ -66,7 +69,7 @@ impl Forward<'_> {
             Ok(_) => match talk.state.reply.take() {
                 Some(Ok(reply)) => Forwarded::Answered(reply),
                 Some(Err(error)) => Forwarded::Lost(error),
-                None => Forwarded::Lost(format!("no answer within {:?}", self.answer_timeout)),
+                None => Forwarded::Lost(format!("no answer within {}", words::time(self.answer_timeout))),
             },
             Err(error) => Forwarded::Lost(error),
         }
@@ -77,6 +80,7 @@ impl Forward<'_> {
         let text = |error: io::Error| error.to_string();
         let connector =
             Connector::new(self.connect_timeout, self.tls.clone(), self.fabric.clone()).map_err(text)?;
+        let connector = connector.leaving_tls_never(self.tls_only);
         connector.connect(1, self.address);
         let waits = Waits::on(connector.descriptor()).map_err(text)?;
         // A name may have several addresses, each with the time allowed.
@@ -190,7 +194,11 @@ impl Receiver for State {
             }
             Kind::HelloReply => {
                 let text = String::from_utf8_lossy(body);
-                self.error = Some(format!("it refuses: {:?} {text}", header.status));
+                self.error = Some(format!(
+                    "it refuses: {}{}{text}",
+                    header.status,
+                    if text.is_empty() { "" } else { ": " }
+                ));
             }
             Kind::CommandReply if header.sequence == SEQUENCE => {
                 let reply = serde_json::from_slice(body);

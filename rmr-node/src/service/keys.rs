@@ -10,7 +10,7 @@ use rmr_common::auth::{Admitted, Denial, Gate, KeyRing, Nonce};
 use rmr_common::pool::PoolId;
 use rmr_common::replica::ConnectionId;
 use rmr_common::transport::Connection;
-use rmr_common::wire::{Hello, Kind, MessageHeader, Role, Status};
+use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
 
 use super::connection::Greeting;
 use super::shard::Shard;
@@ -56,15 +56,18 @@ impl Keys {
         Ok(keys)
     }
 
-    /// What operators are told of a pool's keys.
-    pub(super) fn authentication(&self, pool: PoolId, name: &str) -> Authentication {
+    /// What operators are told of a pool's keys, and the fingerprints of these.
+    pub(super) fn authentication(&self, pool: PoolId, name: &str) -> (Authentication, Vec<String>) {
         match self.of(pool, name) {
-            Ok(keys) => match keys.len() {
-                0 => Authentication::None,
-                1 => Authentication::Key,
-                _ => Authentication::Rotating,
-            },
-            Err(reason) => Authentication::Unusable { reason },
+            Ok(keys) => {
+                let state = match keys.len() {
+                    0 => Authentication::None,
+                    1 => Authentication::Key,
+                    _ => Authentication::Rotating,
+                };
+                (state, keys.fingerprints(pool))
+            }
+            Err(reason) => (Authentication::Unusable { reason }, Vec::new()),
         }
     }
 
@@ -106,7 +109,12 @@ impl Shard {
     pub(super) fn greet_here(&mut self, id: ConnectionId, greeting: &Greeting, hello: Hello, pool: PoolId) {
         let header = greeting.header;
         let Some((_, member)) = self.member_at(pool) else {
-            return self.refuse(id, &header, Status::NoSuchPool, "the pool is being deleted".to_owned());
+            return self.refuse(
+                id,
+                &header,
+                Status::Stopping,
+                "the store of the pool is being closed".to_owned(),
+            );
         };
         if let Err(text) = member.replica.greet(&hello) {
             return self.refuse(id, &header, Status::Version, text);
@@ -161,7 +169,12 @@ impl Shard {
         admitted: Option<&Admitted>,
     ) {
         let Some((index, member)) = self.member_at(pool) else {
-            return self.refuse(id, header, Status::NoSuchPool, "the pool is being deleted".to_owned());
+            return self.refuse(
+                id,
+                header,
+                Status::Stopping,
+                "the store of the pool is being closed".to_owned(),
+            );
         };
         let mut reply = match member.replica.greet(hello) {
             Ok(reply) => reply,
@@ -175,7 +188,7 @@ impl Shard {
             reply.limits.max_bytes = reply.limits.max_bytes.min(share);
         }
         peer.member = Some(index);
-        peer.is_node = hello.role == Role::Peer;
+        peer.role = hello.role;
         let mut body = reply.encode();
         if let Some(admitted) = admitted {
             body = admitted.seal(body);
@@ -200,7 +213,7 @@ impl Shard {
         if let (Some(withheld), Some(address)) = (self.shared().keys.note(denial), address) {
             tracing::warn!(
                 pool, client = %address, withheld,
-                "not let in: {reason}; it says that it is '{}'", hello.description.escape_debug()
+                "not let in: {reason}; it says that it is '{}'", hello.description
             );
         }
         let text = format!("node {}: {denial}", self.shared().config.node_name);
@@ -230,8 +243,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let keys =
             |required| Keys::new(KeysConfig { directory: Some(directory.path().to_owned()), required });
-        assert_eq!(keys(false).authentication(PoolId::random(), "vm-1"), Authentication::None);
-        let unusable = keys(true).authentication(PoolId::random(), "vm-1");
+        assert_eq!(keys(false).authentication(PoolId::random(), "vm-1").0, Authentication::None);
+        let (unusable, _) = keys(true).authentication(PoolId::random(), "vm-1");
         assert!(matches!(unusable, Authentication::Unusable { .. }), "{unusable:?}");
     }
 }

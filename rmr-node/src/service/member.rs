@@ -16,7 +16,8 @@ use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 use super::Shared;
 use super::command::Asker;
 use super::pulls::Pulls;
-use super::source_link::SourceLink;
+use super::source_link::{Meant, SourceLink};
+use super::throttle::Burst;
 use crate::admin::api::{
     Authentication, ClientState, ClientStatus, HistoryStatus, IoCounters, LinkState, Missed, PeerStatus,
     PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
@@ -40,6 +41,8 @@ pub(super) struct Member {
     pub(super) store: Store,
     pub(super) disk: DiskId,
     writer: MetadataWriter,
+    /// Why metadata was not even given to the writer.
+    refused: Option<String>,
     /// Requests to the writer that are not durable, oldest first.
     tickets: VecDeque<(crate::store::Ticket, Ticket)>,
     /// Buffers that a disk read has filled, until their answer is queued, by the request's number.
@@ -52,13 +55,25 @@ pub(super) struct Member {
     pub(super) in_line: bool,
     /// Its replica may have something to say.
     pub(super) active: bool,
+    /// How many lines about it went to the log in this second.
+    pub(super) lines: Burst,
+    /// What its connections have made the shard do in this loop iteration, in bytes.
+    pub(super) spent: usize,
     attached: Option<(UnixMs, SocketAddr)>,
     state_since: [Option<UnixMs>; rmr_common::pool::MAX_MEMBERS],
     pub(super) closing: bool,
     /// The connection to the node that this member is brought up to date from.
     pub(super) source: Option<SourceLink>,
+    /// The member that the connection is to lead to.
+    pub(super) source_meant: Option<Meant>,
+    /// Why the last connection to a source was lost.
+    pub(super) source_error: String,
     /// Tells an attempt to connect to it from an earlier one.
     pub(super) source_attempt: u64,
+    /// An attempt is under way, if only one that nobody waits for any more. There is one thread at a time.
+    pub(super) connecting: Option<u64>,
+    /// Where to connect when that has ended.
+    pub(super) next_source: Option<rmr_common::pool::Address>,
     /// Memory for what it pulls; goes after the connection.
     pub(super) pulls: Pulls,
     progress: Option<Progress>,
@@ -85,7 +100,7 @@ struct Progress {
 
 impl Member {
     /// Serves a store, which `disk` carries in the shard's engine.
-    pub(super) fn new(store: Store, disk: DiskId, shared: &Arc<Shared>) -> Self {
+    pub(super) fn new(mut store: Store, disk: DiskId, shared: &Arc<Shared>) -> Self {
         let superblock = store.superblock().clone();
         let spec = superblock.spec.clone();
         let mut maps = MemberMaps::new(&spec);
@@ -111,6 +126,8 @@ impl Member {
                 max_inflight: shared.config.resync.max_inflight,
                 bytes_per_s: shared.config.resync.bytes_per_s,
             },
+            max_size: superblock.layout.largest_pool(spec.chunk_size),
+            tls_only: shared.config.is_tls_only(),
         };
         let state = DurableState {
             view: superblock.view.clone(),
@@ -123,25 +140,34 @@ impl Member {
                 description: c.name.clone(),
                 attached: c.attached,
             }),
+            flush_failed: superblock.flush_failed,
         };
         let replica = Replica::new(config, superblock.member, state, maps);
         let writer = store.metadata_writer();
+        store.forget_maps();
         Self {
             replica,
             store,
             disk,
             writer,
+            refused: None,
             tickets: VecDeque::new(),
             reads: Vec::new(),
             reading_bytes: 0,
             waiting_reads: VecDeque::new(),
             in_line: false,
             active: false,
+            lines: Burst::default(),
+            spent: 0,
             attached: None,
             state_since: [None; rmr_common::pool::MAX_MEMBERS],
             closing: false,
             source: None,
+            source_meant: None,
+            source_error: String::new(),
             source_attempt: 0,
+            connecting: None,
+            next_source: None,
             pulls: Pulls::default(),
             progress: None,
             resync_sent: 0,
@@ -185,6 +211,7 @@ impl Member {
                 superblock.epoch = state.epoch;
                 superblock.mark = state.mark;
                 superblock.attested = state.attested;
+                superblock.flush_failed = state.flush_failed;
                 superblock.client = state.last_client.as_ref().map(|c| ClientRecord {
                     id: c.client,
                     name: fit_client_name(&c.description).to_owned(),
@@ -199,6 +226,7 @@ impl Member {
             Ok(asked) => self.tickets.push_back((asked, ticket)),
             Err(error) => {
                 tracing::error!(pool = %self.replica.spec().name, "superblock refused: {error}");
+                self.refused = Some(format!("the superblock to be written is refused: {error}"));
                 self.replica.apply(Event::Durable(ticket, Err(())), now);
             }
         }
@@ -251,13 +279,23 @@ impl Member {
         self.writer.failure().is_some()
     }
 
+    /// Why metadata could not be written, in words.
+    pub(super) fn metadata_failure(&self) -> Option<String> {
+        self.writer.failure().map(ToString::to_string).or_else(|| self.refused.clone())
+    }
+
     /// Writes what operators want to know to the log.
     pub(super) fn log(&mut self, notice: Notice, client: Option<SocketAddr>) {
         let spec = self.replica.spec();
         let (pool, member, view) = (spec.name.clone(), self.replica.member(), self.replica.view().number);
         match notice {
             Notice::Attached(epoch, who) => {
-                self.attached = client.map(|address| (UnixMs::now(), address));
+                // By its own account: it has had the pool before it came back to this member.
+                let held =
+                    self.replica.status().holder.map_or(std::time::Duration::ZERO, |holder| holder.held);
+                let since =
+                    UnixMs::now().0.saturating_sub(u64::try_from(held.as_millis()).unwrap_or(u64::MAX));
+                self.attached = client.map(|address| (UnixMs(since), address));
                 tracing::info!(%pool, %member, %view, %epoch, client = %who, "client attached");
             }
             Notice::Refused(who, holder) => {
@@ -280,6 +318,14 @@ impl Member {
                 } else {
                     tracing::warn!(%pool, %member, "{new}: members {out} are absent, what they miss is recorded");
                 }
+            }
+            Notice::FlushFailed(purpose) => {
+                tracing::error!(
+                    %pool, %member, %view,
+                    "a flush failed ({purpose}): what was written since the last one may be gone from this disk. The member leaves \
+                     the pool and is brought up to date from the others; if it is the only current one, completed writes may be \
+                     lost. Check the disk, and replace it if this is repeated"
+                );
             }
             Notice::MetadataFailed => {
                 tracing::error!(%pool, %member, %view, "metadata cannot be written: this member stops to serve");
@@ -415,6 +461,7 @@ impl Member {
             authentication: Authentication::None,
             latency: None,
             resync,
+            key_fingerprints: Vec::new(),
             max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
             history: HistoryStatus { position: status.position, attested: status.attested },
         }

@@ -29,6 +29,7 @@ impl Shard {
 
     /// The work on a store has ended: its size, or why it is as it was.
     pub(super) fn room_made(&mut self, store: StoreId, result: Result<u64, StoreError>) {
+        let withheld = if result.is_err() { self.may_log(|throttles| &mut throttles.room) } else { Some(0) };
         let Some((index, member)) = self.member_of_store(store) else { return };
         let (disk, pool) = (member.disk, member.replica.spec().name.clone());
         member.makes_room = false;
@@ -37,7 +38,11 @@ impl Shard {
                 member.store.set_size(*size);
                 tracing::info!(%pool, member = %member.replica.member(), size, "room is made");
             }
-            Err(error) => tracing::error!(%pool, member = %member.replica.member(), "no room: {error}"),
+            Err(error) => {
+                if let Some(withheld) = withheld {
+                    tracing::error!(%pool, member = %member.replica.member(), withheld, "no room: {error}");
+                }
+            }
         }
         if let Ok(size) = &result {
             self.resize_disk(disk, *size);

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
 use rmr_common::pool::{
-    Address, ChunkSize, MAX_MEMBERS, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, View,
+    Address, ChunkSize, Epoch, MAX_MEMBERS, MemberId, MemberSpec, PoolId, PoolSpec, StoreId, View,
 };
 use uuid::Uuid;
 
@@ -37,6 +37,18 @@ pub enum StoreCommand {
     ///
     /// Wipes the superblocks and maps. The data area is not wiped; a file is not removed.
     Destroy(DestroyArgs),
+    /// Take back an epoch that a faulty client has raised so far that no client can attach any more
+    ///
+    /// Clients then say that they wait for a branch that was forced into use and that nobody has, or that an epoch cannot
+    /// follow another one. Try `rmrctl pool force-from` first; if that is refused too, stop the nodes of all members, run
+    /// this on the store of each with the same --epoch, and start them again.
+    ///
+    /// WHAT MAY BE LOST: each store forgets that a client attached under a higher epoch. A daemon that is still running
+    /// under that epoch is not kept out any more, and what it completed on members that are not reset may be overwritten
+    /// by a resync. So no client of the pool may run anywhere, and no member may be left out that is current.
+    #[command(after_help = "Example: on each node, with the node stopped:
+  rmr-node store reset-epoch /var/lib/rmr/vm1.store --pool-id UUID --epoch 1000 --yes-no-client-runs")]
+    ResetEpoch(ResetEpochArgs),
 }
 
 /// Arguments of `store create`.
@@ -102,6 +114,26 @@ pub struct DestroyArgs {
     pub yes_destroy_all_data: bool,
 }
 
+/// Arguments of `store reset-epoch`.
+#[derive(Args, Clone, Debug)]
+pub struct ResetEpochArgs {
+    /// Block device or file
+    pub path: PathBuf,
+    /// The pool that the store belongs to
+    #[arg(long, value_name = "UUID")]
+    pub pool_id: Uuid,
+    /// The epoch to put in its place, the same for all members: above that of every view that a client made before the
+    /// faulty one came, as `store inspect` shows them
+    #[arg(long, value_name = "NUMBER")]
+    pub epoch: u64,
+    /// Yes, no client of the pool runs anywhere, and what one may have written since may be lost
+    #[arg(long)]
+    pub yes_no_client_runs: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `ID=VALUE`, for a member.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Assignment<T> {
@@ -133,6 +165,7 @@ impl StoreCommand {
             Self::Create(args) => create(&args),
             Self::Inspect(args) => inspect(&args),
             Self::Destroy(args) => destroy(&args),
+            Self::ResetEpoch(args) => reset_epoch(&args),
         }
     }
 }
@@ -154,9 +187,10 @@ fn create(args: &CreateArgs) -> anyhow::Result<()> {
     let show = std::io::stderr().is_terminal();
     let mut progress = |done: u64, total: u64| {
         if show {
-            eprint!("\rzeroing: {} of {} MiB", done >> 20, total >> 20);
+            // Nobody has to watch.
+            let _ = write!(std::io::stderr(), "\rzeroing: {} of {} MiB", done >> 20, total >> 20);
             if done == total {
-                eprintln!();
+                let _ = writeln!(std::io::stderr());
             }
         }
     };
@@ -258,6 +292,50 @@ fn destroy(args: &DestroyArgs) -> anyhow::Result<()> {
     let superblock = Store::destroy(&args.path, args.pool_id.map(PoolId))?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}: store {} is destroyed", show(&args.path), superblock.store)?;
+    Ok(())
+}
+
+fn reset_epoch(args: &ResetEpochArgs) -> anyhow::Result<()> {
+    if !args.yes_no_client_runs {
+        let report = Store::inspect(&args.path)?;
+        let what = report.superblock.map_or_else(
+            || "it does not look like a store".to_owned(),
+            |s| {
+                format!(
+                    "it is member {} of pool '{}' ({}), its newest epoch accepted is {}, and it has {}",
+                    s.member, s.spec.name, s.spec.id, s.epoch, s.view
+                )
+            },
+        );
+        bail!(
+            "{}: {what}; nothing was done. To take the epoch back, see to it that no client of the pool runs anywhere, and \
+             add --yes-no-client-runs",
+            show(&args.path)
+        );
+    }
+    let (before, after) = Store::reset_epoch(&args.path, PoolId(args.pool_id), Epoch(args.epoch))?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let line = |s: &super::Superblock| serde_json::json!({ "epoch": s.epoch, "view": s.view });
+        let both = serde_json::json!({
+            "store": before.store, "pool": before.spec.id, "before": line(&before), "after": line(&after),
+        });
+        serde_json::to_writer_pretty(&mut out, &both)?;
+        writeln!(out)?;
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "{}: member {} of pool '{}': the newest epoch accepted was {}, and is {}; it had {}, and has {}",
+        show(&args.path),
+        after.member,
+        after.spec.name,
+        before.epoch,
+        after.epoch,
+        before.view,
+        after.view
+    )?;
+    writeln!(out, "Do the same, with the same --epoch, for every other member before any node is started.")?;
     Ok(())
 }
 

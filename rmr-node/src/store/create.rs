@@ -1,7 +1,7 @@
 //! Creates a store on a device or file, after making sure that nobody's data is there.
 
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -20,6 +20,9 @@ const GROWTH: u64 = 8;
 /// This much is cleared at both ends of a device, where other formats keep what they are found by.
 const EDGE: u64 = 1 << 20;
 
+/// How much of a device is read at a time where it is said to read as zeroes.
+const CHECK_STEP: usize = 1 << 20;
+
 /// What the name of a file that is not a store yet ends with.
 const UNFINISHED: &str = ".rmr-unfinished";
 
@@ -31,6 +34,9 @@ pub enum ZeroPolicy {
     Zero,
     /// The operator vouches that the device reads as zeroes, e.g. a new thin volume.
     AssumeZero,
+    /// Somebody says that the device reads as zeroes, and it is read to make sure: over the network anybody may say so, and
+    /// would be served what an earlier store has left.
+    Check,
 }
 
 /// What to create.
@@ -66,14 +72,35 @@ pub(super) fn create(
     let mut superblock =
         plan(options).map_err(|source| StoreError::Invalid { path: path.to_owned(), source })?;
     let needed = superblock.layout.store_size(options.spec.size);
-    if !path.try_exists().during(path, "looking for it")? {
-        create_file(path, options, &mut superblock, needed)?;
-        return Ok(superblock);
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_symlink() => {
+            // Names below /dev/disk are links to devices. A file behind a link may be anybody's.
+            if !std::fs::metadata(path).is_ok_and(|target| target.file_type().is_block_device()) {
+                return Err(StoreError::Link(path.to_owned()));
+            }
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if is_among_devices(path).during(path, "looking for its directory")? {
+                return Err(StoreError::NoSuchDevice(path.to_owned()));
+            }
+            create_file(path, options, &mut superblock, needed)?;
+            return Ok(superblock);
+        }
+        Err(error) => return Err(error).during(path, "looking for it"),
     }
     let mut backing = Backing::open(path)?;
     prepare(&mut backing, options, needed)?;
     write(&backing, &mut superblock, options.zero, progress)?;
     Ok(superblock)
+}
+
+/// Whether a new file at this path would lie in the file system of device nodes.
+fn is_among_devices(path: &Path) -> io::Result<bool> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = std::fs::canonicalize(parent)?;
+    // Another file system is mounted at /dev/shm, and files may be made there.
+    Ok(parent.starts_with("/dev") && parent.metadata()?.dev() == Path::new("/dev").metadata()?.dev())
 }
 
 /// Makes a new file. It has its name when it is complete: what a crash leaves is of no use, and in nobody's way.
@@ -148,6 +175,7 @@ fn plan(options: &CreateOptions) -> Result<Superblock, InvalidSuperblock> {
         client: None,
         clean_shutdown: true,
         write_through: false,
+        flush_failed: false,
         created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         layout,
     };
@@ -167,7 +195,7 @@ fn prepare(backing: &mut Backing, options: &CreateOptions, needed: u64) -> Resul
         return Err(StoreError::Occupied { path: path(), found });
     }
     if backing.medium == Medium::BlockDevice {
-        if !found.is_empty() && options.zero == ZeroPolicy::AssumeZero {
+        if !found.is_empty() && options.zero != ZeroPolicy::Zero {
             return Err(StoreError::NotZero { path: path(), found });
         }
     } else {
@@ -186,6 +214,23 @@ fn prepare(backing: &mut Backing, options: &CreateOptions, needed: u64) -> Resul
     Ok(())
 }
 
+/// Reads a device from a byte on, all of it: what lies behind the pool is served when the pool has grown.
+fn check_zeroes(backing: &Backing, from: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<(), StoreError> {
+    let mut part = vec![0; CHECK_STEP];
+    let mut at = from;
+    while at < backing.size {
+        let length = usize::try_from(backing.size - at).unwrap_or(CHECK_STEP).min(CHECK_STEP);
+        let part = &mut part[..length];
+        backing.file.read_exact_at(part, at).during(&backing.path, "looking for data")?;
+        if let Some(index) = part.iter().position(|&byte| byte != 0) {
+            return Err(StoreError::HasData { path: backing.path.clone(), offset: at + index as u64 });
+        }
+        at += length as u64;
+        progress(at - from, backing.size - from);
+    }
+    Ok(())
+}
+
 fn write(
     backing: &Backing,
     superblock: &mut Superblock,
@@ -194,6 +239,9 @@ fn write(
 ) -> Result<(), StoreError> {
     let layout = superblock.layout;
     superblock.write_through = backing.is_write_through();
+    if backing.medium == Medium::BlockDevice && zero == ZeroPolicy::Check {
+        check_zeroes(backing, layout.data_offset, progress)?;
+    }
     // What was there is gone before anything new appears, so that a crash leaves neither one nor the other.
     if backing.medium == Medium::BlockDevice {
         backing.zero(0, layout.data_offset, &mut |_, _| ())?;

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rmr_common::pool::PoolId;
+use rmr_common::pool::{Epoch, PoolId};
 use thiserror::Error;
 
 use super::signature::Signature;
@@ -26,6 +26,12 @@ pub enum StoreError {
     /// The path is a directory, a character device or the like.
     #[error("{}: neither a block device nor a regular file", .0.display())]
     NotADisk(PathBuf),
+    /// A file was to be made at a symbolic link.
+    #[error("{}: a symbolic link, which is not followed where a file is made: name the file that is meant", .0.display())]
+    Link(PathBuf),
+    /// A file was to be made among device nodes, whose file system is in memory.
+    #[error("{}: there is no such device, and no file is made below /dev: it would be in memory, and gone at the next boot", .0.display())]
+    NoSuchDevice(PathBuf),
     /// Somebody else uses it.
     #[error("{}: in use: {holder}", path.display())]
     Busy {
@@ -52,6 +58,14 @@ pub enum StoreError {
         path: PathBuf,
         /// What was recognised.
         found: Vec<Signature>,
+    },
+    /// It was said to read as zeroes, and has data of no known kind.
+    #[error("{}: said to read as zeroes, and has data at byte {offset}, which the new pool would be served: leave --assume-zero out, and it is zeroed", path.display())]
+    HasData {
+        /// The device.
+        path: PathBuf,
+        /// Where the first byte is that is not zero.
+        offset: u64,
     },
     /// It is smaller than the store that is, or is to be, on it.
     #[error("{}: has {}, the store needs {} ({} bytes)", path.display(), ByteSize(*found), ByteSize(*needed), needed)]
@@ -110,6 +124,16 @@ pub enum StoreError {
     /// The two superblock copies are of different stores.
     #[error("{}: its two superblock copies are of different stores: part of it was overwritten by another store", .0.display())]
     TwoStores(PathBuf),
+    /// An epoch that is to be taken back is not above the one that is to follow.
+    #[error("{}: the newest epoch accepted is {found}, which is not above {wanted}: nothing is to be taken back", path.display())]
+    EpochNotLower {
+        /// The device or file.
+        path: PathBuf,
+        /// The epoch that was to be put in its place.
+        wanted: Epoch,
+        /// The epoch that the store has.
+        found: Epoch,
+    },
     /// The store belongs to another pool.
     #[error("{}: belongs to pool '{name}' ({found}), not to pool {expected}", path.display())]
     WrongPool {

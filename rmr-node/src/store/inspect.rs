@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use rmr_common::pool::Position;
+use rmr_common::text::printable;
+use rmr_common::words;
 use serde::Serialize;
 
 use super::backing::Backing;
@@ -204,13 +206,14 @@ impl Report {
             None => writeln!(f, "client: none yet")?,
             Some(client) => {
                 let attached = if client.attached { "attached" } else { "detached in order" };
-                writeln!(f, "client: {} ({}), {attached}", client.name, client.id)?;
+                // Whoever attached has chosen it.
+                writeln!(f, "client: {} ({}), {attached}", printable(&client.name), client.id)?;
             }
         }
         let yes_no = |yes| if yes { "yes" } else { "no" };
         writeln!(f, "closed in order: {}", yes_no(superblock.clean_shutdown))?;
         writeln!(f, "write-through: {}", yes_no(superblock.write_through))?;
-        writeln!(f, "created: {} s after 1970-01-01 UTC", superblock.created_unix_s)?;
+        writeln!(f, "created: {}", words::utc(superblock.created_unix_s))?;
         writeln!(
             f,
             "maps at {} and {}, {} pages each, room for {} chunks: the pool may grow to {}; data at {}",

@@ -6,6 +6,7 @@ mod backing;
 pub mod cli;
 mod create;
 mod destroy;
+mod epoch;
 mod error;
 mod grow;
 mod inspect;

@@ -3,23 +3,25 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rmr_common::pool::{Chunk, ChunkSize, PoolId, StoreId};
+use rmr_common::pool::{Chunk, ChunkSize, Epoch, PoolId, StoreId};
 use serde::Serialize;
 
 use super::backing::Backing;
 use super::create::{self, CreateOptions};
 use super::destroy;
+use super::epoch;
 use super::error::{During, StoreError};
 use super::grow::Growth;
 use super::inspect::{self, Report};
 use super::layout::{CHUNKS_PER_PAGE, Layout, MapKind, PAGE_BYTES, PAGE_SIZE, SUPERBLOCK_OFFSETS};
 use super::page::{PageBits, PageError, decode_page, encode_page, full_page, slot_of};
+use super::size::ByteSize;
 use super::superblock::{Superblock, SuperblockError};
 use super::writer::MetadataWriter;
-use crate::disk::DiskFile;
+use crate::disk::{DiskFile, sys};
 
 /// How much of a map page's two copies was intact.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -117,8 +119,8 @@ impl Store {
         create::create(path, options, progress)
     }
 
-    /// Opens a store and keeps it locked until it is dropped. Copies of pages that a crash damaged are written anew, and
-    /// the mark of a clean shutdown is taken off, durably, before this returns.
+    /// Opens a store and keeps it locked until it is dropped. Copies of pages that a crash damaged are written anew, after an
+    /// unclean end all pages are, and the mark of a clean shutdown is taken off, durably, before this returns.
     ///
     /// # Errors
     /// When it is in use, no store, damaged beyond use, smaller than it was, newer than this program, or not of the pool
@@ -128,10 +130,17 @@ impl Store {
         // What the last process wrote may still be in a cache. It must not be taken as the copy to keep, and the other
         // copy overwritten, before it is durable.
         backing.file.sync_all().during(path, "flushing")?;
+        // Pages whose writeback failed count as clean, and hold what the disk does not.
+        if let Err(error) = sys::drop_cache(&backing.file) {
+            tracing::debug!("{}: its pages stay cached: {error}", path.display());
+        }
         let recovered = Recovered::read(path, &backing)?;
         let Recovered { mut superblock, mut generation, mut maps, warnings } = recovered;
         check_pool(path, &superblock, expected)?;
         repair(&backing, &superblock, &mut maps)?;
+        if !superblock.clean_shutdown {
+            renew(&backing, &superblock, &mut maps)?;
+        }
         let was_clean = std::mem::replace(&mut superblock.clean_shutdown, false);
         superblock.write_through = backing.is_write_through();
         // Both copies, so that a superblock that rots later never brings the mark of a clean shutdown back.
@@ -150,6 +159,16 @@ impl Store {
         Ok(Self { path, file, size, superblock, generation, maps, was_clean, warnings })
     }
 
+    /// Reads which store this is, without changing or locking it.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no store that can be opened.
+    pub fn identify(path: &Path) -> Result<Superblock, StoreError> {
+        let backing = Backing::look(path)?;
+        let (_, superblock) = choose(path, &read_superblocks(path, &backing)?)?;
+        Ok(superblock)
+    }
+
     /// Looks at a store without changing or locking it, however damaged it is.
     ///
     /// # Errors
@@ -164,6 +183,54 @@ impl Store {
     /// When it is in use, not a store of ours, or not of the pool `expected`.
     pub fn destroy(path: &Path, expected: Option<PoolId>) -> Result<Superblock, StoreError> {
         destroy::destroy(path, expected)
+    }
+
+    /// Removes the file of a store, after making sure that it is one. Needs no free space on the file system.
+    ///
+    /// # Errors
+    /// When it is in use, not a store of ours, a device, or not of the pool `expected`.
+    pub fn remove(path: &Path, expected: Option<PoolId>) -> Result<Superblock, StoreError> {
+        destroy::remove(path, expected)
+    }
+
+    /// What is wrong with the space that the store may come to need: a file is sparse, and its file system may be too small
+    /// for all of it.
+    #[must_use]
+    pub fn space_warning(&self) -> Option<String> {
+        if self.file.metadata().is_ok_and(|found| found.file_type().is_block_device()) {
+            return None;
+        }
+        let allocated = self.file.metadata().ok()?.blocks().saturating_mul(512);
+        let (missing, free) = (self.size.saturating_sub(allocated), sys::free_bytes(&self.file).ok()??);
+        (missing > free).then(|| {
+            format!(
+                "{}: the store may come to need {} more, and its file system has {} free: writes fail for want of space when \
+                 that is used up, and the member is then Out until there is more",
+                self.path.display(),
+                ByteSize(missing),
+                ByteSize(free)
+            )
+        })
+    }
+
+    /// Lets go of the maps, which are in the hands of whoever serves the store: there are thousands of stores on a node.
+    pub fn forget_maps(&mut self) {
+        self.maps.pages = Vec::new();
+        self.maps.pages_per_map = 0;
+    }
+
+    /// Takes back the newest epoch that the store has accepted, and the epoch of its view with it if that is higher. A client
+    /// that attached under a higher epoch is forgotten by that, and not fenced any more. Returns the superblock before and
+    /// after.
+    ///
+    /// # Errors
+    /// When it is in use, not a store of ours, not of this pool, or its epoch is not higher.
+    pub fn reset_epoch(
+        path: &Path,
+        pool: PoolId,
+        epoch: Epoch,
+    ) -> Result<(Superblock, Superblock), StoreError> {
+        epoch::reset_epoch(path, pool, epoch)
     }
 
     /// The device or file.
@@ -224,11 +291,18 @@ impl Store {
     /// The store as a disk for an engine, once for each engine that serves it. Its offsets are those of the device: the
     /// pool's byte 0 is at `superblock().layout.data_offset`. The lock lasts until the store and all of these are gone.
     ///
+    /// Data and metadata each have an open file description of their own, so that neither is told of the other's failed
+    /// write-back in its place. The store's own is for what makes room in it.
+    ///
     /// # Errors
-    /// When the descriptor cannot be duplicated or asked what it is.
+    /// When it cannot be opened again, or asked what it is.
     pub fn disk_file(&self) -> Result<DiskFile, StoreError> {
-        let file = self.file.try_clone();
-        file.and_then(|file| DiskFile::new(file, self.size)).during(&self.path, "preparing for I/O")
+        let again = || Backing::open_again(&self.path, &self.file);
+        let disk = || -> io::Result<DiskFile> {
+            let disk = DiskFile::new(again()?, self.size)?;
+            Ok(disk.with_metadata(again()?, self.file.try_clone()?))
+        };
+        disk().during(&self.path, "preparing for I/O")
     }
 }
 
@@ -426,6 +500,21 @@ fn judge(
             MapPage { bits: set_all(), sequence: 0, health: PageHealth::Lost }
         }
     }
+}
+
+/// Writes every page once more, in the place of its older copy. The process before may have ended because a flush failed: its
+/// pages then read as it wrote them, count as written, and are not on the disk; and no flush says so.
+fn renew(backing: &Backing, superblock: &Superblock, maps: &mut Maps) -> Result<(), StoreError> {
+    let mut pages = maps.pages.iter_mut();
+    for kind in MapKind::all() {
+        for (index, page) in (0..maps.pages_per_map).zip(&mut pages) {
+            page.sequence += 1;
+            let bytes = encode_page(superblock.store, kind, index, page.sequence, &page.bits);
+            let offset = superblock.layout.page_offset(kind, index, slot_of(page.sequence));
+            backing.file.write_all_at(bytes.bytes(), offset).during(&backing.path, "writing maps again")?;
+        }
+    }
+    backing.file.sync_all().during(&backing.path, "flushing")
 }
 
 /// Writes pages of which a copy was damaged anew, in both places, so that damage found later is not taken for this one.

@@ -31,6 +31,7 @@ const FLAG_CLEAN: u8 = 1;
 const FLAG_WRITE_THROUGH: u8 = 2;
 const FLAG_CLIENT_KNOWN: u8 = 4;
 const FLAG_CLIENT_ATTACHED: u8 = 8;
+const FLAG_FLUSH_FAILED: u8 = 16;
 
 /// In the flags of a member.
 const FLAG_MAINTENANCE: u8 = 1;
@@ -69,6 +70,8 @@ pub struct Superblock {
     pub clean_shutdown: bool,
     /// What completed is durable without a flush.
     pub write_through: bool,
+    /// A flush of the data failed, and no client has dealt with that since: what was not flushed may be gone.
+    pub flush_failed: bool,
     /// When the store was created, in seconds since the Unix epoch.
     pub created_unix_s: u64,
     /// Where everything lies.
@@ -365,6 +368,7 @@ impl Superblock {
         let flag = |on: bool, flag| if on { flag } else { 0 };
         flag(self.clean_shutdown, FLAG_CLEAN)
             | flag(self.write_through, FLAG_WRITE_THROUGH)
+            | flag(self.flush_failed, FLAG_FLUSH_FAILED)
             | flag(self.client.is_some(), FLAG_CLIENT_KNOWN)
             | flag(self.client.as_ref().is_some_and(|c| c.attached), FLAG_CLIENT_ATTACHED)
     }
@@ -438,6 +442,7 @@ impl RawSuperblock {
             client,
             clean_shutdown: self.flags & FLAG_CLEAN != 0,
             write_through: self.flags & FLAG_WRITE_THROUGH != 0,
+            flush_failed: self.flags & FLAG_FLUSH_FAILED != 0,
             created_unix_s: self.created_unix_s.get(),
             layout,
         })
@@ -507,6 +512,7 @@ pub(super) mod tests {
             client: Some(ClientRecord { id: ClientId::random(), name: "host/42 ü".into(), attached: true }),
             clean_shutdown: false,
             write_through: true,
+            flush_failed: true,
             created_unix_s: 1_800_000_000,
             layout: Layout::for_chunks(spec.chunk_count()).unwrap(),
             spec,

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use rmr_common::pool::{MemberId, PoolId, PoolSpec};
+use rmr_common::pool::{Epoch, MemberId, PoolId, PoolSpec, ViewNumber};
 
 use super::backing::Backing;
 use super::cli::StoreCommand;
@@ -103,6 +103,62 @@ fn a_store_is_created_sparse_opened_once_and_destroyed() {
         assert!(matches!(Store::open(&path, None), Err(StoreError::NoSuperblock { .. })));
         assert!(matches!(Store::destroy(&path, None), Err(StoreError::NoSuperblock { .. })));
     }
+}
+
+/// The kernel reports a failed write-back once for each open file description. Descriptors of one share their position.
+#[test]
+fn data_metadata_and_growth_have_open_file_descriptions_of_their_own() {
+    use std::io::{Seek, SeekFrom};
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    create(&path, &options()).unwrap();
+    let store = Store::open(&path, None).unwrap();
+    let disk = store.disk_file().unwrap();
+    let files = disk.descriptions();
+    for (mut file, at) in files.iter().copied().zip([4096, 8192, 12288]) {
+        file.seek(SeekFrom::Start(at)).unwrap();
+    }
+    let positions: Vec<_> = files.into_iter().map(|mut file| file.stream_position().unwrap()).collect();
+    assert_eq!(positions, [4096, 8192, 12288]);
+}
+
+#[test]
+fn a_store_is_not_opened_by_a_name_that_another_file_has_now() {
+    let directory = tempfile::tempdir().unwrap();
+    let [path, other] = ["store", "other"].map(|name| directory.path().join(name));
+    create(&path, &options()).unwrap();
+    let store = Store::open(&path, None).unwrap();
+    std::fs::rename(&path, &other).unwrap();
+    std::fs::copy(&other, &path).unwrap();
+    let error = store.disk_file().unwrap_err().to_string();
+    assert!(error.contains("another file has this name now"), "{error}");
+}
+
+/// A process that ends after a failed flush leaves pages that read as written, and are not on the disk.
+#[test]
+fn after_an_unclean_end_every_page_is_written_again_and_after_a_clean_one_none_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let superblock = create(&path, &options()).unwrap();
+    let page = |slot| {
+        let mut bytes = vec![0; 4096];
+        let offset = superblock.layout.page_offset(dirty(1), 0, slot);
+        File::open(&path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    };
+    let read = |sequence: u64| {
+        let slot = slot_of(sequence);
+        super::page::decode_page(&page(slot), superblock.store, dirty(1), 0, slot).unwrap()
+    };
+    // As created, with the sequences 1 and 2.
+    drop(Store::open(&path, None).unwrap());
+    assert_eq!((read(1).0, read(2).0), (1, 2));
+    write_page(&path, &superblock, dirty(1), 3, 0x80);
+    let store = Store::open(&path, None).unwrap();
+    assert_eq!(chunks(&store, dirty(1)), [7]);
+    // The newest copy stays, the older one is as new.
+    assert_eq!((read(3).0, read(4).0), (3, 4));
+    assert_eq!(read(3).1, read(4).1);
 }
 
 #[test]
@@ -320,6 +376,30 @@ fn a_block_device_is_claimed_zeroed_and_refused_while_in_use() {
     assert!(device.allocated() <= most, "a new store takes {} bytes of a thin device", device.allocated());
 }
 
+#[test]
+fn a_device_that_is_said_to_be_empty_is_read_before_a_pool_is_served_from_it() {
+    let Some(device) = crate::disk::tests::LoopDevice::new(32 << 20) else { return };
+    let first = options();
+    let data = create(&device.path, &first).unwrap().layout.data_offset;
+    change(&device.path, data + 8192, b"secret of a pool with a key");
+    Store::destroy(&device.path, None).unwrap();
+    // Nothing on it is recognised any more, and its data is still there.
+    let check = CreateOptions { zero: ZeroPolicy::Check, overwrite: true, ..options() };
+    match create(&device.path, &check) {
+        Err(StoreError::HasData { offset, .. }) => assert_eq!(offset, data + 8192),
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(Store::open(&device.path, None), Err(StoreError::NoSuperblock { .. })));
+    // Also where only a larger pool would reach it.
+    change(&device.path, data + 8192, &[0; 32]);
+    change(&device.path, (32 << 20) - 1, b"x");
+    assert!(matches!(create(&device.path, &check), Err(StoreError::HasData { .. })));
+    // Without the claim it is zeroed, and then the claim is true.
+    create(&device.path, &CreateOptions { zero: ZeroPolicy::Zero, ..check.clone() }).unwrap();
+    Store::destroy(&device.path, None).unwrap();
+    create(&device.path, &check).unwrap();
+}
+
 fn grow(store: &Store, to: u64) -> Result<Growth, StoreError> {
     store.growth(store.superblock().spec.chunk_size, POOL, to)
 }
@@ -429,4 +509,128 @@ fn the_command_line_creates_inspects_and_destroys() {
     cli(&["destroy", path_text, "--yes-destroy-all-data"]).unwrap();
     assert!(cli(&["inspect", path_text]).is_err());
     assert!(cli(&["create", path_text, "--pool", "vm1", "--size", "16MB"]).is_err());
+}
+
+#[test]
+fn no_file_is_made_behind_a_link_or_among_devices() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, aim) = (directory.path().join("store"), directory.path().join("aim"));
+    let options = options();
+    let link = |to: &Path, at: &Path| std::os::unix::fs::symlink(to, at).unwrap();
+    // A link that leads nowhere, one to a file, and one in the place of the file that is to become the store.
+    link(&aim, &path);
+    assert!(matches!(create(&path, &options), Err(StoreError::Link(_))));
+    std::fs::write(&aim, "precious").unwrap();
+    let overwrite = CreateOptions { overwrite: true, ..options.clone() };
+    assert!(matches!(create(&path, &overwrite), Err(StoreError::Link(_))));
+    std::fs::remove_file(&path).unwrap();
+    link(&aim, &directory.path().join("store.rmr-unfinished"));
+    assert!(matches!(create(&path, &options), Err(StoreError::Link(_))));
+    assert_eq!(std::fs::read_to_string(&aim).unwrap(), "precious");
+    let device = Path::new("/dev/no-such-device");
+    assert!(matches!(create(device, &options), Err(StoreError::NoSuchDevice(_))));
+    assert!(!device.exists());
+}
+
+#[test]
+fn a_store_is_identified_without_taking_it_from_whoever_has_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let options = options();
+    create(&path, &options).unwrap();
+    let open = Store::open(&path, None).unwrap();
+    assert_eq!(Store::identify(&path).unwrap().store, options.store);
+    drop(open);
+    assert!(Store::open(&path, None).is_ok());
+    std::fs::write(&path, [7; 65536]).unwrap();
+    assert!(matches!(Store::identify(&path), Err(StoreError::NoSuperblock { .. })));
+}
+
+#[test]
+fn a_removed_store_is_none_under_another_name_either() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, other) = (directory.path().join("store"), directory.path().join("other"));
+    let options = options();
+    create(&path, &options).unwrap();
+    std::fs::hard_link(&path, &other).unwrap();
+    assert!(matches!(Store::remove(&path, Some(PoolId::random())), Err(StoreError::WrongPool { .. })));
+    Store::remove(&path, Some(options.spec.id)).unwrap();
+    assert!(!path.exists());
+    assert_eq!(other.metadata().unwrap().len(), 0);
+}
+
+#[test]
+fn a_store_that_its_file_system_cannot_hold_is_warned_of() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let mut options = options();
+    create(&path, &options).unwrap();
+    assert_eq!(Store::open(&path, None).unwrap().space_warning(), None);
+    Store::remove(&path, None).unwrap();
+    options.spec.size = 256 << 40;
+    options.spec.chunk_size = rmr_common::pool::ChunkSize::from_bytes(64 << 20).unwrap();
+    options.max_size = Some(options.spec.size);
+    // A file system that cannot even have so large a file is none to be warned of.
+    if create(&path, &options).is_ok() {
+        let warning = Store::open(&path, None).unwrap().space_warning().unwrap();
+        assert!(warning.contains("256 TiB more") || warning.contains("may come to need"), "{warning}");
+    }
+}
+
+#[test]
+fn an_epoch_that_used_all_others_up_is_taken_back_and_nothing_else_is_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.store");
+    let spec = make(&path);
+    let (pool, used_up) = (spec.id, Epoch(rmr_common::pool::MAX_NUMBER));
+    let data = Store::open(&path, None).unwrap().superblock().layout.data_offset;
+    change(&path, data + 4096, &[7; 4096]);
+    let raise = |view: bool| {
+        let store = Store::open(&path, None).unwrap();
+        let mut superblock = store.superblock().clone();
+        superblock.epoch = used_up;
+        if view {
+            (superblock.view.epoch, superblock.view.number) = (used_up, ViewNumber((1 << 62) + 5));
+        }
+        let generation =
+            Recovered::read(&path, &Backing::open_read_only(&path).unwrap().0).unwrap().generation;
+        for generation in [generation + 1, generation + 2] {
+            let page = superblock.encode(generation).unwrap();
+            change(&path, SUPERBLOCK_OFFSETS[slot_of(generation)], page.bytes());
+        }
+    };
+    let run = |args: &[&str]| {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(subcommand)]
+            command: StoreCommand,
+        }
+        let path = path.to_str().unwrap();
+        let args = ["store", "reset-epoch", path, "--epoch", "9"].into_iter().chain(args.iter().copied());
+        Cli::try_parse_from(args).map_err(anyhow::Error::from).and_then(|cli| cli.command.run())
+    };
+    let id = pool.to_string();
+    let before = Store::open(&path, None).unwrap().superblock().view.epoch;
+    raise(false);
+    let held = Store::open(&path, None).unwrap();
+    assert!(run(&["--pool-id", &id, "--yes-no-client-runs"]).is_err(), "a node serves it");
+    drop(held);
+    assert!(run(&["--pool-id", &id]).unwrap_err().to_string().contains("nothing was done"));
+    assert!(run(&["--pool-id", &PoolId::random().to_string(), "--yes-no-client-runs"]).is_err());
+    run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap();
+    let after = Store::open(&path, None).unwrap();
+    assert_eq!((after.superblock().epoch, after.superblock().view.epoch), (Epoch(9), before));
+    assert_eq!(after.superblock().spec, spec);
+    drop(after);
+    raise(true);
+    run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap();
+    let after = Store::open(&path, None).unwrap();
+    let (view, epoch) = (&after.superblock().view, after.superblock().epoch);
+    assert_eq!((epoch, view.epoch, view.number), (Epoch(9), Epoch(9), ViewNumber(5)));
+    drop(after);
+    let error = run(&["--pool-id", &id, "--yes-no-client-runs"]).unwrap_err().to_string();
+    assert!(error.contains("nothing is to be taken back"), "{error}");
+    let mut bytes = [0; 4096];
+    File::open(&path).unwrap().read_exact_at(&mut bytes, data + 4096).unwrap();
+    assert_eq!(bytes, [7; 4096]);
 }

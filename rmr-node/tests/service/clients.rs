@@ -153,7 +153,8 @@ fn an_operators_command_from_another_node_reaches_the_client_and_its_answer_come
     let command = PoolCommand::Grow { size: 1 << 30 };
     let body = serde_json::to_vec(&command).expect("JSON");
     let length = u32::try_from(body.len()).expect("short");
-    let mut other = Raw::greeted(&node, 0);
+    let mut other = Raw::connect(&node, 0);
+    assert_eq!(other.hello_as(other.pool, Role::Peer, None).0.status, Status::Ok);
     let mut ask = |sequence: u64| {
         let header = MessageHeader { sequence: Sequence(sequence), ..other.header(Kind::Command, 0, length) };
         other.send(&[(header, &body)]);

@@ -2,7 +2,9 @@
 
 mod clients;
 mod disks;
+mod flushes;
 mod memory;
 mod stop;
+mod stores;
 mod strangers;
 mod support;

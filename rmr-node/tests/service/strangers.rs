@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use rmr_common::auth::{KeyRing, SecretKey};
 use rmr_common::client::PoolSelector;
 use rmr_common::driver::Pool;
-use rmr_common::pool::{ClientId, Epoch, PoolId};
+use rmr_common::pool::{ClientId, Epoch, MAX_NUMBER, MemberSet, PoolId};
 use rmr_common::transport::tls::{ClientTls, IdentityFiles};
-use rmr_common::wire::{Attach, Kind, MessageHeader, NONCE_SIZE, PROOF_SIZE, Proof, Role, Status};
+use rmr_common::wire::{
+    Attach, DirtyAddition, Hello, Kind, MessageHeader, NONCE_SIZE, PROOF_SIZE, Proof, Role, SetView, Status,
+};
 
 use crate::support::*;
 
@@ -67,6 +69,12 @@ fn a_connection_between_nodes_can_ask_and_cannot_attach() {
         let header = raw.header(kind, 0, 0);
         raw.send(&[(header, &[])]);
         assert!(raw.is_closed_within(PATIENCE), "{kind:?}");
+    }
+    for kind in [Kind::PullMap, Kind::Pull, Kind::Command, Kind::ChunksDone] {
+        let mut raw = Raw::greeted(&node, 0);
+        let header = raw.header(kind, 0, 0);
+        raw.send(&[(header, &[])]);
+        assert!(raw.is_closed_within(PATIENCE), "{kind:?} of a client");
     }
 }
 
@@ -154,23 +162,195 @@ fn a_peer_that_sends_a_byte_now_and_then_is_dropped() {
 }
 
 #[test]
-fn the_limit_of_connections_holds_and_lets_go() {
-    let mut node = Node::start(1, &["--max-connections", "256"]);
-    let pool = node.attach(0).unwrap();
-    let mut raws: Vec<Raw> = (0..300).map(|_| Raw::connect(&node, 0)).collect();
-    let mut refused = 0;
-    for raw in raws.iter_mut().rev().take(45) {
-        refused += usize::from(raw.is_closed_within(PATIENCE));
+fn the_limits_of_connections_hold_and_let_go() {
+    for flags in [["--max-connections", "30"], ["--max-connections-per-address", "30"]] {
+        let mut node = Node::start(1, &[&flags[..], &["--idle-timeout-s", "60"]].concat());
+        let own = if flags[0] == "--max-connections" { 23 } else { 30 };
+        limits_hold(&mut node, own);
     }
-    assert_eq!(refused, 45, "all that came after the 256th");
-    pool.blocking().write_at(&[1; 4096], 0).unwrap();
+}
+
+/// One address may have so many connections.
+fn limits_hold(node: &mut Node, own: usize) {
+    let pool = node.attach(0).expect("it attaches");
+    let mut raws: Vec<Raw> = (1..own).map(|_| Raw::greeted(node, 0)).collect();
+    let mut late: Vec<Raw> = (0..20).map(|_| Raw::connect(node, 0)).collect();
+    for raw in &mut late {
+        assert!(raw.is_closed_within(PATIENCE), "all that come after {own}");
+    }
+    assert!(node.log().contains("connection refused"), "{}", node.log());
+    assert!(raws.iter_mut().all(|raw| !raw.is_closed_within(Duration::from_millis(1))));
+    pool.blocking().write_at(&[1; 4096], 0).expect("a write");
     node.comes_to_rest(5, Duration::from_millis(500), "with all the connections that it may have");
     drop(raws);
     wait_for("room again", || {
-        let mut raw = Raw::connect(&node, 0);
+        let mut raw = Raw::connect(node, 0);
         !raw.is_closed_within(Duration::from_millis(50))
     });
     node.assert_running();
+}
+
+#[test]
+fn connections_that_say_nothing_displace_one_another_and_nobody_else() {
+    let node = Node::start(2, &["--max-connections", "64", "--idle-timeout-s", "60"]);
+    let held = node.attach(0).unwrap();
+    let mut silent: Vec<Raw> = (0..200).map(|_| Raw::connect(&node, 0)).collect();
+    let start = Instant::now();
+    drop(node.attach(1).expect("a client finds a place among them"));
+    assert!(start.elapsed() < QUICK, "{:?}", start.elapsed());
+    wait_for("the oldest are closed", || {
+        let open = silent
+            .iter_mut()
+            .filter_map(|raw| (!raw.is_closed_within(Duration::from_millis(1))).then_some(()));
+        open.count() <= 16
+    });
+    assert!(
+        !silent.last_mut().unwrap().is_closed_within(Duration::from_millis(1)),
+        "the newest is not closed"
+    );
+    held.blocking().write_at(&[1; 4096], 0).unwrap();
+    let lines = node.log().lines().filter(|l| l.contains("has not said which pool")).count();
+    assert!((1..20).contains(&lines), "{lines} lines in the log");
+}
+
+#[test]
+fn what_strangers_say_of_themselves_forges_no_line_of_the_log() {
+    let node = Node::start(1, &[]);
+    let forged = "x\nFORGED INFO client attached\u{1b}[31m\u{202e}";
+    let mut raw = Raw::connect(&node, 0);
+    let hello = Hello {
+        versions: (1, 1),
+        capabilities: 0,
+        role: Role::Client,
+        client: ClientId::random(),
+        pool_name: forged.into(),
+        description: forged.into(),
+        nonce: None,
+    };
+    let send = |raw: &mut Raw, kind, body: &[u8]| {
+        let header = raw.header(kind, 0, u32::try_from(body.len()).unwrap());
+        raw.send(&[(header, body)]);
+        raw.receive().0.status
+    };
+    assert_eq!(send(&mut raw, Kind::Hello, &hello.encode()), Status::NoSuchPool);
+    let mut raw = Raw::greeted(&node, 0);
+    raw.epoch = Epoch(raw.epoch.0 + 1);
+    let attach = Attach {
+        held_ms: 0,
+        client: ClientId::random(),
+        takeover: true,
+        rejoin: false,
+        yields: false,
+        description: forged.into(),
+    };
+    assert_eq!(send(&mut raw, Kind::Attach, &attach.encode()), Status::Ok);
+    wait_for("the attach is in the log", || node.log().contains("client attached pool"));
+    let log = node.log();
+    assert_eq!(log.matches("\\nFORGED").count(), 2, "{log}");
+    assert!(
+        !log.lines().any(|line| line.starts_with("FORGED")) && !log.contains(['\u{1b}', '\u{202e}']),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_key_that_is_a_pipe_stops_nobody() {
+    let keys = tempfile::tempdir().unwrap();
+    let node = Node::start(2, &["--key-dir", keys.path().to_str().unwrap()]);
+    let pool = node.attach(0).unwrap();
+    let pipe = keys.path().join("pool-1.key");
+    let made = std::process::Command::new("mkfifo").args(["-m", "600"]).arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let mut raw = Raw::connect(&node, 1);
+    assert_eq!(raw.hello(raw.pool).0.status, Status::NoKey);
+    pool.blocking().write_at(&[1; 4096], 0).unwrap();
+}
+
+#[test]
+fn an_epoch_that_leaves_none_for_others_is_refused() {
+    let node = Node::start(1, &[]);
+    let mut raw = Raw::greeted(&node, 0);
+    raw.epoch = Epoch(MAX_NUMBER);
+    let attach = Attach {
+        held_ms: 0,
+        client: ClientId::random(),
+        takeover: true,
+        rejoin: true,
+        yields: false,
+        description: "raw".into(),
+    }
+    .encode();
+    let header = raw.header(Kind::Attach, 0, u32::try_from(attach.len()).unwrap());
+    raw.send(&[(header, &attach)]);
+    let (answer, words) = raw.receive();
+    assert_eq!(answer.status, Status::BadRequest);
+    assert!(String::from_utf8_lossy(&words).contains("reset-epoch"));
+    node.attach(0).unwrap().blocking().write_at(&[1; 4096], 0).unwrap();
+}
+
+#[test]
+fn a_flood_of_one_pools_client_costs_little_memory_and_leaves_other_pools_their_turn() {
+    /// Ends the other thread whatever becomes of this one.
+    struct Ends<'a>(&'a AtomicBool);
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    // It sends no pings while it waits for the disk.
+    let mut node = Node::start(2, &["--leg-timeout-ms", "60000"]);
+    let pool = node.attach(0).unwrap();
+    pool.blocking().write_at(&[1; 4096], 0).unwrap();
+    let mut raw = Raw::attached(&node, 1);
+    let reply = Raw::greeted(&node, 1).view();
+    let spec = node.pools[1].clone();
+    let mut view = reply;
+    (view.number, view.epoch) = (view.number.next(), raw.epoch);
+    let whole = DirtyAddition { members: MemberSet(0xff), offset: 4096, length: POOL_SIZE - 8192 };
+    let set = |additions, more| {
+        SetView { view: view.clone(), spec: spec.clone(), additions, more, attested: Default::default() }
+            .encode()
+    };
+    let body = set(vec![whole; SetView::MAX_ADDITIONS], true);
+    let before = node.resident_kib();
+    let stop = AtomicBool::new(false);
+    let slowest = std::thread::scope(|scope| {
+        let slowest = scope.spawn(|| {
+            let mut slowest = Duration::ZERO;
+            while !stop.load(Ordering::Relaxed) {
+                let start = Instant::now();
+                pool.blocking().write_at(&[2; 4096], 8192).unwrap();
+                slowest = slowest.max(start.elapsed());
+            }
+            slowest
+        });
+        let ends = Ends(&stop);
+        let header = MessageHeader { view: view.number, ..raw.header(Kind::SetView, 0, length(&body)) };
+        for _ in 0..150 {
+            raw.send(&[(header, &body)]);
+        }
+        // Whole trains of other things that make work: ranges, and questions that nobody waits for.
+        let discard = MessageHeader { length: 32 << 20, ..raw.header(Kind::Discard, 1, 0) };
+        let digest = MessageHeader { length: 4096, ..raw.header(Kind::Digest, 1, 0) };
+        for _ in 0..3 {
+            raw.send(&[(discard, &[][..]); 60]);
+            raw.send(&[(digest, &[][..]); 60]);
+        }
+        let last = set(vec![whole], false);
+        let header = MessageHeader { payload: length(&last), ..header };
+        raw.send(&[(header, &last)]);
+        while raw.receive().0.kind != Kind::SetViewReply {}
+        drop(ends);
+        slowest.join().unwrap()
+    });
+    assert!(slowest < QUICK, "a write to another pool took {slowest:?}");
+    let grown = node.resident_kib().saturating_sub(before);
+    assert!(grown < 64 << 10, "{grown} KiB more after 80 MB of additions");
+    node.assert_running();
+}
+
+fn length(body: &[u8]) -> u32 {
+    u32::try_from(body.len()).expect("short")
 }
 
 #[test]
@@ -256,6 +436,7 @@ fn nonsense_of_one_pools_clients_never_reaches_another_pool() {
                             rejoin: false,
                             yields: false,
                             description: "raw".into(),
+                            held_ms: 0,
                         }
                         .encode();
                         let header = raw.header(Kind::Attach, 0, u32::try_from(body.len()).unwrap());

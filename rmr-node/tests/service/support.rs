@@ -50,8 +50,11 @@ impl Node {
     /// Starts it from a shell that runs `before` first.
     pub(crate) fn start_with(before: &str, pools: usize, flags: &[&str]) -> Self {
         let address = own_address();
+        // A client that was told a tls:// address goes to no other.
+        let tls = flags.iter().find(|flag| flag.starts_with("tls://"));
+        let member = tls.map_or_else(|| tcp(address), |tls| tls.parse().expect("an address"));
         Self::launch(before, address, flags, |dir| {
-            (0..pools).map(|i| create_pool(dir.path(), i, address)).collect()
+            (0..pools).map(|i| create_pool(dir.path(), i, &member)).collect()
         })
     }
 
@@ -59,16 +62,16 @@ impl Node {
     pub(crate) fn start_in(directory: &Path) -> Self {
         let (address, store) = (own_address(), directory.join("pool-0.store"));
         let store = store.to_str().expect("plain characters").to_owned();
-        Self::launch("", address, &["--stores", &store], |_| vec![create_pool(directory, 0, address)])
+        Self::launch("", address, &["--stores", &store], |_| vec![create_pool(directory, 0, &tcp(address))])
     }
 
     /// Starts two nodes that have one pool together, `pool-0`, of which each serves a Clean member; the shell of each runs
     /// its command first.
     pub(crate) fn start_pair(before: [&str; 2]) -> [Self; 2] {
         let addresses = [own_address(), own_address()];
-        let members = MemberId::all().zip(addresses).map(|(member, address)| {
-            MemberSpec::new(member, StoreId::random(), Address::tcp(address.ip().to_string(), address.port()))
-        });
+        let members = MemberId::all()
+            .zip(addresses)
+            .map(|(member, address)| MemberSpec::new(member, StoreId::random(), tcp(address)));
         let spec = pool_spec(0, members.collect());
         [0, 1].map(|i| {
             Self::launch(before[i], addresses[i], &[], |dir| {
@@ -118,7 +121,7 @@ impl Node {
 
     /// Where it serves its pools.
     pub(crate) fn data_address(&self) -> Address {
-        Address::tcp(self.address.ip().to_string(), self.address.port())
+        tcp(self.address)
     }
 
     /// A client that gives nobody up because the machine is crowded.
@@ -246,10 +249,13 @@ pub(crate) fn own_address() -> SocketAddr {
     SocketAddr::from((host, NEXT_PORT.fetch_add(1, Ordering::Relaxed)))
 }
 
-fn create_pool(dir: &Path, index: usize, address: SocketAddr) -> PoolSpec {
+fn tcp(address: SocketAddr) -> Address {
+    Address::tcp(address.ip().to_string(), address.port())
+}
+
+fn create_pool(dir: &Path, index: usize, address: &Address) -> PoolSpec {
     let member = MemberId::all().next().expect("there are members");
-    let address = Address::tcp(address.ip().to_string(), address.port());
-    let spec = pool_spec(index, vec![MemberSpec::new(member, StoreId::random(), address)]);
+    let spec = pool_spec(index, vec![MemberSpec::new(member, StoreId::random(), address.clone())]);
     create_member(dir, index, &spec, &spec.members[0]);
     spec
 }
@@ -294,30 +300,51 @@ pub(crate) struct Raw {
     pub(crate) pool: PoolId,
     pub(crate) epoch: Epoch,
     view: ViewNumber,
+    /// The view that the node showed in its hello.
+    shown: Option<View>,
     table: Vec<MessageHeader>,
 }
 
 impl Raw {
     pub(crate) fn connect(node: &Node, pool: usize) -> Self {
-        let stream = TcpStream::connect(node.address).expect("it listens");
+        Self::to(node.address, node.pools[pool].id)
+    }
+
+    /// A connection to a node at an address.
+    pub(crate) fn to(address: SocketAddr, pool: PoolId) -> Self {
+        let stream = TcpStream::connect(address).expect("it listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
-        let pool = node.pools[pool].id;
-        Self { stream, pool, epoch: Epoch(0), view: ViewNumber(0), table: Vec::new() }
+        Self { stream, pool, epoch: Epoch(0), view: ViewNumber(0), shown: None, table: Vec::new() }
     }
 
     /// A connection that was greeted.
     pub(crate) fn greeted(node: &Node, pool: usize) -> Self {
-        let mut raw = Self::connect(node, pool);
-        let body = raw.hello(node.pools[pool].id);
+        Self::connect(node, pool).greet()
+    }
+
+    fn greet(self) -> Self {
+        let mut raw = self;
+        let body = raw.hello(raw.pool);
         let reply = HelloReply::decode(&body.1).expect("a hello reply");
         (raw.epoch, raw.view) = (reply.epoch, reply.view.number);
+        raw.shown = Some(reply.view);
         raw
+    }
+
+    /// The view that the node showed when it greeted the connection.
+    pub(crate) fn view(&self) -> View {
+        self.shown.clone().expect("it was greeted")
     }
 
     /// A connection that holds its pool.
     pub(crate) fn attached(node: &Node, pool: usize) -> Self {
-        let mut raw = Self::greeted(node, pool);
+        Self::attached_to(node.address, node.pools[pool].id)
+    }
+
+    /// The same, to a node at an address.
+    pub(crate) fn attached_to(address: SocketAddr, pool: PoolId) -> Self {
+        let mut raw = Self::to(address, pool).greet();
         let (header, _) = raw.try_attach().expect("an answer");
         assert_eq!((header.kind, header.status), (Kind::AttachReply, Status::Ok));
         raw
@@ -332,6 +359,7 @@ impl Raw {
             rejoin: false,
             yields: false,
             description: "raw".into(),
+            held_ms: 0,
         }
         .encode();
         let header = self.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));

@@ -1,6 +1,8 @@
 //! Another client takes the disk: what becomes of the daemon depends on what its guest is doing.
 
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use vhost::VhostBackend;
 use vhost_brmr::event_loop::{FrontEnds, LoopError};
@@ -90,4 +92,79 @@ fn a_daemon_whose_guest_went_away_serves_the_next_one() {
     let mut guest = Guest::boot(UnixStream::connect(&path).unwrap(), &setup);
     assert_eq!(guest.flush(), 0);
     assert_eq!(attachments(&daemon), 2);
+}
+
+/// A daemon at `path` that keeps its disk for the next front end, and one that has used it and was paused.
+fn lingering(path: &Path, linger: Duration) -> (Daemon, Guest, Setup) {
+    let setup = Setup { linger, ..Setup::default() };
+    let daemon = setup.serve(FrontEnds::Listener(UnixListener::bind(path).unwrap()));
+    let mut guest = Guest::boot(UnixStream::connect(path).unwrap(), &setup);
+    assert_eq!(guest.flush(), 0);
+    assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 1);
+    (daemon, guest, setup)
+}
+
+fn is_detached(daemon: &Daemon) -> bool {
+    daemon.disk.log().contains(&Event::Detached)
+}
+
+#[test]
+fn a_disk_is_kept_for_the_front_end_that_takes_the_guest_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let (daemon, mut guest, setup) = lingering(&path, PATIENCE * 2);
+    // As cloud-hypervisor migrates to another process of its host: the one closes its connection before the other makes its own.
+    guest.disconnect();
+    std::thread::sleep(Duration::from_millis(100));
+    guest.reconnect(UnixStream::connect(&path).unwrap(), &setup);
+    guest.share_memory();
+    guest.start_ring(0, 1);
+    assert_eq!(guest.flush(), 0);
+    assert_eq!(attachments(&daemon), 1);
+    assert!(!is_detached(&daemon), "somebody else could have taken it meanwhile");
+}
+
+#[test]
+fn a_disk_that_nobody_comes_for_is_given_back_when_the_time_is_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let linger = Duration::from_millis(300);
+    let (daemon, mut guest, setup) = lingering(&path, linger);
+    let start = Instant::now();
+    guest.disconnect();
+    // Only one that starts its rings uses the disk.
+    eventually("the disk is given back", || {
+        drop(UnixStream::connect(&path).unwrap());
+        is_detached(&daemon)
+    });
+    assert!(start.elapsed() >= linger, "given back after {:?}", start.elapsed());
+    let mut guest = Guest::boot(UnixStream::connect(&path).unwrap(), &setup);
+    assert_eq!(guest.flush(), 0);
+    assert_eq!(attachments(&daemon), 2);
+}
+
+#[test]
+fn a_disk_that_another_client_takes_or_whose_guest_was_cut_off_is_not_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("taken");
+    let (daemon, mut guest, setup) = lingering(&path, PATIENCE * 2);
+    guest.disconnect();
+    std::thread::sleep(Duration::from_millis(50));
+    displace(&daemon);
+    eventually("the disk is given up", || is_detached(&daemon));
+    let mut guest = Guest::boot(UnixStream::connect(&path).unwrap(), &setup);
+    assert_eq!(guest.flush(), 0);
+    assert_eq!(attachments(&daemon), 2);
+
+    let path = directory.path().join("cut off");
+    let (daemon, mut guest, _) = lingering(&path, PATIENCE * 2);
+    guest.start_ring(0, 1);
+    daemon.disk.hold(true);
+    guest.submit(0, 0, virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT, 0, &[1; 512], 0);
+    guest.kick(0);
+    eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
+    guest.disconnect();
+    eventually("the disk is told to detach", || daemon.disk.is_detaching());
+    daemon.disk.hold(false);
+    eventually("the disk is detached", || is_detached(&daemon));
 }

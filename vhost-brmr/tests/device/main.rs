@@ -5,8 +5,10 @@
 
 mod cost;
 mod dirty_log;
+mod front_end;
 mod handover;
 mod hostile;
+mod listener;
 mod program;
 mod requests;
 mod resize;

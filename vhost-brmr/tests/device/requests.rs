@@ -2,10 +2,16 @@
 
 use std::time::Duration;
 
+use rmr_common::buffer::Segment;
+use rmr_common::client::MAX_QUEUED;
+
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
-use vhost_brmr::disk::Operation;
+use vhost_brmr::disk::{Operation, Token};
+use vhost_brmr::flight::{Flight, Origin, Progress};
+use vhost_brmr::memory::GuestMemory;
+use vhost_brmr::request::MAX_RANGES;
 use vhost_brmr::testing::Event;
 use virtio_bindings::virtio_blk::*;
 
@@ -76,7 +82,10 @@ fn discards_beyond_the_limits_are_refused() {
         (range(2048, 1, 0), IOERR),
         (range(u64::MAX / 512, 8, 0), IOERR),
         (range(u64::MAX, 1, 0), IOERR),
-        (range(0, 0, 0), IOERR),
+        // Of no sectors: there is nothing to be done.
+        (range(0, 0, 0), OK),
+        (range(2048, 0, 0), OK),
+        (range(2049, 0, 0), IOERR),
         (range(0, 8, 1), UNSUPP),
         (range(0, 8, 2), UNSUPP),
         (five, IOERR),
@@ -89,6 +98,7 @@ fn discards_beyond_the_limits_are_refused() {
     let submitted = daemon.disk.log().iter().filter(|event| matches!(event, Event::Submitted(..))).count();
     assert_eq!(submitted, 0);
     assert_eq!(guest.request(0, VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(0, 8, 2), 0).status, UNSUPP);
+    assert_eq!(guest.request(0, VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(0, 0, 0), 0).status, OK);
 }
 
 #[test]
@@ -251,6 +261,7 @@ fn a_write_through_disk_answers_a_write_only_after_the_flush_behind_it() {
         let features = if no_flush { !bit(VIRTIO_BLK_F_FLUSH) } else { ALL };
         let (daemon, mut guest) = Setup { features, ..Setup::default() }.boot();
         if !no_flush {
+            guest.acknowledge_config_wce();
             guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
         }
         daemon.disk.hold(true);
@@ -283,6 +294,26 @@ fn a_write_through_disk_answers_a_write_only_after_the_flush_behind_it() {
 }
 
 #[test]
+fn a_flush_that_fails_fails_every_write_that_shares_it() {
+    let features = !bit(VIRTIO_BLK_F_FLUSH);
+    let (daemon, mut guest) = Setup { features, ..Setup::default() }.boot();
+    daemon.disk.hold(true);
+    for slot in 0..4u16 {
+        guest.submit(0, slot, VIRTIO_BLK_T_OUT, u64::from(slot), &pattern(512, slot as u8), 0);
+    }
+    guest.kick(0);
+    eventually("all writes reach the disk", || daemon.disk.waiting() == 4);
+    daemon.disk.fail_flushes(1);
+    daemon.disk.hold(false);
+    assert_eq!(guest.used(0, 4).len(), 4);
+    let flushed = |event: &&Event| matches!(event, Event::Submitted(Operation::Flush, ..));
+    assert_eq!(daemon.disk.log().iter().filter(flushed).count(), 1);
+    for slot in 0..4u16 {
+        assert_eq!(guest.status(0, slot), IOERR, "write {slot} shares the flush");
+    }
+}
+
+#[test]
 fn a_write_back_disk_answers_a_write_without_a_flush() {
     let (daemon, mut guest) = Setup::default().boot();
     assert_eq!(guest.write_disk(0, &pattern(512, 1)), OK);
@@ -298,4 +329,49 @@ fn errors_of_the_disk_become_io_errors_of_the_guest() {
     assert_eq!((read.status, read.used_length), (IOERR, 1));
     assert_eq!(guest.flush(), IOERR);
     assert_eq!(guest.flush(), OK);
+}
+
+/// Enters a request of this many parts; its tokens.
+fn enter(flight: &mut Flight, parts: u16, flush_behind: bool) -> Vec<Token> {
+    let origin = Origin { queue: 0, head: 0, incarnation: 1 };
+    // SAFETY: nothing is ever written through a segment without length.
+    let status = unsafe { Segment::new(std::ptr::NonNull::dangling().as_ptr(), 0) };
+    let memory = std::sync::Arc::new(GuestMemory::default());
+    let index = flight.enter(origin, status, &[], parts, flush_behind, &memory).unwrap();
+    (0..parts).map(|part| flight.token(index, part as u8)).collect()
+}
+
+#[test]
+fn the_table_of_requests_is_full_before_the_disk_has_more_parts_than_it_takes() {
+    // As with a thousand queues of 1024.
+    let mut flight = Flight::new(1 << 20);
+    // Twice, as what is left of the count would show then.
+    for _ in 0..2 {
+        let mut tokens = Vec::new();
+        while !flight.is_full() {
+            let parts = if tokens.len() % 3 == 0 { MAX_RANGES as u16 } else { 1 };
+            tokens.extend(enter(&mut flight, parts, parts == 1));
+            assert!(tokens.len() <= MAX_QUEUED, "{} parts", tokens.len());
+        }
+        assert!(tokens.len() > MAX_QUEUED - MAX_RANGES, "{} parts", tokens.len());
+        let mut written = None;
+        for token in tokens {
+            match flight.complete(token, false) {
+                Progress::Waiting => (),
+                Progress::Written(index) => {
+                    flight.share_flush(index, written);
+                    written = Some(index);
+                }
+                Progress::Done(index) => assert!(flight.release(index).is_some()),
+                Progress::Unknown => panic!("an unknown token"),
+            }
+        }
+        let head = written.unwrap();
+        assert_eq!(flight.complete(flight.token(head, u8::MAX), false), Progress::Done(head));
+        let mut next = Some(head);
+        while let Some((_, rest)) = next.and_then(|index| flight.release(index)) {
+            next = rest;
+        }
+        assert!(flight.is_empty() && !flight.is_full());
+    }
 }

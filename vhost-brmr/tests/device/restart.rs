@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::*;
 use crate::support::*;
 
 /// A region for the guest's rings, as a front end keeps it.
-fn inflight_region(guest: &mut Guest) -> (VhostUserInflight, File) {
+pub(crate) fn inflight_region(guest: &mut Guest) -> (VhostUserInflight, File) {
     let queues = u16::try_from(guest.rings.len()).unwrap();
     let wanted = VhostUserInflight::new(0, 0, queues, guest.rings[0].size);
     guest.frontend.get_inflight_fd(&wanted).unwrap()
@@ -136,7 +136,10 @@ fn an_inflight_region_that_makes_no_sense_is_refused_and_a_fresh_one_is_empty() 
 }
 
 /// Runs the loop in a thread that takes SIGTERM, and gives the means to send it.
-fn with_signals(setup: &Setup, stream: UnixStream) -> (Handle, impl Fn(), JoinHandle<Result<(), LoopError>>) {
+pub(crate) fn with_signals(
+    setup: &Setup,
+    stream: UnixStream,
+) -> (Handle, impl Fn(), JoinHandle<Result<(), LoopError>>) {
     let (disk, handle) = MemoryDisk::new(setup.geometry).unwrap();
     let (sender, receiver) = std::sync::mpsc::channel();
     let (options, behaviour) = setup.options();
@@ -228,6 +231,32 @@ fn a_stop_that_runs_out_of_time_leaves_what_is_in_flight_to_the_next_daemon() {
     assert_eq!(guest.used(0, 2), [(0, 1), (4, 1)]);
     assert_eq!((guest.status(0, 0), guest.status(0, 1)), (OK, OK));
     assert!(second.0.disk.data()[..1024] == [pattern(512, 1), pattern(512, 2)].concat());
+}
+
+#[test]
+fn a_disk_that_is_refused_while_requests_wait_for_it_leaves_them_to_the_next_daemon() {
+    let setup = Setup::default();
+    let (first, stream) = setup.device();
+    let mut guest = Guest::connect(stream, &setup);
+    let (region, file) = inflight_region(&mut guest);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    guest.start_ring(0, 0);
+    first.disk.hold(true);
+    guest.submit(0, 0, VIRTIO_BLK_T_OUT, 0, &pattern(512, 1), 0);
+    guest.kick(0);
+    eventually("the request reaches the disk", || first.disk.waiting() == 1);
+    first.disk.refuse_late("still held by the daemon that was killed");
+    assert!(matches!(first.join(), Err(LoopError::Refused(_))));
+    assert_eq!(guest.used_index(0), 0, "the guest was told of an end that there was not");
+    let (second, stream) = setup.device();
+    guest.reconnect(stream, &setup);
+    guest.frontend.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
+    guest.share_memory();
+    guest.start_ring(0, 1);
+    assert_eq!(guest.used(0, 1), [(0, 1)]);
+    assert_eq!(guest.status(0, 0), OK);
+    assert!(second.disk.data()[..512] == pattern(512, 1));
 }
 
 #[test]

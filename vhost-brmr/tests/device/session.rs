@@ -1,6 +1,5 @@
 //! What a well-behaved guest and its hypervisor may expect.
 
-use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
@@ -20,7 +19,7 @@ fn the_offer_holds_every_feature_that_the_disk_can_serve_and_no_other() {
     let (daemon, stream) = setup.device();
     let mut guest = Guest::connect(stream, &setup);
     let features = guest.frontend.get_features().unwrap();
-    for number in [1, 2, 6, 9, 10, 11, 12, 13, 14, 26, 28, 29, 30, 32] {
+    for number in [1, 2, 6, 9, 10, 12, 13, 14, 26, 28, 29, 30, 32] {
         assert_ne!(features & bit(number), 0, "feature {number} is missing");
     }
     assert_eq!(features & bit(VIRTIO_BLK_F_RO), 0);
@@ -78,7 +77,7 @@ fn get_vring_base_drains_keeps_the_index_and_the_ring_goes_on_from_there() {
     guest.start_ring(0, 4);
     assert_eq!(guest.used(0, 1), [(4, 1)]);
     assert!(guest.read_disk(1, 512).data == pattern(512, 6));
-    assert_eq!(daemon.disk.resets(), 1, "by the start of the guest, and not by its pause");
+    assert_eq!(daemon.disk.resets(), 0);
 }
 
 #[test]
@@ -310,7 +309,7 @@ fn impossible_memory_regions_are_refused_and_the_session_goes_on() {
 }
 
 #[test]
-fn the_configuration_space_is_read_at_any_offset_and_only_writeback_is_written() {
+fn the_configuration_space_is_read_at_any_offset_and_nothing_in_it_changes() {
     let setup = Setup { queues: 3, ..Setup::default() };
     let (_daemon, stream) = setup.device();
     let mut guest = Guest::connect(stream, &setup);
@@ -335,13 +334,63 @@ fn the_configuration_space_is_read_at_any_offset_and_only_writeback_is_written()
         assert_eq!(get(u32::try_from(offset).unwrap(), length), expected, "{length} bytes at {offset}");
     }
     assert_eq!(get(0, 256).len(), 256);
-    guest.frontend.set_config(32, flags, &[0]).unwrap();
-    assert_eq!(guest.frontend.get_config(32, 1, flags, &[0]).unwrap().1, [0]);
+    assert!(guest.frontend.set_config(32, flags, &[0]).is_err(), "the cache cannot be turned off");
     guest.frontend.set_config(30, flags, &[0, 0, 1, 0]).unwrap();
-    assert_eq!(guest.frontend.get_config(32, 1, flags, &[0]).unwrap().1, [1]);
     assert!(guest.frontend.set_config(0, flags, &[9]).is_err());
     assert!(guest.frontend.set_config(30, flags, &[7, 0, 0]).is_err());
     assert_eq!(guest.frontend.get_config(32, 1, flags, &[0]).unwrap().1, [1]);
+}
+
+/// Whether the disk is flushed behind a write.
+fn flushes_behind_a_write(daemon: &Daemon, guest: &mut Guest) -> bool {
+    let before = daemon.disk.log().len();
+    assert_eq!(guest.write_disk(0, &pattern(512, 1)), OK);
+    daemon.disk.log()[before..].contains(&Event::Completed(vhost_brmr::disk::Operation::Flush, 0, 0))
+}
+
+/// A front end tells a daemon once whether the cache is on. What it told an earlier one, the next does not know: after a restart of the
+/// daemon, and where the guest has come by migration.
+#[test]
+fn a_guest_that_may_have_turned_the_cache_off_gets_write_through_until_it_says_that_it_flushes() {
+    let setup = Setup::default();
+    let flags = VhostUserConfigFlags::WRITABLE;
+    let (first, mut guest) = setup.boot();
+    assert!(!flushes_behind_a_write(&first, &mut guest), "a guest of today");
+    guest.acknowledge_config_wce();
+    for (said, flushes) in [(None, true), (Some(1), false), (Some(0), true), (Some(1), false)] {
+        if let Some(said) = said {
+            guest.frontend.set_config(32, flags, &[said]).unwrap();
+        }
+        assert_eq!(flushes_behind_a_write(&first, &mut guest), flushes, "after {said:?}");
+        let byte = guest.frontend.get_config(32, 1, flags, &[0]).unwrap().1;
+        assert_eq!(byte, [u8::from(!flushes)]);
+    }
+    // Another daemon goes on with the rings as they are: the first was started again, or the guest moved.
+    guest.disconnect();
+    let (second, stream) = setup.device();
+    guest.reconnect(stream, &setup);
+    guest.acknowledge_config_wce();
+    guest.share_memory();
+    let avail = guest.rings[0].avail;
+    guest.start_ring(0, avail);
+    assert!(flushes_behind_a_write(&second, &mut guest), "it may have turned the cache off since");
+    guest.frontend.set_config(32, flags, &[1]).unwrap();
+    assert!(!flushes_behind_a_write(&second, &mut guest));
+    // A front end keeps the byte over a reset of the guest, and does not repeat the message.
+    guest.frontend.reset_device().unwrap();
+    guest.acknowledge_config_wce();
+    let avail = guest.rings[0].avail;
+    guest.start_ring(0, avail);
+    assert!(flushes_behind_a_write(&second, &mut guest));
+}
+
+#[test]
+fn a_ring_that_is_larger_than_offered_is_refused_with_what_to_do() {
+    let setup = Setup::default();
+    let (_daemon, stream) = setup.device();
+    let guest = Guest::connect(stream, &setup);
+    guest.frontend.set_vring_num(0, setup.queue_size).unwrap();
+    assert!(guest.frontend.set_vring_num(0, setup.queue_size * 2).is_err());
 }
 
 #[test]
@@ -366,7 +415,7 @@ fn reset_device_stops_everything_and_the_device_can_be_set_up_again() {
     let avail = guest.rings[0].avail;
     guest.start_ring(0, avail - 1);
     assert_eq!(guest.used(0, 1), [(4, 1)]);
-    assert_eq!(daemon.disk.resets(), 2, "by the start of the guest, and by its reset");
+    assert_eq!(daemon.disk.resets(), 1);
 }
 
 #[test]
@@ -376,10 +425,10 @@ fn a_guest_that_starts_its_rings_anew_has_reset_the_device_and_one_that_goes_on_
     guest.frontend.get_vring_base(0).unwrap();
     guest.start_ring(0, 1);
     assert_eq!(guest.flush(), OK);
-    assert_eq!(daemon.disk.resets(), 1);
+    assert_eq!(daemon.disk.resets(), 0);
     guest.frontend.get_vring_base(0).unwrap();
     guest.start_ring(0, 0);
-    eventually("the disk is told of the reset", || daemon.disk.resets() == 2);
+    eventually("the disk is told of the reset", || daemon.disk.resets() == 1);
 }
 
 #[test]
@@ -418,14 +467,62 @@ fn messages_that_make_no_sense_are_refused_and_the_session_goes_on() {
 }
 
 #[test]
-fn a_kick_descriptor_that_cannot_be_watched_fails_its_ring_only() {
-    let (_daemon, mut guest) = Setup { queues: 2, ..Setup::default() }.boot();
-    guest.frontend.get_vring_base(1).unwrap();
-    guest.configure_ring(1, 0);
-    let regular = as_eventfd(File::open("/proc/self/exe").unwrap());
-    guest.frontend.set_vring_kick(1, &regular).unwrap();
-    eventually("the error descriptor is written", || guest.rings[1].error.read().is_ok());
+fn what_is_made_available_while_memory_changes_is_served_afterwards() {
+    for removes in [false, true] {
+        make_available_while_memory_changes(removes);
+    }
+}
+
+fn make_available_while_memory_changes(removes: bool) {
+    let (daemon, mut guest) = Setup::default().boot();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(4096).unwrap();
+    let extra = VhostUserMemoryRegionInfo {
+        guest_phys_addr: GUEST_BASE << 8,
+        memory_size: 4096,
+        userspace_addr: USER_BASE << 1,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    guest.frontend.add_mem_region(&extra).unwrap();
+    daemon.disk.hold(true);
+    guest.submit(0, 0, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    guest.kick(0);
+    eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
+    let (mut frontend, region) = (guest.frontend.clone(), guest.region());
+    let replacer = std::thread::spawn(move || match removes {
+        true => frontend.remove_mem_region(&extra).is_ok(),
+        false => frontend.set_mem_table(&[region]).is_ok(),
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!replacer.is_finished(), "answered while the disk may still use the memory of before");
+    guest.submit(0, 1, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    guest.kick(0);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(daemon.disk.waiting(), 1, "took a request while it waits for the end of all");
+    daemon.disk.hold(false);
+    assert!(replacer.join().unwrap());
+    // The kick was for nothing, and none comes after it.
+    assert_eq!(guest.used(0, 2).len(), 2);
+}
+
+#[test]
+fn what_completes_in_a_stopped_ring_is_told_to_nobody_and_the_ring_can_be_started_again() {
+    let setup = Setup { drain_timeout: Duration::from_millis(20), ..Setup::default() };
+    let (daemon, mut guest) = setup.boot();
+    daemon.disk.hold(true);
+    daemon.disk.ignore_cancel();
+    guest.submit(0, 0, VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+    guest.kick(0);
+    eventually("the request reaches the disk", || daemon.disk.waiting() == 1);
+    assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 1);
+    daemon.disk.hold(false);
+    eventually("the request completes", || daemon.disk.waiting() == 0);
+    guest.settle();
+    assert_eq!(guest.used_index(0), 0, "the guest was told by a ring that is stopped");
+    guest.start_ring(0, 1);
     assert_eq!(guest.flush(), OK);
+    assert_eq!(guest.used_index(0), 1);
 }
 
 #[test]

@@ -76,6 +76,7 @@ pub(crate) struct Setup {
     pub(crate) read_only: bool,
     pub(crate) poll: Duration,
     pub(crate) drain_timeout: Duration,
+    pub(crate) linger: Duration,
     pub(crate) features: u64,
     pub(crate) geometry: Geometry,
 }
@@ -88,6 +89,7 @@ impl Default for Setup {
             read_only: false,
             poll: Duration::ZERO,
             drain_timeout: Duration::from_secs(20),
+            linger: Duration::ZERO,
             features: ALL,
             geometry: geometry(DISK_SIZE),
         }
@@ -118,7 +120,8 @@ impl Setup {
             read_only: self.read_only,
         };
         let on_disconnect = OnDisconnect::Wait;
-        let behaviour = LoopOptions { poll: self.poll, drain_timeout: self.drain_timeout, on_disconnect };
+        let Self { poll, drain_timeout, linger, .. } = *self;
+        let behaviour = LoopOptions { poll, drain_timeout, on_disconnect, linger };
         (options, behaviour)
     }
 
@@ -179,6 +182,13 @@ impl Guest {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(features).unwrap();
         (frontend, features)
+    }
+
+    /// Acknowledges `VIRTIO_BLK_F_CONFIG_WCE`, as a guest does that negotiated it with an earlier daemon.
+    pub(crate) fn acknowledge_config_wce(&self) {
+        let features = self.frontend.get_features().unwrap();
+        assert_eq!(features & bit(blk::VIRTIO_BLK_F_CONFIG_WCE), 0, "offered");
+        self.frontend.set_features(self.features | bit(blk::VIRTIO_BLK_F_CONFIG_WCE)).unwrap();
     }
 
     /// Closes the socket; memory and rings stay as they are.

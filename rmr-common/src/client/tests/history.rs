@@ -292,7 +292,7 @@ fn of_two_nodes_that_show_one_store_the_one_that_the_specification_names_is_used
     let mut bench = Bench::new(2, |_| {});
     bench.notices.clear();
     bench.start_client_at(&[copy.clone(), bench.spec.members[0].address.clone()], |c| c.takeover = true);
-    bench.pass(Duration::from_secs(1));
+    bench.pass(Duration::from_secs(10));
     assert!(bench.client.is_active());
     let leg = bench.client.legs[1].and_then(|id| bench.client.link(id)).map(|l| l.address.clone());
     assert_eq!(leg, Some(bench.spec.members[1].address.clone()));

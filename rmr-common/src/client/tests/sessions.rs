@@ -41,6 +41,45 @@ fn a_client_that_waits_for_a_member_finds_out_that_another_one_took_it_out() {
 }
 
 #[test]
+fn a_name_that_two_pools_have_is_refused_whichever_node_answers_first() {
+    let by_name = |bench: &mut Bench| {
+        let seeds: Vec<_> = bench.spec.members.iter().map(|m| m.address.clone()).collect();
+        let mut config = Config::new(ClientId::from_bytes([2; 16]), "by name");
+        config.attach_grace = Duration::ZERO;
+        let selector = PoolSelector::Name(bench.spec.name.clone());
+        bench.client = Client::new(config, selector, &seeds, bench.now);
+        bench.nodes.clear();
+        bench.run();
+    };
+    for late in [0, 1] {
+        let mut bench = Bench::new(2, |_| {});
+        // A pool of one member on each node, both of one name.
+        for node in 0..2 {
+            bench.specs[node].members.retain(|m| m.id == member(u8::try_from(node).unwrap()));
+            bench.views[node].members.retain(|m| m.id == member(u8::try_from(node).unwrap()));
+        }
+        let other = PoolId::random();
+        bench.specs[1].id = other;
+        bench.slow = vec![late];
+        by_name(&mut bench);
+        assert!(!bench.client.is_active(), "one node has not said yet what it has of that name");
+        bench.connect();
+        let State::Over(OverReason::Conflict(text)) = &bench.client.state else { panic!("not refused") };
+        for id in [bench.spec.id, other] {
+            assert!(text.contains(&id.to_string()), "{text}");
+        }
+    }
+    // A node that cannot be reached keeps nobody waiting beyond its first attempt, and by uuid the other pool is of no concern.
+    let mut bench = Bench::new(2, |_| {});
+    bench.specs[0].members.truncate(1);
+    bench.views[0].members.truncate(1);
+    bench.up[1] = false;
+    by_name(&mut bench);
+    bench.pass(Duration::from_secs(1));
+    assert!(bench.client.is_active());
+}
+
+#[test]
 fn sequences_go_on_above_those_that_a_member_brings_back() {
     let mut bench = Bench::new(2, |_| {});
     bench.set_up(1, false);
@@ -231,4 +270,21 @@ fn a_client_that_is_told_that_another_attached_ends_and_leaves_no_view_in_its_wa
     let mut bench = Bench::new(2, |_| {});
     told(&mut bench, epoch);
     assert_eq!((bench.client.over(), bench.state(member(0))), (None, Some(MemberState::Out)));
+}
+
+#[test]
+fn a_member_that_comes_back_is_told_since_when_the_client_has_the_pool() {
+    let mut bench = Bench::new(2, |_| {});
+    assert_eq!(bench.held_ms, [0, 0]);
+    bench.pass(Duration::from_secs(60));
+    bench.set_up(1, false);
+    bench.pass(Duration::from_secs(2));
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    let told = *bench.held_ms.last().unwrap();
+    assert!((62_000..=64_000).contains(&told), "{told}");
+    // Another client begins with nothing.
+    bench.start_client(|config| config.takeover = true);
+    assert_eq!(bench.held_ms.last(), Some(&0));
 }

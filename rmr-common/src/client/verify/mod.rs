@@ -444,7 +444,14 @@ impl Client {
             verify.again.push_back(offset);
             if is_of_now {
                 let words = String::from_utf8_lossy(body);
-                verify.failed(format!("member {member}: {:?} {words}", header.status), now);
+                verify.failed(
+                    format!(
+                        "member {member}: {}{}{words}",
+                        header.status,
+                        if words.is_empty() { "" } else { ": " }
+                    ),
+                    now,
+                );
             }
             return;
         }

@@ -117,6 +117,7 @@ impl Bench {
                     intents: Vec::new(),
                     position: Position::default(),
                     attested: Attested::default(),
+                    flush_failed: false,
                 }
                 .encode()
             }

@@ -40,6 +40,18 @@ pub(super) enum Operation {
     Invalidate { key: u32 },
 }
 
+impl std::fmt::Display for Operation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Send => "send",
+            Self::Write { .. } => "write to the peer's memory",
+            Self::WriteWithImmediate { .. } => "write to the peer's memory with a number",
+            Self::Bind { .. } => "binding of a memory window",
+            Self::Invalidate { .. } => "invalidation of a memory window",
+        })
+    }
+}
+
 /// Work to post. Its memory is `count` pieces from `first` of the list that goes with it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct WorkRequest {

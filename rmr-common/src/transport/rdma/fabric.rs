@@ -172,7 +172,8 @@ impl Fabric {
             for memory in &mut state.memory {
                 memory.regions.push(pinned.remove(&memory.id));
             }
-            tracing::info!(device = %domain.device, limits = ?domain.limits, "RDMA device in use");
+            tracing::info!(device = %domain.device, "RDMA device in use");
+            tracing::debug!(device = %domain.device, limits = ?domain.limits, "limits of the RDMA device");
             state.domains.push(Some(Arc::clone(&domain)));
             self.publish(&state);
             // Before what was pinned, and deregistered by its owner meanwhile.

@@ -293,6 +293,13 @@ impl<V: Verbs> Link<V> {
         self.queue.len()
     }
 
+    pub(super) fn backlog_bytes(&self) -> usize {
+        let body = |outgoing: &Outgoing| {
+            if let Content::Plain { body, .. } = &outgoing.content { body.len() } else { 0 }
+        };
+        self.queue.iter().map(body).sum()
+    }
+
     pub(super) fn take_sent(&mut self, tags: &mut Vec<u32>) {
         tags.append(&mut self.sent_tags);
     }

@@ -261,6 +261,10 @@ impl Connection for RdmaConnection {
         self.link.backlog()
     }
 
+    fn backlog_bytes(&self) -> usize {
+        self.link.backlog_bytes()
+    }
+
     fn is_starved(&self) -> bool {
         false
     }

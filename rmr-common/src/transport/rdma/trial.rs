@@ -73,7 +73,7 @@ fn done(
 ) -> Result<(), RdmaError> {
     match outcome(endpoint, number, operation, piece)? {
         None => Ok(()),
-        Some(words) => Err(RdmaError::Event(format!("{operation:?}: {words}"))),
+        Some(words) => Err(RdmaError::Event(format!("{operation}: {words}"))),
     }
 }
 

@@ -8,6 +8,8 @@ use super::*;
 use crate::pool::{PoolId, Slot};
 use crate::wire::{Kind, Status};
 
+pub(crate) mod faults;
+
 /// Longest wait for what comes in any case, and the time after which a silent peer is dead.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -117,6 +119,51 @@ fn data_and_bodies_of_every_size_arrive_in_order_where_they_belong() {
     let expected: Vec<u32> = (0..200).filter(|i| i % 6 != 3).collect();
     assert_eq!(tags, expected, "every tag comes back once, in order");
     assert!(!a.wants_to_send());
+}
+
+#[test]
+fn a_flood_of_short_messages_is_taken_in_a_part_at_a_time() {
+    /// Counts messages, each of which makes as much work as it says.
+    struct Count(usize, usize);
+    impl Receiver for Count {
+        fn place(&mut self, _: &MessageHeader, _: &mut Vec<Segment>) -> Place {
+            Place::Discard
+        }
+        fn weight(&self, _: &MessageHeader) -> usize {
+            self.1
+        }
+        fn deliver(&mut self, _: &MessageHeader, _: &[u8]) {
+            self.0 += 1;
+        }
+    }
+    for (weight, most) in [(0, RECEIVE_BUDGET / MESSAGE_COST), (RECEIVE_BUDGET, 1)] {
+        let (mut a, mut b) = pair();
+        let ping = MessageHeader::new(Kind::Ping, PoolId::from_bytes([7; 16]));
+        let all = 2000;
+        (0..all).for_each(|_| a.queue(&ping, None));
+        let (mut count, mut calls) = (Count(0, weight), 0);
+        while count.0 < all {
+            a.flush().unwrap();
+            let before = count.0;
+            b.receive(&mut count).unwrap();
+            // A frame that has begun is taken whole.
+            assert!(count.0 - before <= most + MAX_FRAME_MESSAGES, "{} at once", count.0 - before);
+            calls += usize::from(count.0 > before);
+        }
+        assert!(calls >= all / (most + MAX_FRAME_MESSAGES), "{calls} calls");
+    }
+}
+
+#[test]
+fn bodies_that_wait_to_be_sent_are_counted_by_their_bytes() {
+    let (mut a, mut b) = pair();
+    let hello =
+        MessageHeader { payload: 1000, ..MessageHeader::new(Kind::Hello, PoolId::from_bytes([7; 16])) };
+    (0..5).for_each(|_| a.queue(&hello, Some(vec![1; 1000])));
+    assert_eq!(a.backlog_bytes(), 5000);
+    let mut sink = Sink::default();
+    pump(&mut a, &mut b, &mut sink, 5);
+    assert_eq!(a.backlog_bytes(), 0);
 }
 
 #[test]

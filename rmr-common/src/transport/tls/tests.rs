@@ -22,6 +22,10 @@ struct Certificates {
 }
 
 fn certificates(names: &[&str]) -> Certificates {
+    certificates_with(names, |_| {})
+}
+
+fn certificates_with(names: &[&str], change: impl FnOnce(&mut rcgen::CertificateParams)) -> Certificates {
     let dir = tempfile::tempdir().unwrap();
     let put = |name: &str, text: String| {
         let path = dir.path().join(name);
@@ -35,7 +39,9 @@ fn certificates(names: &[&str]) -> Certificates {
     let issuer = rcgen::Issuer::new(parameters, authority_key);
     let key = rcgen::KeyPair::generate().unwrap();
     let names: Vec<String> = names.iter().map(ToString::to_string).collect();
-    let own = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
+    let mut own = rcgen::CertificateParams::new(names).unwrap();
+    change(&mut own);
+    let own = own.signed_by(&key, &issuer).unwrap();
     let identity =
         IdentityFiles { certificate: put("own.pem", own.pem()), key: put("own.key", key.serialize_pem()) };
     Certificates { authority: put("authority.pem", authority.pem()), identity, _dir: dir }
@@ -215,4 +221,49 @@ fn files_that_are_not_what_they_should_be_are_named() {
     let mixed =
         IdentityFiles { certificate: files.identity.certificate.clone(), key: other.identity.key.clone() };
     assert!(matches!(ServerTls::load(&mixed, None), Err(TlsError::Identity { .. })));
+}
+
+/// Looks for a pool at a node with this certificate, as a client that trusts this authority.
+fn discover_at(node: &Certificates, authority: &Path) -> (crate::driver::PoolError, Duration) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tls://{}", listener.local_addr().unwrap());
+    let tls = ServerTls::load(&node.identity, None).unwrap();
+    // It ends with the test's process.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut connection = TcpConnection::accepted_with_tls(stream.unwrap(), DEAD_AFTER, &tls).unwrap();
+            let mut sink = Sink::default();
+            while connection.receive(&mut sink).is_ok() && connection.flush().is_ok() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    });
+    let mut config = crate::client::Config::new(crate::pool::ClientId::random(), "a test");
+    config.tls = Some(ClientTls::load(authority, None).unwrap());
+    let selector = crate::client::PoolSelector::Name("p".into());
+    let seeds = [address.parse().unwrap()];
+    let start = Instant::now();
+    let error = crate::driver::discover(config, selector, &seeds, DEAD_AFTER).unwrap_err();
+    (error, start.elapsed())
+}
+
+#[test]
+fn a_node_whose_certificate_is_not_accepted_ends_the_search_at_once_with_advice() {
+    let good = certificates(&["127.0.0.1"]);
+    let expired = certificates_with(&["127.0.0.1"], |parameters| {
+        parameters.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        parameters.not_after = rcgen::date_time_ymd(2021, 1, 1);
+    });
+    let other_name = certificates(&["elsewhere"]);
+    for (node, authority, words) in [
+        (&expired, &expired.authority, "has expired"),
+        (&other_name, &other_name.authority, "does not name the host"),
+        (&good, &other_name.authority, "is of no authority that is trusted here"),
+    ] {
+        let (error, took) = discover_at(node, authority);
+        let text = error.to_string();
+        assert!(matches!(error, crate::driver::PoolError::Distrust(_)), "{text}");
+        assert!(text.contains(words) && text.contains("tls://127.0.0.1:"), "{text}");
+        assert!(took < Duration::from_secs(20), "{took:?}");
+    }
 }

@@ -34,12 +34,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::Shared;
 use super::command::Answered;
 use super::connection::{Greeting, Peer, WriteBuffers};
-use super::deletion::Deletion;
+use super::deletion::{Closure, Deletion};
 use super::member::{IoTag, Member, buffer_share};
 use super::source_link::SourceLink;
+use super::throttle::{Burst, Throttle};
 use super::windows::{RESERVE_PART, Shortage, Windows};
 use crate::admin::Responder;
-use crate::admin::api::{PoolStatus, StoreCreated};
+use crate::admin::api::{ControlError, PoolStatus, StoreChanged};
 use crate::config::EngineChoice;
 use crate::disk::{
     self, Buffer, BufferPool, Completion, DiskEngine, DiskId, Engine, EngineOptions, Io, IoKind, Payload,
@@ -49,6 +50,8 @@ use crate::store::{MetadataIo, Store, StoreError};
 
 /// Replicas clear intents and connections time out on this beat.
 const TICK: Duration = Duration::from_secs(1);
+/// Most rounds of replicas, disks and sockets before the loop looks at what else has arrived.
+const MAX_ROUNDS: usize = 32;
 /// A client is dead when it was silent for so many leg timeouts.
 const SILENT_LEG_TIMEOUTS: u32 = 3;
 /// It is given so long at the least: a client sends a ping each second, however short the leg timeout is.
@@ -60,8 +63,10 @@ const STOP_GRACE: Duration = Duration::from_secs(4);
 /// What other threads ask of a shard.
 pub(super) enum Command {
     Status(Responder<Vec<PoolStatus>>),
-    Adopt(Box<Store>, Responder<StoreCreated>),
-    Delete(StoreId, bool, Responder<()>),
+    Adopt(Box<Store>, Sender<Result<(), ControlError>>),
+    Delete(Deleting, Responder<()>),
+    /// A store is to be closed, by force although a client has it.
+    Close(StoreId, bool, Responder<StoreChanged>),
     /// An operator's command for a pool.
     Operator(PoolId, PoolCommand, Responder<Answered>),
     /// The work that makes room in a store has ended.
@@ -69,8 +74,16 @@ pub(super) enum Command {
     Connection(Box<Handover>),
     /// The work that destroys a store has ended.
     Destroyed(StoreId, Result<(), String>),
-    /// Clients may come now.
+    /// Clients may come now: the stores that there are at the start are open.
     Listen(Vec<Listener>),
+}
+
+/// A store that is to be deleted.
+pub(super) struct Deleting {
+    pub(super) store: StoreId,
+    pub(super) force: bool,
+    /// The node made the file, so it goes too.
+    pub(super) own: bool,
 }
 
 /// A connection whose pool is on another shard than the one that accepted it.
@@ -102,6 +115,23 @@ impl ShardHandle {
             let _ = self.wake.write(1);
         }
     }
+}
+
+/// Lines of the log that others may cause as often as they like.
+#[derive(Default)]
+pub(super) struct Throttles {
+    /// Connections refused because there are too many.
+    full: Throttle,
+    /// Connections that could not be accepted.
+    accept: Throttle,
+    /// Connections that were not greeted, and closed for others.
+    strangers: Throttle,
+    /// Hellos refused.
+    refused: Throttle,
+    /// Operators' commands that other nodes pass on.
+    pub(in crate::service) commands: Throttle,
+    /// Stores that were asked for room which they do not have.
+    pub(in crate::service) room: Throttle,
 }
 
 /// Who waits for memory.
@@ -201,6 +231,8 @@ pub(super) struct Shard {
     free_tags: Vec<u32>,
     /// Stores that are being deleted, or could not be.
     deletions: Vec<Deletion>,
+    /// Stores that are being closed.
+    closures: Vec<Closure>,
     completions: Vec<Completion>,
     tags: Vec<u32>,
     changes: Vec<WatchChange>,
@@ -216,6 +248,9 @@ pub(super) struct Shard {
     /// Whether the listeners are watched. They are not for a moment when a connection could not be accepted.
     listens: bool,
     phase: Phase,
+    /// Something was left for the next loop iteration, which begins at once.
+    again: bool,
+    throttles: Throttles,
     /// Stores that a stop could not mark as closed in order.
     unmarked: usize,
     next_tick: Time,
@@ -223,13 +258,11 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    /// Runs a shard until the shutdown is requested and done. `opening` is dropped when its stores are open.
+    /// Runs a shard until the shutdown is requested and done.
     pub(super) fn run(
         index: usize,
         shared: Arc<Shared>,
         shards: Vec<ShardHandle>,
-        stores: Vec<Store>,
-        opening: Sender<()>,
         shutdown: Shutdown,
     ) -> anyhow::Result<()> {
         let inbox = shards[index].inbox.lock().ok().and_then(|mut inbox| inbox.take());
@@ -248,8 +281,9 @@ impl Shard {
         let registrations = buffers.regions().into_iter().map(register).collect::<Result<_, _>>()?;
         let (tls, fabric) = (shared.client_tls.clone(), shared.fabric.clone());
         let connector = Connector::new(shared.config.leg_timeout, tls, fabric)?;
+        let connector = connector.leaving_tls_never(shared.config.is_tls_only());
         let now = monotonic_now();
-        let mut shard = Self {
+        let shard = Self {
             index,
             share: buffer_share(&shared),
             shared,
@@ -276,6 +310,7 @@ impl Shard {
             sending: Vec::new(),
             free_tags: Vec::new(),
             deletions: Vec::new(),
+            closures: Vec::new(),
             completions: Vec::new(),
             tags: Vec::new(),
             changes: Vec::new(),
@@ -287,18 +322,12 @@ impl Shard {
             next_command: 0,
             listens: true,
             phase: Phase::Serving,
+            again: false,
+            throttles: Throttles::default(),
             unmarked: 0,
             next_tick: now + TICK,
             now,
         };
-        for store in stores {
-            let path = store.path().to_owned();
-            if let Err(error) = shard.adopt(store) {
-                tracing::error!(path = %path.display(), "store left out: {error}");
-            }
-        }
-        drop(opening);
-        shard.check_memory();
         shard.serve()
     }
 
@@ -360,7 +389,7 @@ impl Shard {
             for (change, error) in refused {
                 shard.not_watched(change, &error)?;
             }
-            let wait = if shard.changes.is_empty() { wait } else { 0 };
+            let wait = if shard.changes.is_empty() && !shard.again { wait } else { 0 };
             manager.run_with_timeout(i32::try_from(wait).unwrap_or(i32::MAX)).map_err(failed)?;
         }
     }
@@ -420,6 +449,7 @@ impl Shard {
     /// Everything that follows a wake-up.
     fn upkeep(&mut self) {
         self.now = monotonic_now();
+        self.again = false;
         if self.next_tick <= self.now {
             self.next_tick = self.now + TICK;
             self.tick();
@@ -434,12 +464,16 @@ impl Shard {
         self.work();
         self.note_shortage();
         self.advance_deletions();
+        self.advance_closures();
         self.advance_shutdown();
     }
 
     /// Replicas, disks, sockets and the line for memory, until none has anything to do at once.
     fn work(&mut self) {
-        loop {
+        for member in self.members.iter_mut().flatten() {
+            member.spent = 0;
+        }
+        for _ in 0..MAX_ROUNDS {
             self.settle();
             self.send_all();
             let fed = self.feed();
@@ -447,6 +481,8 @@ impl Shard {
                 return;
             }
         }
+        // A client that sends as fast as its data is dealt with would keep the shard here.
+        self.again = true;
     }
 
     /// Lets replicas and disks work until neither has anything to do at once.
@@ -538,7 +574,7 @@ impl Shard {
                 MetadataIo::Flush { id } => Io {
                     disk,
                     id: tag(id),
-                    kind: IoKind::Flush,
+                    kind: IoKind::FlushMetadata,
                     offset: 0,
                     length: 0,
                     payload: Payload::None,
@@ -551,6 +587,18 @@ impl Shard {
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         let holder = member.replica.holder_connection();
         let address = holder.and_then(|c| self.peers.get(&c)).map(|p| p.address);
+        // A client may attach and leave as often as it likes.
+        let (is_logged, left_out) = member.lines.admit(self.now);
+        if let Some(left_out) = left_out {
+            let (pool, most) = (&member.replica.spec().name, Burst::MOST);
+            tracing::warn!(
+                %pool, member = %member.replica.member(), left_out,
+                "lines about attachments and views were left out: there were more than {most} in a second"
+            );
+        }
+        let is_quiet = !is_logged && notice != Notice::MetadataFailed;
+        let _quiet =
+            is_quiet.then(|| tracing::subscriber::set_default(tracing::subscriber::NoSubscriber::new()));
         member.log(notice, address);
     }
 
@@ -562,6 +610,7 @@ impl Shard {
                 self.activate(index);
             }
         }
+        self.close_failed();
         self.windows.values_mut().for_each(Windows::try_again);
         if !self.listens {
             self.listen(true);
@@ -600,11 +649,12 @@ impl Shard {
                 let node = &self.shared.config.node_name;
                 responder.send(Ok(self.members.iter().flatten().map(|m| m.status(node)).collect()));
             }
-            Command::Adopt(store, responder) => {
-                let created = StoreCreated { store: store.superblock().store, path: store.path().to_owned() };
-                responder.send(self.adopt(*store).map(|()| created));
+            Command::Adopt(store, answer) => {
+                // Whoever asked has given up if nobody is there to hear it.
+                let _ = answer.send(self.adopt(*store));
             }
-            Command::Delete(store, force, responder) => self.delete(store, force, responder),
+            Command::Delete(deleting, responder) => self.delete(&deleting, responder),
+            Command::Close(store, force, responder) => self.close_store(store, force, responder),
             Command::Operator(pool, command, responder) => self.admin_command(pool, &command, responder),
             Command::RoomMade(store, result) => self.room_made(store, result),
             Command::Destroyed(store, result) => {
@@ -613,13 +663,14 @@ impl Shard {
                 };
                 if self.deletions[index].ended(result) {
                     let deletion = self.deletions.swap_remove(index);
-                    self.shared.pools().remove(&deletion.remains.pool);
+                    self.shared.pools().remove(deletion.remains.pool);
                 }
             }
             // One that stops already closes them here.
             Command::Listen(listeners) if matches!(self.phase, Phase::Serving) => {
                 self.changes.extend(listeners.iter().map(|l| WatchChange::Add(l.as_raw_fd(), EventSet::IN)));
                 self.listeners = listeners;
+                self.check_memory();
             }
             Command::Listen(_) => {}
             Command::Connection(handover) => {
@@ -648,6 +699,11 @@ impl Shard {
     /// Bytes of buffers that one client may have.
     pub(super) const fn share(&self) -> usize {
         self.share
+    }
+
+    /// Whether a line that others may cause as often as they like goes to the log, and how many before it did not.
+    pub(super) fn may_log(&mut self, of: impl FnOnce(&mut Throttles) -> &mut Throttle) -> Option<u64> {
+        of(&mut self.throttles).admit(self.now)
     }
 
     pub(super) fn peer_mut(&mut self, id: ConnectionId) -> Option<&mut Peer> {

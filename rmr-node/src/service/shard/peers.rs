@@ -2,20 +2,28 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, RawFd};
 
 use rmr_common::reactor::WatchChange;
 use rmr_common::replica::{ConnectionId, Event};
+use rmr_common::time::Time;
 use rmr_common::transport::Connection as _;
 use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
 use vmm_sys_util::epoll::EventSet;
 
 use super::super::ConnectionPlace;
-use super::super::connection::{Greeting, MAX_BACKLOG, Peer, Sink};
+use super::super::connection::{Greeting, MAX_BACKLOG, MAX_RDMA_BACKLOG_BYTES, Peer, Sink};
+use super::super::member::Member;
 use super::{Handover, Phase, Shard, Turn, Waiter};
 
 /// Connections that are accepted in one wake-up, so that a flood of them does not stop I/O.
 const ACCEPT_BATCH: usize = 16;
+/// What the connections of one member may make the shard do in one loop iteration, in bytes: several times what one
+/// connection may. The other members of the shard wait no longer than that.
+const TURN_BUDGET: usize = 4 << 20;
+/// A connection is read after so many loop iterations in which others of its member had spent that.
+const MAX_PASSED_OVER: u8 = 16;
 
 impl Shard {
     /// What follows when something came over RDMA: memory that was given back, or is wanted, and completions.
@@ -28,7 +36,7 @@ impl Shard {
         if let Some(windows) = self.windows.get_mut(&id) {
             returned.into_iter().for_each(|window| windows.take_back(window));
         }
-        if peer.wire.backlog() > MAX_BACKLOG {
+        if peer.wire.backlog() > MAX_BACKLOG || peer.wire.backlog_bytes() > MAX_RDMA_BACKLOG_BYTES {
             // Over TCP it would not be read any more; here it does not keep to what it may have outstanding.
             return self.lost(id, "it asks, and does not take the answers");
         }
@@ -54,6 +62,16 @@ impl Shard {
         let mut commands = Vec::new();
         let (index, was_starved) = (peer.member, peer.wire.is_starved());
         let member = index.and_then(|index| self.members[index].as_mut());
+        // A member whose clients have had their share of this loop iteration is not read before the next one.
+        // The client that holds the pool always is, and so is a connection whose turn did not come for long.
+        let is_over = |m: &&mut Member| m.spent >= TURN_BUDGET && m.replica.holder_connection() != Some(id);
+        if member.as_ref().is_some_and(is_over) && peer.passed_over < MAX_PASSED_OVER {
+            peer.passed_over += 1;
+            self.again = true;
+            return 0;
+        }
+        peer.passed_over = 0;
+        let mut spent = 0;
         let others = peer.sending_bytes + member.as_ref().map_or(0, |m| m.reading_bytes);
         let mut sink = Sink {
             id,
@@ -72,12 +90,16 @@ impl Shard {
             greeting: &mut greeting,
             is_challenged: peer.challenged.is_some(),
             proof: &mut proof,
-            is_node: peer.is_node,
+            role: peer.role,
+            spent: &mut spent,
             commands: &mut commands,
             error: &mut error,
             now: self.now,
         };
         let received = peer.wire.receive(&mut sink);
+        if let Some(member) = index.and_then(|index| self.members[index].as_mut()) {
+            member.spent += spent;
+        }
         if was_starved {
             // It was not read for as long as it waited.
             peer.last_heard = self.now;
@@ -117,6 +139,11 @@ impl Shard {
         let found = self.shared.resolve(greeting.pool, &hello.pool_name);
         match found {
             None => {
+                if let Some(why) = self.shared.why_left_out(greeting.pool, &hello.pool_name) {
+                    // Not that there is no such pool: it may be back in a moment, and the client continues to ask.
+                    let text = format!("node {}: {why}", self.shared.config.node_name);
+                    return self.turn_away(id, &greeting.header, Status::Stopping, text);
+                }
                 let pool =
                     if hello.pool_name.is_empty() { greeting.pool.to_string() } else { hello.pool_name };
                 let text = format!("node {} has no pool '{pool}'", self.shared.config.node_name);
@@ -140,8 +167,10 @@ impl Shard {
         status: Status,
         text: String,
     ) {
-        if let Some(peer) = self.peers.get(&id) {
-            tracing::info!(client = %peer.address, "{text}");
+        if let Some(peer) = self.peers.get(&id)
+            && let Some(withheld) = self.throttles.refused.admit(self.now)
+        {
+            tracing::info!(client = %peer.address, withheld, "{text}");
         }
         self.turn_away(id, header, status, text);
     }
@@ -167,20 +196,30 @@ impl Shard {
 
     pub(super) fn accept(&mut self, descriptor: RawFd) {
         let Some(listener) = self.listeners.iter_mut().find(|l| l.as_raw_fd() == descriptor) else { return };
-        for _ in 0..ACCEPT_BATCH {
+        let mut accepted = 0;
+        let throttles = &mut self.throttles;
+        while accepted < ACCEPT_BATCH {
+            accepted += 1;
             let mut place = None;
-            let mut admit = |address| {
-                place = ConnectionPlace::take(&self.shared);
-                if place.is_none() {
-                    let most = self.shared.config.max_connections;
-                    tracing::warn!(client = %address, "connection refused: there are {most}, as many as max_connections");
+            let mut admit = |address: SocketAddr| match ConnectionPlace::take(&self.shared, address.ip()) {
+                Ok(taken) => {
+                    place = Some(taken);
+                    true
                 }
-                place.is_some()
+                Err((setting, most)) => {
+                    if let Some(withheld) = throttles.full.admit(self.now) {
+                        tracing::warn!(
+                            client = %address, withheld,
+                            "connection refused: there are {most}, as many as {setting}"
+                        );
+                    }
+                    false
+                }
             };
             let (wire, address) = match listener.accept(&mut admit) {
                 Ok(accepted) => accepted,
                 Err(error) => match error.kind() {
-                    ErrorKind::WouldBlock => return,
+                    ErrorKind::WouldBlock => break,
                     ErrorKind::ConnectionRefused => continue,
                     ErrorKind::AddrNotAvailable => {
                         tracing::error!("no clients come over RDMA until the device is back: {error}");
@@ -188,7 +227,9 @@ impl Shard {
                     }
                     // It went away before it was accepted, or is no peer.
                     ErrorKind::ConnectionAborted | ErrorKind::Interrupted => {
-                        tracing::warn!("a connection was not accepted: {error}");
+                        if let Some(withheld) = throttles.accept.admit(self.now) {
+                            tracing::warn!(withheld, "a connection was not accepted: {error}");
+                        }
                         continue;
                     }
                     _ => {
@@ -202,6 +243,44 @@ impl Shard {
             let peer = Peer::new(wire, descriptor, address, place, self.now);
             Self::insert(&mut self.next_connection, &mut self.peers, &mut self.by_descriptor, peer);
             self.changes.push(WatchChange::Add(descriptor, EventSet::IN));
+        }
+        self.limit_strangers();
+    }
+
+    /// Closes connections that have not been greeted, when there are too many of them: the oldest one of the address that has
+    /// most, until the others fit. So who comes to be greeted finds a place, and a flood displaces itself.
+    fn limit_strangers(&mut self) {
+        let most = self.shared.config.max_strangers();
+        loop {
+            let mut all = 0;
+            // The oldest of each address, and how many it has.
+            let mut by_address: BTreeMap<IpAddr, (usize, Time, ConnectionId)> = BTreeMap::new();
+            for (id, peer) in self.peers.iter().filter(|(_, p)| p.member.is_none()) {
+                all += 1;
+                let entry = by_address.entry(peer.address.ip()).or_insert((0, peer.since, *id));
+                entry.0 += 1;
+                if (peer.since, *id) < (entry.1, entry.2) {
+                    (entry.1, entry.2) = (peer.since, *id);
+                }
+            }
+            if all <= most {
+                return;
+            }
+            let Some(&(of_address, _, oldest)) =
+                by_address.values().max_by_key(|(n, since, _)| (*n, std::cmp::Reverse(*since)))
+            else {
+                return;
+            };
+            if let (Some(withheld), Some(peer)) =
+                (self.throttles.strangers.admit(self.now), self.peers.get(&oldest))
+            {
+                tracing::warn!(
+                    client = %peer.address, withheld,
+                    "closing a connection that has not said which pool it wants: there are {all} of them, {of_address} of this \
+                     address, and {most} may be (a quarter of max_connections)"
+                );
+            }
+            self.lost(oldest, "too many connections that were not greeted");
         }
     }
 
@@ -270,7 +349,13 @@ impl Shard {
     /// Tells clients that the node stops. Those that hold a pool end what they are doing and leave; nobody waits for
     /// others.
     pub(super) fn say_goodbye(&mut self) {
-        let all: Vec<_> = self.peers.keys().copied().collect();
+        self.say_goodbye_for(None, "the node is stopping");
+    }
+
+    /// The same for the clients of one member, whose store is being closed, or of all.
+    pub(super) fn say_goodbye_for(&mut self, index: Option<usize>, reason: &str) {
+        let is_its = |peer: &Peer| index.is_none() || peer.member == index;
+        let all: Vec<_> = self.peers.iter().filter(|(_, p)| is_its(p)).map(|(id, _)| *id).collect();
         for id in all {
             let Some(peer) = self.peers.get_mut(&id) else { continue };
             let member = peer.member.and_then(|m| self.members[m].as_ref());
@@ -283,7 +368,7 @@ impl Shard {
                 // What does not go out at once is lost with the connection, which says the same.
                 let _ = peer.wire.flush();
                 peer.parts = true;
-                self.lost(id, "the node is stopping");
+                self.lost(id, reason);
             }
         }
     }

@@ -8,7 +8,7 @@ use rmr_common::transport::Connection as _;
 
 use super::super::member::Member;
 use super::super::pulls::PULLS_PART;
-use super::super::source_link::SourceLink;
+use super::super::source_link::{Meant, SourceLink};
 use super::Shard;
 
 impl Shard {
@@ -30,14 +30,23 @@ impl Shard {
     pub(super) fn connect_source(&mut self, index: usize, address: &rmr_common::pool::Address) {
         self.close_source(index);
         let Some(Some(member)) = self.members.get_mut(index) else { return };
+        if member.connecting.is_some() {
+            // A client may name one source after the other; each attempt has a thread, and may take as long as a leg timeout.
+            member.next_source = Some(address.clone());
+            return;
+        }
         self.next_attempt += 1;
         member.source_attempt = self.next_attempt;
+        let source = member.replica.status().resync.map(|resync| resync.source);
+        member.source_meant = Some(Meant { member: source, address: address.clone() });
+        member.connecting = Some(self.next_attempt);
         self.connector.connect(self.next_attempt, address);
     }
 
     pub(super) fn close_source(&mut self, index: usize) {
         let Some(Some(member)) = self.members.get_mut(index) else { return };
         member.source_attempt = 0;
+        member.next_source = None;
         if let Some(mut source) = member.source.take() {
             source.wire.shut_down();
             self.counters += source.wire.counters();
@@ -51,6 +60,15 @@ impl Shard {
     /// Attempts to connect to sources have ended.
     pub(super) fn sources_connected(&mut self) {
         while let Some((attempt, result)) = self.connector.next() {
+            let is_its = |m: &Option<Member>| m.as_ref().is_some_and(|m| m.connecting == Some(attempt));
+            if let Some(index) = self.members.iter().position(is_its)
+                && let Some(member) = self.members[index].as_mut()
+            {
+                member.connecting = None;
+                if let Some(address) = member.next_source.take() {
+                    self.connect_source(index, &address);
+                }
+            }
             let index =
                 self.members.iter().position(|m| m.as_ref().is_some_and(|m| m.source_attempt == attempt));
             let Some((index, member)) = index.and_then(|i| Some((i, self.members[i].as_mut()?))) else {
@@ -60,7 +78,8 @@ impl Shard {
             let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
             let (pool, keys) = (member.pool(), &self.shared.keys);
             let keys = keys.of(pool, &member.replica.spec().name);
-            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who));
+            let meant = member.source_meant.take().ok_or_else(|| "no source is meant".to_owned());
+            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who, meant?));
             match link {
                 Ok(link) => {
                     self.changes.push(WatchChange::Add(link.descriptor, link.watched));
@@ -89,6 +108,12 @@ impl Shard {
     pub(super) fn source_lost(&mut self, index: usize, reason: &str) {
         self.close_source(index);
         if let Some(Some(member)) = self.members.get_mut(index) {
+            // It is tried again each second or so, as a rule with the same result.
+            if member.source_error != reason {
+                reason.clone_into(&mut member.source_error);
+                let (pool, own) = (&member.replica.spec().name, member.replica.member());
+                tracing::warn!(%pool, member = %own, node = %self.shared.config.node_name, "no source to be brought up to date from: {reason}");
+            }
             member.replica.apply(Event::PeerDown(reason), self.now);
         }
         self.activate(index);
