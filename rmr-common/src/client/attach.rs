@@ -20,6 +20,12 @@ impl Client {
             (LinkState::Greeting { .. }, Kind::Challenge | Kind::HelloReply) => {
                 self.greeting_message(id, header, body);
             }
+            // Also of a store that is no member yet: it may become one, and its link must live until then.
+            (LinkState::Ready(_), Kind::Pong) => {
+                if let Some(link) = self.link_mut(id) {
+                    link.ping_since = None;
+                }
+            }
             (LinkState::Ready(_), kind) => {
                 let Some(member) = link.member.filter(|m| self.legs[m.index()] == Some(id)) else {
                     if kind == Kind::Goodbye {
@@ -41,11 +47,6 @@ impl Client {
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
-                    Kind::Pong => {
-                        if let Some(link) = self.link_mut(id) {
-                            link.ping_since = None;
-                        }
-                    }
                     Kind::Goodbye if header.status == Status::StaleEpoch => {
                         self.told_fenced(id, header.epoch)
                     }
