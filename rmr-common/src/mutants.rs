@@ -232,6 +232,8 @@ mutants! {
     UnsettledForgotten,
     /// A write whose memory could not be read fails with what each leg happened to get
     FaultedWriteNotRepeated,
+    /// Members that completed a write whose memory could not be read are taken for equal after it was given up
+    UnlikeForgotten,
     /// A flush completes with the first answer
     FlushByOneLeg,
     /// A flush covers what was written while it was under way
