@@ -102,6 +102,10 @@ impl Client {
                 replies.iter().flat_map(|(m, r)| open(*m, r)).map(|s| range(&s)).collect();
             let lost = replies.iter().filter(|(_, r)| r.tables_lost);
             missed.extend(lost.flat_map(|(_, r)| self.intent_ranges(r)));
+            // Their stores may be from before what no mark covers.
+            if !mutant!(AbsentIntentsIgnored) {
+                missed.extend(self.intent_ranges(source));
+            }
             missed.sort_unstable();
             missed.dedup();
             additions.extend(missed.iter().map(|&(offset, length)| DirtyAddition {
