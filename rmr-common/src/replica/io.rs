@@ -381,7 +381,9 @@ impl Replica {
         let settled = self.history.settled;
         let is_done = |c: &Chunk, a: &Activity| {
             let is_flushed = a.sequence <= watermark || mutant!(WatermarkIgnored);
-            let is_settled = a.sequence <= settled || mutant!(IntentClearedUnsettled);
+            // No mark passes the watermark.
+            let is_settled =
+                a.sequence <= settled || mutant!(IntentClearedUnsettled) || mutant!(WatermarkIgnored);
             is_flushed && is_settled && now - a.last_write >= idle && !self.frozen.contains(c)
         };
         // A part of them at a time: a client may have written everywhere, and others' pools wait meanwhile.

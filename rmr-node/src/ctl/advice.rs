@@ -197,7 +197,7 @@ mod tests {
         assert_eq!(args.member.path.as_deref(), Some(path));
         // A path is one of a node: no other one is named.
         for line in [advice.close_store(&node, path), advice.delete_store(&node, path)] {
-            assert_eq!(parse(&line).nodes, [node.clone()], "{line}");
+            assert_eq!(parse(&line).nodes, std::slice::from_ref(&node), "{line}");
             assert_eq!(parse(&line).key_file, given.key_file, "{line}");
         }
         for line in [

@@ -263,9 +263,7 @@ fn remove_remains(shared: &Shared) -> anyhow::Result<()> {
 
 /// Most stores that the node may have: what is configured, or as many as there are descriptors for beside connections.
 fn max_stores(config: &Config, descriptors: u64) -> usize {
-    let others = config.max_connections.saturating_add(OTHER_DESCRIPTORS + 16 * config.shards);
-    let left = usize::try_from(descriptors).unwrap_or(usize::MAX).saturating_sub(others);
-    let possible = left / DESCRIPTORS_PER_STORE;
+    let possible = possible_stores(config.max_connections, config.shards, descriptors);
     if possible < config.max_stores {
         tracing::info!(
             possible,
@@ -274,6 +272,14 @@ fn max_stores(config: &Config, descriptors: u64) -> usize {
         );
     }
     config.max_stores.min(possible)
+}
+
+/// As many stores as there are descriptors for beside everything else. Half of the descriptors are for stores in any case:
+/// connections that find none left wait for one, and a store that is not served has nobody to wait for.
+fn possible_stores(connections: usize, shards: usize, descriptors: u64) -> usize {
+    let all = usize::try_from(descriptors).unwrap_or(usize::MAX);
+    let others = connections.saturating_add(OTHER_DESCRIPTORS + 16 * shards).min(all / 2);
+    (all - others) / DESCRIPTORS_PER_STORE
 }
 
 /// Tries stores that were left out again, until the node stops.
@@ -347,5 +353,17 @@ impl Drop for ConnectionPlace {
                 by_address.remove(&self.peer);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_low_limit_of_descriptors_leaves_room_for_stores() {
+        assert_eq!(possible_stores(256, 1, 40), 4);
+        assert_eq!(possible_stores(256, 1, 1400), 200);
+        assert!(possible_stores(256, 4, 524_288) > 100_000);
     }
 }

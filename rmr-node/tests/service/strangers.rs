@@ -511,7 +511,7 @@ fn a_pool_is_served_over_tls_to_those_who_trust_the_node_and_whom_it_trusts() {
         Pool::connect(config, PoolSelector::Id(node.pools[0].id), &seeds, patience)
     };
     let error = connect(None, Duration::from_secs(3)).map(drop).expect_err("a stranger comes in").to_string();
-    assert!(error.contains("within 3s"), "{error}");
+    assert!(error.contains("within 3 s"), "{error}");
     let pool = connect(Some(&identity), PATIENCE).expect("the pool");
     let data: Vec<u8> = (0..3 * MIB).map(|i| u8::try_from(i % 251).expect("small")).collect();
     pool.blocking().write_at(&data, 4096).expect("a write");
