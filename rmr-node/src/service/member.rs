@@ -548,13 +548,13 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::path::Path;
     use std::sync::Mutex;
-    use std::sync::atomic::AtomicUsize;
 
     use rmr_common::pool::{BootId, ClientId, Epoch, Mark, MemberSet};
     use rmr_common::replica::{ConnectionId, Output};
     use rmr_common::transport::rdma::Fabric;
-    use rmr_common::wire::{Attach, Kind, MessageHeader};
+    use rmr_common::wire::{Attach, Kind, MessageHeader, Role};
 
+    use super::super::Connections;
     use super::super::keys::Keys;
     use super::*;
     use crate::config::{Config, Settings};
@@ -588,7 +588,10 @@ mod tests {
             started: UnixMs::now(),
             advertised: Mutex::default(),
             pools: Mutex::default(),
-            connections: AtomicUsize::new(0),
+            retries: Mutex::default(),
+            remembered: Mutex::default(),
+            max_stores: 16,
+            connections: Connections::default(),
             buffer_used: Vec::new(),
             buffer_lent: Vec::new(),
             inline: Vec::new(),
@@ -612,11 +615,14 @@ mod tests {
             rejoin: false,
             yields: false,
             description: "a client".into(),
+            held_ms: 0,
         };
         let epoch = Epoch(member.writer.superblock().epoch.0 + 1);
         let header = &MessageHeader { epoch, ..MessageHeader::new(Kind::Attach, member.pool()) };
         let (connection, body) = (ConnectionId(1), &attach.encode()[..]);
-        member.replica.apply(Event::Message { connection, header, body, buffer: None }, Time(1));
+        member
+            .replica
+            .apply(Event::Message { connection, role: Role::Client, header, body, buffer: None }, Time(1));
         let outputs = std::iter::from_fn(|| member.replica.take_output());
         let wanted = outputs.filter_map(|output| match output {
             Output::Persist(ticket, metadata) => Some((ticket, metadata)),
