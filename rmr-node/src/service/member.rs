@@ -328,7 +328,7 @@ impl Member {
                 );
             }
             Notice::MetadataFailed => {
-                tracing::error!(%pool, %member, %view, "metadata cannot be written: this member stops to serve");
+                tracing::error!(%pool, %member, %view, "metadata cannot be written: the store is closed and tried again later; if that repeats, replace its disk");
             }
             Notice::Regressed => {
                 tracing::error!(

@@ -204,7 +204,7 @@ struct Tiny(tempfile::TempDir);
 
 impl Tiny {
     fn mount(size: &str) -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().expect("a temporary directory");
         let options = format!("size={size}");
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(directory.path());
