@@ -39,6 +39,7 @@ pub mod pool;
 pub mod reactor;
 pub mod replica;
 pub mod sim;
+pub mod throttle;
 pub mod time;
 pub mod transport;
 pub mod wire;

@@ -32,7 +32,12 @@ impl Client {
             let before = self.host_boots[m.index()];
             before.is_some() && self.ready(*m).is_some_and(|r| Some(r.host_boot) != before)
         };
-        view.active().without(self.write_through).iter().filter(is_another_run).collect()
+        view.active()
+            .without(self.write_through)
+            .without(self.left_flushed)
+            .iter()
+            .filter(is_another_run)
+            .collect()
     }
 
     /// Nobody has the unflushed writes any more: nothing is served until that is acknowledged.

@@ -3,12 +3,14 @@
 //! No I/O happens here; everything is a plain value that can be compared, printed and put into a message.
 
 mod command;
+mod condition;
 mod id;
 mod spec;
 mod verify;
 mod view;
 
 pub use command::{Command, CommandReply, Refusal};
+pub use condition::{Cause, Condition};
 pub use id::{
     Block, BootId, Chunk, ClientId, Epoch, MAX_NUMBER, MemberId, MemberSet, PoolId, Sequence, Slot, StoreId,
     ViewNumber,

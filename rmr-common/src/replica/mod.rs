@@ -6,6 +6,7 @@
 
 mod command;
 mod io;
+mod leave;
 mod resync;
 mod room;
 mod session;
@@ -283,6 +284,8 @@ enum Waiter {
     View(ViewNumber),
     DetachPages(Epoch),
     Detach(Epoch),
+    /// The rehearsal of a rejoin, in this session.
+    Rehearsal(u64),
 }
 
 /// One member of a pool.
@@ -342,6 +345,12 @@ pub struct Replica {
     detach: Option<PendingDetach>,
     /// Set when metadata could not be written: nothing that depends on it is answered any more.
     broken: bool,
+    /// A flush failed in this session.
+    flush_failed: bool,
+    /// The node is about to stop.
+    leave: Option<leave::Leave>,
+    /// What the client said of members that are not current, and when.
+    conditions: (Time, Vec<crate::pool::Condition>),
     changed: Vec<MapPage>,
     now: Time,
     counters: ReplicaCounters,
@@ -403,6 +412,9 @@ impl Replica {
             set_view: None,
             detach: None,
             broken: false,
+            flush_failed: false,
+            leave: None,
+            conditions: (Time(0), Vec::new()),
             changed: Vec::new(),
             now: Time(0),
             counters: ReplicaCounters::default(),
@@ -600,6 +612,7 @@ impl Replica {
                 Waiter::View(view) => self.view_durable(view),
                 Waiter::DetachPages(epoch) => self.detach_page_durable(epoch),
                 Waiter::Detach(epoch) => self.detach_durable(epoch),
+                Waiter::Rehearsal(session) => self.rehearsal_durable(session),
             }
         }
     }

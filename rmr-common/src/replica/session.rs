@@ -66,6 +66,7 @@ impl Replica {
             Kind::Digest => self.digest(connection, header),
             Kind::CommandReply => self.command_reply(connection, header, body),
             Kind::Grow => self.make_room(connection, header),
+            Kind::Conditions => self.note_conditions(connection, header, body),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_committed(header);
@@ -155,6 +156,9 @@ impl Replica {
         self.lose_commands("another client attached");
         self.epoch = header.epoch;
         self.session += 1;
+        self.flush_failed = false;
+        self.leave_alone();
+        self.conditions = (self.now, Vec::new());
         self.set_view = None;
         self.additions.clear();
         self.detach = None;
@@ -587,6 +591,7 @@ impl Replica {
         self.additions.clear();
         self.detach = None;
         self.lose_commands("the client is gone");
+        self.leave_alone();
         self.notice(Notice::ClientLost(self.epoch, who));
         self.session += 1;
         self.drop_resync();

@@ -2,10 +2,10 @@
 
 use serde::Serialize;
 
-use super::Replica;
-use crate::pool::{MemberId, View};
+use super::{ConnectionId, Output, Replica};
+use crate::pool::{Condition, MemberId, View};
 use crate::time::Time;
-use crate::wire::{Kind, MessageHeader, Status};
+use crate::wire::{Conditions, Kind, MessageHeader, Status};
 
 /// Requests so far.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq, Serialize)]
@@ -108,6 +108,11 @@ pub struct ReplicaStatus {
     pub counters: ReplicaCounters,
     /// Whether the member has stopped to serve because its metadata cannot be written.
     pub broken: bool,
+    /// Why other members are not current, as the client said at [`ReplicaStatus::told_at`].
+    pub conditions: Vec<Condition>,
+    /// When it said so.
+    #[serde(skip)]
+    pub told_at: Time,
 }
 
 impl Replica {
@@ -135,6 +140,19 @@ impl Replica {
             resync: self.resync_status(),
             counters: self.counters,
             broken: self.broken,
+            conditions: self.conditions.1.clone(),
+            told_at: self.conditions.0,
+        }
+    }
+
+    /// The client tells why other members are not current. It is told to operators and used for nothing else.
+    pub(super) fn note_conditions(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
+        if self.holder_connection() != Some(connection) || header.epoch != self.epoch {
+            return;
+        }
+        match Conditions::decode(body) {
+            Ok(Conditions(list)) => self.conditions = (self.now, list),
+            Err(_) => self.outputs.push_back(Output::Close(connection, "conditions that do not decode")),
         }
     }
 }

@@ -125,7 +125,7 @@ impl Bench {
         }
     }
 
-    fn take_flush(&mut self) -> Option<IoId> {
+    pub(super) fn take_flush(&mut self) -> Option<IoId> {
         let is_flush = |o: &Output| matches!(o, Output::Disk { operation: DiskOperation::Flush, .. });
         let at = self.outputs.iter().position(is_flush)?;
         if let Output::Disk { io, .. } = self.outputs.remove(at) { Some(io) } else { None }
@@ -275,7 +275,17 @@ impl Bench {
         let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);
         self.apply(Event::PeerUp);
+        self.rehearse();
         assert_eq!(self.answer(Kind::PrepareReply), Some(Status::Ok));
+    }
+
+    /// The source answers what a rehearsal asks of it, and the state is durable.
+    fn rehearse(&mut self) {
+        for ask in self.take_sent(Kind::PullMap) {
+            let reply = ask.reply(Kind::PullMapReply, Status::Ok);
+            self.apply(Event::PeerMessage(&reply, &[0; crate::map::MAP_PAGE_BYTES]));
+        }
+        self.durable();
     }
 
     /// A view that has this member Syncing and member 1 Out, which adds to what that one misses.
@@ -644,4 +654,41 @@ fn a_client_that_yields_makes_room_for_a_guest_and_for_no_other_that_yields() {
     assert_eq!(status(&mut bench, 3), Some(Status::Ok));
     bench.attach_with(4, 3, &attach(4, false));
     assert_eq!(status(&mut bench, 4), Some(Status::Held), "a guest's client does not yield");
+}
+
+#[test]
+fn a_prepare_is_answered_when_a_map_page_came_from_the_source_and_the_state_is_durable() {
+    let prepare = |bench: &mut Bench| {
+        bench.attach_as(1, 1, true);
+        bench.durable();
+        let body = crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3) }.encode();
+        bench.message(1, bench.header(Kind::Prepare, 1), &body);
+        bench.apply(Event::PeerUp);
+        bench.take_sent(Kind::PullMap).pop().expect("a page of a map")
+    };
+    let page = [0; crate::map::MAP_PAGE_BYTES];
+    let mut bench = Bench::new(true);
+    let ask = prepare(&mut bench);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::PrepareReply), None, "the source has not answered");
+    bench.replica.apply(Event::Tick, Time(70_000_000));
+    bench
+        .replica
+        .apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::Ok), &page), Time(70_000_000));
+    bench.collect();
+    let took = bench.outputs.iter().find_map(|o| match o {
+        Output::Send(_, h, _) if h.kind == Kind::PrepareReply => Some((h.status, h.length)),
+        _ => None,
+    });
+    assert_eq!(took, Some((Status::Ok, 70_000)), "in microseconds");
+    let mut bench = Bench::new(true);
+    let ask = prepare(&mut bench);
+    bench.apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::Ok), &page));
+    assert_eq!(bench.answer(Kind::PrepareReply), None, "the state is not durable");
+    bench.durable();
+    assert_eq!(bench.answer(Kind::PrepareReply), Some(Status::Ok));
+    let mut bench = Bench::new(true);
+    let ask = prepare(&mut bench);
+    bench.apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::NotAttached), &[]));
+    assert_eq!(bench.answer(Kind::PrepareReply), Some(Status::IoError));
 }

@@ -31,6 +31,9 @@ pub(super) enum Aim {
     GivenUp,
     /// The source of a resync loses its power and is up again before its client has noticed.
     Sources,
+    /// Members are sick for long: they take no views, their disks fail everything, they are lost as soon as they are back. See
+    /// `sim/sick.rs`.
+    Sick,
 }
 
 impl Aim {
@@ -40,6 +43,7 @@ impl Aim {
             1 => Self::HalfViews,
             3 => Self::Sources,
             4 => Self::Rivals,
+            5 => Self::Sick,
             7 => Self::Scattered,
             10 => Self::Orphans,
             11 => Self::Divided,

@@ -20,6 +20,7 @@ mod peers;
 mod profile;
 mod resync;
 mod rng;
+mod sick;
 mod verify;
 mod world;
 

@@ -105,6 +105,19 @@ pub(super) enum Event {
     /// An operator forces a member into use.
     Decide,
     NodeCrash(usize),
+    /// A node that takes no views takes them again.
+    Cured(usize),
+    /// A node is about to stop in order, and has stopped.
+    Stopping {
+        node: usize,
+        life: u32,
+        limit: u64,
+    },
+    Stopped {
+        node: usize,
+        life: u32,
+        power: bool,
+    },
     /// A guest resets its device after writes were lost.
     GuestReset(usize),
     Work,
@@ -159,6 +172,7 @@ pub(super) struct World<'a> {
     pub(super) resyncs: super::resync::Resyncs,
     pub(super) audit: super::verify::Audit,
     pub(super) aiming: super::aim::Aiming,
+    pub(super) sick: super::sick::Sick,
     pub(super) oracle: Oracle,
     pub(super) coverage: Coverage,
     pub(super) next_token: u64,
@@ -262,6 +276,7 @@ impl<'a> World<'a> {
             resyncs: super::resync::Resyncs::default(),
             audit: super::verify::Audit::default(),
             aiming,
+            sick: super::sick::Sick::default(),
             oracle: Oracle::new(sectors),
             coverage: Coverage::default(),
             next_token: 1,
@@ -401,6 +416,9 @@ impl<'a> World<'a> {
             Event::Decide => self.decide()?,
             Event::NodeCrash(_) if self.is_calm => {} // Too late.
             Event::NodeCrash(node) => self.crash_node(node, false)?,
+            Event::Cured(node) => self.cured(node),
+            Event::Stopping { node, life, limit } => self.stopping(node, life, limit)?,
+            Event::Stopped { node, life, power } => self.stopped(node, life, power)?,
             Event::GuestReset(host) => self.guest_reset(host),
             Event::Work => self.work()?,
             Event::Audit => self.audit_some()?,

@@ -90,6 +90,8 @@ pub enum Kind {
     GrowReply = 43,
     /// The data of the blocks that the [`Kind::PullReply`] behind it lists.
     PullData = 44,
+    /// The coordinator tells the members why others are not current. Not answered.
+    Conditions = 45,
 }
 
 impl Kind {
@@ -135,6 +137,7 @@ impl Kind {
             42 => Self::Grow,
             43 => Self::GrowReply,
             44 => Self::PullData,
+            45 => Self::Conditions,
             _ => return None,
         })
     }

@@ -103,6 +103,7 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
         link: LinkState::Idle,
         state_since_unix_ms: None,
         missed: Missed { chunks: 0, blocks: Some(0) },
+        condition: None,
     };
     PoolStatus {
         spec: request.spec.clone(),
@@ -121,6 +122,7 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
         resync: None,
         authentication: crate::admin::api::Authentication::None,
         max_size_bytes: Some(8 * request.spec.size),
+        disk: None,
     }
 }
 

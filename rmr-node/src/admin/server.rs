@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
+use rmr_common::throttle::Throttle;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, oneshot};
 use tracing::{debug, info, warn};
@@ -111,6 +112,7 @@ async fn serve(
 ) {
     let router = routes::router(control, limits);
     let permits = Arc::new(Semaphore::new(limits.max_connections));
+    let mut refused = Throttle::default();
     loop {
         let next = async {
             // The permit first: a caller beyond the limit waits in the kernel and costs no descriptor.
@@ -130,7 +132,7 @@ async fn serve(
                 });
             }
             Err(error) => {
-                warn!(%error, "admin connection not accepted");
+                refused.log(|withheld| warn!(%error, withheld, "admin connection not accepted"));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

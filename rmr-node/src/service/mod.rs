@@ -18,6 +18,7 @@ mod pulls;
 mod room;
 mod shard;
 mod source_link;
+mod trouble;
 mod windows;
 
 use std::collections::HashMap;

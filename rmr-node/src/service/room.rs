@@ -37,7 +37,12 @@ impl Shard {
                 member.store.set_size(*size);
                 tracing::info!(%pool, member = %member.replica.member(), size, "room is made");
             }
-            Err(error) => tracing::error!(%pool, member = %member.replica.member(), "no room: {error}"),
+            Err(error) => {
+                let id = member.replica.member();
+                member.logs.log("room", |withheld| {
+                    tracing::error!(%pool, member = %id, withheld, "no room: {error}");
+                });
+            }
         }
         if let Ok(size) = &result {
             self.resize_disk(disk, *size);

@@ -141,7 +141,9 @@ impl Shard {
         text: String,
     ) {
         if let Some(peer) = self.peers.get(&id) {
-            tracing::info!(client = %peer.address, "{text}");
+            self.logs.log("refused", |withheld| {
+                tracing::info!(client = %peer.address, withheld, "{}", text.escape_debug());
+            });
         }
         self.turn_away(id, header, status, text);
     }
@@ -173,7 +175,9 @@ impl Shard {
                 place = ConnectionPlace::take(&self.shared);
                 if place.is_none() {
                     let most = self.shared.config.max_connections;
-                    tracing::warn!(client = %address, "connection refused: there are {most}, as many as max_connections");
+                    self.logs.log("full", |withheld| {
+                        tracing::warn!(client = %address, withheld, "connection refused: there are {most}, as many as max_connections");
+                    });
                 }
                 place.is_some()
             };
@@ -183,17 +187,29 @@ impl Shard {
                     ErrorKind::WouldBlock => return,
                     ErrorKind::ConnectionRefused => continue,
                     ErrorKind::AddrNotAvailable => {
-                        tracing::error!("no clients come over RDMA until the device is back: {error}");
+                        self.logs.log("device", |withheld| {
+                            tracing::error!(
+                                withheld,
+                                "no clients come over RDMA until the device is back: {error}"
+                            );
+                        });
                         return;
                     }
                     // It went away before it was accepted, or is no peer.
                     ErrorKind::ConnectionAborted | ErrorKind::Interrupted => {
-                        tracing::warn!("a connection was not accepted: {error}");
+                        self.logs.log("aborted", |withheld| {
+                            tracing::warn!(withheld, "a connection was not accepted: {error}");
+                        });
                         continue;
                     }
                     _ => {
                         // For want of descriptors or memory as a rule. The listener stays readable all the while.
-                        tracing::warn!("cannot accept connections, trying again in a second: {error}");
+                        self.logs.log("accept", |withheld| {
+                            tracing::warn!(
+                                withheld,
+                                "cannot accept connections, trying again in a second: {error}"
+                            );
+                        });
                         return self.listen(false);
                     }
                 },
@@ -275,7 +291,8 @@ impl Shard {
             let Some(peer) = self.peers.get_mut(&id) else { continue };
             let member = peer.member.and_then(|m| self.members[m].as_ref());
             if let Some(member) = member {
-                peer.wire.queue(&MessageHeader::new(Kind::Goodbye, member.pool()), None);
+                let (header, body) = member.replica.goodbye();
+                peer.wire.queue(&header, Some(body));
             }
             if member.is_some_and(|m| m.replica.holder_connection() == Some(id)) {
                 self.queue(id);
