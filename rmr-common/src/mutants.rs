@@ -237,6 +237,18 @@ mutants! {
     /// A flush covers what was written while it was under way
     FlushCoversTooMuch,
 
+    // Sick members.
+    /// A failed rejoin does not make the pause before the next one longer
+    BackoffNotDoubled,
+    /// A member that is brought in has no failures on record any more, however soon it is lost again
+    BackoffResetByFlap,
+    /// A member that is brought in may hold requests for as long as it likes
+    HoldNotBounded,
+    /// Requests count as new for the suspend timeout with each attachment that breaks down
+    SuspensionResets,
+    /// A node that stops claims to have flushed, and has not
+    GoodbyeWithoutFlush,
+
     // Rejoin and promotion.
     /// A member rejoins while writes are in flight
     NoBarrier,

@@ -5,7 +5,7 @@
 
 use super::{Client, LinkId, LinkState, MAX_LINKS, Notice, Output, OverReason, Payload, PoolSelector, State};
 use crate::auth::{Nonce, Opener, Step};
-use crate::pool::{Address, Epoch, MemberId, MemberSet, PoolId, PoolSpec, StoreId, View};
+use crate::pool::{Address, Cause, Epoch, MemberId, MemberSet, PoolId, PoolSpec, StoreId, View};
 use crate::time::Time;
 use crate::wire::{Hello, HelloReply, Kind, MessageHeader, PROTOCOL_VERSION, Role, Status};
 
@@ -515,6 +515,15 @@ impl Client {
             };
             if !self.links.iter().zip(0u8..).any(leads_there) {
                 self.add_link(member.address);
+                continue;
+            }
+            // One that was set aside for another link to the store is of use again when that is not, as the specification is now.
+            let is_usable = |l: &super::Link| !l.is_idle() && l.store == Some(member.store) && self.suits(l);
+            let is_left = |l: &super::Link| !l.retired && l.is_idle() && l.address == member.address;
+            if !self.links.iter().any(is_usable)
+                && let Some(index) = self.links.iter().position(is_left)
+            {
+                self.links[index].state = LinkState::Down { retry_at: self.now };
             }
         }
     }
@@ -580,6 +589,9 @@ impl Client {
                 }
                 LinkState::Ready(_) => {
                     if link.ping_since.is_some_and(|since| self.now - since > self.config.leg_timeout) {
+                        if let Some(member) = link.member {
+                            self.health.blame(member, Cause::Silent);
+                        }
                         self.drop_link(id, "no answer within the leg timeout");
                     } else if link.ping_since.is_none()
                         && self.now - link.last_sent >= self.config.ping_interval

@@ -43,7 +43,7 @@ impl Client {
         // that completed, and nothing brings a write into order again that was carried out in part.
         let has_power = |m: MemberId| !powerless.contains(m) || mutant!(PowerLossIgnored);
         let rank = |m: MemberId, r: &AttachReply| {
-            (has_power(m), is_whole(m, r), !r.tables_lost, !r.clean_detach, newest(m, r))
+            (has_power(m), !r.flush_failed, is_whole(m, r), !r.tables_lost, !r.clean_detach, newest(m, r))
         };
         let reference = clean().max_by_key(|(m, r)| (rank(*m, r), std::cmp::Reverse(*m)));
         let in_order = in_order || mutant!(NotReconciled);

@@ -202,7 +202,7 @@ fn a_train_of_detaches_flushes_once() {
     let mut bench = attached();
     bench.outputs.clear();
     for _ in 0..100 {
-        bench.message(1, bench.header(Kind::Detach, 1), &[]);
+        bench.message(1, bench.header(Kind::Detach, 1), &super::tests::nothing_known());
     }
     let flushes =
         bench.outputs.iter().filter(|o| matches!(o, Output::Disk { operation: DiskOperation::Flush, .. }));
@@ -395,6 +395,10 @@ fn intents_of_a_pool_that_was_written_everywhere_are_looked_at_a_part_at_a_time(
         complete(&mut bench);
     }
     let watermark = Sequence(size);
+    super::tests::mark(&mut bench, 1, size, &Attested::default());
+    let known = super::tests::all_at(&bench, 1);
+    super::tests::mark(&mut bench, 2, size, &known);
+    bench.durable();
     bench.message(1, MessageHeader { watermark, ..bench.header(Kind::Ping, 1) }, &[]);
     let mut left = vec![bench.replica.maps().intent().count()];
     while left.last() != Some(&0) {

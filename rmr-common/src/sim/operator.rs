@@ -98,6 +98,11 @@ impl World<'_> {
         self.give(command)
     }
 
+    /// Whether a command is under way.
+    pub(super) const fn is_operating(&self) -> bool {
+        self.operator.pending.is_some()
+    }
+
     pub(super) const fn has_operator(&self) -> bool {
         self.operator.is_there
     }
@@ -153,6 +158,7 @@ impl World<'_> {
         let is_usable = |h: &usize| self.hosts[*h].is_live() && !self.is_astray(*h);
         let live: Vec<_> = (0..self.hosts.len()).filter(is_usable).collect();
         trace!(self, "operator: {command}");
+        self.forget_failures(&command);
         let way = match live.last() {
             None => {
                 self.coverage.hit("command by an administrative coordinator");
@@ -191,6 +197,7 @@ impl World<'_> {
         trace!(self, "operator: command {number}: {reply:?}");
         let is_its = |p: &mut Pending| p.number == number;
         let Some(pending) = self.operator.pending.take_if(is_its) else { return Ok(()) };
+        self.forget_failures(&pending.command);
         if from_node && !matches!(reply, CommandReply::Refused { reason: Refusal::NoCoordinator, .. }) {
             self.coverage.hit("command through a node");
         }
@@ -235,6 +242,7 @@ impl World<'_> {
             Command::Grow { size } => spec.size == *size,
             // Verifies are not the operator's here: see `sim/verify.rs`.
             Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => false,
+            Command::Resync { .. } => true,
         };
         if !is_so {
             return Err(format!("'{command}' is answered as done, and is not: {spec:?}"));
@@ -285,7 +293,10 @@ impl World<'_> {
                 self.committed_spec.member(*member).is_some()
             }
             Command::Add { .. } | Command::Maintenance { .. } | Command::Grow { .. } => true,
-            Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => false,
+            Command::Resync { .. }
+            | Command::Verify { .. }
+            | Command::VerifyStatus
+            | Command::VerifyCancel => false,
         };
         if may_come && is_wanted && (reason != Refusal::Unreachable || !self.is_gone(command)) {
             self.operator.unfinished = Some(command.clone());
@@ -327,6 +338,7 @@ impl World<'_> {
                 let on = self.rng.percent(70);
                 Command::Maintenance { member, on }
             }
+            8 if self.rng.percent(40) => Command::Resync { member: self.rng.percent(50).then_some(member) },
             8 if self.rng.percent(20) => Command::Grow { size: self.committed_spec.size - 4096 },
             _ => {
                 let most = self.spec.size + MOST_GROWTH;
@@ -564,6 +576,7 @@ fn situation(command: &Command, what: &'static str) -> &'static str {
         Command::Remove { .. } => names[1],
         Command::Replace { .. } => names[2],
         Command::Maintenance { .. } => names[3],
+        Command::Resync { .. } => "resync: done",
         // The operator gives no commands about verifies here.
         Command::Grow { .. } | Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => {
             names[4]

@@ -353,7 +353,8 @@ impl Oracle {
         let before = self.of(u32::try_from(value >> 24).unwrap_or(0));
         let unfinished = |c: &Candidate| {
             let write = self.of(c.write);
-            let was_everywhere = !before.failed || before.end < self.agreed && self.agreed < write.start;
+            // A write that was submitted before the members agreed may have been sent after that only.
+            let was_everywhere = !before.failed || before.end < self.agreed;
             c.value == later && (write.end == NEVER || write.failed) && was_everywhere
         };
         self.sectors[sector].iter().any(unfinished)

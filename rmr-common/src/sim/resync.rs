@@ -1,7 +1,7 @@
 //! The rules of rejoin and resync: what a stale member misses is on record, nothing stale is promoted, and only what was
 //! missed is moved.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::disk::Running;
 use super::oracle::{Oracle, SECTOR};
@@ -24,6 +24,8 @@ struct Started {
     /// Blocks that the source had on record.
     missed: u64,
     blocks: Vec<Block>,
+    /// Those among them that took space on the member before.
+    allocated: BTreeSet<Block>,
     /// Blocks that the member had pulled before.
     pulled: u64,
     /// Writes that it had carried out before.
@@ -391,7 +393,9 @@ impl World<'_> {
             let sectors = block * SECTORS_PER_BLOCK..(block + 1) * SECTORS_PER_BLOCK;
             // What rots there does not read as zeroes.
             let is_rotten = { sectors }.any(|s| own.rot.mark(s) | source.rot.mark(s) != 0);
-            if source.is_allocated(block) || is_rotten {
+            // What took space before may keep it.
+            let had_space = started.allocated.contains(&Block(block as u64));
+            if source.is_allocated(block) || is_rotten || had_space {
                 continue;
             }
             if own.is_allocated(block) {
@@ -427,12 +431,16 @@ impl World<'_> {
             return; // What the view says to be missed is not on record there yet.
         }
         let counters = replica.status().counters;
+        let blocks: Vec<_> = source.maps().missed_in(member, 0, source.spec().size).collect();
+        let disk = &self.nodes[index].disk;
+        let takes_space = |b: &&Block| disk.is_allocated(usize::try_from(b.0).unwrap_or(usize::MAX));
         let started = Started {
+            allocated: blocks.iter().filter(takes_space).copied().collect(),
             link,
             attempt: self.nodes[index].peer_attempt,
             source: self.peers[link].source,
             missed: source.maps().missed(member).0,
-            blocks: source.maps().missed_in(member, 0, source.spec().size).collect(),
+            blocks,
             pulled: self.peers[link].pulled_before,
             writes: counters.writes + counters.zeroes,
             faults: self.faults,

@@ -13,6 +13,7 @@ mod routes;
 mod server;
 #[cfg(test)]
 mod tests;
+pub mod words;
 
 use std::future::Future;
 use std::pin::Pin;

@@ -36,6 +36,7 @@ pub(super) fn new_store(command: &Command) -> Option<StoreId> {
         Command::Add { store, .. } | Command::Replace { store, .. } => Some(*store),
         Command::Remove { .. }
         | Command::Maintenance { .. }
+        | Command::Resync { .. }
         | Command::Grow { .. }
         | Command::Verify { .. }
         | Command::VerifyStatus
@@ -74,6 +75,7 @@ fn new_member(command: &Command, spec: &PoolSpec) -> Option<MemberId> {
         Command::Add { member: None, .. } => MemberId::all().find(|m| spec.member(*m).is_none()),
         Command::Remove { .. }
         | Command::Maintenance { .. }
+        | Command::Resync { .. }
         | Command::Grow { .. }
         | Command::Verify { .. }
         | Command::VerifyStatus
@@ -91,7 +93,10 @@ pub(super) fn next_step(command: &Command, view: &View, spec: &PoolSpec, met: bo
         Command::Maintenance { member, on } => maintenance(*member, *on, view, spec),
         Command::Grow { size } => grow(*size, spec, has_room),
         // They change no view, and were answered at once.
-        Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => Step::Done,
+        Command::Resync { member: Some(member) } if spec.member(*member).is_none() => unknown(*member),
+        Command::Resync { .. } | Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => {
+            Step::Done
+        }
     }
 }
 
