@@ -105,6 +105,8 @@ fn what_a_copy_missed_on_both_sides_of_the_border_of_two_map_pages_is_brought_to
         let mut disk = FrontendBuilder::new(daemon.socket()).connect()?;
         let places = [0, PAGE - (1 << 19), (40 << 30) - (1 << 20)];
         let data = |place: u64| vec![u8::try_from(1 + place % 251).unwrap_or(1); 1 << 20];
+        // The daemon is ready before it has attached; a member that stops before that is waited for.
+        ensure!(disk.read(0, 0, 512)?.0 == Status::Ok);
         b.stop()?;
         pool.wait_for_level("degraded", LIMIT)?;
         for place in places {

@@ -232,6 +232,8 @@ mutants! {
     UnsettledForgotten,
     /// A write whose memory could not be read fails with what each leg happened to get
     FaultedWriteNotRepeated,
+    /// Members that completed a write whose memory could not be read are taken for equal after it was given up
+    UnlikeForgotten,
     /// A flush completes with the first answer
     FlushByOneLeg,
     /// A flush covers what was written while it was under way
@@ -272,6 +274,16 @@ mutants! {
     RegressedNotStale,
     /// The others go on without proof that nothing later is lost with a member that went back in time
     LostHistoryNotProved,
+    /// A member of which no committed view says that it is Clean proves that nothing later is lost
+    PromotionProves,
+    /// What a rejoin found that was broken off is forgotten with the next attachment
+    FoundInRejoinForgotten,
+    /// A member that was away when a client had died misses nothing of what only the reference's intents tell
+    AbsentIntentsIgnored,
+    /// What a node said of another one's history is forgotten with the connection to it
+    HeardForgotten,
+    /// A client attaches before it has asked every address that it was given
+    StrangersNotAsked,
     /// A member without its table misses nothing of what only the reference's intents tell
     ReferenceIntentsIgnored,
 }

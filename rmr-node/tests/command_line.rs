@@ -218,7 +218,7 @@ fn a_cause_is_said_once() {
     for output in [
         rmr_node(&["store", "inspect", path]),
         rmr_node(&["--config", path]),
-        rmr_node(&["--listen", "tcp://127.0.0.1:0", "--admin", "127.0.0.1:0", "--stores", path]),
+        rmr_node(&["--listen", "tls://127.0.0.1:0", "--tls-certificate", path, "--tls-key", path]),
         rmrctl(&["--node", "127.0.0.1:1", "pool", "list"]),
     ] {
         let error = text(&output.stderr);

@@ -277,8 +277,7 @@ impl PoolDisk {
                     );
                 }
                 Notice::Over(OverReason::Detached) => {
-                    tracing::info!(pool, "detached; {traffic}");
-                    tracing::debug!(pool, transport = ?driver.counters(), "what the connections have done");
+                    tracing::info!(pool, transport = ?driver.counters(), "detached; {traffic}");
                 }
                 // What it means is known above: a guest that went elsewhere is no failure.
                 Notice::Over(reason @ (OverReason::Fenced(_) | OverReason::Held(_))) => {

@@ -24,7 +24,7 @@ pub(super) fn growth(lab: &Lab, effort: Effort) -> Result<Counts> {
         last_block(&mut disk, second, 7)?;
     }
     refused(pool, &format!("{}M", second - 4), "smaller")?;
-    refused(pool, "900T", "can hold a pool of at most")?;
+    refused(pool, "900T", "cannot hold")?;
 
     // One copy is away meanwhile, and takes part in the larger pool when it is back.
     nodes[1].kill()?;

@@ -22,6 +22,12 @@ impl Client {
             (LinkState::Greeting { .. }, Kind::Challenge | Kind::HelloReply) => {
                 self.greeting_message(id, header, body);
             }
+            // Also of a store that is no member yet: it may become one, and its link must live until then.
+            (LinkState::Ready(_), Kind::Pong) => {
+                if let Some(link) = self.link_mut(id) {
+                    link.ping_since = None;
+                }
+            }
             (LinkState::Ready(_), kind) => {
                 let Some(member) = link.member.filter(|m| self.legs[m.index()] == Some(id)) else {
                     if kind == Kind::Goodbye {
@@ -43,11 +49,6 @@ impl Client {
                     Kind::CompareReply => self.compare_reply(member, header, body),
                     Kind::DigestReply => self.digest_reply(member, header, body),
                     Kind::Command => self.command_message(id, header, body),
-                    Kind::Pong => {
-                        if let Some(link) = self.link_mut(id) {
-                            link.ping_since = None;
-                        }
-                    }
                     Kind::Goodbye if header.status == Status::StaleEpoch => {
                         self.told_fenced(id, header.epoch)
                     }
@@ -139,6 +140,7 @@ impl Client {
             return self.tell_waiting(&view, &spec, ready);
         }
         let found = self.history_in_hellos(&view);
+        self.history.hear(&view, &found.known);
         let lost = found.behind.iter().map(|(member, ..)| *member).collect();
         if !self.may_go_on_without(&view, &found.known, lost, found.proves) {
             return self.tell_history_lost(&view, &found.behind);
@@ -148,7 +150,12 @@ impl Client {
         // A member that is not needed may have been forced into use meanwhile, and know of a later view. So each one is tried
         // once, for as long as a connection and a hello may take.
         let is_absent = view.members.iter().any(|m| !ready.contains(m.id));
-        let is_asking = !self.has_asked_all() && (is_absent || is_early || self.has_leg_away());
+        // A node that has not answered yet may know another pool of the same name, or members that a store which went back in time
+        // has not heard of.
+        let is_stranger = |l: &super::Link| l.member.is_none() && !l.asked && !l.is_idle();
+        let has_stranger = self.links.iter().any(is_stranger) && !mutant!(StrangersNotAsked);
+        let is_asking = !self.has_asked_all()
+            && (is_absent || is_early || has_stranger || self.goes_by_name() || self.has_leg_away());
         if is_asking || is_early && !view.active().is_subset(ready) {
             if let State::Gathering { possible_since, .. } = &mut self.state {
                 *possible_since = Some(since);
@@ -262,10 +269,11 @@ impl Client {
         let rest = view.clean().without(lost.map(|(m, ..)| *m).collect());
         let advice = match rest.iter().next() {
             Some(member) => format!(
-                "the last client did not leave in good order, so a later state may be lost with it. Put the right store back, or,                  if member {member} was in use to the end, go on with it: --force-from {member}"
+                "the last client did not leave in good order, so a later state may be lost with it. Put the right store back. If \
+                 member {member} was in use to the end, continue with it instead: --force-from {member}"
             ),
-            None => "no other member is current. Put the right store back; --force-from goes on with what a member has, and what was written later \
-                     is lost"
+            None => "no other member is current. Put the right store back. --force-from continues with what a member has; what was \
+                     written later is lost"
                 .to_owned(),
         };
         let text =
@@ -394,6 +402,8 @@ impl Client {
         }
         additions.extend(self.regress(regressed, &found));
         let half_told = self.half_told_regressions(best.clean().without(lost), &replies);
+        // What a rejoin found that was broken off is on record nowhere.
+        let half_told = half_told.union(self.unrecorded_in(&best));
         additions.extend(self.regress(half_told, &[]));
         lost = lost.union(half_told.intersection(best.active()));
         // A view that was given up half-way told what its absent members miss to some members only.
@@ -506,6 +516,7 @@ impl Client {
         self.held_since.get_or_insert(self.now);
         self.was_cut_short = false;
         self.committed_out = next.out();
+        self.committed_clean = next.clean();
         let notice = if attach { Notice::Attached(next.clone()) } else { Notice::Committed(next.clone()) };
         let replaced = self.replaced_by(&spec);
         self.adopt_spec(spec.clone(), Some(next.order()));

@@ -26,6 +26,9 @@ pub(super) struct Found {
     pub(super) proves: MemberSet,
 }
 
+/// Number of stores of which a client remembers what it heard in hellos.
+const MAX_HEARD: usize = 64;
+
 /// What the client knows of the history of each member's store.
 #[derive(Default)]
 pub(super) struct History {
@@ -46,12 +49,27 @@ pub(super) struct History {
     found: [Option<Position>; crate::pool::MAX_MEMBERS],
     /// Those of which no committed view says that they miss the whole pool.
     unrecorded: MemberSet,
+    /// What hellos told of stores, oldest first. It stays true when the node that told it is gone.
+    heard: Vec<(StoreId, Position)>,
 }
 
 impl History {
     /// A write goes out.
     pub(super) const fn written(&mut self) {
         self.is_due = true;
+    }
+
+    /// Remembers what hellos told of the stores in a view.
+    pub(super) fn hear(&mut self, view: &View, known: &Attested) {
+        for line in &view.members {
+            let position = known.of(line.id);
+            match self.heard.iter_mut().find(|(store, _)| *store == line.store) {
+                Some((_, heard)) => heard.advance(position),
+                None => self.heard.push((line.store, *position)),
+            }
+        }
+        let excess = self.heard.len().saturating_sub(MAX_HEARD);
+        self.heard.drain(..excess);
     }
 
     /// Forgets what is known of stores that are no members any more.
@@ -296,6 +314,15 @@ impl Client {
         self.history.attested.regressed.without(all)
     }
 
+    /// Members of a view that were found to have lost a part of their history, which no committed view says.
+    pub(super) fn unrecorded_in(&self, view: &View) -> MemberSet {
+        let members = view.members.iter().map(|m| m.id).collect();
+        if mutant!(FoundInRejoinForgotten) {
+            return MemberSet::EMPTY;
+        }
+        self.history.unrecorded.intersection(members)
+    }
+
     /// A member is being brought back in: whether its store shows less than it had. What it remembers of the others is taken over.
     pub(super) fn is_regressed_at_rejoin(&mut self, member: MemberId, reply: &AttachReply) -> bool {
         let Some(view) = self.view.clone() else { return false };
@@ -313,8 +340,8 @@ impl Client {
 
     /// Whether the Clean members of `best` that kept their history may go on, though others, `regressed`, did not. One of those may
     /// have been the last that was Clean, in a later view that is lost with its history: so one that goes on has to prove that there was
-    /// none. The client itself can, if it was attached; and a member that the last client left in good order, because every
-    /// later attachment would have needed it.
+    /// none. The client itself can, if it was attached and has committed a view with that member Clean; and a member that the last client
+    /// left in good order, because every later attachment would have needed it.
     pub(super) fn may_go_on_without(
         &self,
         best: &View,
@@ -328,7 +355,8 @@ impl Client {
         }
         let rest = best.clean().without(lost);
         let had_later = |m: MemberId| (known.of(m).view_epoch, known.of(m).view) > best.order();
-        let is_own = !self.own_epochs.is_empty();
+        let is_own = !self.own_epochs.is_empty()
+            && (!rest.intersection(self.committed_clean).is_empty() || mutant!(PromotionProves));
         let is_proved = (is_own || !proves.intersection(rest).is_empty()) && !lost.iter().any(had_later);
         !rest.is_empty() && (is_proved || mutant!(LostHistoryNotProved))
     }
@@ -340,6 +368,12 @@ impl Client {
         let is_member = |r: &&crate::wire::HelloReply| best.has_store(r.member, r.store());
         for line in best.members.iter().filter(|m| self.history.stores[m.id.index()] == Some(m.store)) {
             known.note(line.id, self.history.attested.of(line.id));
+        }
+        // A store that went back may know a view without the members that know better, and those are asked again now.
+        for line in best.members.iter().filter(|_| !mutant!(HeardForgotten)) {
+            if let Some((_, heard)) = self.history.heard.iter().find(|(store, _)| *store == line.store) {
+                known.note(line.id, heard);
+            }
         }
         for reply in self.hellos().filter(is_member) {
             known.merge(best, &reply.attested, &reply.view);

@@ -113,6 +113,10 @@ impl Client {
     pub(super) fn link_up(&mut self, id: LinkId, nonce: Nonce) {
         let (now, config) = (self.now, &self.config);
         let (pool, pool_name) = match (&self.spec, &self.selector) {
+            // Not by the id that another node gave for the name: this node may know a second pool of that name.
+            (_, PoolSelector::Name(name)) if self.goes_by_name() => {
+                (PoolId::from_bytes([0; 16]), name.clone())
+            }
             (Some(spec), _) => (spec.id, String::new()),
             (None, PoolSelector::Id(id)) => (*id, String::new()),
             (None, PoolSelector::Name(name)) => (PoolId::from_bytes([0; 16]), name.clone()),
@@ -135,6 +139,28 @@ impl Client {
         let mut header = MessageHeader::new(Kind::Hello, pool);
         header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
         self.outputs.push_back(Output::Send(id, header, Payload::Body(body)));
+    }
+
+    /// Whether the name is all that says which pool is meant: the client was given no id, and has never been attached.
+    pub(super) fn goes_by_name(&self) -> bool {
+        let is_first = matches!(self.state, State::Gathering { .. }) && self.own_epochs.is_empty();
+        is_first && matches!(self.selector, PoolSelector::Name(_))
+    }
+
+    /// Why a node that means another pool than the others ends the client.
+    fn conflict(&self, known: &PoolSpec, address: &Address, other: &PoolSpec) -> String {
+        if known.id == other.id || known.name != other.name {
+            return format!("{known} on one node, {other} on {address}");
+        }
+        let is_known = |l: &&super::Link| matches!(&l.state, LinkState::Ready(r) if r.spec.id == known.id);
+        let holders: Vec<_> = self.links.iter().filter(is_known).map(|l| l.address.to_string()).collect();
+        format!(
+            "'{}' names several pools, use the uuid: {} on {}, {} on {address}",
+            known.name,
+            known.id,
+            holders.join(", "),
+            other.id
+        )
     }
 
     /// A connection is gone. The member, if it had requests or is part of the view, is lost with it.
@@ -205,7 +231,7 @@ impl Client {
         if let Some(known) = &self.spec
             && !known.is_same_pool(&reply.spec)
         {
-            let text = format!("{known} on one node, {} on {address}", reply.spec);
+            let text = self.conflict(known, &address, &reply.spec);
             return self.end(OverReason::Conflict(text));
         }
         let (member, store) = (reply.member, reply.store());
@@ -329,7 +355,7 @@ impl Client {
         };
         let found = self.links.iter().zip(0u8..).map(|(l, i)| (l, LinkId(i)));
         let other = found.filter(|(l, i)| *i != id && !l.retired && shows_it(l)).map(|(_, i)| i).next();
-        let Some(other) = other.filter(|_| !mutant!(DuplicateUsed)) else {
+        let Some(other) = other else {
             self.links[usize::from(id.0)].contested_since = None;
             return false;
         };

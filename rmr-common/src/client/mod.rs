@@ -565,6 +565,8 @@ pub struct Client {
     rival: Option<(Epoch, Time)>,
     /// The members that are Out in the view committed last.
     committed_out: MemberSet,
+    /// The members that are Clean in it.
+    committed_clean: MemberSet,
     sequence: Sequence,
     parts: Parts,
     ops: Vec<Option<Op>>,
@@ -656,6 +658,7 @@ impl Client {
             was_cut_short: false,
             rival: None,
             committed_out: MemberSet::EMPTY,
+            committed_clean: MemberSet::EMPTY,
             sequence: Sequence(0),
             parts: Parts::new(MAX_SLOTS),
             ops: Vec::new(),

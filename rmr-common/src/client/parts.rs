@@ -118,6 +118,9 @@ pub(super) struct Parts {
     barriers: u32,
     /// The lowest sequence of a write that was given up after it was sent: some members may have it and others not.
     unsettled: Option<Sequence>,
+    /// Ranges (offset and length in bytes) of the writes among them whose memory could not be read. Members that completed such a
+    /// write have it under one sequence, with different data. At most one for each slot.
+    unlike: Vec<(u64, u64)>,
 }
 
 impl Parts {
@@ -131,6 +134,7 @@ impl Parts {
             large: 0,
             barriers: 0,
             unsettled: None,
+            unlike: Vec::new(),
         }
     }
 
@@ -179,13 +183,22 @@ impl Parts {
         if part.barrier && !mutant!(UnsettledForgotten) {
             let lowest = self.unsettled.map_or(part.order, |s| s.min(part.order));
             self.unsettled = Some(lowest);
+            if part.fault && part.operation.is_write() {
+                self.unlike.push((part.offset, part.length.into()));
+            }
         }
         self.release(slot, |_| {});
     }
 
     /// Members were made to agree, also in what was given up before.
-    pub(super) const fn settled(&mut self) {
+    pub(super) fn settled(&mut self) {
         self.unsettled = None;
+        self.unlike.clear();
+    }
+
+    /// Ranges, as (offset, length) in bytes, in which members may differ although their slot tables agree.
+    pub(super) fn unlike(&self) -> &[(u64, u64)] {
+        &self.unlike
     }
 
     /// Takes a free slot for a new part, which is then `Unsent`, or `Blocked` by an overlapping earlier write.

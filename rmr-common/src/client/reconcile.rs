@@ -2,7 +2,8 @@
 //!
 //! One Clean member is the reference, if possible one whose disk failed none of the writes in question. What it has counts,
 //! and every other member misses whatever may differ: the ranges of writes above the watermark that are not in both slot
-//! tables alike, or that a disk failed, which may have carried out any part of them; and, where a process was started anew and its
+//! tables alike, or that a disk failed, which may have carried out any part of them; those of writes whose memory could not be
+//! read, and which were given up before the members had the same filler in them; and, where a process was started anew and its
 //! table is lost, the chunks of its intent map and of the reference's: what it wrote last may be lost with more than its table, if its
 //! store went back in time by less than is known. If all tables are lost, that is the union of all intent maps. A member
 //! that misses anything leaves the view with it on record, and comes back by the usual rejoin. So all members agree on
@@ -62,6 +63,10 @@ impl Client {
             if !mutant!(OnlyReferenceCounts) {
                 missed.extend(theirs.iter().filter(|s| differs(s, &source.slots)).map(range));
             }
+            // The same sequence stands for the same data, unless this client itself knows better.
+            if !mutant!(UnlikeForgotten) {
+                missed.extend(self.parts.unlike());
+            }
             if reply.tables_lost {
                 missed.extend(self.intent_ranges(reply));
             }
@@ -97,6 +102,10 @@ impl Client {
                 replies.iter().flat_map(|(m, r)| open(*m, r)).map(|s| range(&s)).collect();
             let lost = replies.iter().filter(|(_, r)| r.tables_lost);
             missed.extend(lost.flat_map(|(_, r)| self.intent_ranges(r)));
+            // Their stores may be from before what no mark covers.
+            if !mutant!(AbsentIntentsIgnored) {
+                missed.extend(self.intent_ranges(source));
+            }
             missed.sort_unstable();
             missed.dedup();
             additions.extend(missed.iter().map(|&(offset, length)| DirtyAddition {

@@ -39,6 +39,12 @@ pub enum Command {
         /// Where its node listens.
         address: Address,
     },
+    /// Nodes have other addresses than the pool knows; the stores are the same. All of them change in one view, so that two
+    /// nodes may have each other's address.
+    Readdress {
+        /// The members with their addresses from now on. The others stay as they are.
+        members: Vec<MemberAddress>,
+    },
     /// A member is taken Out with nothing lost, and stays Out until this is switched off.
     Maintenance {
         /// The member.
@@ -71,6 +77,18 @@ pub enum Command {
     VerifyCancel,
 }
 
+/// The address of a member from now on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemberAddress {
+    /// The member.
+    pub member: MemberId,
+    /// The store that it must have: a command for a member that was replaced meanwhile changes nothing.
+    pub store: StoreId,
+    /// Where its node listens.
+    pub address: Address,
+}
+
 impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -81,6 +99,10 @@ impl fmt::Display for Command {
             Self::Remove { member, .. } => write!(f, "remove member {member}"),
             Self::Replace { member, store, address } => {
                 write!(f, "replace the store of member {member} by {store} at {address}")
+            }
+            Self::Readdress { members } => {
+                let list: Vec<_> = members.iter().map(|m| format!("{} at {}", m.member, m.address)).collect();
+                write!(f, "new addresses of members: {}", list.join(", "))
             }
             Self::Maintenance { member, on: true } => write!(f, "maintenance of member {member}"),
             Self::Maintenance { member, on: false } => write!(f, "end of the maintenance of member {member}"),
@@ -179,6 +201,7 @@ mod tests {
         for command in [
             Command::Add { store, address: address.clone(), member: Some(member) },
             Command::Remove { member, store: None },
+            Command::Readdress { members: vec![MemberAddress { member, store, address: address.clone() }] },
             Command::Replace { member, store, address },
             Command::Maintenance { member, on: true },
             Command::Resync { member: None },

@@ -10,7 +10,7 @@ mod spec;
 mod verify;
 mod view;
 
-pub use command::{Command, CommandReply, Refusal};
+pub use command::{Command, CommandReply, MemberAddress, Refusal};
 pub use condition::{Cause, Condition};
 pub use id::{
     Block, BootId, Chunk, ClientId, Epoch, MAX_NUMBER, Mark, MemberId, MemberSet, PoolId, Sequence, Slot,

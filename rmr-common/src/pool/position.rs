@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn what_is_known_of_one_store_says_nothing_about_the_store_that_replaced_it() {
-        let view = |store: u8| View::initial([(member(0), StoreId::from_bytes([store; 16]))].into_iter());
+        let view = |store: u8| View::initial([(member(0), StoreId::from_bytes([store; 16]))]);
         let mut other = Attested::default();
         other.note(member(0), &at(3, 3, 3, 3));
         other.regressed.insert(member(0));

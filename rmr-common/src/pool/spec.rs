@@ -364,10 +364,12 @@ impl PoolSpec {
         }
     }
 
-    /// Whether both are the same pool, with what never changes: only size and members may differ.
+    /// Whether both are the same pool, with what never changes: only size and members may differ. The name never changes
+    /// either: a client that could rename its pool could take the name of another one.
     #[must_use]
     pub fn is_same_pool(&self, other: &Self) -> bool {
         self.id == other.id
+            && self.name == other.name
             && self.chunk_size == other.chunk_size
             && self.logical_block_size == other.logical_block_size
     }
@@ -443,6 +445,21 @@ mod tests {
     #[test]
     fn a_good_spec_is_accepted() {
         assert_eq!(spec().validate(), Ok(()));
+    }
+
+    #[test]
+    fn a_pool_stays_the_same_with_another_size_or_other_members_and_with_nothing_else() {
+        let pool = spec();
+        let is_same = |change: fn(&mut PoolSpec)| {
+            let mut other = pool.clone();
+            change(&mut other);
+            pool.is_same_pool(&other)
+        };
+        assert!(is_same(|s| s.size *= 2) && is_same(|s| s.members.truncate(1)));
+        assert!(!is_same(|s| s.id = PoolId::random()));
+        assert!(!is_same(|s| s.name = "vm-2".into()));
+        assert!(!is_same(|s| s.chunk_size = ChunkSize::from_bytes(64 << 10).unwrap()));
+        assert!(!is_same(|s| s.logical_block_size = 4096));
     }
 
     #[test]

@@ -173,7 +173,7 @@ impl Replica {
         if !self.epoch.may_be_followed_by(header.epoch) && !mutant!(AnyEpochAccepted) {
             let text = format!(
                 "epoch {} cannot follow epoch {} of member {}: no history of attachments leads there. If another member has \
-                 that epoch, a faulty client has raised it; `rmr-node store reset-epoch` is the way out (docs/security.md)",
+                 that epoch, a faulty client has raised it; `store reset-epoch` of rmr-node is the way out (docs/security.md)",
                 header.epoch, self.epoch, self.member
             );
             return self.answer(connection, header, Kind::AttachReply, Status::BadRequest, text.into_bytes());

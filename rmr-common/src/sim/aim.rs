@@ -83,6 +83,12 @@ pub(super) enum Shot {
     Relapse { host: usize, stale: usize, source: usize },
     /// A client is cut off from all nodes, and from this one for so long that it gives up what it has in flight.
     Sever { host: usize, node: usize },
+    /// A client dies, or leaves in good order, and the copy of this node's store is put back.
+    Revert { host: usize, node: usize, leaves: bool },
+    /// A client loses all nodes but this one, writes, and dies; the copy of this node's store is put back.
+    RevertLast { host: usize, node: usize },
+    /// The copy of this node's store is put back, unless a client lives.
+    PutCopy(usize),
 }
 
 /// What a node told the client that attached last.
@@ -305,7 +311,18 @@ impl World<'_> {
             Shot::Blackout(node) => self.black_out(node)?,
             Shot::Relapse { host, stale, source } => self.relapse(host, stale, source)?,
             Shot::Sever { host, node } if self.hosts[host].is_live() => self.sever(host, node),
-            Shot::Orphan { .. } | Shot::Reread(_) | Shot::Die { .. } | Shot::Sever { .. } => {} // Its client has ended.
+            Shot::Revert { host, node, leaves } if self.hosts[host].is_live() => {
+                self.revert(host, node, leaves)?;
+            }
+            Shot::RevertLast { host, node } if self.hosts[host].is_live() => self.revert_last(host, node)?,
+            Shot::PutCopy(node) => self.put_copy(node)?,
+            // Its client has ended.
+            Shot::Orphan { .. }
+            | Shot::Reread(_)
+            | Shot::Die { .. }
+            | Shot::Sever { .. }
+            | Shot::Revert { .. }
+            | Shot::RevertLast { .. } => {}
         }
         Ok(())
     }

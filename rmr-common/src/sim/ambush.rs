@@ -47,6 +47,11 @@ impl Aim {
             }
             // Caches survive when a client has died before.
             Self::Caches => profile.client_crashes = false,
+            // Intents are cleared between writes, and copies made between marks.
+            Self::Rollbacks => {
+                lasts(profile);
+                profile.intent_idle = Duration::ZERO;
+            }
             // The member flushes by itself when its guest is idle.
             Self::Flushes => profile.pause = profile.pause.max(100 * MILLISECOND),
             Self::GivenUp => {
@@ -125,6 +130,9 @@ impl World<'_> {
                 let delay = self.unheard(host, &[silent]);
                 self.after(1, Event::Burst(host));
                 self.after(delay, Event::Aimed(Shot::Sever { host, node: silent }));
+            }
+            (Aim::Rollbacks, _) if is_write && self.is_whole(host) && self.rng.percent(10) => {
+                self.copy_before_write(host, node);
             }
             _ => {} // Nothing that the run is aimed at.
         }

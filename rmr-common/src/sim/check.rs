@@ -370,10 +370,12 @@ impl World<'_> {
         for index in clean {
             for sector in 0..self.sectors() {
                 let value = self.nodes[index].value(sector);
-                if self.oracle.is_current(sector, value) {
+                let is_lost = self.nodes[index].disk.lost.contains(&sector);
+                let is_back = is_lost && self.oracle.is_of_unfinished(sector, value);
+                if self.oracle.is_current(sector, value) && !is_back {
                     continue;
                 }
-                if !self.nodes[index].disk.lost.contains(&sector) && !self.oracle.is_open(sector) {
+                if !is_lost && !self.oracle.is_open(sector) {
                     return Err(format!(
                         "sector {sector} of node {index} is {}, and was not lost with a cache; possible: {}",
                         Oracle::name(value),

@@ -98,13 +98,13 @@ impl Disk {
     }
 
     /// Another state of the store takes its place, durably.
-    pub(super) fn replace(&mut self, sectors: Vec<u64>) {
+    pub(super) fn replace(&mut self, sectors: Vec<u64>, lost: BTreeSet<usize>) {
         self.durable.clone_from(&sectors);
         self.sectors = sectors;
         self.unflushed_since.fill(0);
         self.pulled.fill(false);
         self.allocated.fill(false);
-        self.lost.clear();
+        self.lost = lost;
         self.bad.clear();
     }
 

@@ -282,6 +282,9 @@ impl World<'_> {
     /// Ends a node's process, or cuts its machine's power, and starts it again some time later.
     pub(super) fn crash_node(&mut self, index: usize, power: bool) -> Check {
         self.cover_crash(index);
+        if self.nodes[index].replica.is_some() {
+            self.before_crash(index)?;
+        }
         let Some(replica) = self.nodes[index].replica.take() else { return Ok(()) };
         let is_failed = replica.flush_failed();
         self.cover_command("node crashed", None);

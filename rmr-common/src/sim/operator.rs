@@ -238,6 +238,8 @@ impl World<'_> {
             Command::Replace { member, store, address } => {
                 spec.member(*member).is_some_and(|m| m.store == *store && m.address == *address)
             }
+            // The addresses of simulated nodes stay as they are.
+            Command::Readdress { .. } => false,
             Command::Maintenance { member, on } => spec.member(*member).is_some_and(|m| m.maintenance == *on),
             Command::Grow { size } => spec.size == *size,
             // Verifies are not the operator's here: see `sim/verify.rs`.
@@ -293,7 +295,8 @@ impl World<'_> {
                 self.committed_spec.member(*member).is_some()
             }
             Command::Add { .. } | Command::Maintenance { .. } | Command::Grow { .. } => true,
-            Command::Resync { .. }
+            Command::Readdress { .. }
+            | Command::Resync { .. }
             | Command::Verify { .. }
             | Command::VerifyStatus
             | Command::VerifyCancel => false,
@@ -452,11 +455,12 @@ impl World<'_> {
             return Err(format!("{view} makes the pool smaller: {} bytes", spec.size));
         }
         for member in view.active().iter() {
-            let node = &self.nodes[self.node_in(view, member)];
+            let index = self.node_in(view, member);
+            let node = &self.nodes[index];
             if node.durable.view == *view && node.durable.spec != spec {
                 return Err(format!("member {member} has {view} with {:?}", node.durable.spec));
             }
-            if node.room < spec.size {
+            if node.room < spec.size && !self.is_back(index) {
                 return Err(format!("member {member} has no room for {} bytes in {view}", spec.size));
             }
         }
@@ -577,9 +581,11 @@ fn situation(command: &Command, what: &'static str) -> &'static str {
         Command::Replace { .. } => names[2],
         Command::Maintenance { .. } => names[3],
         Command::Resync { .. } => "resync: done",
-        // The operator gives no commands about verifies here.
-        Command::Grow { .. } | Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => {
-            names[4]
-        }
+        // The operator gives no commands about verifies or addresses here.
+        Command::Grow { .. }
+        | Command::Readdress { .. }
+        | Command::Verify { .. }
+        | Command::VerifyStatus
+        | Command::VerifyCancel => names[4],
     }
 }

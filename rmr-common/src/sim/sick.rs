@@ -181,10 +181,15 @@ impl World<'_> {
     }
 
     pub(super) fn note_in_service(&mut self, host: usize, view: &View) {
+        let (now, lasted) = (self.now, LASTED.min(nanoseconds(self.profile.client.rejoin_backoff_max)));
         for line in &view.members {
             let watch = self.sick.watches.entry((host, line.id)).or_default();
             if watch.store.replace(line.store).is_some_and(|before| before != line.store) {
                 *watch = Watch { store: Some(line.store), ..Watch::default() };
+            }
+            // An attachment may leave it out, which is no failure, and ends a time in service all the same.
+            if watch.in_service.is_some_and(|since| now - since >= lasted) {
+                watch.failures = 0;
             }
             watch.in_service =
                 if line.state == MemberState::Out { None } else { watch.in_service.or(Some(self.now)) };

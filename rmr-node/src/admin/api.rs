@@ -54,6 +54,12 @@ pub struct NodeInfo {
     pub shards: u32,
     /// How many stores are open.
     pub stores: u32,
+    /// How many stores are left out; `GET /v1/stores` says why.
+    #[serde(default)]
+    pub stores_left_out: u32,
+    /// Most stores that it opens.
+    #[serde(default)]
+    pub max_stores: u32,
     /// How many data connections are open.
     pub connections: u32,
     /// Most data connections that it accepts.
@@ -120,6 +126,135 @@ pub struct Health {
 pub struct PoolList {
     /// One status for each open store, ordered by pool name, then member.
     pub pools: Vec<PoolStatus>,
+    /// Stores that the node knows of and does not serve.
+    #[serde(default)]
+    pub left_out: Vec<LeftOut>,
+    /// Name of the node.
+    #[serde(default)]
+    pub node: String,
+    /// Where other machines reach the node's data ports.
+    #[serde(default)]
+    pub data_addresses: Vec<Address>,
+}
+
+/// A store that a node knows of and does not serve.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Device or file.
+    pub path: PathBuf,
+    /// The pool that it belongs to, if it could be read.
+    pub pool: Option<PoolId>,
+    /// Name of the pool.
+    pub name: Option<String>,
+    /// Which member it is.
+    pub member: Option<MemberId>,
+    /// The store.
+    pub store: Option<StoreId>,
+    /// Why it is not served.
+    pub reason: String,
+    /// An operator closed it: it is not opened again until the command, or the next start of the node.
+    #[serde(default)]
+    pub closed: bool,
+    /// Since when it is left out.
+    pub since_unix_ms: UnixMs,
+    /// Number of attempts to open it since then.
+    pub attempts: u32,
+    /// Seconds until the next attempt; absent when there is none to come.
+    #[serde(default)]
+    pub next_attempt_s: Option<u64>,
+}
+
+impl LeftOut {
+    /// What is known of it, and why it is left out, in words.
+    #[must_use]
+    pub fn words(&self) -> String {
+        let path = self.path.display();
+        let what = match (&self.name, self.member) {
+            (Some(name), Some(member)) => format!("store {path} of pool '{name}' member {member}"),
+            _ => format!("store {path}"),
+        };
+        let state = if self.closed { "is closed" } else { "is left out" };
+        format!("{what} {state}: {}", self.reason)
+    }
+}
+
+/// Answer of `GET /v1/stores`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct StoreList {
+    /// Name of the node.
+    pub node: String,
+    /// Stores that are open, by pool name.
+    pub open: Vec<OpenStore>,
+    /// Stores that are left out, by path.
+    pub left_out: Vec<LeftOut>,
+    /// What else is wrong with the node's stores, in words.
+    #[serde(default)]
+    pub problems: Vec<String>,
+    /// Where other machines reach the node's data ports.
+    #[serde(default)]
+    pub data_addresses: Vec<Address>,
+}
+
+/// A store that is open.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OpenStore {
+    /// Device or file.
+    pub path: PathBuf,
+    /// The pool.
+    pub pool: PoolId,
+    /// Name of the pool.
+    pub name: String,
+    /// The store.
+    pub store: StoreId,
+    /// `making`, `open` or `closing`.
+    pub stage: String,
+}
+
+/// A store, named by its path or its uuid: body of `POST /v1/stores/open` (path only), `close` and `delete`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreName {
+    /// Device or file, as the node names it.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// The store.
+    #[serde(default)]
+    pub store: Option<StoreId>,
+    /// Close or delete it although a client is attached.
+    #[serde(default)]
+    pub force: bool,
+}
+
+impl StoreName {
+    /// A store by its path.
+    #[must_use]
+    pub const fn at(path: PathBuf) -> Self {
+        Self { path: Some(path), store: None, force: false }
+    }
+}
+
+impl fmt::Display for StoreName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.path, self.store) {
+            (Some(path), _) => write!(f, "{}", path.display()),
+            (None, Some(store)) => write!(f, "store {store}"),
+            (None, None) => f.write_str("no store"),
+        }
+    }
+}
+
+/// Answer of the routes that open, close or delete a store by [`StoreName`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StoreChanged {
+    /// Device or file.
+    pub path: PathBuf,
+    /// The store, if it could be read.
+    pub store: Option<StoreId>,
+    /// Name of its pool.
+    pub name: Option<String>,
+    /// What else an operator should know.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// What one node knows of one pool through its member store.
@@ -433,6 +568,9 @@ pub struct StoreCreated {
     pub store: StoreId,
     /// Its device or file.
     pub path: PathBuf,
+    /// What an operator should know, such as that the file system may become full.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// Query of `DELETE /v1/stores/{uuid}`.
@@ -537,6 +675,8 @@ impl From<StoreError> for ControlError {
                 _ => ErrorCode::Internal,
             },
             StoreError::NotADisk(_)
+            | StoreError::Link(_)
+            | StoreError::NoSuchDevice(_)
             | StoreError::NotZero { .. }
             | StoreError::SectorSize { .. }
             | StoreError::Invalid { .. }

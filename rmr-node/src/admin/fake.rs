@@ -13,7 +13,8 @@ use rmr_common::pool::{
 
 use super::api::{
     ClientState, ClientStatus, ControlError, CreateStore, DeleteStore, ErrorCode, HistoryStatus, IoCounters,
-    LinkState, Missed, NodeInfo, PeerStatus, PoolKey, PoolStatus, StoreCreated, StoreState, UnixMs,
+    LeftOut, LinkState, Missed, NodeInfo, OpenStore, PeerStatus, PoolKey, PoolStatus, StoreChanged,
+    StoreCreated, StoreList, StoreName, StoreState, UnixMs,
 };
 use super::{AdminLimits, AdminServer, HostNames, NodeControl, Reply};
 
@@ -39,6 +40,8 @@ pub(crate) fn node_info(name: &str) -> NodeInfo {
         engine: "uring".into(),
         shards: 1,
         stores: 0,
+        stores_left_out: 0,
+        max_stores: 16_384,
         connections: 0,
         max_connections: 256,
         buffer_bytes: 64 << 20,
@@ -90,6 +93,22 @@ pub(crate) fn client(attached_unix_ms: u64) -> ClientStatus {
     }
 }
 
+/// A store that is left out, of a pool that [`pool_status`] makes.
+pub(crate) fn left_out(path: &str, pool: &str, of: u8) -> LeftOut {
+    LeftOut {
+        path: path.into(),
+        pool: Some(PoolId::from_bytes([0xAA; 16])),
+        name: Some(pool.into()),
+        member: Some(member(of)),
+        store: Some(StoreId::from_bytes([of + 1; 16])),
+        reason: "I/O error".into(),
+        closed: false,
+        since_unix_ms: UnixMs(1_000),
+        attempts: 1,
+        next_attempt_s: Some(1),
+    }
+}
+
 /// Sets the state of a member in the view of a status and makes it a later view.
 pub(crate) fn set_state(status: &mut PoolStatus, index: u8, state: MemberState) {
     status.view.number = status.view.number.next();
@@ -132,6 +151,8 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
 #[derive(Default)]
 pub(crate) struct FakeState {
     pub(crate) stores: BTreeMap<StoreId, PoolStatus>,
+    /// Stores that the node leaves out.
+    pub(crate) left_out: Vec<LeftOut>,
     /// Refuse the next creations with this.
     pub(crate) refuse_create: Option<ControlError>,
     /// Refuse deletions with this.
@@ -177,7 +198,7 @@ impl NodeControl for FakeControl {
             return Box::pin(async move { Err(error) });
         }
         let status = status_of(&request, &self.info.name);
-        let created = StoreCreated { store: status.store, path: status.path.clone() };
+        let created = StoreCreated { store: status.store, path: status.path.clone(), warnings: Vec::new() };
         state.requests.push(request);
         state.stores.insert(status.store, status);
         let takes = state.create_takes;
@@ -199,6 +220,68 @@ impl NodeControl for FakeControl {
                 state.stores.remove(&store);
                 Ok(())
             }
+        };
+        Box::pin(async move { result })
+    }
+
+    fn stores(&self) -> Reply<StoreList> {
+        let state = self.state.lock().unwrap();
+        let open = state.stores.values().map(|p| OpenStore {
+            path: p.path.clone(),
+            pool: p.spec.id,
+            name: p.spec.name.clone(),
+            store: p.store,
+            stage: "open".into(),
+        });
+        let (node, open, left_out) = (self.info.name.clone(), open.collect(), state.left_out.clone());
+        let (problems, data_addresses) = (Vec::new(), self.info.data_addresses.clone());
+        Box::pin(async move { Ok(StoreList { node, open, left_out, problems, data_addresses }) })
+    }
+
+    fn open_store(&self, path: PathBuf) -> Reply<StoreChanged> {
+        let mut state = self.state.lock().unwrap();
+        let at = state.left_out.iter().position(|l| l.path == path);
+        let result = match at.map(|at| state.left_out.remove(at)) {
+            Some(entry) => Ok(StoreChanged { path, store: entry.store, name: entry.name, notes: Vec::new() }),
+            None => Err(ControlError::new(ErrorCode::Invalid, "no such store")),
+        };
+        Box::pin(async move { result })
+    }
+
+    fn close_store(&self, name: StoreName) -> Reply<StoreChanged> {
+        let mut state = self.state.lock().unwrap();
+        let is_it = |p: &PoolStatus| name.path.as_ref() == Some(&p.path) || name.store == Some(p.store);
+        let found = state.stores.values().find(|p| is_it(p)).cloned();
+        let result = match found {
+            Some(p) if p.client.is_some() && !name.force => {
+                Err(ControlError::new(ErrorCode::InUse, "a client is attached"))
+            }
+            Some(p) => {
+                state.stores.remove(&p.store);
+                let mut entry = left_out("/", &p.spec.name, 0);
+                (entry.path, entry.store, entry.closed) = (p.path.clone(), Some(p.store), true);
+                state.left_out.push(entry);
+                Ok(StoreChanged {
+                    path: p.path,
+                    store: Some(p.store),
+                    name: Some(p.spec.name),
+                    notes: vec![],
+                })
+            }
+            None => Err(ControlError::new(ErrorCode::NotFound, "no such store")),
+        };
+        Box::pin(async move { result })
+    }
+
+    fn delete_store_at(&self, name: StoreName) -> Reply<StoreChanged> {
+        let mut state = self.state.lock().unwrap();
+        let is_it = |l: &LeftOut| name.path.as_ref() == Some(&l.path) || name.store == l.store;
+        let at = state.left_out.iter().position(is_it);
+        let result = match at.map(|at| state.left_out.remove(at)) {
+            Some(entry) => {
+                Ok(StoreChanged { path: entry.path, store: entry.store, name: entry.name, notes: Vec::new() })
+            }
+            None => Err(ControlError::new(ErrorCode::NotFound, "no such store")),
         };
         Box::pin(async move { result })
     }

@@ -6,16 +6,17 @@ use std::fmt::{Display, Write};
 
 use rmr_common::pool::MemberState;
 
-use super::api::{ClientState, NodeInfo, PeerCondition, PoolStatus, StoreState};
+use super::api::{ClientState, LeftOut, NodeInfo, PeerCondition, PoolStatus, StoreState};
 
 /// Content type of the page.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The page for one node and its stores.
+/// The page for one node, its stores, and those that it left out.
 #[must_use]
-pub fn page(node: &NodeInfo, pools: &[PoolStatus]) -> String {
+pub fn page(node: &NodeInfo, pools: &[PoolStatus], left_out: &[LeftOut]) -> String {
     let mut page = Page { text: String::with_capacity(4096) };
     page.node(node);
+    page.left_out(left_out);
     page.stores(pools);
     page.peers(pools);
     page.text
@@ -80,6 +81,26 @@ impl Page {
             ("unusable_here", failures.unusable_here),
         ] {
             self.sample(name, &[("reason", reason)], count);
+        }
+    }
+
+    fn left_out(&mut self, stores: &[LeftOut]) {
+        let faulty = stores.iter().filter(|l| !l.closed).count();
+        self.single("rmr_node_stores_left_out", "gauge", "Stores that are not served for a fault.", faulty);
+        let name = "rmr_store_left_out_since_seconds";
+        self.family(name, "gauge", "Since when a store is left out or closed, Unix time.");
+        for store in stores {
+            let pool = store.pool.map(|id| id.to_string()).unwrap_or_default();
+            let member = store.member.map(|id| id.to_string()).unwrap_or_default();
+            let path = store.path.display().to_string();
+            let labels = [
+                ("path", path.as_str()),
+                ("pool", &pool),
+                ("name", store.name.as_deref().unwrap_or_default()),
+                ("member", &member),
+                ("closed", if store.closed { "true" } else { "false" }),
+            ];
+            self.sample(name, &labels, Seconds(store.since_unix_ms.0));
         }
     }
 
@@ -304,7 +325,7 @@ mod tests {
         });
         let mut node = fake::node_info("a\"b\\");
         node.started_unix_ms.0 = 1_500;
-        let text = page(&node, &[status.clone()]);
+        let text = page(&node, &[status.clone()], &[]);
         let labels = format!("{{pool=\"{}\",name=\"vm-1\",member=\"1\"", status.spec.id);
         for line in [
             format!("rmr_store_writes_total{labels}}} 42"),
@@ -323,7 +344,11 @@ mod tests {
 
     #[test]
     fn every_sample_belongs_to_the_family_above_it() {
-        let text = page(&fake::node_info("n"), &[fake::pool_status("vm-1", 3, 0)]);
+        let text = page(
+            &fake::node_info("n"),
+            &[fake::pool_status("vm-1", 3, 0)],
+            &[fake::left_out("/dev/vdb", "vm-2", 1)],
+        );
         let mut family = "";
         for line in text.lines() {
             if let Some(rest) = line.strip_prefix("# TYPE ") {

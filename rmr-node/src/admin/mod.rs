@@ -11,11 +11,13 @@ mod hosts;
 pub mod metrics;
 mod routes;
 mod server;
+mod stores;
 #[cfg(test)]
 mod tests;
 pub mod words;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 
 use rmr_common::pool::{Command, CommandReply, StoreId};
@@ -24,7 +26,10 @@ use tokio::sync::oneshot;
 pub use hosts::HostNames;
 pub use server::{AdminLimits, AdminServer};
 
-use api::{ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated};
+use api::{
+    ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreChanged,
+    StoreCreated, StoreList, StoreName,
+};
 
 /// The answer of the service to one request of the admin API.
 pub type Reply<T> = Pin<Box<dyn Future<Output = Result<T, ControlError>> + Send>>;
@@ -70,6 +75,18 @@ pub trait NodeControl: Send + Sync + 'static {
 
     /// Closes a store and destroys its metadata; a file that the node made in its store directory is removed.
     fn delete_store(&self, store: StoreId, request: DeleteStore) -> Reply<()>;
+
+    /// The stores of the node, open and left out.
+    fn stores(&self) -> Reply<StoreList>;
+
+    /// Opens a store that was left out or closed, or another one at a path.
+    fn open_store(&self, path: PathBuf) -> Reply<StoreChanged>;
+
+    /// Closes a store, which stays as it is and is not opened again by itself.
+    fn close_store(&self, name: StoreName) -> Reply<StoreChanged>;
+
+    /// Deletes a store that is open or left out. Of what is left out and cannot be read, the node only stops to know.
+    fn delete_store_at(&self, name: StoreName) -> Reply<StoreChanged>;
 
     /// Gives a command to the client that is attached to the pool, wherever that is: to this node, or to that of another
     /// member. A refusal of the client is a reply; it may take as long as devices take to zero themselves.

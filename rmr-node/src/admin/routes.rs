@@ -22,20 +22,20 @@ use tracing::{debug, info};
 use uuid::Uuid;
 
 use super::api::{
-    ControlError, CreateStore, DeleteStore, ErrorBody, ErrorCode, Health, NodeInfo, PoolKey, PoolList,
-    PoolStatus, StoreCreated, StoreDeleted, StoreState, UnixMs,
+    ControlError, CreateStore, DeleteStore, ErrorBody, ErrorCode, Health, LeftOut, NodeInfo, PoolKey,
+    PoolList, PoolStatus, StoreCreated, StoreDeleted, StoreList, StoreState, UnixMs,
 };
 use super::connections::Work;
 use super::words::{condition_words, disk_words};
-use super::{AdminLimits, HostNames, NodeControl, metrics};
+use super::{AdminLimits, HostNames, NodeControl, metrics, stores};
 
-type Control = State<Arc<dyn NodeControl>>;
-type Answer<T> = Result<Json<T>, Refusal>;
+pub(super) type Control = State<Arc<dyn NodeControl>>;
+pub(super) type Answer<T> = Result<Json<T>, Refusal>;
 
 /// What handlers share.
 #[derive(Clone)]
-struct App {
-    control: Arc<dyn NodeControl>,
+pub(super) struct App {
+    pub(super) control: Arc<dyn NodeControl>,
     limits: AdminLimits,
     /// For requests that may take long: a reserve of connections is kept from them.
     long: Arc<Semaphore>,
@@ -71,6 +71,7 @@ pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits, names: 
     quick
         .route("/v1/stores", post(create_store))
         .route("/v1/pools/{key}/commands", post(command))
+        .merge(stores::routes())
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(limits.max_body))
@@ -88,14 +89,14 @@ pub(super) fn router(control: Arc<dyn NodeControl>, limits: AdminLimits, names: 
 
 impl App {
     /// Reads the body of a request that may take long.
-    async fn body<T: DeserializeOwned>(&self, request: Request) -> Result<T, Refusal> {
+    pub(super) async fn body<T: DeserializeOwned>(&self, request: Request) -> Result<T, Refusal> {
         let limit = self.limits.request_timeout.min(BODY_LIMIT);
         let JsonOf(body) = within(limit, JsonOf::<T>::from_request(request, self)).await??;
         Ok(body)
     }
 
     /// A place among the requests that may take long.
-    fn long_work(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+    pub(super) fn long_work(&self) -> Result<OwnedSemaphorePermit, Refusal> {
         Arc::clone(&self.long).try_acquire_owned().map_err(|_| {
             let message = "too many creations of stores and commands are under way on this node; wait until one of them is done";
             Refusal::new(ErrorCode::Busy, message)
@@ -143,17 +144,23 @@ async fn health(State(control): Control) -> Result<Response, Refusal> {
             }
         }
     }
+    let list = control.stores().await?;
+    problems.extend(list.left_out.iter().map(LeftOut::words));
+    let is_faulty = list.left_out.iter().any(|l| !l.closed) || !list.problems.is_empty();
+    problems.extend(list.problems);
     let stores = u32::try_from(pools.len()).unwrap_or(u32::MAX);
     // A store that waits needs its peers, and what is the matter with other nodes is no fault of this one.
     let is_sick = |p: &PoolStatus| matches!(p.store_state, StoreState::Failed { .. }) || p.disk.is_some();
-    let healthy = !pools.iter().any(is_sick);
+    let healthy = !is_faulty && !pools.iter().any(is_sick);
     let health = Health { healthy, stores, problems };
     let status = if health.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     Ok((status, Json(health)).into_response())
 }
 
 async fn pools(State(control): Control) -> Answer<PoolList> {
-    Ok(Json(PoolList { pools: sorted_pools(&control).await? }))
+    let (pools, stores) = (sorted_pools(&control).await?, control.stores().await?);
+    let StoreList { node, left_out, data_addresses, .. } = stores;
+    Ok(Json(PoolList { pools, left_out, node, data_addresses }))
 }
 
 async fn pool(State(control): Control, PathOf(key): PathOf<String>) -> Answer<PoolStatus> {
@@ -240,7 +247,11 @@ async fn delete_store(
 }
 
 async fn metrics_page(State(control): Control) -> Result<Response, Refusal> {
-    let page = metrics::page(&control.node_info().await?, &sorted_pools(&control).await?);
+    let page = metrics::page(
+        &control.node_info().await?,
+        &sorted_pools(&control).await?,
+        &control.stores().await?.left_out,
+    );
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response())
 }
 
@@ -260,10 +271,10 @@ async fn sorted_pools(control: &Arc<dyn NodeControl>) -> Result<Vec<PoolStatus>,
 }
 
 /// A [`ControlError`] as an HTTP answer.
-struct Refusal(ControlError);
+pub(super) struct Refusal(ControlError);
 
 impl Refusal {
-    fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+    pub(super) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self(ControlError::new(code, message))
     }
 
@@ -293,7 +304,7 @@ impl IntoResponse for Refusal {
 }
 
 /// [`Json`] whose rejection is a [`Refusal`].
-struct JsonOf<T>(T);
+pub(super) struct JsonOf<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonOf<T> {
     type Rejection = Refusal;

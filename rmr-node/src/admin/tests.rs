@@ -265,6 +265,40 @@ fn health_follows_the_stores() {
 }
 
 #[test]
+fn health_follows_the_stores_left_out_but_for_those_that_were_closed() {
+    let node = FakeNode::start("n0");
+    node.state.lock().unwrap().left_out.push(fake::left_out("/dev/vdb", "vm-1", 0));
+    let (status, health) = get(&node, "/v1/health");
+    let words = "store /dev/vdb of pool 'vm-1' member 0 is left out: I/O error";
+    assert_eq!((status, &health["healthy"], &health["problems"]), (503, &json!(false), &json!([words])));
+    assert_eq!(get(&node, "/v1/pools").1["left_out"][0]["path"], "/dev/vdb");
+    node.state.lock().unwrap().left_out[0].closed = true;
+    let (status, health) = get(&node, "/v1/health");
+    assert_eq!((status, health["problems"].as_array().unwrap().len()), (200, 1), "{health}");
+}
+
+#[test]
+fn a_store_is_named_by_an_absolute_path_or_its_uuid() {
+    let node = FakeNode::start("n0");
+    let ask = |route: &str, body: &Value| {
+        let line = format!("POST /v1/stores/{route}");
+        let (status, answer) = request(&node, &line, "content-type: application/json\r\n", &body.to_string());
+        (status, serde_json::from_str::<Value>(&answer).unwrap())
+    };
+    for (route, body) in [
+        ("open", json!({})),
+        ("open", json!({"store": StoreId::random()})),
+        ("open", json!({"path": "/dev/vdb", "force": true})),
+        ("close", json!({"path": "vdb"})),
+        ("delete", json!({"path": "/dev/vdb", "colour": 1})),
+    ] {
+        let (status, answer) = ask(route, &body);
+        assert_eq!((status, code(&answer)), (400, "invalid"), "{route} {body}");
+    }
+    assert_eq!(ask("close", &json!({"path": "/dev/vdb"})).0, 404);
+}
+
+#[test]
 fn the_metrics_page_is_prometheus_text() {
     let node = FakeNode::start("n0");
     node.hold(pool_status("vm-1", 2, 0));

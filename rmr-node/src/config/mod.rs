@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rmr_common::pool::{Address, MemberId, PoolId, TransportKind};
@@ -53,6 +53,8 @@ pub struct Config {
     pub stores: Vec<PathBuf>,
     /// Directory of file stores.
     pub store_dir: Option<PathBuf>,
+    /// Most stores that are open at once.
+    pub max_stores: usize,
     /// Devices, files and directories on which the admin API may make stores, besides.
     pub store_places: Vec<PathBuf>,
     /// I/O threads.
@@ -143,6 +145,7 @@ impl Config {
             admin_names: given("admin_names", s.admin_names)?,
             stores: given("stores", s.stores)?,
             store_dir: s.store_dir,
+            max_stores: given("max_stores", s.max_stores)?.as_usize(),
             store_places: given("store_places", s.store_places)?,
             shards: given("shards", s.shards)?.as_usize(),
             buffer_memory: given("buffer_memory", s.buffer_memory)?.0,
@@ -263,6 +266,13 @@ impl Config {
             paths.extend(found.into_iter().filter(|p| !self.stores.contains(p)));
         }
         Ok(paths)
+    }
+
+    /// Whether a path is one of those that the store directory is searched for at the start.
+    #[must_use]
+    pub fn is_in_store_dir(&self, path: &Path) -> bool {
+        let is_store = path.extension().is_some_and(|e| e == STORE_EXTENSION);
+        is_store && self.store_dir.is_some() && path.parent() == self.store_dir.as_deref()
     }
 
     /// Host names by which callers of the admin API may call this node: its own, those of its addresses, and those that are

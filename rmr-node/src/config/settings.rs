@@ -38,6 +38,9 @@ pub struct Settings {
     /// Directory of file stores: all *.store in it are opened, new pools get files in it
     #[arg(long, value_name = "DIRECTORY")]
     pub store_dir: Option<PathBuf>,
+    /// Most stores that are open at once, 1 to 65535 [default: 16384]
+    #[arg(long, value_name = "N")]
+    pub max_stores: Option<Bounded<1, 65_535>>,
     /// Devices, files and directories on which rmrctl may make stores, besides --store-dir and --stores, comma-separated
     #[arg(long, value_name = "PATH,…", value_delimiter = ',')]
     pub store_places: Option<Vec<PathBuf>>,
@@ -222,6 +225,7 @@ impl Settings {
             admin_names: self.admin_names.or(base.admin_names),
             stores: self.stores.or(base.stores),
             store_dir: self.store_dir.or(base.store_dir),
+            max_stores: self.max_stores.or(base.max_stores),
             store_places: self.store_places.or(base.store_places),
             shards: self.shards.or(base.shards),
             buffer_memory: self.buffer_memory.or(base.buffer_memory),
@@ -282,6 +286,7 @@ impl Settings {
             stores: Some(Vec::new()),
             // No default: a node that is given no directory makes no files anywhere.
             store_dir: None,
+            max_stores: Some(Bounded::of::<16_384>()),
             store_places: Some(Vec::new()),
             shards: Some(Bounded::of::<1>()),
             buffer_memory: Some(ByteSize(64 << 20)),

@@ -74,10 +74,54 @@ impl Advice {
         options.command(&["pool", "remove-member", &self.pool, &member.to_string(), "--delete-store"])
     }
 
-    /// Adds a member.
-    pub(super) fn add_member(&self, node: &NodeAddress, path: Option<&Path>) -> String {
+    /// Puts a new store into the place of a member's old one.
+    pub(super) fn replace(&self, member: MemberId, node: &NodeAddress, path: Option<&Path>) -> String {
         let at = path.map(|path| format!("={}", path.display())).unwrap_or_default();
-        self.command(&["pool", "add-member", &self.pool, "--member", &format!("{node}{at}")])
+        let (member, place) = (member.to_string(), format!("{node}{at}"));
+        self.command(&["pool", "replace", &self.pool, &member, "--member", &place])
+    }
+
+    /// Tells the pool where the nodes are that were asked.
+    pub(super) fn member_address(&self) -> String {
+        self.command(&["member", "address", &self.pool])
+    }
+
+    /// Closes the store at a path of one node, which is that of a member in use.
+    pub(super) fn close_store(&self, node: &NodeAddress, path: &Path) -> String {
+        let only = Self { nodes: vec![node.clone()], ..self.clone() };
+        only.command(&["store", "close", &path.display().to_string(), "--force"])
+    }
+
+    /// Deletes the store at a path of one node.
+    pub(super) fn delete_store(&self, node: &NodeAddress, path: &Path) -> String {
+        let only = Self { nodes: vec![node.clone()], ..self.clone() };
+        only.command(&["store", "delete", &path.display().to_string(), "--yes-destroy-all-data"])
+    }
+
+    /// As a node says it, of a store of its own: to be run there, or with the node named.
+    pub(crate) fn delete_store_here(path: &Path) -> String {
+        let path = path.display().to_string();
+        Self::default().command(&["store", "delete", &path, "--yes-destroy-all-data"])
+    }
+
+    /// The same: closes a store.
+    pub(crate) fn close_store_here(path: &Path) -> String {
+        Self::default().command(&["store", "close", &path.display().to_string()])
+    }
+
+    /// The same: shows the stores.
+    pub(crate) fn list_stores_here() -> String {
+        Self::default().command(&["store", "list"])
+    }
+
+    /// The same: takes a member out by plan.
+    pub(crate) fn maintenance_on(pool: &str, member: MemberId) -> String {
+        Self::default().command(&["pool", "maintenance", pool, &member.to_string(), "on"])
+    }
+
+    /// The same: tells a pool where its nodes are now.
+    pub(crate) fn addresses_of(pool: &str) -> String {
+        Self::for_pool(pool).member_address()
     }
 
     /// Shows how a verify goes.
@@ -138,9 +182,10 @@ mod tests {
             advice.maintenance_off(member),
             advice.remove_member(member, None),
             advice.remove_member(member, Some(&node)),
-            advice.add_member(&node, Some(path)),
+            advice.replace(member, &node, Some(path)),
             advice.verify_status(),
             advice.verify_cancel(),
+            advice.member_address(),
         ];
         for line in &all {
             let cli = parse(line);
@@ -148,10 +193,22 @@ mod tests {
             assert_eq!(cli.key_file, given.key_file, "{line}");
         }
         assert_eq!(parse(&all[3]).nodes.last(), Some(&node));
-        let Command::Pool(PoolCommand::AddMember(args)) = parse(&all[4]).command else {
-            panic!("{}", all[4])
-        };
+        let Command::Pool(PoolCommand::Replace(args)) = parse(&all[4]).command else { panic!("{}", all[4]) };
         assert_eq!(args.member.path.as_deref(), Some(path));
+        // A path is one of a node: no other one is named.
+        for line in [advice.close_store(&node, path), advice.delete_store(&node, path)] {
+            assert_eq!(parse(&line).nodes, std::slice::from_ref(&node), "{line}");
+            assert_eq!(parse(&line).key_file, given.key_file, "{line}");
+        }
+        for line in [
+            Advice::delete_store_here(path),
+            Advice::close_store_here(path),
+            Advice::list_stores_here(),
+            Advice::maintenance_on("vm-1", member),
+            Advice::addresses_of("vm-1"),
+        ] {
+            assert_eq!(parse(&line).nodes, [], "{line}");
+        }
         let delete = Advice::delete_on(&node, PoolId::random());
         assert_eq!(parse(&delete).nodes, [node]);
         assert_eq!(Advice::for_pool("vm-1").resync(), "rmrctl pool resync vm-1");
@@ -192,9 +249,16 @@ mod tests {
             if help.iter().any(|file| name.ends_with(file)) {
                 continue;
             }
-            for start in
-                ["rmrctl pool", "rmrctl node", "rmrctl --", "rmr-node store", "rmr-node --", "vhost-brmr --"]
-            {
+            for start in [
+                "rmrctl pool",
+                "rmrctl node",
+                "rmrctl store",
+                "rmrctl member",
+                "rmrctl --",
+                "rmr-node store",
+                "rmr-node --",
+                "vhost-brmr --",
+            ] {
                 assert!(!line.contains(start), "{name}: {line}");
             }
         }

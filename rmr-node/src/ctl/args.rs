@@ -15,6 +15,7 @@ use super::change_args::{
     ResyncArgs,
 };
 use super::http::NodeAddress;
+use super::store::StoreCommand;
 use super::verify::VerifyArgs;
 use crate::admin::api::PoolKey;
 use crate::store::ByteSize;
@@ -138,6 +139,12 @@ pub enum Command {
     /// Create, show, list, change and delete pools
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// Tell pools of changes of their members' nodes
+    #[command(subcommand)]
+    Member(MemberCommand),
+    /// List, open, close and delete stores of nodes, while the nodes run
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Is the data safe, and how long until it is
     #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArgs),
@@ -213,6 +220,17 @@ pub enum PoolCommand {
     },
     /// Wait until every copy is current. Without a guest, rmrctl holds the pool meanwhile, so that it is brought up to date
     Resync(ResyncArgs),
+}
+
+/// The commands on members.
+#[derive(Clone, Debug, Subcommand)]
+pub enum MemberCommand {
+    /// Tell a pool the present addresses of its members' nodes, after nodes moved; name all of them with --node
+    Address {
+        /// Name or uuid of the pool
+        #[arg(value_name = "NAME|UUID")]
+        pool: PoolKey,
+    },
 }
 
 /// Arguments of `pool create`.

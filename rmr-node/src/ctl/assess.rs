@@ -5,13 +5,15 @@
 
 use std::collections::BTreeSet;
 
-use rmr_common::pool::{Attested, Cause, MemberId, MemberSet, MemberState, PoolSpec, Position, View};
+use rmr_common::pool::{
+    Attested, Cause, MemberAddress, MemberId, MemberSet, MemberState, PoolSpec, Position, StoreId, View,
+};
 use serde::Serialize;
 
 use super::advice::Advice;
 use super::format;
 use crate::admin::api::{
-    Authentication, ClientState, ClientStatus, DiskTrouble, PeerCondition, PoolStatus, ResyncState,
+    Authentication, ClientState, ClientStatus, DiskTrouble, LeftOut, PeerCondition, PoolStatus, ResyncState,
     ResyncStatus, StoreState, UnixMs,
 };
 use crate::admin::words::{condition_words, disk_words};
@@ -29,8 +31,20 @@ pub struct Picture {
     pub strays: Vec<PoolStatus>,
     /// Two nodes have different views with the same number and epoch, which must never be.
     pub contradiction: Option<String>,
+    /// Stores of the pool that nodes left out, with the names of the nodes.
+    pub left_out: Vec<(String, LeftOut)>,
+    /// Members whose nodes are at other addresses than the pool knows.
+    pub moved: Vec<MemberAddress>,
     /// How to call `rmrctl` for this pool.
     pub advice: Advice,
+}
+
+impl Picture {
+    /// Why the store of a member is left out, and by which node.
+    fn left_out_of(&self, member: MemberId, store: StoreId) -> Option<&(String, LeftOut)> {
+        let is_its = |l: &LeftOut| l.member == Some(member) && l.store.is_none_or(|found| found == store);
+        self.left_out.iter().find(|(_, l)| is_its(l))
+    }
 }
 
 /// Whether the data of a pool is safe.
@@ -113,6 +127,8 @@ pub struct MemberLine {
     pub condition: Option<PeerCondition>,
     /// What its disk has failed of late.
     pub disk: Option<DiskTrouble>,
+    /// Why its node leaves its store out, where it does.
+    pub left_out: Option<String>,
 }
 
 /// What [`assess`] finds.
@@ -171,6 +187,8 @@ fn picture(statuses: &[PoolStatus]) -> Picture {
             )
         }),
         reports,
+        left_out: Vec::new(),
+        moved: Vec::new(),
         advice: Advice::for_pool(&highest.spec.name),
     }
 }
@@ -338,6 +356,8 @@ impl KeyTrouble {
 fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLine {
     let own = picture.reports.iter().find(|r| r.member == id);
     let chunk_size = picture.spec.chunk_size.bytes();
+    let store = picture.view.member(id).map(|m| m.store);
+    let left_out = store.filter(|_| own.is_none()).and_then(|store| picture.left_out_of(id, store));
     // Only Clean members have complete maps of what others miss; where they differ, the worst counts.
     let clean = picture.view.clean();
     let from_clean = picture.reports.iter().filter(|r| clean.contains(r.member) && r.member != id);
@@ -346,7 +366,7 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
     let missed = worst.map_or(0, |m| m.bytes(chunk_size));
     MemberLine {
         member: id,
-        node: own.map(|r| r.node.clone()),
+        node: own.map(|r| &r.node).or(left_out.map(|(node, _)| node)).cloned(),
         address: picture
             .spec
             .member(id)
@@ -374,20 +394,41 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
         }),
         condition: seen.filter_map(|p| p.condition.clone()).max_by_key(|c| c.failures),
         disk: own.and_then(|r| r.disk.clone()),
+        left_out: left_out.map(|(_, l)| left_out_words(l)),
     }
+}
+
+/// Why a store is left out, with its path.
+fn left_out_words(entry: &LeftOut) -> String {
+    let state = if entry.closed { "closed: " } else { "" };
+    let path = entry.path.display().to_string();
+    let path = if entry.reason.contains(&path) { String::new() } else { format!("{path}: ") };
+    format::plain(&format!("{path}{state}{}", entry.reason))
 }
 
 fn unknown_words(members: &[MemberLine], unseen: MemberSet, clean: MemberSet, all_answered: bool) -> String {
     let seen = clean.len() - unseen.len();
-    let missing: Vec<_> = members
-        .iter()
-        .filter(|m| unseen.contains(m.member))
-        .map(|m| format!("member {} ({})", m.member, m.address))
-        .collect();
+    let (left_out, unseen): (Vec<&MemberLine>, Vec<_>) =
+        members.iter().filter(|m| unseen.contains(m.member)).partition(|m| m.left_out.is_some());
+    let mut parts: Vec<String> = left_out.iter().filter_map(|m| left_out_by(m)).collect();
+    let head = format!("only {seen} of {} current copies seen", clean.len());
+    if unseen.is_empty() {
+        parts.insert(0, head);
+        return parts.join("; ");
+    }
+    let missing: Vec<_> = unseen.iter().map(|m| format!("member {} ({})", m.member, m.address)).collect();
     let why = if all_answered { "was not asked; give its admin address with --node" } else { "was not seen" };
     let why =
         if missing.len() > 1 { why.replace("was", "were").replace("its", "their") } else { why.to_owned() };
-    format!("only {seen} of {} current copies seen; {} {why}", clean.len(), missing.join(", "))
+    parts.splice(0..0, [head, format!("{} {why}", missing.join(", "))]);
+    parts.join("; ")
+}
+
+/// That a node leaves the store of a member out.
+fn left_out_by(line: &MemberLine) -> Option<String> {
+    let reason = line.left_out.as_ref()?;
+    let node = line.node.as_ref().unwrap_or(&line.address);
+    Some(format!("member {}: {node} left it out: {reason}", line.member))
 }
 
 /// What is wrong with a member, or `None`.
@@ -422,6 +463,10 @@ fn member_words(line: &MemberLine, now: UnixMs) -> Option<String> {
             line.member, condition.failures, condition.cause
         )),
         None => {}
+    }
+    // Of a Clean one the headline says so already.
+    if line.state != MemberState::Clean {
+        words.extend(left_out_by(line));
     }
     if let Some(StoreState::Waiting { reason } | StoreState::Failed { reason }) = &line.store_state {
         words.push(format!("the store of {name} does not serve: {reason}"));
@@ -530,6 +575,20 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
             format::bytes(report.spec.size)
         ));
     }
+    for new in &picture.moved {
+        let old = picture.spec.member(new.member).map(|m| m.address.to_string()).unwrap_or_default();
+        notes.push(format!(
+            "the node of member {} is at {}, and the pool has {old}: {}",
+            new.member,
+            new.address,
+            picture.advice.member_address()
+        ));
+    }
+    let is_member =
+        |l: &LeftOut| l.store.is_none_or(|store| picture.view.members.iter().any(|m| m.store == store));
+    for (node, entry) in picture.left_out.iter().filter(|(_, l)| !is_member(l)) {
+        notes.push(format!("{node} left out a store that is no member: {}", format::plain(&entry.words())));
+    }
     for stray in picture.strays.iter().filter(|s| s.is_prepared()) {
         notes.push(format!(
             "store {} ({} on {}) was made for member {}, which has not joined: run the command again that made it",
@@ -553,7 +612,7 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use rmr_common::pool::{Epoch, Mark, StoreId};
+    use rmr_common::pool::{Epoch, Mark};
 
     use super::*;
     use crate::admin::api::Missed;

@@ -20,12 +20,13 @@ use super::change_args::{
 use super::coordinate::deliver;
 use super::http::{Client, NodeAddress};
 use super::pool::{data_address, may_exist};
+use super::readdress::tell;
 use super::sync::{outcome, wait_until_current};
 use super::{Context, CtlError, MemberArg, Outcome, Survey, format, once_each};
 use crate::admin::api::{CreateStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, StoreDeleted};
 
 /// A change of views is answered within this.
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// How often a store is tried to be deleted that its client is about to leave.
 const DELETE_ATTEMPTS: usize = 20;
 /// Pause between these.
@@ -180,7 +181,7 @@ pub(super) async fn grow(context: &Context, args: &GrowArgs) -> Result<Outcome, 
     Ok(outcome(&survey, &picture, &headline, json))
 }
 
-async fn look(context: &Context, pool: &PoolKey) -> Result<(Survey, Picture), CtlError> {
+pub(super) async fn look(context: &Context, pool: &PoolKey) -> Result<(Survey, Picture), CtlError> {
     let survey = context.survey().await;
     let picture = survey.picture(pool)?;
     Ok((survey, picture))
@@ -237,13 +238,19 @@ async fn join(
             if let Some(other) = arg.path.as_ref().filter(|other| **other != path) {
                 return Err(CtlError::failed(format!(
                     "nothing was done: node {} has the store of member {id} at {}, and a node holds one store of a pool, so \
-                     that it is not replaced by {} in one step. While another copy is current, this does it:\n  {}\n  {}",
+                     that it is not replaced by {} in one step. While another copy is current, this does it:\n  {}\n  {}\n  {}",
                     arg.node,
                     path.display(),
                     other.display(),
-                    picture.advice.remove_member(id, Some(&arg.node)),
-                    picture.advice.add_member(&arg.node, Some(other))
+                    picture.advice.close_store(&arg.node, &path),
+                    picture.advice.replace(id, &arg.node, Some(other)),
+                    picture.advice.delete_store(&arg.node, &path)
                 )));
+            }
+            // The node may be at another address since, and the pool is told so.
+            if picture.moved.iter().any(|m| m.member == id) {
+                // With all the others: two nodes may have each other's address.
+                tell(context, &survey, &picture, &picture.moved).await?;
             }
             return Ok(joined(id, store, false));
         }

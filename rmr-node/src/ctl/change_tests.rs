@@ -1,6 +1,8 @@
 //! The commands that change a pool in use, against fake nodes whose coordinator answers as told.
 
-use rmr_common::pool::{Command, CommandReply, MemberSpec, MemberState, Refusal, StoreId};
+use rmr_common::pool::{
+    Address, Command, CommandReply, MemberAddress, MemberSpec, MemberState, Refusal, StoreId,
+};
 
 use super::tests::{rmrctl_within, two_nodes};
 use crate::admin::api::{ClientState, ControlError, ErrorCode, PoolStatus};
@@ -191,10 +193,11 @@ fn another_path_on_the_members_own_node_is_refused_with_the_way() {
             match result {
                 Err(error) if refused => {
                     assert!(error.contains("nothing was done") && error.contains(&here), "{error}");
-                    let ways: Vec<_> = error.lines().rev().take(2).map(str::trim).collect();
-                    assert!(ways[0].ends_with(&format!("pool add-member vm-1 --member {at}")), "{error}");
-                    assert!(ways[1].ends_with("pool remove-member vm-1 1 --delete-store"), "{error}");
-                    assert!(ways[1].contains(&format!("--node {}", b.address())), "{error}");
+                    let ways: Vec<_> = error.lines().skip(1).map(str::trim).collect();
+                    let node = format!("rmrctl --node {}", b.address());
+                    assert_eq!(ways[0], format!("{node} store close {here} --force"), "{error}");
+                    assert!(ways[1].ends_with(&format!("pool replace vm-1 1 --member {at}")), "{error}");
+                    assert_eq!(ways[2], format!("{node} store delete {here} --yes-destroy-all-data"));
                 }
                 Ok(outcome) if !refused => assert_eq!(outcome.json["changed"], false),
                 other => panic!("{args:?}: {other:?}"),
@@ -351,4 +354,29 @@ fn waiting_does_not_end_by_the_words_of_one_node_that_may_be_behind() {
     let (a, _b) = two_nodes();
     let error = run(&[&a], &["pool", "resync", "vm-1", "--wait-timeout", "0.1"]).unwrap_err();
     assert!(error.contains("not done within 100 ms"), "{error}");
+}
+
+#[test]
+fn a_pool_is_told_where_its_nodes_are_now() {
+    let (a, b) = in_use([done()]);
+    let mut moved = pool_status("vm-1", 2, 1);
+    moved.spec.members[1].address = Address::tcp("old", 7700);
+    let mut other = pool_status("vm-1", 2, 0);
+    other.spec.members[1].address = Address::tcp("old", 7700);
+    a.hold(other);
+    b.hold(moved.clone());
+    let status = run(&[&a, &b], &["status"]).unwrap();
+    let way = format!("rmrctl --node {} --node {} member address vm-1", a.address(), b.address());
+    let words = format!("tcp://n1:7700, and the pool has tcp://old:7700: {way}");
+    assert!(status.text.contains(&words), "{}", status.text);
+    let told = run(&[&a, &b], &["member", "address", "vm-1"]).unwrap();
+    assert!(told.text.contains("member 1: tcp://old:7700 is now tcp://n1:7700"), "{}", told.text);
+    let address = Address::tcp("n1", 7700);
+    let members = vec![MemberAddress { member: member(1), store: moved.store, address }];
+    assert_eq!(commands(&a), [Command::Readdress { members: members.clone() }]);
+    // So does the command that an operator may think of first.
+    a.state.lock().unwrap().replies.push_back(done());
+    let at = b.address();
+    run(&[&a, &b], &["pool", "replace", "vm-1", "1", "--member", &at]).unwrap();
+    assert_eq!(commands(&a)[1], Command::Readdress { members });
 }

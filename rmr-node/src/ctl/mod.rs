@@ -11,7 +11,9 @@ mod coordinate;
 pub mod format;
 pub mod http;
 mod pool;
+mod readdress;
 mod status;
+mod store;
 mod survey;
 mod sync;
 mod verify;
@@ -23,9 +25,11 @@ use thiserror::Error;
 
 use self::advice::Advice;
 pub use self::args::{
-    Cli, Command, CreateArgs, DeleteArgs, MemberArg, NodeCommand, PoolCommand, StatusArgs, TransportArg,
+    Cli, Command, CreateArgs, DeleteArgs, MemberArg, MemberCommand, NodeCommand, PoolCommand, StatusArgs,
+    TransportArg,
 };
 use self::http::{CallError, Client};
+pub use self::store::StoreCommand;
 use self::survey::{Context, Survey, once_each};
 pub use self::verify::VerifyArgs;
 use crate::admin::api::NodeInfo;
@@ -76,7 +80,9 @@ pub fn run(cli: &Cli) -> u8 {
     };
     let watch = match &cli.command {
         Command::Status(args) => args.watch,
-        Command::Pool(_) | Command::Node(_) | Command::Doctor => None,
+        Command::Pool(_) | Command::Member(_) | Command::Store(_) | Command::Node(_) | Command::Doctor => {
+            None
+        }
     };
     let lines = watch.is_some() || cli.command.tells_progress();
     let tty = std::io::stdout().is_terminal();
@@ -182,6 +188,8 @@ pub async fn execute(cli: &Cli) -> Result<Outcome, CtlError> {
         Command::Pool(PoolCommand::Verify(args)) => verify::verify(&context, args).await,
         Command::Pool(PoolCommand::VerifyStatus { pool }) => verify::status(&context, pool).await,
         Command::Pool(PoolCommand::VerifyCancel { pool }) => verify::cancel(&context, pool).await,
+        Command::Member(MemberCommand::Address { pool }) => readdress::address(&context, pool).await,
+        Command::Store(command) => store::run(&context, command).await,
         Command::Status(args) => status::status(&context, args.pool.as_ref()).await,
         Command::Node(NodeCommand::Show) => show_nodes(&context).await,
         Command::Doctor => doctor(),
@@ -203,6 +211,7 @@ async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
         "VERSION",
         "UP",
         "STORES",
+        "LEFT OUT",
         "CONNECTIONS",
         "BUFFERS",
         "ENGINE",
@@ -221,6 +230,7 @@ async fn show_nodes(context: &Context) -> Result<Outcome, CtlError> {
                     info.version.clone(),
                     format::duration(up_ms / 1000),
                     info.stores.to_string(),
+                    info.stores_left_out.to_string(),
                     format!("{}/{}", info.connections, info.max_connections),
                     format!("{}/{}", format::bytes(info.buffer_used_bytes), format::bytes(info.buffer_bytes)),
                     info.engine.clone(),

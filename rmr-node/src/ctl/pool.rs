@@ -20,16 +20,35 @@ use crate::admin::api::{
 
 pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outcome, CtlError> {
     check_members(&args.members)?;
-    let (spec, infos) = plan(context, args).await?;
-    let mut warnings = check_names(context, args, &spec).await?;
-    warnings.extend(loopback_warning(&spec, &infos));
+    let (planned, infos) = plan(context, args).await?;
+    let (begun, mut warnings) = check_names(context, args, &planned).await?;
+    warnings.extend(loopback_warning(&planned, &infos));
+    let is_new = begun.is_none();
+    // What an earlier command has made is used as it is; the members are the same, in the order of that command.
+    let (spec, there) = begun.map_or((planned, Vec::new()), |begun| (begun.spec, begun.there));
+    let place = |member: &MemberSpec, kind: TransportKind| {
+        let has = |info: &&NodeInfo| {
+            info.data_addresses.iter().find(|a| a.transport() == kind) == Some(&member.address)
+        };
+        infos.iter().position(|info| has(&info)).map(|at| (&args.members[at], &infos[at]))
+    };
+    let places: Option<Vec<_>> =
+        spec.members.iter().map(|member| place(member, args.transport.into())).collect();
+    let places = places.ok_or_else(|| CtlError::failed("nothing was created: a node changed its address"))?;
+    // Two commands at once meet on the same node first, in whatever order each names the nodes: one of them gets it.
+    let mut order: Vec<usize> = (0..spec.members.len()).collect();
+    order.sort_by_key(|at| spec.members[*at].address.to_string());
     let view = View::initial(spec.members.iter().map(|m| (m.id, m.store)));
 
     // From here on an interrupt is a reason to clean up, and it is not lost between two members.
     let mut interrupt = signal(SignalKind::interrupt())
         .map_err(|e| CtlError::failed(format!("nothing was created: interrupts cannot be watched: {e}")))?;
     let mut created: Vec<(NodeAddress, StoreCreated)> = Vec::new();
-    for (arg, member) in args.members.iter().zip(&spec.members) {
+    for at in order {
+        let (member, arg) = (&spec.members[at], places[at].0);
+        if there.iter().any(|made| made.store == member.store) {
+            continue;
+        }
         let request = CreateStore {
             spec: spec.clone(),
             member: member.id,
@@ -43,6 +62,7 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outco
         let (error, doubtful) = tokio::select! {
             result = client.post::<StoreCreated>(&arg.node, "/v1/stores", &request) => match result {
                 Ok(store) => {
+                    warnings.extend(store.warnings.iter().map(|w| format!("node {}: {w}", arg.node)));
                     created.push((arg.node.clone(), store));
                     continue;
                 }
@@ -57,7 +77,26 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Result<Outco
     if !context.keys.is_empty() {
         warnings.extend(without_key(context, &spec, &created).await);
     }
-    Ok(created_outcome(&spec, &view, &created, &infos, warnings))
+    // All of them, in the order of the members.
+    let of = |member: &MemberSpec| {
+        let made = created.iter().find(|(_, made)| made.store == member.store);
+        made.map(|(_, made)| made).or_else(|| there.iter().find(|made| made.store == member.store))
+    };
+    let stores =
+        spec.members.iter().zip(&places).filter_map(|(m, (arg, _))| Some((arg.node.clone(), of(m)?.clone())));
+    let (stores, infos): (Vec<_>, Vec<_>) =
+        (stores.collect(), places.iter().map(|(_, i)| (*i).clone()).collect());
+    let mut outcome = created_outcome(&spec, &view, &stores, &infos, warnings);
+    if !is_new {
+        outcome.text = format!(
+            "pool {} was made in part by another command, which was cut short or is under way: {} of {} stores were missing\n{}",
+            spec.name,
+            created.len(),
+            stores.len(),
+            outcome.text
+        );
+    }
+    Ok(outcome)
 }
 
 /// Nodes that serve the new pool without a key, although one is named on the command line.
@@ -141,9 +180,21 @@ pub(super) fn data_address(
     })
 }
 
-/// Refuses a name that a node has already. Gives a warning for each node that was named beside the members' nodes and
-/// could not be asked.
-async fn check_names(context: &Context, args: &CreateArgs, spec: &PoolSpec) -> Result<Vec<String>, CtlError> {
+/// A pool of which an earlier command has made some stores.
+struct Begun {
+    spec: PoolSpec,
+    /// The stores that are there.
+    there: Vec<StoreCreated>,
+}
+
+/// Refuses a name that a node has already, but for a pool that a command began to make in the same way and no client has
+/// used: what is missing of it can be made. Gives a warning for each node that was named beside the members' nodes and could
+/// not be asked.
+async fn check_names(
+    context: &Context,
+    args: &CreateArgs,
+    spec: &PoolSpec,
+) -> Result<(Option<Begun>, Vec<String>), CtlError> {
     let member_nodes: Vec<_> = args.members.iter().map(|m| m.node.clone()).collect();
     let all = once_each(&[member_nodes.clone(), context.given.clone()].concat());
     let (keys, tls, advice) = (context.keys.clone(), context.tls.clone(), context.advice.clone());
@@ -153,16 +204,28 @@ async fn check_names(context: &Context, args: &CreateArgs, spec: &PoolSpec) -> R
             return Err(CtlError::failed(format!("nothing was created: {e}")));
         }
     }
-    let clash = survey.pictures().into_iter().find(|p| p.spec.name == spec.name);
-    let Some(clash) = clash else {
-        let unasked = |e| format!("whether it has a pool '{}' is not known: {e}", spec.name);
-        return Ok(survey.errors().into_iter().map(unasked).collect());
-    };
+    let mut clashes: Vec<_> = survey.pictures().into_iter().filter(|p| p.spec.name == spec.name).collect();
+    let unasked = |e| format!("whether it has a pool '{}' is not known: {e}", spec.name);
+    let warnings = || survey.errors().into_iter().map(unasked).collect();
+    if clashes.is_empty() {
+        return Ok((None, warnings()));
+    }
+    let (is_only, clash) = (clashes.len() == 1, clashes.remove(0));
     let holders: Vec<_> = clash.reports.iter().chain(&clash.strays).map(|s| s.node.as_str()).collect();
     let same = clash.spec.size == spec.size
         && clash.spec.chunk_size == spec.chunk_size
         && clash.spec.logical_block_size == spec.logical_block_size
-        && clash.spec.members.iter().map(|m| &m.address).eq(spec.members.iter().map(|m| &m.address));
+        && clash.spec.members.len() == spec.members.len()
+        && clash.spec.members.iter().all(|m| spec.members.iter().any(|own| own.address == m.address));
+    let is_unused = clash.view == View::initial(clash.spec.members.iter().map(|m| (m.id, m.store)))
+        && clash.reports.iter().all(|r| r.client.is_none() && r.view == clash.view);
+    let is_cut_short = clash.reports.len() < clash.spec.members.len() && clash.left_out.is_empty();
+    if is_only && same && is_unused && is_cut_short && clash.strays.is_empty() {
+        let made =
+            |r: &PoolStatus| StoreCreated { store: r.store, path: r.path.clone(), warnings: Vec::new() };
+        let there = clash.reports.iter().map(made).collect();
+        return Ok((Some(Begun { spec: clash.spec, there }), warnings()));
+    }
     let hint = if same {
         "it has this very size and these members; if you ran this command before, there is nothing left to do"
     } else {

@@ -21,7 +21,10 @@ pub(super) async fn status(context: &Context, key: Option<&PoolKey>) -> Result<O
         None => survey.pictures(),
     };
     let pools: Vec<_> = pictures.iter().map(|p| (p, assess::assess(p, survey.all_answered(), now))).collect();
-    let texts: Vec<_> = pools.iter().map(|(p, a)| pool_text(p, a, now)).collect();
+    let mut texts: Vec<_> = pools.iter().map(|(p, a)| pool_text(p, a, now)).collect();
+    // Nothing is known of a pool all of whose stores are left out, but that.
+    let beside = if key.is_none() { survey.left_out_beside(&pictures) } else { Vec::new() };
+    texts.extend(beside.iter().map(|(node, l)| format!("{node}: {}\n", format::plain(&l.words()))));
     let json = pools
         .iter()
         .map(|(p, a)| {
@@ -35,7 +38,9 @@ pub(super) async fn status(context: &Context, key: Option<&PoolKey>) -> Result<O
             })
         })
         .collect::<Vec<_>>();
-    let worst = pools.iter().map(|(_, a)| a.level.exit_code()).max().unwrap_or_default();
+    // What is left out may be all that there is of a pool.
+    let floor = if beside.iter().any(|(_, l)| !l.closed) { Level::Unknown.exit_code() } else { 0 };
+    let worst = pools.iter().map(|(_, a)| a.level.exit_code()).fold(floor, u8::max);
     // What was seen is safe, and that is not all that was asked for.
     let exit = if worst == 0 && !survey.all_answered() { EXIT_SILENT } else { worst };
     let mut text = if texts.is_empty() { "no pools\n".to_owned() } else { texts.join("\n") };
@@ -47,7 +52,7 @@ pub(super) async fn status(context: &Context, key: Option<&PoolKey>) -> Result<O
     }
     Ok(Outcome {
         text,
-        json: json!({"pools": json, "nodes": survey.json()}),
+        json: json!({"pools": json, "nodes": survey.json(), "left_out": beside}),
         warnings: survey.errors(),
         exit,
     })
@@ -136,6 +141,7 @@ pub(super) fn members_table(members: &[MemberLine]) -> String {
                 (_, false) => format!("<= {}", format::bytes(line.missed_bytes)),
             },
             match &line.store_state {
+                None if line.left_out.is_some() => "left out".into(),
                 None => "not seen".into(),
                 Some(StoreState::Serving) => "serving".into(),
                 Some(StoreState::Waiting { .. }) => "waiting".into(),

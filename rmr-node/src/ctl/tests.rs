@@ -134,15 +134,125 @@ fn a_node_that_cannot_be_reached_stops_the_creation_before_it_begins() {
 fn a_name_that_a_node_has_is_refused_with_a_hint() {
     let (a, b) = (FakeNode::start("n0"), FakeNode::start("n1"));
     b.hold(pool_status("vm-1", 2, 1));
+    a.hold(pool_status("vm-1", 2, 0));
     let same = create("vm-1", &[&a.address(), &b.address()], &[]).unwrap_err();
-    assert!(same.contains("a pool 'vm-1' exists already") && same.contains("on n1"), "{same}");
+    assert!(same.contains("a pool 'vm-1' exists already") && same.contains("on n0, n1"), "{same}");
     assert!(same.contains("nothing left to do"), "{same}");
+    a.state.lock().unwrap().stores.clear();
     let other = create("vm-1", &[&b.address()], &[]).unwrap_err();
     assert!(other.contains("choose another name"), "{other}");
     // Also on a node that is only named beside the members.
     let error = create("vm-1", &[&a.address()], &["--node", &b.address()]).unwrap_err();
     assert!(error.contains("exists already"), "{error}");
     assert_eq!((a.store_count(), b.store_count()), (0, 1));
+}
+
+#[test]
+fn a_creation_that_was_cut_short_is_completed_by_the_same_command() {
+    let (a, b) = (FakeNode::start("node-a"), FakeNode::start("node-b"));
+    create("vm-1", &[&a.address(), &b.address()], &[]).unwrap();
+    let on = |node: &FakeNode| node.state.lock().unwrap().stores.values().next().cloned();
+    let (first, second) = (on(&a).unwrap(), on(&b).unwrap());
+    // As if the command had been killed in between; the members may be named in another order now.
+    b.state.lock().unwrap().stores.clear();
+    let again = create("vm-1", &[&b.address(), &a.address()], &[]).unwrap();
+    assert!(
+        again.text.contains("made in part by another command") && again.text.contains("1 of 2 stores"),
+        "{}",
+        again.text
+    );
+    assert_eq!((on(&a), on(&b).unwrap().store), (Some(first.clone()), second.store));
+    assert_eq!(on(&b).unwrap().spec, first.spec);
+    assert_eq!(again.json["members"].as_array().unwrap().len(), 2);
+    // Another size is another pool, and so is one that a client has used.
+    b.state.lock().unwrap().stores.clear();
+    let other = rmrctl(&[
+        "pool",
+        "create",
+        "vm-1",
+        "--size",
+        "32M",
+        "--member",
+        &a.address(),
+        "--member",
+        &b.address(),
+    ]);
+    assert!(other.unwrap_err().contains("exists already"));
+    a.state.lock().unwrap().stores.values_mut().for_each(|s| s.client = Some(client(1)));
+    let used = create("vm-1", &[&a.address(), &b.address()], &[]);
+    assert!(used.unwrap_err().contains("exists already"));
+    assert_eq!(b.store_count(), 0);
+}
+
+#[test]
+fn two_creations_begin_on_the_same_node_in_whatever_order_they_name_it() {
+    let (a, b) = (FakeNode::start("node-a"), FakeNode::start("node-b"));
+    b.state.lock().unwrap().refuse_create = Some(ControlError::new(ErrorCode::Exists, "there is one"));
+    let error = create("vm-1", &[&b.address(), &a.address()], &[]).unwrap_err();
+    // On node-a first, whose store is removed again.
+    let asked = a.state.lock().unwrap().requests.len();
+    assert_eq!((asked, a.store_count()), (1, 0), "{error}");
+    assert!(error.contains("there is one"), "{error}");
+}
+
+#[test]
+fn a_store_that_a_node_left_out_is_shown_with_the_reason() {
+    let (a, b) = two_nodes();
+    b.state.lock().unwrap().stores.clear();
+    b.state.lock().unwrap().left_out.push(crate::admin::fake::left_out("/dev/vdb", "vm-1", 1));
+    let (on_a, on_b) = (a.address(), b.address());
+    let status = rmrctl(&["--node", &on_a, "--node", &on_b, "status"]).unwrap();
+    assert!(status.text.contains("member 1: n1 left it out: /dev/vdb: I/O error"), "{}", status.text);
+    assert!(!status.text.contains("not asked") && status.text.contains("left out"), "{}", status.text);
+    assert_eq!(status.exit, 4);
+    // It is the same with one that is Out, of which the headline says nothing by itself.
+    let mut out = pool_status("vm-1", 2, 0);
+    set_state(&mut out, 1, MemberState::Out);
+    a.hold(out);
+    let status = rmrctl(&["--node", &on_a, "--node", &on_b, "status", "vm-1"]).unwrap();
+    assert!(status.text.contains("left it out: /dev/vdb: I/O error"), "{}", status.text);
+    assert_eq!(status.exit, 3);
+    // A pool of which nothing else is known.
+    a.state.lock().unwrap().stores.clear();
+    let status = rmrctl(&["--node", &on_a, "--node", &on_b, "status"]).unwrap();
+    assert!(
+        status.text.contains("n1: store /dev/vdb of pool 'vm-1' member 1 is left out: I/O error"),
+        "{}",
+        status.text
+    );
+    assert_eq!(status.exit, 4);
+    let error = rmrctl(&["--node", &on_a, "--node", &on_b, "status", "vm-1"]).unwrap_err();
+    assert!(error.contains("n1: store /dev/vdb of pool 'vm-1'"), "{error}");
+}
+
+#[test]
+fn stores_are_listed_opened_closed_and_deleted() {
+    let (a, b) = two_nodes();
+    b.state.lock().unwrap().left_out.push(crate::admin::fake::left_out("/dev/vdb", "vm-2", 0));
+    let (on_a, on_b) = (a.address(), b.address());
+    let both = ["--node", &on_a, "--node", &on_b];
+    let run = |nodes: &[&str], args: &[&str]| rmrctl(&[nodes, args].concat());
+    let list = run(&both, &["store", "list"]).unwrap();
+    assert!(list.text.contains("LEFT OUT") && list.text.contains("tried again in 1 s"), "{}", list.text);
+    assert_eq!(list.exit, EXIT_FAILED);
+    // A path is one of a node.
+    assert!(run(&both, &["store", "open", "/dev/vdb"]).unwrap_err().contains("name that node alone"));
+    let opened = run(&["--node", &on_b], &["store", "open", "/dev/vdb"]).unwrap();
+    assert!(
+        opened.text.contains("of pool vm-2 at /dev/vdb") && opened.text.contains("is opened"),
+        "{}",
+        opened.text
+    );
+    // A store is looked for on all nodes.
+    let store = pool_status("vm-1", 2, 1).store.to_string();
+    let closed = run(&both, &["store", "close", &store]).unwrap();
+    assert!(closed.text.contains("is closed"), "{}", closed.text);
+    assert_eq!(run(&both, &["store", "list"]).unwrap().exit, 0, "it is closed on purpose");
+    let error = run(&both, &["store", "delete", &store]).unwrap_err();
+    assert!(error.contains("--yes-destroy-all-data"), "{error}");
+    run(&both, &["store", "delete", &store, "--yes-destroy-all-data"]).unwrap();
+    assert!(b.state.lock().unwrap().left_out.is_empty());
+    assert!(run(&both, &["store", "close", "vdb"]).is_err());
 }
 
 #[test]
@@ -304,7 +414,7 @@ fn the_json_of_status_keeps_its_form() {
         json!({
             "member": id, "node": format!("n{id}"), "address": format!("tcp://n{id}:7700"), "state": "clean", "maintenance": false,
             "since_unix_ms": null, "missed_bytes": 0, "missed_exact": true, "leg": "none",
-            "store_state": {"state": "serving"}, "resync": null,
+            "store_state": {"state": "serving"}, "resync": null, "condition": null, "disk": null, "left_out": null,
         })
     };
     let expected = json!({
@@ -323,6 +433,7 @@ fn the_json_of_status_keeps_its_form() {
             {"address": a.address(), "answered": true, "error": null},
             {"address": b.address(), "answered": true, "error": null},
         ],
+        "left_out": [],
     });
     assert_eq!(status.json, expected, "{:#}", status.json);
 }

@@ -48,13 +48,13 @@ pub struct EngineOptions {
     pub choice: EngineChoice,
     /// Requests that the kernel gets at a time over all disks: 1 to 4096. Each costs about 300 bytes.
     pub queue_depth: u32,
-    /// Most disks at a time.
+    /// Most disks at a time. What a disk costs, it costs when it is added.
     pub disks: u16,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { choice: EngineChoice::Auto, queue_depth: 256, disks: 256 }
+        Self { choice: EngineChoice::Auto, queue_depth: 256, disks: u16::MAX }
     }
 }
 

@@ -111,7 +111,7 @@ impl DiskFile {
         })
     }
 
-    /// Gives the disk another open file description, `metadata`, for [`IoKind::FlushMetadata`]. The kernel reports a failed
+    /// Gives the disk another open file description, `metadata`, for `IoKind::FlushMetadata`. The kernel reports a failed
     /// write-back once for each description, so one that both kinds of flush shared would tell only one of them. `lock` is kept
     /// open for as long as the disk.
     #[must_use]

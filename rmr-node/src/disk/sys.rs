@@ -68,6 +68,38 @@ pub(crate) fn direct_alignment(file: &File) -> io::Result<Option<DirectAlignment
     Ok(known.then_some(found))
 }
 
+/// Number of bytes that a user of the file's file system can still write there; `None` where it does not say.
+pub(crate) fn free_bytes(file: &File) -> io::Result<Option<u64>> {
+    let mut buffer = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the buffer has the size that the call fills.
+    check(unsafe { libc::fstatvfs(file.as_raw_fd(), buffer.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded and filled the buffer.
+    let found = unsafe { buffer.assume_init() };
+    Ok((found.f_blocks > 0).then(|| found.f_bavail.saturating_mul(found.f_frsize)))
+}
+
+/// Drops clean pages of the file from the page cache, so that the next read asks the disk.
+pub(crate) fn drop_cache(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the duration of the call; no memory is involved.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// Raises the limit of open descriptors as far as this process may, and returns it.
+pub(crate) fn raise_descriptor_limit() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the structure is valid for the call, which fills it.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    if limit.rlim_cur < limit.rlim_max {
+        let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+        // SAFETY: the structure is valid for the call, which only reads it.
+        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) })?;
+    }
+    Ok(limit.rlim_max)
+}
+
 /// Whether the file has any allocated data; a file that is one hole has none.
 pub(crate) fn has_data(file: &File) -> io::Result<bool> {
     // SAFETY: the descriptor is open for the duration of the call.

@@ -14,6 +14,10 @@ use super::inline::{MAX_ATTEMPTS, zero_segments};
 use super::zero::{ZeroCall, ZeroStep, Zeroing};
 use super::{AlignedPage, BufferPool, Completion, DiskError, DiskId, Io, IoKind};
 
+/// Most disks whose descriptors are registered, which saves the kernel a look-up for each request. The table has its size from
+/// the start, some 64 KiB; disks beyond it are used by plain descriptors.
+const REGISTERED_FILES: u16 = 4096;
+
 /// A disk, and whether the ring has its descriptor registered.
 #[derive(Debug)]
 pub(super) struct RingDisk {
@@ -60,8 +64,9 @@ impl Ring {
         let ring = build(depth)?;
         let wakeup = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         ring.submitter().register_eventfd(wakeup.as_raw_fd())?;
-        let file_slots = match ring.submitter().register_files_sparse(u32::from(disks)) {
-            Ok(()) => disks,
+        let file_slots = disks.min(REGISTERED_FILES);
+        let file_slots = match ring.submitter().register_files_sparse(u32::from(file_slots)) {
+            Ok(()) => file_slots,
             Err(error) => {
                 tracing::debug!(
                     "the kernel registers no sparse file table ({error}); plain descriptors are used"

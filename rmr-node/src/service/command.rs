@@ -47,7 +47,7 @@ impl Shard {
         match self.member_of_pool(pool) {
             Some(index) => self.take_command(index, command, Asker::Admin(responder)),
             None => {
-                let text = "the pool is being deleted on this node";
+                let text = "the store of the pool is being closed on this node";
                 responder.send(Err(ControlError::new(ErrorCode::NotFound, text)));
             }
         }

@@ -1,33 +1,52 @@
 //! The admin API's view of the service: requests go to the shard that owns the state.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rmr_common::pool::{Command as PoolCommand, CommandReply, StoreId};
+use rmr_common::pool::{Command as PoolCommand, CommandReply, PoolId, StoreId};
 
 use super::Shared;
 use super::command::ask_others;
-use super::shard::{Command, ShardHandle};
+use super::keeper::Keeper;
+use super::places::{PoolPlace, Stage};
+use super::shard::{Command, Deleting, ShardHandle};
 use crate::admin::api::{
-    ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreCreated, UnixMs,
+    ControlError, CreateStore, DeleteStore, ErrorCode, NodeInfo, PoolKey, PoolStatus, StoreChanged,
+    StoreCreated, StoreList, StoreName, UnixMs,
 };
 use crate::admin::{NodeControl, Reply, Responder, reply};
-use crate::store::{CreateOptions, Store, ZeroPolicy};
 
 /// See the module's comment.
 pub(super) struct Control {
     shared: Arc<Shared>,
     shards: Vec<ShardHandle>,
+    keeper: Arc<Keeper>,
 }
 
 impl Control {
-    pub(super) const fn new(shared: Arc<Shared>, shards: Vec<ShardHandle>) -> Self {
-        Self { shared, shards }
+    pub(super) const fn new(shared: Arc<Shared>, shards: Vec<ShardHandle>, keeper: Arc<Keeper>) -> Self {
+        Self { shared, shards, keeper }
+    }
+
+    /// The place of a store that is open.
+    fn place_of(&self, name: &StoreName) -> Option<(PoolId, PoolPlace)> {
+        let pools = self.shared.pools();
+        let place = match (&name.path, name.store) {
+            (Some(path), store) => pools.at(path).filter(|(_, place)| store.is_none_or(|s| s == place.store)),
+            (None, Some(store)) => pools.of_store(store),
+            (None, None) => None,
+        };
+        place.filter(|(_, place)| place.stage != Stage::Making).map(|(pool, place)| (pool, place.clone()))
     }
 
     fn info(&self) -> NodeInfo {
         let config = &self.shared.config;
         let sum = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let (stores, left_out) = {
+            let pools = self.shared.pools();
+            (pools.open_count(), pools.left_out().count())
+        };
         NodeInfo {
             name: config.node_name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -37,7 +56,9 @@ impl Control {
             admin_address: config.admin,
             engine: engine_words(self.shared.inline.iter().map(|i| i.load(Ordering::Relaxed))).to_owned(),
             shards: sum(config.shards),
-            stores: sum(self.shared.pools().len()),
+            stores: sum(stores),
+            stores_left_out: sum(left_out),
+            max_stores: sum(self.shared.max_stores),
             connections: sum(self.shared.connections.count()),
             max_connections: sum(config.max_connections),
             buffer_bytes: config.buffer_memory * config.shards as u64,
@@ -88,34 +109,60 @@ impl NodeControl for Control {
 
     fn create_store(&self, request: CreateStore) -> Reply<StoreCreated> {
         let (responder, reply) = reply();
-        // The pool with the fewest stores of this node goes to the shard with the fewest.
-        let shard = {
-            let pools = self.shared.pools();
-            (0..self.shards.len())
-                .min_by_key(|i| pools.values().filter(|p| p.shard == *i).count())
-                .unwrap_or(0)
-        };
-        let (shared, handle) = (Arc::clone(&self.shared), self.shards[shard].clone());
+        let keeper = Arc::clone(&self.keeper);
         // Zeroing a device takes as long as the device needs; no shard waits for it.
-        let work = move || match create(&shared, &request) {
-            Ok(store) => handle.send(Command::Adopt(Box::new(store), responder)),
-            Err(error) => responder.send(Err(error)),
-        };
-        if let Err(error) = std::thread::Builder::new().name("create-store".into()).spawn(work) {
-            let text = format!("no thread to create the store: {error}");
-            return Box::pin(async { Err(ControlError::new(ErrorCode::Busy, text)) });
-        }
+        on_thread("create-store", responder, move || keeper.create(&request));
         reply
     }
 
     fn delete_store(&self, store: StoreId, request: DeleteStore) -> Reply<()> {
-        let place = self.shared.pools().values().find(|p| p.store == store).cloned();
+        let place = self.shared.pools().of_store(store).map(|(_, place)| place.clone());
         let Some(place) = place else {
             let text = format!("this node has no store {store}");
             return Box::pin(async { Err(ControlError::new(ErrorCode::NotFound, text)) });
         };
         let (responder, reply): (Responder<()>, _) = reply();
-        self.shards[place.shard].send(Command::Delete(store, request.force, responder));
+        let own = self.keeper.is_own(&place.path);
+        let deleting = Deleting { store, force: request.force, own };
+        self.shards[place.shard].send(Command::Delete(deleting, responder));
+        reply
+    }
+
+    fn stores(&self) -> Reply<StoreList> {
+        let list = self.keeper.list();
+        Box::pin(async move { Ok(list) })
+    }
+
+    fn open_store(&self, path: PathBuf) -> Reply<StoreChanged> {
+        let (responder, reply) = reply();
+        let keeper = Arc::clone(&self.keeper);
+        on_thread("open-store", responder, move || keeper.open_by_command(&path));
+        reply
+    }
+
+    fn close_store(&self, name: StoreName) -> Reply<StoreChanged> {
+        let (responder, reply) = reply();
+        match self.place_of(&name) {
+            Some((_, place)) => {
+                self.shards[place.shard].send(Command::Close(place.store, name.force, responder));
+            }
+            None => responder.send(self.keeper.close_left_out(&name)),
+        }
+        reply
+    }
+
+    fn delete_store_at(&self, name: StoreName) -> Reply<StoreChanged> {
+        if let Some((_, place)) = self.place_of(&name) {
+            let deleted = self.delete_store(place.store, DeleteStore { force: name.force });
+            let PoolPlace { path, store, name, .. } = place;
+            return Box::pin(async move {
+                deleted.await?;
+                Ok(StoreChanged { path, store: Some(store), name: Some(name), notes: Vec::new() })
+            });
+        }
+        let (responder, reply) = reply();
+        let keeper = Arc::clone(&self.keeper);
+        on_thread("delete-store", responder, move || keeper.delete_left_out(&name));
         reply
     }
 
@@ -123,10 +170,10 @@ impl NodeControl for Control {
         let found = {
             let pools = self.shared.pools();
             let place = match &pool {
-                PoolKey::Id(id) => pools.get_key_value(id),
-                PoolKey::Name(name) => pools.iter().find(|(_, place)| place.name == *name),
+                PoolKey::Id(id) => pools.get(*id).map(|place| (*id, place)),
+                PoolKey::Name(name) => pools.named(name),
             };
-            place.map(|(id, place)| (*id, place.shard))
+            place.filter(|(_, place)| place.stage != Stage::Making).map(|(id, place)| (id, place.shard))
         };
         let Some((id, shard)) = found else {
             let text = format!("there is no pool {pool} on this node");
@@ -159,40 +206,17 @@ fn engine_words(inline: impl Iterator<Item = bool>) -> &'static str {
     }
 }
 
-fn create(shared: &Shared, request: &CreateStore) -> Result<Store, ControlError> {
-    let spec = &request.spec;
-    {
-        let pools = shared.pools();
-        if pools.contains_key(&spec.id) || pools.values().any(|p| p.name == spec.name) {
-            let text = format!("this node has a store of pool '{}' already", spec.name);
-            return Err(ControlError::new(ErrorCode::Exists, text));
-        }
+/// Does what may wait for a device on a thread, and answers.
+fn on_thread<T: Send + 'static>(
+    name: &str,
+    responder: Responder<T>,
+    work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
+) {
+    // The responder goes with the work if there is no thread, and answers that the node is stopping.
+    let run = move || responder.send(work());
+    if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(run) {
+        tracing::error!("no thread for an operator's command: {error}");
     }
-    let Some(member) = spec.member(request.member) else {
-        let text = format!("pool '{}' has no member {}", spec.name, request.member);
-        return Err(ControlError::new(ErrorCode::Invalid, text));
-    };
-    let path = match &request.path {
-        Some(path) => shared
-            .config
-            .place_for_store(path)
-            .map_err(|error| ControlError::new(ErrorCode::Forbidden, error.to_string()))?,
-        None => shared.config.new_store_path(spec.id, request.member).ok_or_else(|| {
-            let text = "this node has no store directory (store_dir): name a device or file for the store";
-            ControlError::new(ErrorCode::Invalid, text)
-        })?,
-    };
-    let options = CreateOptions {
-        spec: spec.clone(),
-        member: request.member,
-        store: member.store,
-        view: request.view.clone(),
-        overwrite: request.overwrite,
-        zero: if request.assume_zero { ZeroPolicy::Check } else { ZeroPolicy::Zero },
-        max_size: request.max_size_bytes,
-    };
-    Store::create(&path, &options, &mut |_, _| {}).map_err(ControlError::from)?;
-    Store::open(&path, Some(spec.id)).map_err(ControlError::from)
 }
 
 #[cfg(test)]

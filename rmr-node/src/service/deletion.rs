@@ -1,13 +1,14 @@
-//! Stores that are being deleted: what is known of each until nothing of it is left. The work itself waits for the device,
-//! so it is done on a thread of its own.
+//! Stores that are being closed or deleted: what is known of each until it is closed, or nothing of it is left. The work
+//! itself waits for the device, so it is done on a thread of its own.
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use rmr_common::pool::{PoolId, StoreId};
+use rmr_common::time::Time;
 
 use crate::admin::Responder;
-use crate::admin::api::{ControlError, ErrorCode};
+use crate::admin::api::{ControlError, ErrorCode, LeftOut, StoreChanged};
 use crate::store::{Store, StoreError};
 
 /// What there is of a store that is to go.
@@ -26,19 +27,38 @@ pub(super) struct Remains {
 impl Remains {
     /// Leaves nothing that could be opened as a store. Can be called again when it failed, at whatever step.
     pub(super) fn destroy(&self) -> Result<(), String> {
-        match Store::destroy(&self.path, Some(self.pool)) {
-            Ok(_) => {}
-            Err(StoreError::NoSuperblock { .. }) if self.tried => {}
-            Err(StoreError::Io { source, .. }) if self.tried && source.kind() == ErrorKind::NotFound => {
-                return Ok(());
+        let done = match self.own {
+            true => Store::remove(&self.path, Some(self.pool)),
+            false => Store::destroy(&self.path, Some(self.pool)),
+        };
+        match done {
+            Ok(_) => Ok(()),
+            Err(StoreError::NoSuperblock { .. }) if self.tried && self.own => {
+                std::fs::remove_file(&self.path).map_err(|e| format!("{}: {e}", self.path.display()))
             }
-            Err(error) => return Err(error.to_string()),
+            Err(StoreError::NoSuperblock { .. }) if self.tried => Ok(()),
+            Err(StoreError::Io { source, .. }) if self.tried && source.kind() == ErrorKind::NotFound => {
+                Ok(())
+            }
+            Err(error) => Err(error.to_string()),
         }
-        if self.own {
-            std::fs::remove_file(&self.path).map_err(|e| format!("{}: {e}", self.path.display()))?;
-        }
-        Ok(())
     }
+}
+
+/// A store that is being closed, and stays as it is.
+///
+/// ```text
+/// clients leave ──► nothing under way ──► marked as closed in order ──► left out, with its reason
+/// ```
+/// A store whose metadata cannot be written is not marked.
+pub(super) struct Closure {
+    /// The member with this index.
+    pub(super) index: usize,
+    pub(super) entry: LeftOut,
+    /// Until when clients are given the time to leave by themselves.
+    pub(super) deadline: Time,
+    pub(super) marked: bool,
+    pub(super) responder: Option<Responder<StoreChanged>>,
 }
 
 /// One deletion.

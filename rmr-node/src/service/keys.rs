@@ -109,7 +109,12 @@ impl Shard {
     pub(super) fn greet_here(&mut self, id: ConnectionId, greeting: &Greeting, hello: Hello, pool: PoolId) {
         let header = greeting.header;
         let Some((_, member)) = self.member_at(pool) else {
-            return self.refuse(id, &header, Status::NoSuchPool, "the pool is being deleted".to_owned());
+            return self.refuse(
+                id,
+                &header,
+                Status::Stopping,
+                "the store of the pool is being closed".to_owned(),
+            );
         };
         if let Err(text) = member.replica.greet(&hello) {
             return self.refuse(id, &header, Status::Version, text);
@@ -164,7 +169,12 @@ impl Shard {
         admitted: Option<&Admitted>,
     ) {
         let Some((index, member)) = self.member_at(pool) else {
-            return self.refuse(id, header, Status::NoSuchPool, "the pool is being deleted".to_owned());
+            return self.refuse(
+                id,
+                header,
+                Status::Stopping,
+                "the store of the pool is being closed".to_owned(),
+            );
         };
         let mut reply = match member.replica.greet(hello) {
             Ok(reply) => reply,

@@ -19,7 +19,7 @@ use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 use super::Shared;
 use super::command::Asker;
 use super::pulls::Pulls;
-use super::source_link::SourceLink;
+use super::source_link::{Meant, SourceLink};
 use super::throttle::Burst;
 use super::trouble::Troubles;
 use crate::admin::api::{
@@ -45,6 +45,8 @@ pub(super) struct Member {
     pub(super) store: Store,
     pub(super) disk: DiskId,
     writer: MetadataWriter,
+    /// Why metadata was not even given to the writer.
+    refused: Option<String>,
     /// Requests to the writer that are not durable, oldest first.
     tickets: VecDeque<(crate::store::Ticket, Ticket)>,
     /// Buffers that a disk read has filled, until their answer is queued, by the request's number.
@@ -67,6 +69,10 @@ pub(super) struct Member {
     pub(super) closing: bool,
     /// The connection to the node that this member is brought up to date from.
     pub(super) source: Option<SourceLink>,
+    /// The member that the connection is to lead to.
+    pub(super) source_meant: Option<Meant>,
+    /// Why the last connection to a source was lost.
+    pub(super) source_error: String,
     /// Tells an attempt to connect to it from an earlier one.
     pub(super) source_attempt: u64,
     /// An attempt is under way, if only one that nobody waits for any more. There is one thread at a time.
@@ -103,7 +109,7 @@ struct Progress {
 
 impl Member {
     /// Serves a store, which `disk` carries in the shard's engine.
-    pub(super) fn new(store: Store, disk: DiskId, shared: &Arc<Shared>) -> Self {
+    pub(super) fn new(mut store: Store, disk: DiskId, shared: &Arc<Shared>) -> Self {
         let superblock = store.superblock().clone();
         let spec = superblock.spec.clone();
         let mut maps = MemberMaps::new(&spec);
@@ -147,11 +153,13 @@ impl Member {
         };
         let replica = Replica::new(config, superblock.member, state, maps);
         let writer = store.metadata_writer();
+        store.forget_maps();
         Self {
             replica,
             store,
             disk,
             writer,
+            refused: None,
             tickets: VecDeque::new(),
             reads: Vec::new(),
             reading_bytes: 0,
@@ -164,6 +172,8 @@ impl Member {
             state_since: [None; rmr_common::pool::MAX_MEMBERS],
             closing: false,
             source: None,
+            source_meant: None,
+            source_error: String::new(),
             source_attempt: 0,
             connecting: None,
             next_source: None,
@@ -222,9 +232,12 @@ impl Member {
             }
         };
         match asked {
+            // The writer has stopped for good: what it is asked for now would never be answered.
+            Ok(_) if self.metadata_failed() => self.replica.apply(Event::Durable(ticket, Err(())), now),
             Ok(asked) => self.tickets.push_back((asked, ticket)),
             Err(error) => {
                 tracing::error!(pool = %self.replica.spec().name, "superblock refused: {error}");
+                self.refused = Some(format!("the superblock to be written is refused: {error}"));
                 self.replica.apply(Event::Durable(ticket, Err(())), now);
             }
         }
@@ -280,6 +293,11 @@ impl Member {
     /// Whether metadata could not be written, and never will be.
     pub(super) fn metadata_failed(&self) -> bool {
         self.writer.failure().is_some()
+    }
+
+    /// Why metadata could not be written, in words.
+    pub(super) fn metadata_failure(&self) -> Option<String> {
+        self.writer.failure().map(ToString::to_string).or_else(|| self.refused.clone())
     }
 
     /// Writes what operators want to know to the log.
@@ -585,7 +603,19 @@ impl IoTag {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+    use std::sync::Mutex;
+
+    use rmr_common::pool::{BootId, ClientId, Epoch, Mark, MemberSet};
+    use rmr_common::replica::{ConnectionId, Output};
+    use rmr_common::transport::rdma::Fabric;
+    use rmr_common::wire::{Attach, Kind, MessageHeader, Role};
+
+    use super::super::Connections;
+    use super::super::keys::Keys;
     use super::*;
+    use crate::config::{Config, Settings};
 
     #[test]
     fn the_link_to_a_source_is_told_and_none_is_needed_to_others() {
@@ -605,6 +635,109 @@ mod tests {
         assert_eq!(link_to(member(1), Some(&resync)), LinkState::Down { reason: "connecting".into() });
         resync.last_error = Some("refused".into());
         assert_eq!(link_to(member(1), Some(&resync)), LinkState::Down { reason: "refused".into() });
+    }
+
+    fn shared() -> Arc<Shared> {
+        let config = Settings::parse("").unwrap().with_defaults().unwrap();
+        let config = Config::new(&config).unwrap();
+        Arc::new(Shared {
+            host_boot: BootId::random(),
+            process_boot: BootId::random(),
+            started: UnixMs::now(),
+            advertised: Mutex::default(),
+            pools: Mutex::default(),
+            retries: Mutex::default(),
+            remembered: Mutex::default(),
+            max_stores: 16,
+            connections: Connections::default(),
+            buffer_used: Vec::new(),
+            buffer_lent: Vec::new(),
+            inline: Vec::new(),
+            counters: Mutex::default(),
+            fabric: Fabric::for_nodes(),
+            client_tls: None,
+            keys: Keys::new(config.keys.clone()),
+            config,
+        })
+    }
+
+    fn open(path: &Path) -> Member {
+        Member::new(Store::open(path, None).unwrap(), DiskId(0), &shared())
+    }
+
+    /// Lets a client attach, and returns what the replica wants to be durable before it answers.
+    fn attach(member: &mut Member) -> (Ticket, Metadata) {
+        let attach = Attach {
+            client: ClientId::random(),
+            takeover: false,
+            rejoin: false,
+            yields: false,
+            description: "a client".into(),
+            held_ms: 0,
+        };
+        let epoch = Epoch(member.writer.superblock().epoch.0 + 1);
+        let header = &MessageHeader { epoch, ..MessageHeader::new(Kind::Attach, member.pool()) };
+        let (connection, body) = (ConnectionId(1), &attach.encode()[..]);
+        member
+            .replica
+            .apply(Event::Message { connection, role: Role::Client, header, body, buffer: None }, Time(1));
+        let outputs = std::iter::from_fn(|| member.replica.take_output());
+        let wanted = outputs.filter_map(|output| match output {
+            Output::Persist(ticket, metadata) => Some((ticket, metadata)),
+            _ => None,
+        });
+        wanted.last().expect("the epoch must be durable")
+    }
+
+    #[test]
+    fn what_is_asked_of_a_writer_that_has_failed_is_answered_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        crate::store::tests::make(&path);
+        let mut member = open(&path);
+        member.mark_clean();
+        let Some(MetadataIo::Write { id, .. }) = member.next_metadata_io() else { panic!("a superblock") };
+        member.metadata_done(id, Err("I/O error".into()), Time(0));
+        assert!(member.metadata_failed() && member.metadata_idle());
+        // The replica asked before it heard of the failure. It would wait for ever, and so would a stop and a deletion.
+        let (ticket, metadata) = attach(&mut member);
+        assert!(member.replica.is_busy());
+        member.persist(ticket, &metadata, Time(2));
+        assert!(!member.replica.is_busy());
+        assert!(member.replica.status().broken);
+    }
+
+    #[test]
+    fn all_of_a_state_is_in_the_store_when_it_is_opened_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        let spec = crate::store::tests::make(&path);
+        let mut member = open(&path);
+        let (ticket, metadata) = attach(&mut member);
+        let Metadata::State(mut state) = metadata else { panic!("an epoch is of the state") };
+        state.mark = Mark(77);
+        state.attested.regressed = MemberSet::only(spec.members[0].id);
+        let wanted = state.clone();
+        member.persist(ticket, &Metadata::State(state), Time(2));
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        while let Some(io) = member.next_metadata_io() {
+            let id = match io {
+                MetadataIo::Write { id, offset, page } => {
+                    file.write_all_at(page.bytes(), offset).unwrap();
+                    id
+                }
+                MetadataIo::Flush { id } => id,
+            };
+            assert!(member.replica.is_busy() || member.writer.durable() > crate::store::Ticket(0));
+            member.metadata_done(id, Ok(()), Time(3));
+        }
+        drop(member);
+        let store = Store::open(&path, None).unwrap();
+        let found = store.superblock();
+        assert_eq!((&found.view, &found.spec, found.epoch), (&wanted.view, &wanted.spec, wanted.epoch));
+        assert_eq!((found.mark, found.attested), (wanted.mark, wanted.attested));
+        let client = found.client.as_ref().map(|c| (c.id, c.name.clone(), c.attached));
+        assert_eq!(client, wanted.last_client.map(|c| (c.client, c.description, c.attached)));
     }
 
     #[test]

@@ -12,9 +12,13 @@ mod connection;
 mod control;
 mod deletion;
 mod forward;
+mod judge;
+mod keeper;
 mod keys;
 mod member;
+mod places;
 mod pulls;
+mod remembered;
 mod room;
 mod shard;
 mod source_link;
@@ -25,8 +29,9 @@ mod windows;
 use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::Context;
 use rmr_common::pool::{Address, BootId, PoolId, TransportKind};
@@ -34,14 +39,25 @@ use rmr_common::transport::rdma::{Fabric, RdmaListener};
 use rmr_common::transport::tls::{ClientTls, ServerTls};
 use rmr_common::transport::{Counters, Listener};
 
-use crate::admin::api::UnixMs;
+use crate::admin::api::{LeftOut, UnixMs};
 use crate::admin::{AdminServer, HostNames};
 use crate::config::{Config, TlsConfig};
+use crate::disk::sys::raise_descriptor_limit;
 use crate::lifecycle::{Shutdown, ready};
-use crate::store::{Store, remove_unfinished};
+use crate::store::remove_unfinished;
 use control::Control;
+use keeper::{Keeper, Retries};
 use keys::Keys;
+use places::{Places, Stage};
+use remembered::Remembered;
 use shard::{Command, Shard, ShardHandle};
+
+/// Descriptors that an open store takes: its own, those of data and metadata with the lock, and one while it grows.
+const DESCRIPTORS_PER_STORE: usize = 5;
+/// Descriptors for everything but stores, data connections and shards.
+const OTHER_DESCRIPTORS: usize = 128;
+/// How often the node looks whether a store that was left out is due.
+const RETRY_BEAT: Duration = Duration::from_millis(500);
 
 /// What all shards and the admin API know of one another.
 pub(crate) struct Shared {
@@ -50,7 +66,13 @@ pub(crate) struct Shared {
     process_boot: BootId,
     started: UnixMs,
     advertised: Mutex<Vec<Address>>,
-    pools: Mutex<HashMap<PoolId, PoolPlace>>,
+    pools: Mutex<Places>,
+    /// When stores that were left out are tried again.
+    retries: Mutex<Retries>,
+    /// The stores outside the store directory; none without a store directory.
+    remembered: Mutex<Option<Remembered>>,
+    /// Most stores, by configuration and by descriptors.
+    max_stores: usize,
     connections: Connections,
     buffer_used: Vec<AtomicU64>,
     /// How much of that is lent to clients over RDMA.
@@ -65,17 +87,9 @@ pub(crate) struct Shared {
     keys: Keys,
 }
 
-/// Where a pool's store is served.
-#[derive(Clone, Debug)]
-pub(crate) struct PoolPlace {
-    name: String,
-    store: rmr_common::pool::StoreId,
-    shard: usize,
-}
-
 impl Shared {
-    /// The list of pools. A panic elsewhere cannot have left it half changed: each change is one insert or remove.
-    pub(crate) fn pools(&self) -> MutexGuard<'_, HashMap<PoolId, PoolPlace>> {
+    /// The list of stores. A panic elsewhere cannot have left it half changed: each change is one insert or remove.
+    pub(crate) fn pools(&self) -> MutexGuard<'_, Places> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -100,10 +114,17 @@ impl Shared {
     /// The pool of this name, or the identity as it is when no name is given.
     fn resolve(&self, pool: PoolId, name: &str) -> Option<(PoolId, usize)> {
         let pools = self.pools();
-        if name.is_empty() {
-            return pools.get(&pool).map(|place| (pool, place.shard));
-        }
-        pools.iter().find(|(_, place)| place.name == name).map(|(id, place)| (*id, place.shard))
+        let found =
+            if name.is_empty() { pools.get(pool).map(|place| (pool, place)) } else { pools.named(name) };
+        found.filter(|(_, place)| place.stage != Stage::Making).map(|(id, place)| (id, place.shard))
+    }
+
+    /// Why the store of a pool is left out, if it is.
+    fn why_left_out(&self, pool: PoolId, name: &str) -> Option<String> {
+        let is_its = |l: &&LeftOut| {
+            if name.is_empty() { l.pool == Some(pool) } else { l.name.as_deref() == Some(name) }
+        };
+        self.pools().left_out().find(is_its).map(|l| l.words())
     }
 }
 
@@ -115,12 +136,17 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let fabric = Fabric::for_nodes();
     let (server_tls, client_tls) = load_tls(&config.tls)?;
     let (listeners, bound) = listen(&config, server_tls.as_ref(), &fabric)?;
+    let descriptors = raise_descriptor_limit().context("asking for the limit of open files")?;
+    let max_stores = max_stores(&config, descriptors);
     let shared = Arc::new(Shared {
         host_boot: host_boot()?,
         process_boot: BootId::random(),
         started: UnixMs::now(),
         advertised: Mutex::new(config.advertised(&bound)?),
         pools: Mutex::default(),
+        retries: Mutex::default(),
+        remembered: Mutex::new(config.store_dir.as_deref().map(Remembered::read)),
+        max_stores,
         connections: Connections::default(),
         buffer_used: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
         buffer_lent: (0..config.shards).map(|_| AtomicU64::new(0)).collect(),
@@ -131,36 +157,33 @@ pub fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
         keys: Keys::new(config.keys.clone()),
         config,
     });
-    let stores = open_stores(&shared)?;
-    let count = stores.len();
+    remove_remains(&shared)?;
     let handles: Vec<ShardHandle> =
         (0..shared.config.shards).map(ShardHandle::new).collect::<Result<_, _>>()?;
-    let (opening, opened) = mpsc::channel();
     let mut threads: Vec<JoinHandle<anyhow::Result<()>>> = Vec::new();
-    let mut stores_of: Vec<Vec<Store>> = (0..shared.config.shards).map(|_| Vec::new()).collect();
-    for (i, store) in stores.into_iter().enumerate() {
-        stores_of[i % shared.config.shards].push(store);
-    }
-    for (index, stores) in stores_of.into_iter().enumerate() {
+    for index in 0..shared.config.shards {
         let (shared, handles, shutdown) = (Arc::clone(&shared), handles.clone(), shutdown.clone());
-        let opening = opening.clone();
         let thread = std::thread::Builder::new().name(format!("shard-{index}")).spawn(move || {
-            let result = Shard::run(index, Arc::clone(&shared), handles, stores, opening, shutdown.clone());
+            let result = Shard::run(index, Arc::clone(&shared), handles, shutdown.clone());
             // The others cannot serve the pools of this one: stop all, in order.
             shutdown.request();
             result
         })?;
         threads.push(thread);
     }
-    drop(opening);
+    let keeper = Arc::new(Keeper::new(Arc::clone(&shared), handles.clone()));
     // A client that came before would be told that there is no such pool, and believe it.
-    while opened.recv().is_ok() {}
-    handles[0].send(Command::Listen(listeners));
-    let control = Arc::new(Control::new(Arc::clone(&shared), handles));
+    let count = keeper.open_all()?;
+    let mut listeners = Some(listeners);
+    for handle in &handles {
+        handle.send(Command::Listen(listeners.take().unwrap_or_default()));
+    }
+    let control = Arc::new(Control::new(Arc::clone(&shared), handles, Arc::clone(&keeper)));
     let mut names = shared.config.known_names();
     names.extend(shared.advertised().iter().map(|address| address.host().to_owned()));
     let (address, limits) = (shared.config.admin, shared.config.admin_limits);
     let admin = AdminServer::start(address, limits, HostNames::new(names), control)?;
+    retry_stores(keeper, shutdown)?;
     let addresses: Vec<String> = shared.advertised().iter().map(ToString::to_string).collect();
     let line = format!("serving {count} stores at {}", addresses.join(", "));
     tracing::info!(admin = %admin.local_addr(), "{line}");
@@ -227,9 +250,8 @@ fn host_boot() -> anyhow::Result<BootId> {
     Ok(BootId(uuid::Uuid::parse_str(text.trim()).with_context(|| path.to_owned())?))
 }
 
-/// Opens every configured store. One that cannot be opened keeps the node from starting when it was named, and is left
-/// out with an error in the log when it merely lies in the store directory: it must not take the others down.
-fn open_stores(shared: &Arc<Shared>) -> anyhow::Result<Vec<Store>> {
+/// Removes what is left in the store directory of stores whose creation was cut short.
+fn remove_remains(shared: &Shared) -> anyhow::Result<()> {
     if let Some(directory) = &shared.config.store_dir {
         let removed =
             remove_unfinished(directory).with_context(|| format!("reading {}", directory.display()))?;
@@ -237,15 +259,40 @@ fn open_stores(shared: &Arc<Shared>) -> anyhow::Result<Vec<Store>> {
             tracing::warn!(path = %path.display(), "removed what was left of a store whose creation was cut short");
         }
     }
-    let mut stores = Vec::new();
-    for path in shared.config.stores_to_open()? {
-        match Store::open(&path, None) {
-            Ok(store) => stores.push(store),
-            Err(error) if shared.config.stores.contains(&path) => return Err(error.into()),
-            Err(error) => tracing::error!(path = %path.display(), "store left out: {error}"),
-        }
+    Ok(())
+}
+
+/// Most stores that the node may have: what is configured, or as many as there are descriptors for beside connections.
+fn max_stores(config: &Config, descriptors: u64) -> usize {
+    let possible = possible_stores(config.max_connections, config.shards, descriptors);
+    if possible < config.max_stores {
+        tracing::info!(
+            possible,
+            configured = config.max_stores,
+            "the limit of open files allows fewer stores than max_stores: raise it (LimitNOFILE=, ulimit -n) if they are needed"
+        );
     }
-    Ok(stores)
+    config.max_stores.min(possible)
+}
+
+/// As many stores as there are descriptors for beside everything else. Half of the descriptors are for stores in any case:
+/// connections that find none left wait for one, and a store that is not served has nobody to wait for.
+fn possible_stores(connections: usize, shards: usize, descriptors: u64) -> usize {
+    let all = usize::try_from(descriptors).unwrap_or(usize::MAX);
+    let others = connections.saturating_add(OTHER_DESCRIPTORS + 16 * shards).min(all / 2);
+    (all - others) / DESCRIPTORS_PER_STORE
+}
+
+/// Tries stores that were left out again, until the node stops.
+fn retry_stores(keeper: Arc<Keeper>, shutdown: Shutdown) -> anyhow::Result<()> {
+    let work = move || {
+        while !shutdown.requested() {
+            std::thread::sleep(RETRY_BEAT);
+            keeper.retry_due();
+        }
+    };
+    std::thread::Builder::new().name("stores".into()).spawn(work)?;
+    Ok(())
 }
 
 /// How many connections there are, in all and by the address of the peer.
@@ -307,5 +354,17 @@ impl Drop for ConnectionPlace {
                 by_address.remove(&self.peer);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_low_limit_of_descriptors_leaves_room_for_stores() {
+        assert_eq!(possible_stores(256, 1, 40), 4);
+        assert_eq!(possible_stores(256, 1, 1400), 200);
+        assert!(possible_stores(256, 4, 524_288) > 100_000);
     }
 }

@@ -196,7 +196,21 @@ mod tests {
         let refused = MessageHeader { status: Status::StaleView, ..header(Kind::PullReply, 2, 4096) };
         assert_eq!(pulls.answered(&refused, &[], true), Ok(0));
         pulls.done(2);
+        pulls.ask(header(Kind::Pull, 3, 4096));
         pulls.abandon();
         assert_eq!((pulls.bytes(), buffers.free_bytes()), (0, 1 << 20));
+        assert!(!pulls.is_waiting(), "what was not sent is not sent over the next link");
+    }
+
+    #[test]
+    fn data_that_comes_twice_for_one_pull_has_no_place() {
+        let buffers = BufferPool::new(1 << 20).unwrap();
+        let mut pulls = Pulls::default();
+        pulls.ask(header(Kind::Pull, 1, 8192));
+        started(&mut pulls, &buffers, 1 << 20);
+        let half = MessageHeader { payload: 4096, ..header(Kind::PullData, 1, 8192) };
+        assert!(pulls.place(&half).is_some());
+        // The sum would be what the answer lists, and the second half of the memory holds what was there before.
+        assert!(pulls.place(&half).is_none());
     }
 }

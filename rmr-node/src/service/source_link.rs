@@ -4,14 +4,17 @@ use std::os::fd::RawFd;
 
 use rmr_common::auth::{KeyRing, Nonce, Opener, Step};
 use rmr_common::buffer::Segment;
-use rmr_common::pool::{ClientId, PoolId};
+use rmr_common::pool::{Address, ClientId, MemberId, PoolId};
 use rmr_common::replica::Event;
 use rmr_common::time::Time;
 use rmr_common::transport::{Connection, Place, Receiver, Wire};
-use rmr_common::wire::{HEADER_SIZE, Hello, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status};
+use rmr_common::wire::{
+    HEADER_SIZE, Hello, HelloReply, Kind, MAX_BODY, MessageHeader, PROTOCOL_VERSION, Role, Status,
+};
 use vmm_sys_util::epoll::EventSet;
 
 use super::member::Member;
+use crate::ctl::advice::Advice;
 
 /// See the module's comment.
 pub(super) struct SourceLink {
@@ -20,6 +23,8 @@ pub(super) struct SourceLink {
     pub(super) watched: EventSet,
     opener: Opener,
     is_greeted: bool,
+    /// The member that is meant, where it is known, and the address that it was looked for at.
+    meant: Meant,
 }
 
 impl SourceLink {
@@ -29,6 +34,7 @@ impl SourceLink {
         pool: PoolId,
         keys: &KeyRing,
         description: String,
+        meant: Meant,
     ) -> Result<Self, String> {
         let descriptor = wire.descriptor().ok_or("no descriptor")?;
         let hello = Hello {
@@ -46,7 +52,7 @@ impl SourceLink {
         let mut header = MessageHeader::new(Kind::Hello, pool);
         header.payload = u32::try_from(body.len()).unwrap_or(u32::MAX);
         wire.queue(&header, Some(body));
-        Ok(Self { wire, descriptor, watched: EventSet::IN, opener, is_greeted: false })
+        Ok(Self { wire, descriptor, watched: EventSet::IN, opener, is_greeted: false, meant })
     }
 
     /// What its descriptor is to be watched for.
@@ -56,9 +62,9 @@ impl SourceLink {
 
     /// Hands what arrived to the member.
     pub(super) fn receive(&mut self, member: &mut Member, now: Time) -> Result<(), String> {
-        let (opener, is_greeted) = (&mut self.opener, &mut self.is_greeted);
+        let (opener, is_greeted, meant) = (&mut self.opener, &mut self.is_greeted, &self.meant);
         let is_remote = self.wire.is_rdma();
-        let mut sink = Sink { member, opener, is_greeted, is_remote, proof: None, error: None, now };
+        let mut sink = Sink { member, opener, is_greeted, meant, is_remote, proof: None, error: None, now };
         let received = self.wire.receive(&mut sink);
         let (error, proof) = (sink.error.take(), sink.proof.take());
         if let Some((header, body)) = proof {
@@ -68,10 +74,18 @@ impl SourceLink {
     }
 }
 
+/// The other end of a connection to a source, as it is meant.
+#[derive(Clone, Debug)]
+pub(super) struct Meant {
+    pub(super) member: Option<MemberId>,
+    pub(super) address: Address,
+}
+
 struct Sink<'a> {
     member: &'a mut Member,
     opener: &'a mut Opener,
     is_greeted: &'a mut bool,
+    meant: &'a Meant,
     /// The source writes pulled data to its place by itself.
     is_remote: bool,
     /// What the node asked for before it answers the hello.
@@ -121,7 +135,11 @@ impl Receiver for Sink<'_> {
                     let header = MessageHeader { payload, ..MessageHeader::new(Kind::Proof, header.pool) };
                     self.proof = Some((header, proof));
                 }
-                Ok(Step::Welcome(_)) => {
+                Ok(Step::Welcome(reply)) => {
+                    if let Err(error) = check_source(self.meant, self.member, reply) {
+                        self.error = Some(error);
+                        return;
+                    }
                     *self.is_greeted = true;
                     self.member.replica.apply(Event::PeerUp, self.now);
                 }
@@ -136,4 +154,22 @@ impl Receiver for Sink<'_> {
             ));
         }
     }
+}
+
+/// Whether the node has the member that is meant. Another one, or the very store that asks, would have nothing to give. The store
+/// of the source is no criterion: this member may have been away when it was replaced.
+fn check_source(meant: &Meant, own: &Member, reply: &[u8]) -> Result<(), String> {
+    let found = HelloReply::decode(reply).map_err(|error| format!("protocol error: {error}"))?;
+    let is_own = found.store() == own.store.superblock().store;
+    if !is_own && meant.member.is_none_or(|member| member == found.member) {
+        return Ok(());
+    }
+    let who = if is_own { "this very store".to_owned() } else { format!("member {}", found.member) };
+    let wanted =
+        meant.member.map_or_else(|| "another member".to_owned(), |member| format!("member {member}"));
+    Err(format!(
+        "wrong address: the node at {} has {who}, not {wanted}; if nodes have moved, tell the pool: {}",
+        meant.address,
+        Advice::addresses_of(&own.replica.spec().name)
+    ))
 }

@@ -26,9 +26,25 @@ impl Backing {
         Self::open_with(path, false)
     }
 
-    /// As [`Backing::open`]; a file that does not exist is created, empty.
+    /// As [`Backing::open`] for a regular file, which is created, empty, if it does not exist. A symbolic link is not followed.
     pub(super) fn open_or_create(path: &Path) -> Result<Self, StoreError> {
-        Self::open_with(path, !path.try_exists().during(path, "looking for it")?)
+        match fs::symlink_metadata(path) {
+            Ok(found) if found.is_file() => Self::open_with(path, false),
+            Ok(found) if found.is_symlink() => Err(StoreError::Link(path.to_owned())),
+            Ok(_) => Err(StoreError::NotADisk(path.to_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::open_with(path, true),
+            Err(error) => Err(error).during(path, "looking for it"),
+        }
+    }
+
+    /// Opens for reading only, without a claim or a lock: other processes notice nothing.
+    pub(super) fn look(path: &Path) -> Result<Self, StoreError> {
+        let kind = fs::metadata(path).during(path, "opening")?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(StoreError::NotADisk(path.to_owned()));
+        }
+        let file = File::open(path).during(path, "opening")?;
+        Self::with_file(path, file)
     }
 
     /// Whether it is still the file of this name: it may have been given another one between opening and locking.
@@ -52,6 +68,9 @@ impl Backing {
             if kind.is_block_device() {
                 // Without O_CREAT this claims a block device: it fails if a file system, MD, LVM or swap has it.
                 options.custom_flags(libc::O_EXCL);
+            } else if fs::symlink_metadata(path).is_ok_and(|found| found.is_file()) {
+                // It cannot become a link between the two calls.
+                options.custom_flags(libc::O_NOFOLLOW);
             }
         }
         let file = options.open(path).map_err(|source| match source.raw_os_error() {

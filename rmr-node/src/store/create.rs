@@ -1,7 +1,7 @@
 //! Creates a store on a device or file, after making sure that nobody's data is there.
 
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -72,14 +72,35 @@ pub(super) fn create(
     let mut superblock =
         plan(options).map_err(|source| StoreError::Invalid { path: path.to_owned(), source })?;
     let needed = superblock.layout.store_size(options.spec.size);
-    if !path.try_exists().during(path, "looking for it")? {
-        create_file(path, options, &mut superblock, needed)?;
-        return Ok(superblock);
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_symlink() => {
+            // Names below /dev/disk are links to devices. A file behind a link may be anybody's.
+            if !std::fs::metadata(path).is_ok_and(|target| target.file_type().is_block_device()) {
+                return Err(StoreError::Link(path.to_owned()));
+            }
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if is_among_devices(path).during(path, "looking for its directory")? {
+                return Err(StoreError::NoSuchDevice(path.to_owned()));
+            }
+            create_file(path, options, &mut superblock, needed)?;
+            return Ok(superblock);
+        }
+        Err(error) => return Err(error).during(path, "looking for it"),
     }
     let mut backing = Backing::open(path)?;
     prepare(&mut backing, options, needed)?;
     write(&backing, &mut superblock, options.zero, progress)?;
     Ok(superblock)
+}
+
+/// Whether a new file at this path would lie in the file system of device nodes.
+fn is_among_devices(path: &Path) -> io::Result<bool> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = std::fs::canonicalize(parent)?;
+    // Another file system is mounted at /dev/shm, and files may be made there.
+    Ok(parent.starts_with("/dev") && parent.metadata()?.dev() == Path::new("/dev").metadata()?.dev())
 }
 
 /// Makes a new file. It has its name when it is complete: what a crash leaves is of no use, and in nobody's way.

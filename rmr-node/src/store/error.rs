@@ -26,6 +26,12 @@ pub enum StoreError {
     /// The path is a directory, a character device or the like.
     #[error("{}: neither a block device nor a regular file", .0.display())]
     NotADisk(PathBuf),
+    /// A file was to be made at a symbolic link.
+    #[error("{}: a symbolic link, which is not followed where a file is made: name the file that is meant", .0.display())]
+    Link(PathBuf),
+    /// A file was to be made among device nodes, whose file system is in memory.
+    #[error("{}: there is no such device, and no file is made below /dev: it would be in memory, and gone at the next boot", .0.display())]
+    NoSuchDevice(PathBuf),
     /// Somebody else uses it.
     #[error("{}: in use: {holder}", path.display())]
     Busy {

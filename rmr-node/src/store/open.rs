@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rmr_common::pool::{Chunk, ChunkSize, Epoch, PoolId, StoreId};
@@ -18,9 +18,10 @@ use super::grow::Growth;
 use super::inspect::{self, Report};
 use super::layout::{CHUNKS_PER_PAGE, Layout, MapKind, PAGE_BYTES, PAGE_SIZE, SUPERBLOCK_OFFSETS};
 use super::page::{PageBits, PageError, decode_page, encode_page, full_page, slot_of};
+use super::size::ByteSize;
 use super::superblock::{Superblock, SuperblockError};
 use super::writer::MetadataWriter;
-use crate::disk::DiskFile;
+use crate::disk::{DiskFile, sys};
 
 /// How much of a map page's two copies was intact.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -129,6 +130,10 @@ impl Store {
         // What the last process wrote may still be in a cache. It must not be taken as the copy to keep, and the other
         // copy overwritten, before it is durable.
         backing.file.sync_all().during(path, "flushing")?;
+        // Pages whose writeback failed count as clean, and hold what the disk does not.
+        if let Err(error) = sys::drop_cache(&backing.file) {
+            tracing::debug!("{}: its pages stay cached: {error}", path.display());
+        }
         let recovered = Recovered::read(path, &backing)?;
         let Recovered { mut superblock, mut generation, mut maps, warnings } = recovered;
         check_pool(path, &superblock, expected)?;
@@ -154,6 +159,16 @@ impl Store {
         Ok(Self { path, file, size, superblock, generation, maps, was_clean, warnings })
     }
 
+    /// Reads which store this is, without changing or locking it.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no store that can be opened.
+    pub fn identify(path: &Path) -> Result<Superblock, StoreError> {
+        let backing = Backing::look(path)?;
+        let (_, superblock) = choose(path, &read_superblocks(path, &backing)?)?;
+        Ok(superblock)
+    }
+
     /// Looks at a store without changing or locking it, however damaged it is.
     ///
     /// # Errors
@@ -168,6 +183,40 @@ impl Store {
     /// When it is in use, not a store of ours, or not of the pool `expected`.
     pub fn destroy(path: &Path, expected: Option<PoolId>) -> Result<Superblock, StoreError> {
         destroy::destroy(path, expected)
+    }
+
+    /// Removes the file of a store, after making sure that it is one. Needs no free space on the file system.
+    ///
+    /// # Errors
+    /// When it is in use, not a store of ours, a device, or not of the pool `expected`.
+    pub fn remove(path: &Path, expected: Option<PoolId>) -> Result<Superblock, StoreError> {
+        destroy::remove(path, expected)
+    }
+
+    /// What is wrong with the space that the store may come to need: a file is sparse, and its file system may be too small
+    /// for all of it.
+    #[must_use]
+    pub fn space_warning(&self) -> Option<String> {
+        if self.file.metadata().is_ok_and(|found| found.file_type().is_block_device()) {
+            return None;
+        }
+        let allocated = self.file.metadata().ok()?.blocks().saturating_mul(512);
+        let (missing, free) = (self.size.saturating_sub(allocated), sys::free_bytes(&self.file).ok()??);
+        (missing > free).then(|| {
+            format!(
+                "{}: the store may come to need {} more, and its file system has {} free: writes fail for want of space when \
+                 that is used up, and the member is then Out until there is more",
+                self.path.display(),
+                ByteSize(missing),
+                ByteSize(free)
+            )
+        })
+    }
+
+    /// Lets go of the maps, which are in the hands of whoever serves the store: there are thousands of stores on a node.
+    pub fn forget_maps(&mut self) {
+        self.maps.pages = Vec::new();
+        self.maps.pages_per_map = 0;
     }
 
     /// Takes back the newest epoch that the store has accepted, and the epoch of its view with it if that is higher. A client

@@ -249,6 +249,19 @@ fn a_damaged_superblock_copy_costs_nothing_and_two_cost_the_store() {
 }
 
 #[test]
+fn the_mark_of_a_clean_shutdown_does_not_come_back_with_whichever_superblock_copy_is_left() {
+    for slot in [0, 1] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("store");
+        make(&path);
+        assert!(Store::open(&path, None).unwrap().was_clean());
+        // The process ends without a word, and one copy rots.
+        change(&path, SUPERBLOCK_OFFSETS[slot], &[0xee; 4096]);
+        assert!(!Store::open(&path, None).unwrap().was_clean(), "copy {slot} is lost");
+    }
+}
+
+#[test]
 fn foreign_newer_and_truncated_stores_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");
@@ -496,6 +509,72 @@ fn the_command_line_creates_inspects_and_destroys() {
     cli(&["destroy", path_text, "--yes-destroy-all-data"]).unwrap();
     assert!(cli(&["inspect", path_text]).is_err());
     assert!(cli(&["create", path_text, "--pool", "vm1", "--size", "16MB"]).is_err());
+}
+
+#[test]
+fn no_file_is_made_behind_a_link_or_among_devices() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, aim) = (directory.path().join("store"), directory.path().join("aim"));
+    let options = options();
+    let link = |to: &Path, at: &Path| std::os::unix::fs::symlink(to, at).unwrap();
+    // A link that leads nowhere, one to a file, and one in the place of the file that is to become the store.
+    link(&aim, &path);
+    assert!(matches!(create(&path, &options), Err(StoreError::Link(_))));
+    std::fs::write(&aim, "precious").unwrap();
+    let overwrite = CreateOptions { overwrite: true, ..options.clone() };
+    assert!(matches!(create(&path, &overwrite), Err(StoreError::Link(_))));
+    std::fs::remove_file(&path).unwrap();
+    link(&aim, &directory.path().join("store.rmr-unfinished"));
+    assert!(matches!(create(&path, &options), Err(StoreError::Link(_))));
+    assert_eq!(std::fs::read_to_string(&aim).unwrap(), "precious");
+    let device = Path::new("/dev/no-such-device");
+    assert!(matches!(create(device, &options), Err(StoreError::NoSuchDevice(_))));
+    assert!(!device.exists());
+}
+
+#[test]
+fn a_store_is_identified_without_taking_it_from_whoever_has_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let options = options();
+    create(&path, &options).unwrap();
+    let open = Store::open(&path, None).unwrap();
+    assert_eq!(Store::identify(&path).unwrap().store, options.store);
+    drop(open);
+    assert!(Store::open(&path, None).is_ok());
+    std::fs::write(&path, [7; 65536]).unwrap();
+    assert!(matches!(Store::identify(&path), Err(StoreError::NoSuperblock { .. })));
+}
+
+#[test]
+fn a_removed_store_is_none_under_another_name_either() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, other) = (directory.path().join("store"), directory.path().join("other"));
+    let options = options();
+    create(&path, &options).unwrap();
+    std::fs::hard_link(&path, &other).unwrap();
+    assert!(matches!(Store::remove(&path, Some(PoolId::random())), Err(StoreError::WrongPool { .. })));
+    Store::remove(&path, Some(options.spec.id)).unwrap();
+    assert!(!path.exists());
+    assert_eq!(other.metadata().unwrap().len(), 0);
+}
+
+#[test]
+fn a_store_that_its_file_system_cannot_hold_is_warned_of() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let mut options = options();
+    create(&path, &options).unwrap();
+    assert_eq!(Store::open(&path, None).unwrap().space_warning(), None);
+    Store::remove(&path, None).unwrap();
+    options.spec.size = 256 << 40;
+    options.spec.chunk_size = rmr_common::pool::ChunkSize::from_bytes(64 << 20).unwrap();
+    options.max_size = Some(options.spec.size);
+    // A file system that cannot even have so large a file is none to be warned of.
+    if create(&path, &options).is_ok() {
+        let warning = Store::open(&path, None).unwrap().space_warning().unwrap();
+        assert!(warning.contains("256 TiB more") || warning.contains("may come to need"), "{warning}");
+    }
 }
 
 #[test]

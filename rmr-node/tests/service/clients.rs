@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rmr_common::client::{IoError, OverReason, PoolSelector};
 use rmr_common::driver::{Pool, PoolError};
 use rmr_common::pool::{ClientId, Command as PoolCommand, CommandReply, Refusal, Sequence};
-use rmr_common::wire::{Hello, Kind, MessageHeader, Role, Status};
+use rmr_common::wire::{Hello, Kind, MAX_SLOTS, MessageHeader, Role, Status};
 
 use crate::support::*;
 
@@ -185,4 +185,16 @@ fn an_operators_command_from_another_node_reaches_the_client_and_its_answer_come
     assert_eq!(reason(ask(9)), Refusal::CoordinatorLost);
     answers.join().expect("the client");
     assert_eq!(reason(ask(10)), Refusal::NoCoordinator);
+}
+
+#[test]
+fn a_connection_may_make_any_number_of_requests_one_after_another() {
+    let node = Node::start(1, &[]);
+    let mut raw = Raw::attached(&node, 0);
+    // More than may be outstanding at a time.
+    for i in 0..2 * MAX_SLOTS + 100 {
+        let read = raw.read_header(i % MAX_SLOTS, 0, 512);
+        raw.send(&[(read, &[])]);
+        assert_eq!(raw.receive().0.status, Status::Ok, "request {i}");
+    }
 }

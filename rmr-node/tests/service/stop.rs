@@ -52,7 +52,7 @@ fn a_stop_under_load_is_quick_and_in_good_order() {
 
 #[test]
 fn a_holder_that_ignores_the_goodbye_cannot_write_behind_the_clean_mark() {
-    let mut node = Node::start(1, &["--stop-timeout-s", "2"]);
+    let mut node = Node::start(1, &["--stop-timeout-s", "2", "--log-level", "debug"]);
     let mut raw = Raw::attached(&node, 0);
     let stop = std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
@@ -71,6 +71,12 @@ fn a_holder_that_ignores_the_goodbye_cannot_write_behind_the_clean_mark() {
         stop
     });
     assert!(stop < QUICK, "{stop:?}");
+    // The mark follows the end of the connection, not the end of the process.
+    let log = node.log();
+    assert!(
+        log.contains("connection closed: the node is stopping, and the client did not leave in time"),
+        "{log}"
+    );
 }
 
 #[test]

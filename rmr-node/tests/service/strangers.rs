@@ -511,7 +511,7 @@ fn a_pool_is_served_over_tls_to_those_who_trust_the_node_and_whom_it_trusts() {
         Pool::connect(config, PoolSelector::Id(node.pools[0].id), &seeds, patience)
     };
     let error = connect(None, Duration::from_secs(3)).map(drop).expect_err("a stranger comes in").to_string();
-    assert!(error.contains("within 3s"), "{error}");
+    assert!(error.contains("within 3 s"), "{error}");
     let pool = connect(Some(&identity), PATIENCE).expect("the pool");
     let data: Vec<u8> = (0..3 * MIB).map(|i| u8::try_from(i % 251).expect("small")).collect();
     pool.blocking().write_at(&data, 4096).expect("a write");
@@ -519,4 +519,18 @@ fn a_pool_is_served_over_tls_to_those_who_trust_the_node_and_whom_it_trusts() {
     let mut back = vec![0; data.len()];
     pool.blocking().read_at(&mut back, 4096).expect("a read");
     assert!(back == data, "what is read is what was written");
+}
+
+#[test]
+fn a_message_for_another_pool_than_the_one_that_was_greeted_closes_the_connection_and_changes_nothing() {
+    let node = Node::start(2, &[]);
+    let mut raw = Raw::attached(&node, 0);
+    let header = MessageHeader { pool: node.pools[1].id, ..raw.write_header(0, 0, 4096) };
+    raw.send(&[(header, &[7; 4096])]);
+    assert!(raw.is_closed_within(PATIENCE));
+    for pool in 0..2 {
+        let mut back = vec![1; 4096];
+        node.attach(pool).unwrap().blocking().read_at(&mut back, 0).unwrap();
+        assert!(back.iter().all(|b| *b == 0), "pool {pool}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -29,6 +29,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// What is quick, on a machine that may be crowded. What must not be waited for takes longer, if it ends at all.
 pub(crate) const QUICK: Duration = Duration::from_secs(10);
 
+/// What a shell runs before a node whose disk is to fail: a write beyond the limit is then an error (EFBIG), and not the
+/// end of the process.
+pub(crate) const SURVIVES_LIMITS: &str = "trap '' XFSZ;";
+
 /// A node of its own process, with as many pools of one member as asked for, `pool-0` and up.
 pub(crate) struct Node {
     child: Child,
@@ -45,16 +49,48 @@ impl Node {
 
     /// Starts it from a shell that runs `before` first.
     pub(crate) fn start_with(before: &str, pools: usize, flags: &[&str]) -> Self {
-        let forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
-        let dir = tempfile::tempdir().expect("a directory");
         let address = own_address();
         // A client that was told a tls:// address goes to no other.
         let tls = flags.iter().find(|flag| flag.starts_with("tls://"));
-        let member = match tls {
-            Some(address) => address.parse().expect("an address"),
-            None => Address::tcp(address.ip().to_string(), address.port()),
-        };
-        let pools: Vec<PoolSpec> = (0..pools).map(|i| create_pool(&dir, i, &member)).collect();
+        let member = tls.map_or_else(|| tcp(address), |tls| tls.parse().expect("an address"));
+        Self::launch(before, address, flags, |dir| {
+            (0..pools).map(|i| create_pool(dir.path(), i, &member)).collect()
+        })
+    }
+
+    /// Starts it with one pool whose store lies in another directory.
+    pub(crate) fn start_in(directory: &Path) -> Self {
+        let (address, store) = (own_address(), directory.join("pool-0.store"));
+        let store = store.to_str().expect("plain characters").to_owned();
+        Self::launch("", address, &["--stores", &store], |_| vec![create_pool(directory, 0, &tcp(address))])
+    }
+
+    /// Starts two nodes that have one pool together, `pool-0`, of which each serves a Clean member; the shell of each runs
+    /// its command first.
+    pub(crate) fn start_pair(before: [&str; 2]) -> [Self; 2] {
+        let addresses = [own_address(), own_address()];
+        let members = MemberId::all()
+            .zip(addresses)
+            .map(|(member, address)| MemberSpec::new(member, StoreId::random(), tcp(address)));
+        let spec = pool_spec(0, members.collect());
+        [0, 1].map(|i| {
+            Self::launch(before[i], addresses[i], &[], |dir| {
+                create_member(dir.path(), 0, &spec, &spec.members[i]);
+                vec![spec.clone()]
+            })
+        })
+    }
+
+    /// Starts a node on the stores that `create` makes in its directory.
+    fn launch(
+        before: &str,
+        address: SocketAddr,
+        flags: &[&str],
+        create: impl FnOnce(&tempfile::TempDir) -> Vec<PoolSpec>,
+    ) -> Self {
+        let forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::tempdir().expect("a directory");
+        let pools = create(&dir);
         let log = dir.path().join("log");
         let file = std::fs::File::create(&log).expect("a log file");
         let listen = address.to_string();
@@ -78,9 +114,14 @@ impl Node {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// The store of a pool.
+    pub(crate) fn store_path(&self, pool: usize) -> PathBuf {
+        self.log.with_file_name(format!("pool-{pool}.store"))
+    }
+
     /// Where it serves its pools.
     pub(crate) fn data_address(&self) -> Address {
-        Address::tcp(self.address.ip().to_string(), self.address.port())
+        tcp(self.address)
     }
 
     /// A client that gives nobody up because the machine is crowded.
@@ -94,6 +135,14 @@ impl Node {
     pub(crate) fn attach(&self, pool: usize) -> Result<Pool, PoolError> {
         let selector = PoolSelector::Id(self.pools[pool].id);
         Pool::connect(Self::config("a client"), selector, &[self.data_address()], PATIENCE)
+    }
+
+    /// Attaches a well-behaved client that takes the pool from the one that has it.
+    pub(crate) fn attach_over(&self, pool: usize) -> Pool {
+        let mut config = Self::config("a successor");
+        config.takeover = true;
+        let selector = PoolSelector::Id(self.pools[pool].id);
+        Pool::connect(config, selector, &[self.data_address()], PATIENCE).expect("it takes the pool")
     }
 
     /// Milliseconds of processor time so far.
@@ -136,6 +185,42 @@ impl Node {
         }
     }
 
+    /// From now on the kernel refuses the node's writes at and beyond this offset of any file. The node must have been
+    /// started with [`SURVIVES_LIMITS`].
+    pub(crate) fn limit_files(&self, bytes: u64) {
+        let _forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let (pid, limit) = (self.child.id().to_string(), format!("--fsize={bytes}:"));
+        let status = Command::new("prlimit").args(["--pid", &pid, &limit]).status();
+        assert!(status.expect("prlimit runs").success());
+    }
+
+    /// The answer of the admin API to a GET of this path, with its head.
+    pub(crate) fn admin_get(&self, path: &str) -> String {
+        let log = self.log();
+        let rest = log.split("admin=").nth(1).expect("the node logs its admin address");
+        let digits = |c: char| c.is_ascii_digit() || c == '.' || c == ':';
+        let address = &rest[..rest.find(|c| !digits(c)).unwrap_or(rest.len())];
+        let mut stream = TcpStream::connect(address).expect("the admin API listens");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")
+            .expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    }
+
+    /// Waits for the end of a node that was asked to stop; returns whether it was in good order, and how long it took.
+    pub(crate) fn ended(&mut self) -> (bool, Duration) {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is ours") {
+                return (status.success(), start.elapsed());
+            }
+            assert!(start.elapsed() < PATIENCE, "it does not stop:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     pub(crate) fn terminate(&self) {
         let _forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
         let kill = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
@@ -164,28 +249,41 @@ pub(crate) fn own_address() -> SocketAddr {
     SocketAddr::from((host, NEXT_PORT.fetch_add(1, Ordering::Relaxed)))
 }
 
-fn create_pool(dir: &tempfile::TempDir, index: usize, address: &Address) -> PoolSpec {
-    let (member, store) = (MemberId::all().next().expect("there are members"), StoreId::random());
-    let spec = PoolSpec {
+fn tcp(address: SocketAddr) -> Address {
+    Address::tcp(address.ip().to_string(), address.port())
+}
+
+fn create_pool(dir: &Path, index: usize, address: &Address) -> PoolSpec {
+    let member = MemberId::all().next().expect("there are members");
+    let spec = pool_spec(index, vec![MemberSpec::new(member, StoreId::random(), address.clone())]);
+    create_member(dir, index, &spec, &spec.members[0]);
+    spec
+}
+
+fn pool_spec(index: usize, members: Vec<MemberSpec>) -> PoolSpec {
+    PoolSpec {
         id: PoolId::random(),
         name: format!("pool-{index}"),
         size: POOL_SIZE,
         chunk_size: ChunkSize::default(),
         logical_block_size: 512,
-        members: vec![MemberSpec::new(member, store, address.clone())],
-    };
+        members,
+    }
+}
+
+/// Creates the store of one member, all of whose pool are Clean.
+fn create_member(dir: &Path, index: usize, spec: &PoolSpec, member: &MemberSpec) {
     let options = CreateOptions {
         spec: spec.clone(),
-        member,
-        store,
-        view: View::initial([(member, store)]),
+        member: member.id,
+        store: member.store,
+        view: View::initial(spec.members.iter().map(|m| (m.id, m.store))),
         overwrite: false,
         zero: ZeroPolicy::Zero,
         max_size: None,
     };
-    let path = dir.path().join(format!("pool-{index}.store"));
+    let path = dir.join(format!("pool-{index}.store"));
     Store::create(&path, &options, &mut |_, _| {}).expect("the store is created");
-    spec
 }
 
 pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
@@ -209,17 +307,25 @@ pub(crate) struct Raw {
 
 impl Raw {
     pub(crate) fn connect(node: &Node, pool: usize) -> Self {
-        let stream = TcpStream::connect(node.address).expect("it listens");
+        Self::to(node.address, node.pools[pool].id)
+    }
+
+    /// A connection to a node at an address.
+    pub(crate) fn to(address: SocketAddr, pool: PoolId) -> Self {
+        let stream = TcpStream::connect(address).expect("it listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
-        let pool = node.pools[pool].id;
         Self { stream, pool, epoch: Epoch(0), view: ViewNumber(0), shown: None, table: Vec::new() }
     }
 
     /// A connection that was greeted.
     pub(crate) fn greeted(node: &Node, pool: usize) -> Self {
-        let mut raw = Self::connect(node, pool);
-        let body = raw.hello(node.pools[pool].id);
+        Self::connect(node, pool).greet()
+    }
+
+    fn greet(self) -> Self {
+        let mut raw = self;
+        let body = raw.hello(raw.pool);
         let reply = HelloReply::decode(&body.1).expect("a hello reply");
         (raw.epoch, raw.view) = (reply.epoch, reply.view.number);
         raw.shown = Some(reply.view);
@@ -233,8 +339,20 @@ impl Raw {
 
     /// A connection that holds its pool.
     pub(crate) fn attached(node: &Node, pool: usize) -> Self {
-        let mut raw = Self::greeted(node, pool);
-        raw.epoch = Epoch(raw.epoch.0 + 1);
+        Self::attached_to(node.address, node.pools[pool].id)
+    }
+
+    /// The same, to a node at an address.
+    pub(crate) fn attached_to(address: SocketAddr, pool: PoolId) -> Self {
+        let mut raw = Self::to(address, pool).greet();
+        let (header, _) = raw.try_attach().expect("an answer");
+        assert_eq!((header.kind, header.status), (Kind::AttachReply, Status::Ok));
+        raw
+    }
+
+    /// Asks for the pool under the next epoch; the answer, or the end of the connection.
+    pub(crate) fn try_attach(&mut self) -> std::io::Result<(MessageHeader, Vec<u8>)> {
+        self.epoch = Epoch(self.epoch.0 + 1);
         let attach = Attach {
             client: ClientId::random(),
             takeover: true,
@@ -244,11 +362,9 @@ impl Raw {
             held_ms: 0,
         }
         .encode();
-        let header = raw.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));
-        raw.send(&[(header, &attach)]);
-        let (header, _) = raw.receive();
-        assert_eq!((header.kind, header.status), (Kind::AttachReply, Status::Ok));
-        raw
+        let header = self.header(Kind::Attach, 0, u32::try_from(attach.len()).expect("short"));
+        self.send(&[(header, &attach)]);
+        self.try_receive()
     }
 
     pub(crate) fn hello(&mut self, pool: PoolId) -> (MessageHeader, Vec<u8>) {

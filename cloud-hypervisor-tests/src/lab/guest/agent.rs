@@ -42,6 +42,9 @@ impl Output {
     }
 }
 
+/// Time from the end of the channel to the exit status of the hypervisor.
+const EXIT_LIMIT: Duration = Duration::from_secs(1);
+
 /// A command that runs in the guest.
 #[derive(Debug)]
 pub struct Command {
@@ -62,7 +65,12 @@ impl Command {
                 Ok(output) => return Ok(output),
                 Err(mpsc::RecvTimeoutError::Timeout) => alive()?,
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    alive()?;
+                    // A hypervisor that ends closes the channel some moments before its exit status is there.
+                    let hung_up = Instant::now();
+                    while hung_up.elapsed() < EXIT_LIMIT {
+                        alive()?;
+                        std::thread::sleep(EXIT_LIMIT / 50);
+                    }
                     bail!("the guest's agent hung up during: {}", self.script);
                 }
             }

@@ -1,8 +1,8 @@
 //! What a command still needs: a pure function of the committed view and its specification.
 
 use crate::pool::{
-    Address, Command, MAX_MEMBERS, MemberId, MemberSet, MemberSpec, MemberState, PoolSpec, Refusal, StoreId,
-    View, ViewStep,
+    Address, Command, MAX_MEMBERS, MemberAddress, MemberId, MemberSet, MemberSpec, MemberState, PoolSpec,
+    Refusal, StoreId, View, ViewStep,
 };
 use crate::wire::HelloReply;
 
@@ -35,6 +35,7 @@ pub(super) fn new_store(command: &Command) -> Option<StoreId> {
     match command {
         Command::Add { store, .. } | Command::Replace { store, .. } => Some(*store),
         Command::Remove { .. }
+        | Command::Readdress { .. }
         | Command::Maintenance { .. }
         | Command::Resync { .. }
         | Command::Grow { .. }
@@ -74,6 +75,7 @@ fn new_member(command: &Command, spec: &PoolSpec) -> Option<MemberId> {
         Command::Add { member: Some(member), .. } | Command::Replace { member, .. } => Some(*member),
         Command::Add { member: None, .. } => MemberId::all().find(|m| spec.member(*m).is_none()),
         Command::Remove { .. }
+        | Command::Readdress { .. }
         | Command::Maintenance { .. }
         | Command::Resync { .. }
         | Command::Grow { .. }
@@ -90,6 +92,7 @@ pub(super) fn next_step(command: &Command, view: &View, spec: &PoolSpec, met: bo
         Command::Add { store, address, .. } => add(command, *store, address, view, spec, met),
         Command::Remove { member, store } => remove(*member, *store, view, spec),
         Command::Replace { member, store, address } => replace(*member, *store, address, view, spec, met),
+        Command::Readdress { members } => readdress(members, spec),
         Command::Maintenance { member, on } => maintenance(*member, *on, view, spec),
         Command::Grow { size } => grow(*size, spec, has_room),
         // They change no view, and were answered at once.
@@ -220,6 +223,48 @@ fn replace(
         _ if !met => Step::Meet(address.clone()),
         Some(MemberState::Out) => Step::Change(ViewStep::Add(member, store), next),
         _ => leave(member, view, spec.clone()),
+    }
+}
+
+/// The same stores at other addresses: nothing is missed by that.
+fn readdress(members: &[MemberAddress], spec: &PoolSpec) -> Step {
+    let mut next = spec.clone();
+    for new in members {
+        let Some(line) = next.members.iter_mut().find(|m| m.id == new.member) else {
+            return unknown(new.member);
+        };
+        if line.store != new.store {
+            let text = format!("member {} is store {}, not store {}", line.id, line.store, new.store);
+            return Step::Refuse(Refusal::StoreNotFound, text);
+        }
+        if line.address.transport() != new.address.transport() {
+            let text = format!(
+                "member {} is reached over {}, and {} is another transport",
+                line.id,
+                line.address.transport(),
+                new.address
+            );
+            return Step::Refuse(Refusal::BadCommand, text);
+        }
+        line.address = new.address.clone();
+    }
+    if next == *spec {
+        return Step::Done;
+    }
+    let taken = members.iter().find_map(|new| {
+        let other = next.members.iter().find(|m| m.id != new.member && m.address == new.address)?;
+        Some((new, other.id))
+    });
+    if let Some((new, other)) = taken {
+        let text = format!(
+            "member {} is to be at {}, and member {other} is there as far as the pool knows: name the nodes of all members that moved",
+            new.member, new.address
+        );
+        return Step::Refuse(Refusal::AddressInUse, text);
+    }
+    match next.validate() {
+        Ok(()) => Step::Change(ViewStep::Amend, next),
+        Err(error) => Step::Refuse(Refusal::AddressInUse, error.to_string()),
     }
 }
 

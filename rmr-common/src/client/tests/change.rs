@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::super::{Event, IoError, LinkId, Operation, Output, Token};
 use super::{Bench, member};
-use crate::pool::{Address, Command, CommandReply, MemberSet, MemberState, Refusal, StoreId};
+use crate::pool::{
+    Address, Command, CommandReply, MemberAddress, MemberSet, MemberState, Refusal, StoreId, TransportKind,
+};
 use crate::wire::{DirtyAddition, Kind, Status};
 
 const SIZE: u64 = 16 << 20;
@@ -253,6 +255,37 @@ fn a_store_that_moved_to_another_address_has_missed_nothing() {
     bench.command(Command::Replace { member: member(1), store, address: address.clone() });
     assert_eq!((reason(&bench), bench.state(member(1))), (None, Some(MemberState::Clean)));
     assert_eq!((bench.additions.len(), &bench.specs[0].members[1].address), (0, &address));
+}
+
+#[test]
+fn two_nodes_that_have_each_others_address_are_told_to_the_pool_in_one_view() {
+    let mut bench = Bench::new(2, |_| {});
+    let line = |bench: &Bench, of: usize, at: usize| MemberAddress {
+        member: bench.spec.members[of].id,
+        store: bench.spec.members[of].store,
+        address: bench.spec.members[at].address.clone(),
+    };
+    let swapped = vec![line(&bench, 0, 1), line(&bench, 1, 0)];
+    let addresses =
+        |bench: &Bench| -> Vec<_> { bench.specs[0].members.iter().map(|m| m.address.clone()).collect() };
+    let before = addresses(&bench);
+    // One alone would have the address of the other.
+    bench.command(Command::Readdress { members: swapped[..1].to_vec() });
+    assert_eq!((reason(&bench), addresses(&bench)), (Some(Refusal::AddressInUse), before.clone()));
+    // A member that was replaced meanwhile is another one.
+    let mut other = swapped.clone();
+    other[0].store = StoreId::random();
+    bench.command(Command::Readdress { members: other });
+    assert_eq!((reason(&bench), addresses(&bench)), (Some(Refusal::StoreNotFound), before.clone()));
+    // An address of another transport would take the member out of TLS, or off RDMA.
+    let mut weaker = swapped.clone();
+    weaker[0].address = Address::new(TransportKind::Tls, "node-0", 99);
+    bench.command(Command::Readdress { members: weaker });
+    assert_eq!((reason(&bench), addresses(&bench)), (Some(Refusal::BadCommand), before.clone()));
+    bench.command(Command::Readdress { members: swapped });
+    let after: Vec<_> = before.iter().rev().cloned().collect();
+    assert_eq!((reason(&bench), addresses(&bench)), (None, after));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Clean), "nothing was missed");
 }
 
 #[test]

@@ -332,7 +332,12 @@ fn a_write_that_is_refused_during_the_barrier_of_a_rejoin_is_repeated_before_it_
     bench.set_up(2, false);
     bench.submit(1, Operation::Write, 0, 4096);
     bench.set_up(2, true);
-    bench.pass(Duration::from_secs(2));
+    // Requests are held for a short time only.
+    for _ in 0..40 {
+        if bench.client.rejoin_phase() != Some((member(2), "quiescing")) {
+            bench.pass(Duration::from_millis(50));
+        }
+    }
     assert_eq!(bench.client.rejoin_phase(), Some((member(2), "quiescing")));
     bench.answer(Some(member(0)), Status::Ok);
     bench.answer(Some(member(1)), Status::DigestDiffers);
@@ -345,4 +350,73 @@ fn a_write_that_is_refused_during_the_barrier_of_a_rejoin_is_repeated_before_it_
     bench.answer_all();
     assert_eq!(bench.state(member(2)), Some(MemberState::Syncing));
     assert_eq!(bench.done, [(Token(1), Ok(()))]);
+}
+
+/// Found by seed 1109.
+#[test]
+fn a_store_that_went_back_to_before_the_others_joined_is_not_believed_when_they_are_away() {
+    let mut bench = Bench::new(2, |_| {});
+    let store = bench.views[0].members[0].store;
+    let alone = View { epoch: bench.epochs[0], ..View::initial([(member(0), store)]) };
+    let spec = PoolSpec { members: bench.spec.members[..1].to_vec(), ..bench.spec.clone() };
+    let old = Store(alone, spec, bench.epochs[0], Mark(0), Attested::default(), false);
+    bench.write(1);
+    bench.pass(Duration::from_secs(20));
+    bench.put(0, old);
+    bench.next_client();
+    assert!(bench.waits_for().is_some_and(|t| t.contains("went back in time")), "{:?}", bench.notices);
+    // The member that knows better is away: what it said is not.
+    bench.set_up(1, false);
+    bench.pass(Duration::from_secs(20));
+    assert!(!bench.client.is_active(), "{:?}", bench.notices);
+}
+
+/// Found by seed 1957.
+#[test]
+fn what_a_rejoin_had_found_is_not_forgotten_with_its_attachment() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.write(1);
+    bench.pass(Duration::from_secs(20));
+    let old = bench.copy(1);
+    bench.write(2);
+    bench.pass(Duration::from_secs(20));
+    bench.set_up(1, false);
+    bench.put(1, old);
+    bench.prepares = false;
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(20));
+    assert_eq!((bench.regressed(), bench.state(member(1))), (vec![member(1)], Some(MemberState::Out)));
+    // The rejoin ends with the attachment, before any view says that the member misses the whole pool.
+    bench.set_up(1, false);
+    bench.additions.clear();
+    bench.attach_anew();
+    bench.prepares = true;
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(20));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    assert!(bench.additions.contains(&whole(&bench, 1)), "{:?}", bench.additions);
+}
+
+/// Found by seed 6165.
+#[test]
+fn a_member_whose_promotion_was_not_committed_does_not_replace_the_one_that_went_back() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.write(1);
+    bench.pass(Duration::from_secs(20));
+    let old = bench.copy(0);
+    bench.set_up(1, false);
+    bench.write(2);
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(20));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    // The promotion reaches member 1 alone.
+    let view = &mut bench.views[1];
+    view.number.0 += 1;
+    view.members[1].state = MemberState::Clean;
+    bench.set_up(0, false);
+    bench.put(0, old);
+    bench.set_up(0, true);
+    bench.pass(Duration::from_secs(20));
+    assert!(!bench.client.is_active(), "{:?}", bench.notices);
+    assert!(bench.waits_for().is_some_and(|t| t.contains("went back in time")), "{:?}", bench.notices);
 }

@@ -61,6 +61,38 @@ fn the_copy_of_a_faulted_write_is_salvaged_also_when_a_new_attachment_comes_betw
 }
 
 #[test]
+fn members_that_completed_a_faulted_write_are_not_equal_by_their_slot_tables() {
+    let mut bench = Bench::new(3, |_| {});
+    bench.submit(1, Operation::Write, 3 * 4096, 4096);
+    let sequence = bench.sent[0].1.sequence;
+    bench.fault(member(0));
+    // All three have the write, with filler on member 0; the client gives it up before it is repeated.
+    let entry = SlotEntry { sequence, offset: 3 * 4096, length: 4096, failed: false, slot: Slot(0) };
+    bench.slots = vec![vec![entry]; 3];
+    bench.additions.clear();
+    // An attachment that breaks off settles nothing.
+    bench.adopts = false;
+    bench.client.apply(Event::Cancel, bench.now);
+    bench.pass(Duration::from_millis(500));
+    bench.adopts = true;
+    bench.attach_anew();
+    let missed: MemberSet =
+        bench.additions.iter().map(|a| a.members).fold(MemberSet::EMPTY, MemberSet::union);
+    assert_eq!(missed.iter().count(), 2, "one of them is the reference: {:?}", bench.additions);
+    assert!(
+        bench.additions.iter().all(|a| (a.offset, a.length) == (3 * 4096, 4096)),
+        "{:?}",
+        bench.additions
+    );
+    // Once members agree, nothing of it is left.
+    bench.pass(Duration::from_secs(5));
+    bench.slots = vec![Vec::new(); 3];
+    bench.additions.clear();
+    bench.attach_anew();
+    assert_eq!(bench.additions, []);
+}
+
+#[test]
 fn a_read_into_memory_that_is_gone_fails_alone() {
     let mut bench = Bench::new(2, |_| {});
     bench.submit(1, Operation::Read, 0, 4096);

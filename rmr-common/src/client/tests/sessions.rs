@@ -41,6 +41,45 @@ fn a_client_that_waits_for_a_member_finds_out_that_another_one_took_it_out() {
 }
 
 #[test]
+fn a_name_that_two_pools_have_is_refused_whichever_node_answers_first() {
+    let by_name = |bench: &mut Bench| {
+        let seeds: Vec<_> = bench.spec.members.iter().map(|m| m.address.clone()).collect();
+        let mut config = Config::new(ClientId::from_bytes([2; 16]), "by name");
+        config.attach_grace = Duration::ZERO;
+        let selector = PoolSelector::Name(bench.spec.name.clone());
+        bench.client = Client::new(config, selector, &seeds, bench.now);
+        bench.nodes.clear();
+        bench.run();
+    };
+    for late in [0, 1] {
+        let mut bench = Bench::new(2, |_| {});
+        // A pool of one member on each node, both of one name.
+        for node in 0..2 {
+            bench.specs[node].members.retain(|m| m.id == member(u8::try_from(node).unwrap()));
+            bench.views[node].members.retain(|m| m.id == member(u8::try_from(node).unwrap()));
+        }
+        let other = PoolId::random();
+        bench.specs[1].id = other;
+        bench.slow = vec![late];
+        by_name(&mut bench);
+        assert!(!bench.client.is_active(), "one node has not said yet what it has of that name");
+        bench.connect();
+        let State::Over(OverReason::Conflict(text)) = &bench.client.state else { panic!("not refused") };
+        for id in [bench.spec.id, other] {
+            assert!(text.contains(&id.to_string()), "{text}");
+        }
+    }
+    // A node that cannot be reached keeps nobody waiting beyond its first attempt, and by uuid the other pool is of no concern.
+    let mut bench = Bench::new(2, |_| {});
+    bench.specs[0].members.truncate(1);
+    bench.views[0].members.truncate(1);
+    bench.up[1] = false;
+    by_name(&mut bench);
+    bench.pass(Duration::from_secs(1));
+    assert!(bench.client.is_active());
+}
+
+#[test]
 fn sequences_go_on_above_those_that_a_member_brings_back() {
     let mut bench = Bench::new(2, |_| {});
     bench.set_up(1, false);

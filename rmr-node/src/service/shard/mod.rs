@@ -35,13 +35,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::Shared;
 use super::command::Answered;
 use super::connection::{Greeting, Peer, WriteBuffers};
-use super::deletion::Deletion;
+use super::deletion::{Closure, Deletion};
 use super::member::{IoTag, Member, buffer_share};
 use super::source_link::SourceLink;
 use super::throttle::{Burst, Throttle};
 use super::windows::{RESERVE_PART, Shortage, Windows};
 use crate::admin::Responder;
-use crate::admin::api::{PoolStatus, StoreCreated};
+use crate::admin::api::{ControlError, PoolStatus, StoreChanged};
 use crate::config::EngineChoice;
 use crate::disk::{
     self, Buffer, BufferPool, Completion, DiskEngine, DiskId, Engine, EngineOptions, Io, IoKind, Payload,
@@ -64,8 +64,10 @@ const STOP_GRACE: Duration = Duration::from_secs(4);
 /// What other threads ask of a shard.
 pub(super) enum Command {
     Status(Responder<Vec<PoolStatus>>),
-    Adopt(Box<Store>, Responder<StoreCreated>),
-    Delete(StoreId, bool, Responder<()>),
+    Adopt(Box<Store>, Sender<Result<(), ControlError>>),
+    Delete(Deleting, Responder<()>),
+    /// A store is to be closed, by force although a client has it.
+    Close(StoreId, bool, Responder<StoreChanged>),
     /// An operator's command for a pool.
     Operator(PoolId, PoolCommand, Responder<Answered>),
     /// The work that makes room in a store has ended.
@@ -73,8 +75,16 @@ pub(super) enum Command {
     Connection(Box<Handover>),
     /// The work that destroys a store has ended.
     Destroyed(StoreId, Result<(), String>),
-    /// Clients may come now.
+    /// Clients may come now: the stores that there are at the start are open.
     Listen(Vec<Listener>),
+}
+
+/// A store that is to be deleted.
+pub(super) struct Deleting {
+    pub(super) store: StoreId,
+    pub(super) force: bool,
+    /// The node made the file, so it goes too.
+    pub(super) own: bool,
 }
 
 /// A connection whose pool is on another shard than the one that accepted it.
@@ -227,6 +237,8 @@ pub(super) struct Shard {
     free_tags: Vec<u32>,
     /// Stores that are being deleted, or could not be.
     deletions: Vec<Deletion>,
+    /// Stores that are being closed.
+    closures: Vec<Closure>,
     completions: Vec<Completion>,
     tags: Vec<u32>,
     changes: Vec<WatchChange>,
@@ -254,13 +266,11 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    /// Runs a shard until the shutdown is requested and done. `opening` is dropped when its stores are open.
+    /// Runs a shard until the shutdown is requested and done.
     pub(super) fn run(
         index: usize,
         shared: Arc<Shared>,
         shards: Vec<ShardHandle>,
-        stores: Vec<Store>,
-        opening: Sender<()>,
         shutdown: Shutdown,
     ) -> anyhow::Result<()> {
         let inbox = shards[index].inbox.lock().ok().and_then(|mut inbox| inbox.take());
@@ -281,7 +291,7 @@ impl Shard {
         let connector = Connector::new(shared.config.leg_timeout, tls, fabric)?;
         let connector = connector.leaving_tls_never(shared.config.is_tls_only());
         let now = monotonic_now();
-        let mut shard = Self {
+        let shard = Self {
             index,
             share: buffer_share(&shared),
             shared,
@@ -308,6 +318,7 @@ impl Shard {
             sending: Vec::new(),
             free_tags: Vec::new(),
             deletions: Vec::new(),
+            closures: Vec::new(),
             completions: Vec::new(),
             tags: Vec::new(),
             changes: Vec::new(),
@@ -326,14 +337,6 @@ impl Shard {
             next_tick: now + TICK,
             now,
         };
-        for store in stores {
-            let path = store.path().to_owned();
-            if let Err(error) = shard.adopt(store) {
-                tracing::error!(path = %path.display(), "store left out: {error}");
-            }
-        }
-        drop(opening);
-        shard.check_memory();
         shard.serve()
     }
 
@@ -470,6 +473,7 @@ impl Shard {
         self.work();
         self.note_shortage();
         self.advance_deletions();
+        self.advance_closures();
         self.advance_shutdown();
     }
 
@@ -616,6 +620,7 @@ impl Shard {
                 self.activate(index);
             }
         }
+        self.close_failed();
         self.windows.values_mut().for_each(Windows::try_again);
         if !self.listens {
             self.listen(true);
@@ -654,11 +659,12 @@ impl Shard {
                 let node = &self.shared.config.node_name;
                 responder.send(Ok(self.members.iter().flatten().map(|m| m.status(node)).collect()));
             }
-            Command::Adopt(store, responder) => {
-                let created = StoreCreated { store: store.superblock().store, path: store.path().to_owned() };
-                responder.send(self.adopt(*store).map(|()| created));
+            Command::Adopt(store, answer) => {
+                // Whoever asked has given up if nobody is there to hear it.
+                let _ = answer.send(self.adopt(*store));
             }
-            Command::Delete(store, force, responder) => self.delete(store, force, responder),
+            Command::Delete(deleting, responder) => self.delete(&deleting, responder),
+            Command::Close(store, force, responder) => self.close_store(store, force, responder),
             Command::Operator(pool, command, responder) => self.admin_command(pool, &command, responder),
             Command::RoomMade(store, result) => self.room_made(store, result),
             Command::Destroyed(store, result) => {
@@ -667,13 +673,14 @@ impl Shard {
                 };
                 if self.deletions[index].ended(result) {
                     let deletion = self.deletions.swap_remove(index);
-                    self.shared.pools().remove(&deletion.remains.pool);
+                    self.shared.pools().remove(deletion.remains.pool);
                 }
             }
             // One that stops already closes them here.
             Command::Listen(listeners) if matches!(self.phase, Phase::Serving) => {
                 self.changes.extend(listeners.iter().map(|l| WatchChange::Add(l.as_raw_fd(), EventSet::IN)));
                 self.listeners = listeners;
+                self.check_memory();
             }
             Command::Listen(_) => {}
             Command::Connection(handover) => {

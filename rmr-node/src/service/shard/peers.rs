@@ -139,6 +139,11 @@ impl Shard {
         let found = self.shared.resolve(greeting.pool, &hello.pool_name);
         match found {
             None => {
+                if let Some(why) = self.shared.why_left_out(greeting.pool, &hello.pool_name) {
+                    // Not that there is no such pool: it may be back in a moment, and the client continues to ask.
+                    let text = format!("node {}: {why}", self.shared.config.node_name);
+                    return self.turn_away(id, &greeting.header, Status::Stopping, text);
+                }
                 let pool =
                     if hello.pool_name.is_empty() { greeting.pool.to_string() } else { hello.pool_name };
                 let text = format!("node {} has no pool '{pool}'", self.shared.config.node_name);
@@ -354,7 +359,13 @@ impl Shard {
     /// Tells clients that the node stops. Those that hold a pool end what they are doing and leave; nobody waits for
     /// others.
     pub(super) fn say_goodbye(&mut self) {
-        let all: Vec<_> = self.peers.keys().copied().collect();
+        self.say_goodbye_for(None, "the node is stopping");
+    }
+
+    /// The same for the clients of one member, whose store is being closed, or of all.
+    pub(super) fn say_goodbye_for(&mut self, index: Option<usize>, reason: &str) {
+        let is_its = |peer: &Peer| index.is_none() || peer.member == index;
+        let all: Vec<_> = self.peers.iter().filter(|(_, p)| is_its(p)).map(|(id, _)| *id).collect();
         for id in all {
             let Some(peer) = self.peers.get_mut(&id) else { continue };
             let member = peer.member.and_then(|m| self.members[m].as_ref());
@@ -368,7 +379,7 @@ impl Shard {
                 // What does not go out at once is lost with the connection, which says the same.
                 let _ = peer.wire.flush();
                 peer.parts = true;
-                self.lost(id, "the node is stopping");
+                self.lost(id, reason);
             }
         }
     }

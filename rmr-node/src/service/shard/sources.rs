@@ -8,7 +8,7 @@ use rmr_common::transport::Connection as _;
 
 use super::super::member::Member;
 use super::super::pulls::PULLS_PART;
-use super::super::source_link::SourceLink;
+use super::super::source_link::{Meant, SourceLink};
 use super::Shard;
 
 impl Shard {
@@ -37,6 +37,8 @@ impl Shard {
         }
         self.next_attempt += 1;
         member.source_attempt = self.next_attempt;
+        let source = member.replica.status().resync.map(|resync| resync.source);
+        member.source_meant = Some(Meant { member: source, address: address.clone() });
         member.connecting = Some(self.next_attempt);
         self.connector.connect(self.next_attempt, address);
     }
@@ -76,7 +78,8 @@ impl Shard {
             let who = format!("node {}, member {}", self.shared.config.node_name, member.replica.member());
             let (pool, keys) = (member.pool(), &self.shared.keys);
             let keys = keys.of(pool, &member.replica.spec().name);
-            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who));
+            let meant = member.source_meant.take().ok_or_else(|| "no source is meant".to_owned());
+            let link = result.and_then(|wire| SourceLink::new(wire, pool, &keys?, who, meant?));
             match link {
                 Ok(link) => {
                     self.changes.push(WatchChange::Add(link.descriptor, link.watched));
@@ -105,6 +108,12 @@ impl Shard {
     pub(super) fn source_lost(&mut self, index: usize, reason: &str) {
         self.close_source(index);
         if let Some(Some(member)) = self.members.get_mut(index) {
+            // It is tried again each second or so, as a rule with the same result.
+            if member.source_error != reason {
+                reason.clone_into(&mut member.source_error);
+                let (pool, own) = (&member.replica.spec().name, member.replica.member());
+                tracing::warn!(%pool, member = %own, node = %self.shared.config.node_name, "no source to be brought up to date from: {reason}");
+            }
             member.replica.apply(Event::PeerDown(reason), self.now);
         }
         self.activate(index);
