@@ -280,6 +280,8 @@ mutants! {
     FoundInRejoinForgotten,
     /// A member that was away when a client had died misses nothing of what only the reference's intents tell
     AbsentIntentsIgnored,
+    /// A store that was put back in the place of one that went back counts as that one
+    RightStoreRefused,
     /// What a node said of another one's history is forgotten with the connection to it
     HeardForgotten,
     /// A client attaches before it has asked every address that it was given

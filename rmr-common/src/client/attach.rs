@@ -448,6 +448,7 @@ impl Client {
         self.verify_disturbed();
         let waiting = next.active();
         let attested = self.attested_in(&next);
+        self.history_sent(next.epoch);
         self.faults.tell(&next, &mut additions);
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();

@@ -391,11 +391,10 @@ impl Replica {
         // Until then a member that went back in time could not be told from one that did not.
         let settled = self.history.settled;
         let is_done = |c: &Chunk, a: &Activity| {
-            let is_flushed = a.sequence <= watermark || mutant!(WatermarkIgnored);
+            let is_settled = a.sequence <= settled || mutant!(IntentClearedUnsettled);
             // No mark passes the watermark.
-            let is_settled =
-                a.sequence <= settled || mutant!(IntentClearedUnsettled) || mutant!(WatermarkIgnored);
-            is_flushed && is_settled && now - a.last_write >= idle && !self.frozen.contains(c)
+            let is_complete = a.sequence <= watermark && is_settled || mutant!(WatermarkIgnored);
+            is_complete && now - a.last_write >= idle && !self.frozen.contains(c)
         };
         // A part of them at a time: a client may have written everywhere, and others' pools wait meanwhile.
         let from = std::mem::take(&mut self.next_clearing);
