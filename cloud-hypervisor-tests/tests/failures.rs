@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use cloud_hypervisor_tests::lab::{
-    self, Checks, Daemon, DaemonBuilder, Disk, Lab, NodeBuilder, PoolBuilder, Vm, VmBuilder,
+    self, Checks, Daemon, DaemonBuilder, Disk, FrontendBuilder, Lab, NodeBuilder, PoolBuilder, Status, Vm,
+    VmBuilder,
 };
 use cloud_hypervisor_tests::scenario;
 
@@ -85,6 +86,40 @@ fn a_guest_killed_in_mid_request_costs_nothing_and_a_node_killed_under_load_is_n
             pool.assert_identical_within(NOTICE_LIMIT)
         });
         checks.finish()
+    })
+}
+
+#[test]
+fn a_node_stopped_in_order_misses_nothing_that_it_had_answered_and_status_says_why_it_is_away() -> Result<()>
+{
+    lab::run("stopped", |lab| {
+        let mut nodes = Vec::new();
+        for name in ["a", "b"] {
+            // Stores with a cache below them, which is what has to be flushed.
+            nodes.push(NodeBuilder::new(name).on_disk().start(lab)?);
+        }
+        let pool = nodes
+            .iter()
+            .fold(PoolBuilder::new("disk").size_mib(16), |pool, node| pool.member(node))
+            .create(lab)?;
+        let daemon = DaemonBuilder::new(&pool).start(lab)?;
+        let mut disk = FrontendBuilder::new(daemon.socket()).connect()?;
+        for megabyte in 0..8 {
+            ensure!(disk.write(0, megabyte * 2048, &[7; 65536])? == Status::Ok, "write {megabyte}");
+        }
+        nodes[1].stop()?;
+        pool.wait_for_level("degraded", NOTICE_LIMIT)?;
+        let away = |status: &serde_json::Value| status["assessment"]["members"][1].clone();
+        lab::wait_until("the client to say why member 1 is away", NOTICE_LIMIT, || {
+            Ok(away(&pool.status()?)["condition"]["cause"] == "node_stopped")
+        })?;
+        let found = away(&pool.status()?);
+        ensure!(found["missed_bytes"] == 0, "expected that nothing is missed, found {found}");
+        nodes[1].restart(lab)?;
+        pool.wait_for_level("safe", NOTICE_LIMIT)?;
+        drop(disk);
+        daemon.stop()?;
+        pool.assert_identical_within(NOTICE_LIMIT)
     })
 }
 

@@ -45,6 +45,7 @@ pub mod reactor;
 pub mod replica;
 pub mod sim;
 pub mod text;
+pub mod throttle;
 pub mod time;
 pub mod transport;
 pub mod wire;

@@ -239,6 +239,18 @@ mutants! {
     /// A flush covers what was written while it was under way
     FlushCoversTooMuch,
 
+    // Sick members.
+    /// A failed rejoin does not make the pause before the next one longer
+    BackoffNotDoubled,
+    /// A member that is brought in has no failures on record any more, however soon it is lost again
+    BackoffResetByFlap,
+    /// A member that is brought in may hold requests for as long as it likes
+    HoldNotBounded,
+    /// Requests count as new for the suspend timeout with each attachment that breaks down
+    SuspensionResets,
+    /// A node that stops claims to have flushed, and has not
+    GoodbyeWithoutFlush,
+
     // Rejoin and promotion.
     /// A member rejoins while writes are in flight
     NoBarrier,
@@ -268,6 +280,8 @@ mutants! {
     FoundInRejoinForgotten,
     /// A member that was away when a client had died misses nothing of what only the reference's intents tell
     AbsentIntentsIgnored,
+    /// A store that was put back in the place of one that went back counts as that one
+    RightStoreRefused,
     /// What a node said of another one's history is forgotten with the connection to it
     HeardForgotten,
     /// A client attaches before it has asked every address that it was given

@@ -124,10 +124,15 @@ pub struct Options {
     #[arg(long, value_name = "MODE", value_enum, help_heading = "Pool")]
     pub rdma_read_mode: Option<RdmaReadMode>,
 
-    /// A member whose disk fails reads is resynchronised so many times within an hour, then left out until the daemon
-    /// attaches anew. [default: 16]
+    /// A member whose disk fails reads is resynchronised so many times within an hour, then left out until an operator brings
+    /// it back with `rmrctl pool resync` or `rmrctl pool maintenance ... off`. [default: 16]
     #[arg(long, value_name = "N", help_heading = "Pool")]
     pub read_error_limit: Option<u32>,
+
+    /// Longest pause in seconds before a member that failed again and again is brought in once more. Each failure doubles the
+    /// pause, from one second on. [default: 300]
+    #[arg(long, value_name = "SECONDS", help_heading = "Pool")]
+    pub rejoin_backoff_max_s: Option<u32>,
 
     /// What is done about a guest that changes a buffer while it is being written, so that each member would get other bytes:
     /// nothing (off), repeat such a write from a copy (detect), or send every write from a copy (bounce). [default: off]
@@ -268,6 +273,7 @@ impl Options {
             leg_timeout_ms: self.leg_timeout_ms.or(file.leg_timeout_ms),
             rdma_read_mode: self.rdma_read_mode.or(file.rdma_read_mode),
             read_error_limit: self.read_error_limit.or(file.read_error_limit),
+            rejoin_backoff_max_s: self.rejoin_backoff_max_s.or(file.rejoin_backoff_max_s),
             data_digest: self.data_digest.or(file.data_digest),
             bounce_memory_mib: self.bounce_memory_mib.or(file.bounce_memory_mib),
             num_queues: self.num_queues.or(file.num_queues),

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use rmr_common::client::{DEFAULT_BOUNCE_MEMORY, DEFAULT_READ_ERROR_LIMIT, DataDigest};
+use rmr_common::client::{
+    DEFAULT_BOUNCE_MEMORY, DEFAULT_READ_ERROR_LIMIT, DEFAULT_REJOIN_BACKOFF_MAX, DataDigest,
+};
 use rmr_common::pool::{Address, AddressError, MemberId, PoolId, PoolSpec};
 use rmr_common::transport::rdma::ReadMode;
 use rmr_common::transport::tls::IdentityFiles;
@@ -96,6 +98,8 @@ pub struct PoolSettings {
     pub leg_timeout: Duration,
     /// How many times within an hour a member may come back after read errors.
     pub read_error_limit: u32,
+    /// Longest pause before a member that failed again and again is brought in once more.
+    pub rejoin_backoff_max: Duration,
     /// What is done about buffers that change while they are written.
     pub data_digest: DataDigest,
     /// Most bytes of copies.
@@ -243,6 +247,12 @@ impl Settings {
         if linger_ms > MAX_LINGER_MS {
             return Err(bad("linger-ms", linger_ms, "0 to 10000"));
         }
+        let default = u32::try_from(DEFAULT_REJOIN_BACKOFF_MAX.as_secs()).unwrap_or(300);
+        let rejoin_backoff_max = seconds("rejoin-backoff-max-s", options.rejoin_backoff_max_s, default)?;
+        if rejoin_backoff_max.is_zero() {
+            // A sick member would hold the guest most of the time.
+            return Err(bad("rejoin-backoff-max-s", 0, "1 to 86400 seconds"));
+        }
         let suspend_timeout_s = seconds("suspend-timeout-s", options.suspend_timeout_s, 60)?;
         let bounce_memory_mib = options.bounce_memory_mib.unwrap_or(DEFAULT_BOUNCE_MEMORY >> 20);
         if !(1..=1024).contains(&bounce_memory_mib) {
@@ -275,6 +285,7 @@ impl Settings {
                 suspend_timeout: suspend_timeout_s,
                 leg_timeout: Duration::from_millis(leg_timeout_ms.into()),
                 read_error_limit: options.read_error_limit.unwrap_or(DEFAULT_READ_ERROR_LIMIT),
+                rejoin_backoff_max,
                 data_digest: match options.data_digest.unwrap_or_default() {
                     DigestMode::Off => DataDigest::Off,
                     DigestMode::Detect => DataDigest::Detect,
@@ -449,6 +460,7 @@ mod tests {
             ("--linger-ms 10001", "linger-ms"),
             ("--leg-timeout-ms 1", "leg-timeout-ms"),
             ("--suspend-timeout-s 90000", "suspend-timeout-s"),
+            ("--rejoin-backoff-max-s 0", "rejoin-backoff-max-s"),
             ("--bounce-memory-mib 0", "bounce-memory-mib"),
             ("--bounce-memory-mib 1025", "bounce-memory-mib"),
             ("--node nonsense", "node"),

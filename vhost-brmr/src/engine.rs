@@ -1,8 +1,9 @@
 //! The data path: chains off the rings become requests to the disk, completions become used elements. Everything of a
 //! wake-up happens in one [`Engine::turn`]: no allocation, no lock and no system call per request.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use rmr_common::throttle::Throttle;
 use tracing::{error, warn};
 
 use crate::disk::{Disk, DiskError, Operation, Request, Token};
@@ -47,8 +48,8 @@ impl Engine {
             flight: Flight::new(capacity),
             done: Vec::with_capacity(capacity.min(4096)),
             starved: false,
-            refusals: Throttle::default(),
-            failures: Throttle::default(),
+            refusals: Throttle::new(1, LOG_INTERVAL),
+            failures: Throttle::new(1, LOG_INTERVAL),
         }
     }
 
@@ -243,23 +244,4 @@ fn submit_flush(disk: &mut impl Disk, token: Token) {
 fn fail(session: &mut Session, queue: usize, fault: Fault) {
     error!(queue, "ring stopped: {fault}");
     session.rings[queue].fail(fault);
-}
-
-/// Lets one message through per interval and counts the rest.
-#[derive(Debug, Default)]
-struct Throttle {
-    last: Option<Instant>,
-    suppressed: u64,
-}
-
-impl Throttle {
-    fn log(&mut self, message: impl FnOnce(u64)) {
-        let now = Instant::now();
-        if self.last.is_some_and(|last| now.duration_since(last) < LOG_INTERVAL) {
-            self.suppressed += 1;
-            return;
-        }
-        message(self.suppressed);
-        (self.last, self.suppressed) = (Some(now), 0);
-    }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use rmr_common::reactor::WatchChange;
+use rmr_common::throttle::Throttles;
 use rmr_common::words;
 use thiserror::Error;
 use tracing::{debug, error, info, warn};
@@ -145,6 +146,7 @@ impl<D: Disk> EventLoop<D> {
             listener_ready: false,
             listener_rests: None,
             lingers: None,
+            logs: Throttles::default(),
             changes: Vec::new(),
             control_changes: Vec::new(),
             kick_changes: Vec::new(),
@@ -323,6 +325,8 @@ struct Worker<D: Disk> {
     listener_rests: Option<Instant>,
     /// The disk is kept until then, although no front end uses it.
     lingers: Option<Instant>,
+    /// Log lines that front ends can cause.
+    logs: Throttles<&'static str>,
     changes: Vec<WatchChange>,
     control_changes: Vec<ControlChange>,
     kick_changes: Vec<KickChange>,
@@ -586,7 +590,9 @@ impl<D: Disk> Worker<D> {
             Err(VhostError::ReqHandlerError(reason)) => {
                 // The front end knows of the refusal only if it waits for an acknowledgement.
                 if need_reply && self.session().has_reply_ack() {
-                    warn!("refused a message of the front end: {reason}");
+                    self.logs.log("refused", |withheld| {
+                        warn!(withheld, "refused a message of the front end: {reason}");
+                    });
                 } else {
                     self.disconnect(&format!("refused a message of the front end: {reason}"));
                 }
@@ -603,12 +609,16 @@ impl<D: Disk> Worker<D> {
             Ok(stream) if self.connection.is_none() && matches!(self.state, State::Running) => {
                 self.connect(stream);
             }
-            Ok(_) => warn!("a second front end was turned away: one at a time"),
+            Ok(_) => self.logs.log("second", |withheld| {
+                warn!(withheld, "a second front end was turned away: one at a time");
+            }),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
             Err(error) => {
                 // For want of descriptors as a rule. The front end waits in the queue, and would wake the loop at once again.
-                warn!("a front end could not be accepted, trying again in a second: {error}");
+                self.logs.log("accept", |withheld| {
+                    warn!(withheld, "a front end could not be accepted, trying again in a second: {error}");
+                });
                 self.control_changes.push(ControlChange::Remove(listener.as_raw_fd()));
                 self.listener_rests = Some(Instant::now() + ACCEPT_PAUSE);
             }

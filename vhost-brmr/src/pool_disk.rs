@@ -7,8 +7,9 @@ use anyhow::Context;
 use rmr_common::auth::KeyRing;
 use rmr_common::client::{self, Config, Force, IoError, Notice, OverReason, PoolSelector};
 use rmr_common::driver::{NO_ANSWER, PoolDriver, PoolError, discover_while};
-use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, PoolSpec, TransportKind};
+use rmr_common::pool::{Address, BLOCK_SIZE, ClientId, MemberId, PoolSpec, TransportKind};
 use rmr_common::reactor::WatchChange;
+use rmr_common::throttle::Throttles;
 use rmr_common::transport::rdma::{self, Fabric};
 use rmr_common::transport::tls::ClientTls;
 use rmr_common::words;
@@ -28,6 +29,8 @@ const MAX_SEGMENT_SIZE: u32 = 1 << 20;
 const MAX_RANGE: u64 = 1 << 30;
 /// How often the daemon looks whether RDMA devices were removed while it has no connections.
 const DEVICE_BEAT: Duration = Duration::from_secs(1);
+/// Of log lines of one kind, ten go through in this time.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Most ranges of one discard or write-zeroes.
 const MAX_RANGES: u32 = 16;
 
@@ -86,6 +89,8 @@ pub struct PoolDisk {
     done: Vec<(client::Token, Result<(), IoError>)>,
     notices: Vec<Notice>,
     failed: Vec<Token>,
+    /// Log lines that nodes and networks can cause.
+    logs: Throttles<(&'static str, Option<MemberId>)>,
 }
 
 impl PoolDisk {
@@ -111,6 +116,7 @@ impl PoolDisk {
         }
         config.fabric = Fabric::new(pool.rdma_read_mode);
         config.read_error_limit = pool.read_error_limit;
+        config.rejoin_backoff_max = pool.rejoin_backoff_max;
         config.data_digest = pool.data_digest;
         config.bounce_memory = pool.bounce_memory;
         let selector: PoolSelector = pool.pool.to_string().parse()?;
@@ -153,6 +159,7 @@ impl PoolDisk {
             done: Vec::new(),
             notices: Vec::new(),
             failed: Vec::new(),
+            logs: Throttles::new(10, LOG_INTERVAL),
         })
     }
 
@@ -168,36 +175,66 @@ impl PoolDisk {
             self.spec = spec.clone();
         }
         let pool = self.spec.name.as_str();
+        let logs = &mut self.logs;
         for notice in self.notices.drain(..) {
             match notice {
-                Notice::LegUp(member, address) => tracing::info!(pool, %member, %address, "connected"),
+                Notice::LegUp(member, address) => logs.log(("connected", Some(member)), |withheld| {
+                    tracing::info!(pool, %member, %address, withheld, "connected");
+                }),
                 Notice::LinkLost(Some(member), address, reason) => {
-                    tracing::warn!(pool, %member, %address, "connection lost: {reason}");
+                    logs.log(("connection", Some(member)), |withheld| {
+                        tracing::warn!(pool, %member, %address, withheld, "connection lost: {reason}");
+                    });
                 }
-                Notice::LinkLost(None, address, reason) => {
-                    tracing::warn!(pool, %address, "no connection: {reason}")
-                }
-                Notice::Attached(view) => tracing::info!(pool, "attached with {view}"),
-                Notice::Committed(view) => tracing::info!(pool, "{view} is committed"),
+                Notice::LinkLost(None, address, reason) => logs.log(("no connection", None), |withheld| {
+                    tracing::warn!(pool, %address, withheld, "no connection: {reason}");
+                }),
+                Notice::Attached(view) => logs.log(("attached", None), |withheld| {
+                    tracing::info!(pool, withheld, "attached with {view}");
+                }),
+                Notice::Committed(view) => logs.log(("view", None), |withheld| {
+                    tracing::info!(pool, withheld, "{view} is committed");
+                }),
                 Notice::Spec(spec) => {
                     tracing::info!(pool, "{} bytes, members {}", spec.size, spec.member_set());
                 }
                 Notice::NoRoom(member, reason) => {
                     tracing::warn!(pool, %member, "cannot come back, its store has no room for the pool: {reason}");
                 }
-                Notice::Lost(members, reason) => {
-                    tracing::warn!(pool, %members, "members lost: {reason}; going on without them, what they miss is recorded");
+                Notice::Lost(members, cause, reason) => {
+                    let subject = members.iter().next();
+                    let cause = cause.name();
+                    logs.log(("lost", subject), |withheld| {
+                        tracing::warn!(
+                            pool, %members, cause, withheld,
+                            "members lost: {reason}; the guest goes on without them, and what they miss is recorded"
+                        );
+                    });
                 }
-                Notice::Suspended(reason) => {
+                Notice::RejoinFailed { member, cause, reason, failures, pause } => {
+                    let step = cause.next_step().unwrap_or("nothing has to be done");
+                    let cause = cause.name();
+                    logs.log(("rejoin", Some(member)), |withheld| {
+                        tracing::warn!(
+                            pool, %member, cause, failures, withheld,
+                            "member not brought in: {reason}; next try in {:.0} s; {step}",
+                            pause.as_secs_f64().ceil()
+                        );
+                    });
+                }
+                Notice::Suspended(reason) => logs.log(("suspended", None), |withheld| {
                     tracing::error!(
                         pool,
+                        withheld,
                         "suspended, no current copy can be reached: {reason}; requests wait"
                     );
-                }
-                Notice::Waiting(text) => tracing::warn!(pool, "waiting: {text}"),
-                Notice::ReadError(member, offset, length) => {
-                    tracing::error!(pool, %member, offset, length, "disk error on read, trying another copy");
-                }
+                }),
+                Notice::Waiting(text) => logs.log(("waiting", None), |withheld| {
+                    tracing::warn!(pool, withheld, "waiting: {text}");
+                }),
+                Notice::ReadError(member, offset, length) => logs.log(("read error", Some(member)), |withheld| {
+                    tracing::error!(pool, %member, offset, length, withheld, "disk error on read, trying another copy");
+                }),
                 Notice::Regressed { member, known, shown } => {
                     tracing::error!(
                         pool, %member,
@@ -477,6 +514,7 @@ mod tests {
             done: Vec::new(),
             notices: Vec::new(),
             failed: Vec::new(),
+            logs: Throttles::default(),
         }
     }
 

@@ -3,11 +3,13 @@
 use super::recovery::UnheardLosses;
 use super::{Client, LinkId, LinkState, Notice, Output, OverReason, State, recovery};
 use crate::pool::{
-    Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Position, Refusal, Sequence, View, ViewStep,
+    Cause, Epoch, MemberId, MemberSet, MemberSpec, MemberView, PoolSpec, Position, Refusal, Sequence, View,
+    ViewStep,
 };
 use crate::time::Time;
 use crate::wire::{
-    Attach, AttachReply, DirtyAddition, Kind, MessageHeader, SetView, Status, WireError, encode_attested,
+    Attach, AttachReply, DirtyAddition, Goodbye, Kind, MessageHeader, SetView, Status, WireError,
+    encode_attested,
 };
 
 /// More writes than a pool can have in a thousand years.
@@ -38,7 +40,7 @@ impl Client {
                     Kind::FlushReply => self.flush_reply(member, header),
                     Kind::AttachReply => self.attach_reply(member, header, body),
                     Kind::SetViewReply => self.set_view_reply(member, header, body),
-                    Kind::PrepareReply => self.prepare_reply(member, header),
+                    Kind::PrepareReply => self.prepare_reply(member, header, body),
                     Kind::GrowReply => self.grow_reply(member, header, body),
                     Kind::ChunksDone => self.chunks_done(member, header, body),
                     Kind::SourceFailed => self.source_failed(member, header),
@@ -52,18 +54,53 @@ impl Client {
                     }
                     Kind::Goodbye if header.status == Status::IoError => {
                         self.note_failed_flush(member);
-                        self.drop_link(
-                            id,
+                        self.drop_member_for(
+                            member,
+                            Cause::FlushErrors,
                             "its disk failed a flush; what it had not flushed counts as missed",
                         );
                     }
-                    Kind::Goodbye => self.drop_link(id, "the node is stopping"),
+                    Kind::Goodbye => self.node_stops(id, member, header, body),
                     _ => self.drop_link(id, &format!("protocol error: {kind:?} is not expected by a client")),
                 }
             }
             (_, kind) => {
                 self.drop_link(id, &format!("protocol error: {kind:?} before the hello was answered"))
             }
+        }
+    }
+
+    /// A node stops in order. What it claims counts if it is in service: it flushed after the last write that it answered, so
+    /// none of those is missed by it, also if its machine loses power. See `docs/replication.md`.
+    fn node_stops(&mut self, id: LinkId, member: MemberId, header: &MessageHeader, body: &[u8]) {
+        let is_flushed = Goodbye::decode(body).is_ok_and(|goodbye| goodbye.flushed);
+        let is_in_service = matches!(self.state, State::Active | State::Changing { attach: false, .. });
+        if is_flushed && is_in_service && header.epoch == self.epoch && self.view_active().contains(member) {
+            self.left_flushed.insert(member);
+        }
+        self.health.blame(member, Cause::NodeStopped);
+        self.drop_link(id, "the node is stopping");
+    }
+
+    /// A member refused an attach; why, as far as its answer tells.
+    fn note_attach_refused(&mut self, member: MemberId, status: Status) -> Cause {
+        if matches!(status, Status::IoError | Status::NoSpace) {
+            self.disks_refuse.insert(member);
+        }
+        match status {
+            Status::IoError => Cause::MetadataErrors,
+            Status::NoSpace => Cause::DiskFull,
+            _ => Cause::Refused,
+        }
+    }
+
+    /// Why a member refused a view, as far as its answer tells.
+    fn cause_of_refused_view(&self, member: MemberId, status: Status) -> Cause {
+        match status {
+            Status::IoError if self.rejoin_member() == Some(member) => Cause::HandoverFailed,
+            Status::IoError => Cause::MetadataErrors,
+            Status::NoSpace => Cause::NoRoom,
+            _ => Cause::Refused,
         }
     }
 
@@ -287,13 +324,15 @@ impl Client {
             }
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                return self.drop_member(member, &refusal("attach", status, &text));
+                let cause = self.note_attach_refused(member, status);
+                return self.drop_member_for(member, cause, &refusal("attach", status, &text));
             }
         }
         let reply = match AttachReply::decode(body) {
             Ok(reply) => reply,
-            Err(error) => return self.drop_member(member, &protocol(&error)),
+            Err(error) => return self.drop_member_for(member, Cause::Refused, &protocol(&error)),
         };
+        self.disks_refuse.remove(member);
         if let State::Attaching { waiting, replies, .. } = &mut self.state {
             waiting.remove(member);
             replies.push((member, reply));
@@ -409,6 +448,7 @@ impl Client {
         self.verify_disturbed();
         let waiting = next.active();
         let attested = self.attested_in(&next);
+        self.history_sent(next.epoch);
         self.faults.tell(&next, &mut additions);
         let mut batches: Vec<Vec<DirtyAddition>> =
             additions.chunks(SetView::MAX_ADDITIONS).map(<[DirtyAddition]>::to_vec).collect();
@@ -426,6 +466,7 @@ impl Client {
                 self.send_body(member, header, body.clone());
             }
         }
+        self.restart_hold();
         self.state = State::Changing { next, spec, waiting, since: self.now, attach };
     }
 
@@ -437,16 +478,23 @@ impl Client {
         match header.status {
             Status::Ok => {
                 waiting.remove(member);
-                let (is_all, view) = (waiting.is_empty() || mutant!(CommitWithoutAll), next.clone());
+                let (waiting, view) = (*waiting, next.clone());
                 self.attest_view(member, &view);
-                if is_all {
+                if waiting.is_empty() || mutant!(CommitWithoutAll) {
                     self.commit();
+                } else {
+                    self.note_only_waits_for(waiting);
                 }
             }
             Status::StaleEpoch | Status::NotAttached => self.end(OverReason::Fenced(header.epoch)),
             status => {
                 let text = String::from_utf8_lossy(body).into_owned();
-                self.drop_member(member, &refusal(&format!("view {}", header.view), status, &text));
+                let cause = self.cause_of_refused_view(member, status);
+                self.drop_member_for(
+                    member,
+                    cause,
+                    &refusal(&format!("view {}", header.view), status, &text),
+                );
             }
         }
     }
@@ -491,7 +539,8 @@ impl Client {
         }
         self.faults.committed(&next, attach);
         self.view = Some(next);
-        self.suspended_since = None;
+        (self.disks_refuse, self.left_flushed) =
+            (MemberSet::EMPTY, self.left_flushed.without(self.view_active()));
         self.note_host_boots();
         self.notice(notice);
         if self.told_spec.as_ref() != Some(&spec) {
@@ -516,8 +565,10 @@ impl Client {
 
     /// Members can not be reached any more. The pool goes on with the others if a Clean one is left.
     pub(super) fn lose(&mut self, members: MemberSet, reason: &str) {
-        self.stale_lost(members);
         self.history_lost(members);
+        let causes: Vec<_> = MemberId::all().map(|m| self.health.take_blame(m)).collect();
+        let cause_of = |m: MemberId| causes[m.index()];
+        self.stale_lost(members, cause_of, reason);
         self.commands_lost(members);
         for member in members.iter() {
             self.parts.fail_member(member);
@@ -570,7 +621,12 @@ impl Client {
         match base.step(ViewStep::Lose(gone), self.epoch) {
             Ok(next) => {
                 let additions = self.missed_by(next.out().intersection(self.view_active().union(gone)));
-                self.notice(Notice::Lost(gone, reason.to_owned()));
+                // When the last Clean one is lost, nobody can tell which of them is sick.
+                for member in gone.intersection(self.view_active()).iter() {
+                    self.note_lost(member, cause_of(member), reason);
+                }
+                let cause = gone.iter().next().map_or(Cause::Unreachable, cause_of);
+                self.notice(Notice::Lost(gone, cause, reason.to_owned()));
                 self.change_view(next, spec, additions, false);
             }
             Err(_) => {
@@ -605,9 +661,8 @@ impl Client {
                 self.outputs.push_back(Output::Disconnect(LinkId(id)));
             }
         }
-        if matches!(self.state, State::Active | State::Changing { attach: false, .. }) {
-            self.suspended_since = Some(self.now);
-        }
+        self.note_stuck();
+        self.forget_told();
         self.was_cut_short |=
             matches!(self.state, State::Attaching { .. } | State::Changing { attach: true, .. });
         self.state = State::Gathering { possible_since: None, told: String::new() };
@@ -700,11 +755,15 @@ impl Client {
             }
             State::Attaching { waiting, since, .. } if self.now - *since > timeout => {
                 let silent = *waiting;
-                silent.iter().for_each(|m| self.drop_member(m, "the attach was not answered in time"));
+                silent.iter().for_each(|m| {
+                    self.drop_member_for(m, Cause::Silent, "the attach was not answered in time");
+                });
             }
             State::Changing { waiting, since, .. } if self.now - *since > timeout => {
                 let silent = *waiting;
-                silent.iter().for_each(|m| self.drop_member(m, "the view was not answered in time"));
+                silent.iter().for_each(|m| {
+                    self.drop_member_for(m, Cause::Silent, "the view was not answered in time");
+                });
             }
             State::Detaching { since, .. } if self.now - *since > timeout => self.detached(),
             State::Attaching { .. }

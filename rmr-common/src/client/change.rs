@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 
 use super::{Client, LinkId, LinkState, Output, Payload, State};
 use crate::pool::{
-    Address, Command, CommandReply, MemberId, MemberSet, PoolSpec, Refusal, StoreId, ViewStep,
+    Address, Cause, Command, CommandReply, MemberId, MemberSet, PoolSpec, Refusal, StoreId, ViewStep,
 };
 use crate::time::Time;
 use crate::wire::{DirtyAddition, Kind, MessageHeader, Status};
@@ -149,6 +149,13 @@ impl Client {
         };
         if let Some((reason, text)) = refusal {
             return self.answer_command(&origin, &CommandReply::refused(reason, text));
+        }
+        match &command {
+            Command::Resync { member: None } => self.bring_in_now(self.view_out()),
+            Command::Resync { member: Some(member) } | Command::Maintenance { member, on: false } => {
+                self.bring_in_now(MemberSet::only(*member));
+            }
+            _ => {}
         }
         self.commands.waiting.push_back(Asked { origin, command });
         self.advance_command();
@@ -307,7 +314,12 @@ impl Client {
                 };
                 self.set_command_phase(Phase::Changing);
                 match step {
-                    ViewStep::Lose(members) => self.stale_lost(members),
+                    ViewStep::Lose(members) => {
+                        self.stale_lost(members, |_| Cause::Operator, "an operator took it out");
+                        for member in members.iter() {
+                            self.note_lost(member, Cause::Operator, "an operator took it out");
+                        }
+                    }
                     // One that is being brought back in is another one from now on, or is to stay Out.
                     _ => self.rejoin_member().into_iter().for_each(|member| self.abort_rejoin(member)),
                 }

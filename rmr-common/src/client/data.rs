@@ -4,7 +4,7 @@ use super::{
     Client, DataDigest, FlushRound, IoError, Notice, Op, Operation, Output, Payload, Protection, State, Token,
 };
 use crate::client::parts::{OpIndex, Part, PartState};
-use crate::pool::{Chunk, MemberId, MemberSet, Sequence, Slot};
+use crate::pool::{Cause, Chunk, MemberId, MemberSet, Sequence, Slot};
 use crate::time::Time;
 use crate::wire::{DirtyAddition, Kind, MAX_RANGE, MessageHeader, Status};
 
@@ -23,7 +23,8 @@ impl Client {
             self.outputs.push_back(Output::Complete(token, Err(error)));
             return;
         }
-        let op = Op { token, operation, offset, length, issued: 0, parts: 0, error: None, submitted: now };
+        let stuck = (!self.is_in_service()).then_some(now);
+        let op = Op { token, operation, offset, length, issued: 0, parts: 0, error: None, stuck };
         let index = self.insert_op(op);
         if operation == Operation::Flush {
             self.flush_queue.push(index);
@@ -205,6 +206,9 @@ impl Client {
             part.state = PartState::Sent;
             part.pending = legs;
             part.sent_at = now;
+            if part.operation.is_write() {
+                part.erred = MemberSet::EMPTY;
+            }
         }
         for leg in legs.iter() {
             let offset = part.op_offset;
@@ -290,9 +294,11 @@ impl Client {
                 part.repeat = true;
                 self.part_progress(slot);
             }
-            (_, true) => {
-                self.drop_member(member, "data arrives there with another digest than it was sent with")
-            }
+            (_, true) => self.drop_member_for(
+                member,
+                Cause::Refused,
+                "data arrives there with another digest than it was sent with",
+            ),
         }
     }
 
@@ -322,14 +328,22 @@ impl Client {
         let (operation, offset, length) = (part.operation, part.offset, part.length);
         match header.status {
             Status::Ok if operation == Operation::Read && header.payload != length => {
-                self.drop_member(member, "protocol error: a read was answered with another length");
+                self.drop_member_for(
+                    member,
+                    Cause::Refused,
+                    "protocol error: a read was answered with another length",
+                );
             }
             Status::Ok => {
-                let erred = part.erred;
+                let (erred, sent_at) = (part.erred, part.sent_at);
                 if let Some(part) = self.parts.get_mut(header.slot) {
                     part.pending.remove(member);
                 }
-                erred.iter().for_each(|m| self.note_bad_range(m, offset, length.into()));
+                if operation == Operation::Read {
+                    erred.iter().for_each(|m| self.note_bad_range(m, offset, length.into()));
+                } else {
+                    self.health.note_answer(member, self.now - sent_at);
+                }
                 self.part_progress(header.slot);
             }
             Status::StaleEpoch | Status::NotAttached => {
@@ -339,15 +353,19 @@ impl Client {
                 self.read_failed(member, header.slot);
             }
             Status::DigestDiffers => self.digest_differs(member, header.slot),
-            Status::IoError | Status::NoSpace if self.view_clean() == MemberSet::only(member) => {
-                // The only current copy cannot write: the guest has to know; losing the leg would help nobody. Syncing members
-                // may carry the write out, now or later: they are lost, and come back with what the Clean one has.
-                let others = self.view_active().without(self.view_clean()).intersection(self.ready_members());
-                others.iter().for_each(|m| self.drop_member(m, "the only Clean copy failed a write"));
-                self.part_failed(header.slot, IoError::Media);
+            Status::IoError | Status::NoSpace if self.is_last_clean(member) => {
+                if let Some(part) = self.parts.get_mut(header.slot) {
+                    part.pending.remove(member);
+                    part.erred.insert(member);
+                }
+                // If the view under way has the others Out, the guest hears of it when that is committed.
+                self.part_progress(header.slot);
             }
-            status => self
-                .drop_member(member, &format!("{operation} of {length} bytes at {offset} failed: {status}")),
+            status => {
+                let cause = disk_cause(status, Cause::WriteErrors);
+                let text = format!("{operation} of {length} bytes at {offset} failed: {status}");
+                self.drop_member_for(member, cause, &text);
+            }
         }
     }
 
@@ -384,6 +402,10 @@ impl Client {
     /// Completes a part when every leg answered, and those that did not are Out in the committed view.
     fn part_progress(&mut self, slot: Slot) {
         let Some(part) = self.parts.get(slot) else { return };
+        let is_failed = part.state == PartState::Sent && part.operation.is_write() && !part.erred.is_empty();
+        if is_failed && self.is_active() && self.view_clean().is_subset(part.erred) {
+            return self.write_failed(slot);
+        }
         let is_answered =
             part.pending.is_empty() || mutant!(WriteByOneLeg) && part.pending != self.view_active();
         if part.state != PartState::Sent || !is_answered {
@@ -400,7 +422,7 @@ impl Client {
             return;
         }
         if part.operation.is_write() {
-            if !self.is_inactive(part.failed) && !mutant!(CompleteBeforeCommit) {
+            if !self.is_inactive(part.failed.union(part.erred)) && !mutant!(CompleteBeforeCommit) {
                 return; // Completes at the commit of the view that has them Out.
             }
             let (offset, length) = (part.offset, part.length);
@@ -410,6 +432,27 @@ impl Client {
         }
         let fault = self.parts.get(slot).is_some_and(|p| p.fault);
         self.finish_part(slot, fault.then_some(IoError::Memory));
+    }
+
+    /// Whether a disk error of this member leaves no Clean one: the others are lost already, or were never there.
+    fn is_last_clean(&self, member: MemberId) -> bool {
+        let clean = match &self.state {
+            State::Changing { next, attach: false, .. } => next.clean(),
+            _ => self.view_clean(),
+        };
+        clean == MemberSet::only(member)
+    }
+
+    /// The disk of every Clean member failed a write. The guest must know: to lose the last leg would help nobody, and the next
+    /// attachment would end in the same way.
+    fn write_failed(&mut self, slot: Slot) {
+        let clean = self.view_clean();
+        // Syncing members may carry the write out, now or later: they are lost, and come back with what the Clean one has.
+        let others = self.view_active().without(clean).intersection(self.ready_members());
+        others.iter().for_each(|m| {
+            self.drop_member_for(m, Cause::WriteErrors, "the only Clean member failed a write");
+        });
+        self.part_failed(slot, IoError::Media);
     }
 
     /// Whether the committed view does not need these members any more: they are Out, or were removed since.
@@ -481,6 +524,8 @@ impl Client {
                 self.requeue_read(slot);
             }
             match self.parts.get(slot).map(|p| p.state) {
+                // A write that failed on the only Clean member may have begun another view.
+                Some(PartState::Unsent) if !self.is_active() => {}
                 Some(PartState::Unsent) => self.send_part(slot),
                 Some(PartState::Sent) => self.part_progress(slot),
                 Some(PartState::Blocked | PartState::Free) | None => {}
@@ -504,7 +549,8 @@ impl Client {
             .map(|(_, p)| DirtyAddition { members, offset: p.offset, length: p.length.into() })
             .collect();
         // A store that is gone can not be asked any more; what its last hello said is kept with the link.
-        let write_back = members.without(self.write_through);
+        let kept = self.write_through.union(self.left_flushed);
+        let write_back = members.without(kept);
         if !write_back.is_empty() && !mutant!(UnflushedForgotten) {
             let unflushed = self.unflushed.ranges().chain(self.flushing.ranges());
             additions.extend(unflushed.map(|(offset, length)| DirtyAddition {
@@ -587,7 +633,10 @@ impl Client {
                     self.drop_member(member, "the only Clean member failed a flush");
                 }
             }
-            status => self.drop_member(member, &format!("flush failed: {status}")),
+            status => {
+                let cause = disk_cause(status, Cause::FlushErrors);
+                self.drop_member_for(member, cause, &format!("flush failed: {status}"));
+            }
         }
     }
 
@@ -656,16 +705,44 @@ impl Client {
                 .slots()
                 .fold(MemberSet::EMPTY, |set, (_, p)| set.union(late(p.sent_at, p.pending)));
             let silent = self.flush.as_ref().map_or(silent, |f| silent.union(late(f.since, f.pending)));
-            silent.iter().for_each(|m| self.drop_member(m, "no answer within the leg timeout"));
+            silent.iter().for_each(|m| {
+                self.drop_member_for(m, Cause::Silent, "no answer within the leg timeout");
+            });
         }
         if matches!(self.state, State::Gathering { .. } | State::Attaching { .. }) {
-            let limit = self.config.suspend_timeout;
-            // What counts is how long a request has waited for the pool, not how long the pool took before.
-            let since = self.suspended_since.unwrap_or(Time(0));
+            // Where every current copy is there and its disk refuses, there is nothing to wait for.
+            let clean = self.view_clean();
+            let is_hopeless = !clean.is_empty() && clean.is_subset(self.disks_refuse);
+            let (limit, error) = if is_hopeless {
+                (leg_timeout.min(self.config.suspend_timeout), IoError::Media)
+            } else {
+                (self.config.suspend_timeout, IoError::Suspended)
+            };
             for index in 0..self.ops.len() {
-                if self.ops[index].as_ref().is_some_and(|op| now - op.submitted.max(since) > limit) {
-                    self.abandon(u32::try_from(index).unwrap_or(u32::MAX), IoError::Suspended);
+                // What counts is how long a request has waited for the pool, not how long the pool took before.
+                let stuck = self.ops[index].as_ref().map(|op| op.stuck.unwrap_or(now));
+                if stuck.is_some_and(|since| now - since > limit) {
+                    self.abandon(u32::try_from(index).unwrap_or(u32::MAX), error);
                 }
+            }
+        }
+    }
+
+    /// Whether a request can be served now, or as soon as the view under way is committed.
+    pub(super) const fn is_in_service(&self) -> bool {
+        matches!(self.state, State::Active | State::Changing { attach: false, .. })
+    }
+
+    /// The pool is about to be suspended: the requests that it has wait for it from now on, unless they did before.
+    pub(super) fn note_stuck(&mut self) {
+        if !self.is_in_service() {
+            return;
+        }
+        let now = self.now;
+        for op in self.ops.iter_mut().flatten() {
+            let since = op.stuck.get_or_insert(now);
+            if mutant!(SuspensionResets) {
+                *since = now;
             }
         }
     }
@@ -697,5 +774,14 @@ impl Client {
             op.error = Some(error);
             self.finish_op(index);
         }
+    }
+}
+
+/// What an answer to a request says of the disk.
+const fn disk_cause(status: Status, failed: Cause) -> Cause {
+    match status {
+        Status::NoSpace => Cause::DiskFull,
+        Status::IoError => failed,
+        _ => Cause::Refused,
     }
 }

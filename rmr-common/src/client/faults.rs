@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::Client;
-use crate::pool::{BLOCK_SIZE, MAX_MEMBERS, MemberId, MemberSet, MemberState, View};
+use crate::pool::{BLOCK_SIZE, Cause, MAX_MEMBERS, MemberId, MemberSet, MemberState, View};
 use crate::time::Time;
 use crate::wire::DirtyAddition;
 
@@ -102,7 +102,9 @@ impl Faults {
     pub(super) fn committed(&mut self, view: &View, attach: bool) {
         for leg in &mut self.legs {
             if attach {
-                *leg = LegFaults { errors: leg.errors, ..LegFaults::default() };
+                // One that is left out stays out: only an operator knows that its disk is well again.
+                let (left, excluded) = (std::mem::take(&mut leg.left), leg.excluded.take());
+                *leg = LegFaults { errors: leg.errors, left, excluded, ..LegFaults::default() };
             }
             leg.ranges.drain(..leg.told.min(leg.ranges.len()));
             leg.told = 0;
@@ -117,6 +119,13 @@ impl Faults {
         *self.leg_mut(member) = LegFaults::default();
         self.bad.remove(member);
         self.leaving = self.leaving.filter(|m| *m != member);
+    }
+
+    /// An operator brings the member back in, whatever its disk did.
+    pub(super) fn pardon(&mut self, member: MemberId) {
+        let leg = self.leg_mut(member);
+        leg.excluded = None;
+        leg.left.clear();
     }
 
     /// The attachment is over.
@@ -166,6 +175,7 @@ impl Client {
             let is_awaited = expelled.iter().any(|m| self.parts.is_awaited_from(m));
             if !self.is_rejoin_quiescing() && !self.parts.has_sent_write() && !is_awaited {
                 self.faults.expelled = MemberSet::EMPTY;
+                expelled.iter().for_each(|m| self.health.blame(m, Cause::Differs));
                 self.lose(expelled, "a verify found blocks in which it is wrong");
             }
             return;
@@ -192,11 +202,13 @@ impl Client {
         let mut reason = format!("its disk failed reads that another copy served ({} so far)", leg.errors);
         if times > usize::try_from(limit).unwrap_or(usize::MAX) {
             reason = format!(
-                "its disk failed reads at {times} times within an hour, {limit} are allowed: it is left out until the \
-                 client attaches anew"
+                "its disk failed reads {times} times within an hour, {limit} are allowed: it is left out until an operator \
+                 brings it back"
             );
             leg.excluded = Some(reason.clone());
         }
+        let cause = if leg.excluded.is_some() { Cause::ReadErrorLimit } else { Cause::ReadErrors };
+        self.health.blame(member, cause);
         self.lose(MemberSet::only(member), &reason);
     }
 

@@ -5,7 +5,7 @@
 //! shows less than it had acknowledged has lost a part of its history, and is copied over in full.
 
 use super::{Client, Notice, Payload, State};
-use crate::pool::{Attested, Mark, MemberId, MemberSet, MemberState, Position, StoreId, View};
+use crate::pool::{Attested, Epoch, Mark, MemberId, MemberSet, MemberState, Position, StoreId, View};
 use crate::time::Time;
 use crate::wire::{AttachReply, DirtyAddition, Kind, MessageHeader, Status, encode_attested};
 
@@ -28,6 +28,8 @@ pub(super) struct Found {
 
 /// Number of stores of which a client remembers what it heard in hellos.
 const MAX_HEARD: usize = 64;
+/// Number of epochs that a client remembers to have sent views of. After more, any later one may have been.
+const MAX_SENT: usize = 64;
 
 /// What the client knows of the history of each member's store.
 #[derive(Default)]
@@ -49,6 +51,8 @@ pub(super) struct History {
     found: [Option<Position>; crate::pool::MAX_MEMBERS],
     /// Those of which no committed view says that they miss the whole pool.
     unrecorded: MemberSet,
+    /// The epochs of the views that were sent since, which they may have although nobody answered.
+    sent_in: Vec<Epoch>,
     /// What hellos told of stores, oldest first. It stays true when the node that told it is gone.
     heard: Vec<(StoreId, Position)>,
 }
@@ -266,14 +270,37 @@ impl Client {
         self.history.attested.regressed = self.history.attested.regressed.without(best.clean());
         let mut regressed = MemberSet::EMPTY;
         for (member, reply) in replies {
-            if self.refutes(*member, &reply.position) || self.history.unrecorded.contains(*member) {
+            if self.refutes(*member, &reply.position) || self.is_unrecorded(*member, &reply.position) {
                 regressed.insert(*member);
             } else {
+                self.history.unrecorded.remove(*member);
                 let position = Position { epoch: self.epoch, ..reply.position };
                 self.history.attested.note(*member, &position);
             }
         }
         regressed
+    }
+
+    /// Whether a member was found to have lost a part of its history, no committed view says so, and it is not known to show the right
+    /// store again. One that still shows the other one is behind, or has a view that this client sent it since.
+    fn is_unrecorded(&self, member: MemberId, position: &Position) -> bool {
+        let sent = &self.history.sent_in;
+        let is_later =
+            sent.len() >= MAX_SENT && sent.first().is_some_and(|first| position.view_epoch >= *first);
+        let may_be_it = self.refutes(member, position)
+            || sent.contains(&position.view_epoch)
+            || is_later
+            || mutant!(RightStoreRefused);
+        self.history.unrecorded.contains(member) && may_be_it
+    }
+
+    /// A view of this epoch is sent.
+    pub(super) fn history_sent(&mut self, epoch: Epoch) {
+        if self.history.unrecorded.is_empty() {
+            self.history.sent_in.clear();
+        } else if self.history.sent_in.len() < MAX_SENT && !self.history.sent_in.contains(&epoch) {
+            self.history.sent_in.push(epoch);
+        }
     }
 
     fn refutes(&self, member: MemberId, position: &Position) -> bool {
@@ -329,7 +356,7 @@ impl Client {
         let was_known = self.history.attested.regressed;
         let found = self.history.found[member.index()];
         let is_known = found.is_some_and(|found| found.is_same_point(&reply.position));
-        let is_unrecorded = self.history.unrecorded.contains(member);
+        let is_unrecorded = self.is_unrecorded(member, &reply.position);
         let is_behind = self.refutes(member, &reply.position) && !is_known;
         self.history.attested.merge(&view, &reply.attested, &reply.view);
         self.history.attested.regressed = was_known;
@@ -381,7 +408,8 @@ impl Client {
         let mut behind = Vec::new();
         let mut proves = MemberSet::EMPTY;
         for reply in self.hellos().filter(is_member) {
-            if known.refutes(reply.member, &reply.position) && !mutant!(RegressionIgnored) {
+            let is_behind = known.refutes(reply.member, &reply.position) && !mutant!(RegressionIgnored);
+            if is_behind || self.is_unrecorded(reply.member, &reply.position) {
                 behind.push((reply.member, *known.of(reply.member), reply.position));
             } else if reply.clean_detach && reply.view == *best {
                 proves.insert(reply.member);

@@ -5,7 +5,7 @@
 
 use super::{Client, LinkId, LinkState, MAX_LINKS, Notice, Output, OverReason, Payload, PoolSelector, State};
 use crate::auth::{Nonce, Opener, Step};
-use crate::pool::{Address, Epoch, MemberId, MemberSet, PoolId, PoolSpec, StoreId, View};
+use crate::pool::{Address, Cause, Epoch, MemberId, MemberSet, PoolId, PoolSpec, StoreId, View};
 use crate::time::Time;
 use crate::wire::{Hello, HelloReply, Kind, MessageHeader, PROTOCOL_VERSION, Role, Status};
 
@@ -615,6 +615,9 @@ impl Client {
                 }
                 LinkState::Ready(_) => {
                     if link.ping_since.is_some_and(|since| self.now - since > self.config.leg_timeout) {
+                        if let Some(member) = link.member {
+                            self.health.blame(member, Cause::Silent);
+                        }
                         self.drop_link(id, "no answer within the leg timeout");
                     } else if link.ping_since.is_none()
                         && self.now - link.last_sent >= self.config.ping_interval

@@ -21,6 +21,7 @@ mod change;
 mod data;
 mod faults;
 mod force;
+mod health;
 mod history;
 mod links;
 mod parts;
@@ -43,8 +44,8 @@ pub use status::{LegStatus, LinkSummary, PoolStatus};
 use crate::auth::{KeyRing, Nonce, Opener};
 use crate::map::BlockMap;
 use crate::pool::{
-    Address, BootId, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Position, Refusal,
-    Sequence, Slot, StoreId, View, ViewNumber,
+    Address, BootId, Cause, ClientId, Epoch, MAX_MEMBERS, MemberId, MemberSet, PoolId, PoolSpec, Position,
+    Refusal, Sequence, Slot, StoreId, View, ViewNumber,
 };
 use crate::time::Time;
 use crate::transport::rdma::{Fabric, ReadMode};
@@ -64,6 +65,9 @@ pub const MAX_QUEUED: usize = 64 * 1024;
 
 /// [`Config::read_error_limit`] unless told otherwise: more than the odd bad sector, fewer than a dying disk makes in an hour.
 pub const DEFAULT_READ_ERROR_LIMIT: u32 = 16;
+
+/// [`Config::rejoin_backoff_max`] unless told otherwise.
+pub const DEFAULT_REJOIN_BACKOFF_MAX: Duration = Duration::from_secs(300);
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
@@ -95,6 +99,10 @@ pub struct Config {
     /// While writes arrive, members put on durable record this often how far the pool has come. A store that is put back to a
     /// state of more than so long before its last write is known by that.
     pub mark_interval: Duration,
+    /// Longest pause before a member that failed again and again is brought in once more.
+    pub rejoin_backoff_max: Duration,
+    /// A member that is brought in holds requests for so long at most, unless the members in service are as slow.
+    pub rejoin_hold: Duration,
     /// A verify that looks at a range again holds writes to it for so long at most.
     pub verify_hold: Duration,
     /// The keys of the pool: the node has to prove that it has one of them, and this client does. Empty: no authentication.
@@ -103,8 +111,8 @@ pub struct Config {
     pub tls: Option<ClientTls>,
     /// What connections over RDMA have in common, with the memory that is registered for them; for drivers as well.
     pub fabric: Fabric,
-    /// A leg whose disk fails reads is resynchronised so many times within an hour; after that it is left out until the
-    /// client attaches anew. Errors that come together count once.
+    /// A leg whose disk fails reads is resynchronised so many times within an hour; after that it is left out until an
+    /// operator brings it back. Errors that come together count once.
     pub read_error_limit: u32,
     /// What is done about memory that is changed while it is being written.
     pub data_digest: DataDigest,
@@ -145,6 +153,8 @@ impl Config {
             reconnect_interval: Duration::from_millis(500),
             ping_interval: Duration::from_secs(1),
             mark_interval: Duration::from_secs(5),
+            rejoin_backoff_max: DEFAULT_REJOIN_BACKOFF_MAX,
+            rejoin_hold: Duration::from_millis(500),
             verify_hold: Duration::from_millis(20),
             keys: KeyRing::default(),
             tls: None,
@@ -395,7 +405,20 @@ pub enum Notice {
     /// The pool is as this says from now on: its size, its members. Told with the first view, and after each change.
     Spec(Box<PoolSpec>),
     /// Members are lost; the pool goes on without them.
-    Lost(MemberSet, String),
+    Lost(MemberSet, Cause, String),
+    /// A member could not be brought in.
+    RejoinFailed {
+        /// The member.
+        member: MemberId,
+        /// Why.
+        cause: Cause,
+        /// The same in words.
+        reason: String,
+        /// Losses and failed rejoins in a row.
+        failures: u32,
+        /// The next rejoin is tried after this.
+        pause: Duration,
+    },
     /// No Clean member can be reached; requests wait.
     Suspended(String),
     /// The client cannot attach yet, and waits for these members.
@@ -496,7 +519,9 @@ struct Op {
     issued: u64,
     parts: u32,
     error: Option<IoError>,
-    submitted: Time,
+    /// When it first waited for a pool that was not there. Never later again: a pool that comes back and serves nothing does
+    /// not make a request younger.
+    stuck: Option<Time>,
 }
 
 struct FlushRound {
@@ -579,9 +604,12 @@ pub struct Client {
     last_request: Option<Time>,
     commands: change::Commands,
     faults: faults::Faults,
+    health: health::Health,
+    /// Members that answered an attach with an error of their disk since the pool was active last.
+    disks_refuse: MemberSet,
+    /// Members whose node stopped in order, with everything flushed that they had answered, and that were not active since.
+    left_flushed: MemberSet,
     detach_requested: bool,
-    /// Since when requests wait for the pool, after it was active.
-    suspended_since: Option<Time>,
     next_tick: Time,
     now: Time,
     counters: Counters,
@@ -658,8 +686,10 @@ impl Client {
             last_request: None,
             commands: change::Commands::default(),
             faults: faults::Faults::default(),
+            health: health::Health::default(),
+            disks_refuse: MemberSet::EMPTY,
+            left_flushed: MemberSet::EMPTY,
             detach_requested: false,
-            suspended_since: None,
             next_tick: now,
             now,
             counters: Counters::default(),
@@ -791,6 +821,8 @@ impl Client {
         self.tick_stale();
         self.tick_history();
         self.tick_commands();
+        self.tick_health();
+        self.schedule_rejoin();
     }
 }
 

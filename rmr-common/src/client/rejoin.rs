@@ -10,13 +10,11 @@
 
 use std::time::Duration;
 
+use super::health::FIRST_PAUSE;
 use super::{Client, OverReason, State};
-use crate::pool::{MemberId, MemberSet, MemberState, ViewStep};
+use crate::pool::{Cause, MemberId, MemberSet, MemberState, ViewStep};
 use crate::time::Time;
 use crate::wire::{Attach, AttachReply, ChunkList, DirtyAddition, Kind, MessageHeader, Prepare, Status};
-
-/// Pause before a member whose rejoin failed is tried again, and before a source is named again.
-const BACKOFF: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Phase {
@@ -35,12 +33,19 @@ pub(super) struct Rejoin {
     since: Time,
     /// What the member may have lost with its last run, beyond what the others have on record.
     additions: Vec<DirtyAddition>,
+    /// How long requests may be held for it.
+    hold: Duration,
+    /// When the others had all answered the view that makes it Syncing.
+    others: Option<Time>,
+    /// When requests began to be held.
+    held: Option<Time>,
 }
 
 /// What the client knows of members that are not Clean.
 #[derive(Default)]
 pub(super) struct Stale {
     rejoin: Option<Rejoin>,
+    /// When a source may be named again to a Syncing member.
     not_before: [Time; crate::pool::MAX_MEMBERS],
     /// The source that each Syncing member was told.
     sources: [Option<MemberId>; crate::pool::MAX_MEMBERS],
@@ -86,29 +91,126 @@ impl Client {
 
     /// Starts what is due for members that are not Clean.
     pub(super) fn tick_stale(&mut self) {
+        self.end_late_rejoin();
         if !self.is_active() || self.detach_requested {
             return;
-        }
-        let late = |r: &&Rejoin| self.now - r.since > self.config.leg_timeout;
-        if let Some(member) = self.stale.rejoin.as_ref().filter(late).map(|r| r.member) {
-            self.abort_rejoin(member);
         }
         self.name_sources();
         self.try_promote();
         self.start_rejoin();
     }
 
+    /// Ends a rejoin that takes too long. Before requests are held a step has the time of any request. While they are held for
+    /// the member alone, it has the time that it may cost the guest; while members in service answer the view, theirs.
+    fn end_late_rejoin(&mut self) {
+        let Some(rejoin) = self.stale.rejoin.as_ref() else { return };
+        let (member, phase, waited) = (rejoin.member, rejoin.phase, self.now - rejoin.since);
+        let timeout = self.config.leg_timeout;
+        match phase {
+            Phase::Attaching if waited > timeout => {
+                self.fail_rejoin(member, Cause::Silent, "the attach of its rejoin was not answered in time");
+            }
+            Phase::Growing if waited > timeout => {
+                self.fail_rejoin(
+                    member,
+                    Cause::NoRoom,
+                    "it was not ready in time to hold the pool's present size",
+                );
+            }
+            Phase::Preparing if waited > timeout => {
+                self.fail_rejoin(
+                    member,
+                    Cause::HandoverFailed,
+                    "it did not reach its source, or could not take a map from it and make a change durable, in time",
+                );
+            }
+            // Writes of before are under way at members that are in service: the one that waits is not to blame.
+            Phase::Quiescing if waited > self.quiet_limit() => self.abort_rejoin(member),
+            Phase::Changing if self.rejoin_deadline().is_some_and(|due| due < self.now) => {
+                let reason = format!("the view of its rejoin was not answered within {waited:.1?}");
+                self.drop_member_for(member, Cause::ViewNotAnswered, &reason);
+            }
+            Phase::Attaching | Phase::Growing | Phase::Preparing | Phase::Quiescing | Phase::Changing => {}
+        }
+    }
+
+    /// How long a rejoin waits for writes under way, while new requests are held.
+    fn quiet_limit(&self) -> Duration {
+        let usual = self.config.rejoin_hold.max(self.slowest_in_service() * 2);
+        usual.min(self.config.leg_timeout)
+    }
+
+    /// When the member that is being brought in has held requests for long enough, while only it has not answered the view.
+    fn rejoin_deadline(&self) -> Option<Time> {
+        let rejoin = self.stale.rejoin.as_ref().filter(|r| r.phase == Phase::Changing)?;
+        let others = rejoin.others?;
+        let theirs = others - rejoin.since;
+        let deadline = (rejoin.since + rejoin.hold).max(others + theirs * 3);
+        Some(if mutant!(HoldNotBounded) { others + self.config.leg_timeout * 4 } else { deadline })
+    }
+
+    /// The member that is being brought in, if requests are held for it alone; when it was sent the view, and when the others had
+    /// answered that.
+    #[must_use]
+    pub(crate) fn held_for_joining(&self) -> Option<(MemberId, Time, Time)> {
+        let rejoin = self.stale.rejoin.as_ref().filter(|r| r.phase == Phase::Changing)?;
+        Some((rejoin.member, rejoin.since, rejoin.others?))
+    }
+
+    /// How long requests were held for the member that is being brought in.
+    pub(super) fn rejoin_hold_so_far(&self, member: MemberId) -> Duration {
+        let rejoin = self.stale.rejoin.as_ref().filter(|r| r.member == member);
+        rejoin.and_then(|r| r.held).map_or(Duration::ZERO, |held| self.now - held)
+    }
+
+    /// All members but one have answered the view under way. If that one is being brought in, its time runs.
+    pub(super) fn note_only_waits_for(&mut self, waiting: MemberSet) {
+        let now = self.now;
+        if let Some(rejoin) = &mut self.stale.rejoin
+            && rejoin.phase == Phase::Changing
+            && waiting == MemberSet::only(rejoin.member)
+        {
+            rejoin.others.get_or_insert(now);
+            self.schedule_rejoin();
+        }
+    }
+
+    /// A rejoin that holds requests is looked at when its time is over.
+    pub(super) fn schedule_rejoin(&mut self) {
+        if let Some(due) = self.rejoin_deadline() {
+            let due = due.max(self.now) + Duration::from_millis(1);
+            self.next_tick = self.next_tick.min(due);
+        }
+    }
+
+    /// A view is sent: if it makes a member Syncing in place of one that was replaced, all begin to answer again.
+    pub(super) fn restart_hold(&mut self) {
+        let now = self.now;
+        if let Some(rejoin) = self.stale.rejoin.as_mut().filter(|r| r.phase == Phase::Changing) {
+            (rejoin.since, rejoin.others) = (now, None);
+        }
+    }
+
     fn start_rejoin(&mut self) {
         if self.stale.rejoin.is_some() || !self.is_active() {
             return;
         }
-        let due =
-            |m: &MemberId| self.stale.not_before[m.index()] <= self.now && self.faults.excluded(*m).is_none();
+        let due = |m: &MemberId| self.health.not_before(*m) <= self.now && self.faults.excluded(*m).is_none();
         let is_free = |m: &MemberId| !self.is_held_out(*m);
-        let candidate = self.view_out().intersection(self.ready_members()).iter().filter(due).find(is_free);
-        let Some(member) = candidate else { return };
+        let candidates =
+            self.view_out().intersection(self.ready_members()).iter().filter(due).filter(is_free);
+        // One that was well so far does not wait for those that fail again and again.
+        let Some(member) = candidates.min_by_key(|m| self.health.failures(*m)) else { return };
         let additions = Vec::new();
-        self.stale.rejoin = Some(Rejoin { member, phase: Phase::Attaching, since: self.now, additions });
+        self.stale.rejoin = Some(Rejoin {
+            member,
+            phase: Phase::Attaching,
+            since: self.now,
+            additions,
+            hold: self.config.leg_timeout,
+            others: None,
+            held: None,
+        });
         let body = Attach {
             client: self.config.client,
             takeover: self.config.takeover,
@@ -158,7 +260,22 @@ impl Client {
                 // Somebody tried to attach there and did not come far. Only an epoch above that one brings it back in.
                 self.gather();
             }
-            _ => self.abort_rejoin(member),
+            Ok(_) if header.status == Status::Ok => self.abort_rejoin(member),
+            // Another client is there. That is no failure of the member, and whose branch it is of must be found out soon.
+            _ if header.status == Status::Held => self.abort_rejoin(member),
+            _ => {
+                let cause = match header.status {
+                    Status::IoError => Cause::MetadataErrors,
+                    Status::NoSpace => Cause::DiskFull,
+                    _ => Cause::Refused,
+                };
+                let text = String::from_utf8_lossy(body);
+                self.fail_rejoin(
+                    member,
+                    cause,
+                    &format!("the attach was answered with {:?} {text}", header.status),
+                );
+            }
         }
         true
     }
@@ -175,11 +292,20 @@ impl Client {
             self.name_source(member);
             return true;
         }
-        if header.status == Status::NoSpace && !self.stale.no_room.contains(member) {
-            self.stale.no_room.insert(member);
-            self.notice(super::Notice::NoRoom(member, String::from_utf8_lossy(body).into_owned()));
+        let text = String::from_utf8_lossy(body).into_owned();
+        match header.status {
+            Status::Ok => self.abort_rejoin(member),
+            Status::NoSpace => {
+                if !self.stale.no_room.contains(member) {
+                    self.stale.no_room.insert(member);
+                    self.notice(super::Notice::NoRoom(member, text.clone()));
+                }
+                self.fail_rejoin(member, Cause::NoRoom, &text);
+            }
+            status => {
+                self.fail_rejoin(member, Cause::Refused, &format!("room was refused with {status:?} {text}"))
+            }
         }
-        self.abort_rejoin(member);
         true
     }
 
@@ -270,7 +396,7 @@ impl Client {
         }
     }
 
-    pub(super) fn prepare_reply(&mut self, member: MemberId, header: &MessageHeader) {
+    pub(super) fn prepare_reply(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) {
         if header.epoch != self.epoch {
             return;
         }
@@ -278,15 +404,29 @@ impl Client {
             self.stale.rejoin.as_ref().is_some_and(|r| r.member == member && r.phase == Phase::Preparing);
         match (header.status, is_rejoin) {
             (Status::Ok, true) => {
-                self.set_phase(Phase::Quiescing);
-                self.try_quiesced();
+                // The rehearsal of the view, on the member's own clock.
+                let rehearsal = Duration::from_micros(header.length.into());
+                match self.allowed_hold(member, rehearsal) {
+                    Ok(hold) => {
+                        self.set_phase(Phase::Quiescing);
+                        let now = self.now;
+                        if let Some(rejoin) = &mut self.stale.rejoin {
+                            (rejoin.hold, rejoin.held) = (hold, Some(now));
+                        }
+                        self.try_quiesced();
+                    }
+                    Err(reason) => self.fail_rejoin(member, Cause::TooSlow, &reason),
+                }
             }
             (Status::Ok, false) => {}
-            (_, true) => self.abort_rejoin(member),
+            (_, true) => {
+                let text = String::from_utf8_lossy(body).into_owned();
+                self.fail_rejoin(member, Cause::HandoverFailed, &text);
+            }
             (_, false) => {
                 self.avoid_source(member);
                 self.stale.sources[member.index()] = None;
-                self.stale.not_before[member.index()] = self.now + BACKOFF;
+                self.stale.not_before[member.index()] = self.now + FIRST_PAUSE;
             }
         }
     }
@@ -321,7 +461,7 @@ impl Client {
     /// Gives a rejoin up for now, and lets requests go on that were held back for it.
     pub(super) fn abort_rejoin(&mut self, member: MemberId) {
         let Some(rejoin) = self.stale.rejoin.take_if(|r| r.member == member) else { return };
-        self.stale.not_before[member.index()] = self.now + BACKOFF;
+        self.health.rest(member, self.now);
         if matches!(rejoin.phase, Phase::Preparing | Phase::Changing) {
             // It may be the source that keeps the member out.
             self.avoid_source(member);
@@ -343,6 +483,7 @@ impl Client {
         let clean = self.view_clean();
         for member in replaced.iter() {
             self.abort_rejoin(member);
+            self.health.forget(member, self.now);
             self.stale.not_before[member.index()] = self.now;
             self.stale.sources[member.index()] = None;
             self.stale.current.remove(member);
@@ -362,17 +503,24 @@ impl Client {
             self.stale.rejoin = None;
         }
         self.stale.current = self.stale.current.intersection(syncing);
+        self.health_committed();
         self.name_sources();
     }
 
     /// Members were lost: what was under way for them is over.
-    pub(super) fn stale_lost(&mut self, members: MemberSet) {
+    pub(super) fn stale_lost(&mut self, members: MemberSet, cause: impl Fn(MemberId) -> Cause, reason: &str) {
         for member in members.iter() {
-            self.abort_rejoin(member);
+            let (cause, is_joining) = (cause(member), self.rejoin_member() == Some(member));
+            if is_joining && !cause.is_planned() {
+                self.fail_rejoin(member, cause, reason);
+            } else {
+                self.abort_rejoin(member);
+                self.health.rest(member, self.now);
+            }
             self.stale.current.remove(member);
             self.stale.inexact.remove(member);
             self.stale.sources[member.index()] = None;
-            self.stale.not_before[member.index()] = self.now + BACKOFF;
+            self.stale.not_before[member.index()] = self.now + FIRST_PAUSE;
         }
     }
 
@@ -381,7 +529,9 @@ impl Client {
     pub(super) fn chunks_done(&mut self, member: MemberId, header: &MessageHeader, body: &[u8]) {
         let list = match ChunkList::decode(Kind::ChunksDone, body) {
             Ok(list) => list,
-            Err(error) => return self.drop_member(member, &format!("protocol error: {error}")),
+            Err(error) => {
+                return self.drop_member_for(member, Cause::Refused, &format!("protocol error: {error}"));
+            }
         };
         let proposed = match &self.state {
             State::Changing { next, .. } => Some(next),

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{Client, Counters, LinkState, State};
-use crate::pool::{Address, MemberId, MemberState, PoolId};
+use crate::pool::{Address, Condition, MemberId, MemberState, PoolId};
 
 /// State of a connection, apart from the state of the data behind it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -32,6 +32,8 @@ pub struct LegStatus {
     pub read_errors: u64,
     /// Why it is not brought back in, if it is left out.
     pub excluded: Option<String>,
+    /// Why it is not current, how often it has failed, and when it is tried again.
+    pub condition: Option<Condition>,
 }
 
 /// One pool as its client sees it.
@@ -71,6 +73,7 @@ impl Client {
             State::Detaching { .. } => "detaching",
             State::Over(_) => "over",
         };
+        let conditions = self.conditions();
         let members = self.spec.iter().flat_map(|s| &s.members);
         let legs = members.map(|m| {
             let link = self.legs[m.id.index()].and_then(|id| self.links.get(usize::from(id.0)));
@@ -89,6 +92,7 @@ impl Client {
                 data,
                 read_errors,
                 excluded: excluded.map(str::to_owned),
+                condition: conditions.iter().find(|c| c.member == m.id).cloned(),
             }
         });
         PoolStatus {

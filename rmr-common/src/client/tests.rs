@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::pool::{
-    Attested, BootId, ChunkSize, CommandReply, Mark, MemberSpec, MemberState, Position, StoreId,
+    Attested, BootId, ChunkSize, Command, CommandReply, Mark, MemberSpec, MemberState, Position, StoreId,
     TransportKind, ViewStep,
 };
 use crate::wire::{Attach, DirtyAddition, Kind, Limits, SetView, SlotEntry, Status, decode_attested};
@@ -15,6 +15,7 @@ mod history;
 mod memory;
 mod reads;
 mod sessions;
+mod sick;
 mod unflushed;
 
 const SECOND: u64 = 1_000_000_000;
@@ -55,6 +56,16 @@ pub(super) struct Bench {
     pub(super) adopts: bool,
     /// Whether they answer a prepare.
     prepares: bool,
+    /// How long they say that the rehearsal of a view took.
+    rehearsal: Duration,
+    /// Nodes that answer everything but views.
+    deaf: Vec<usize>,
+    /// Nodes that answer an attach with this.
+    refusing: Vec<(usize, Status)>,
+    /// What the client said of members that are not current, last.
+    conditions: Vec<crate::pool::Condition>,
+    /// Rejoins that began.
+    rejoins: Vec<(MemberId, Time)>,
     /// What they tell of their slot tables.
     slots: Vec<Vec<SlotEntry>>,
     /// And of the watermark that they know.
@@ -125,6 +136,11 @@ impl Bench {
             admits: true,
             adopts: true,
             prepares: true,
+            rehearsal: Duration::from_millis(1),
+            deaf: Vec::new(),
+            refusing: Vec::new(),
+            conditions: Vec::new(),
+            rejoins: Vec::new(),
             slots: vec![Vec::new(); count],
             known: vec![Sequence(0); count],
             watermarks: vec![Sequence(0); count],
@@ -241,9 +257,17 @@ impl Bench {
                 let reply = MessageHeader { epoch: self.epochs[node], ..reply };
                 return self.client.apply(Event::Message(link, &reply, b"another"), self.now);
             }
+            Kind::Attach if self.refusing.iter().any(|(n, _)| *n == node) => {
+                let status = self.refusing.iter().find(|(n, _)| *n == node).unwrap().1;
+                let reply = header.reply(Kind::AttachReply, status);
+                return self.client.apply(Event::Message(link, &reply, b"no"), self.now);
+            }
             Kind::Attach => {
                 let position = self.position(node);
                 self.held_ms.push(Attach::decode(&body).unwrap().held_ms);
+                if Attach::decode(&body).unwrap().rejoin {
+                    self.rejoins.push((of_node, self.now));
+                }
                 self.epochs[node] = header.epoch;
                 let reply = AttachReply {
                     view: self.views[node].clone(),
@@ -260,7 +284,11 @@ impl Bench {
                 };
                 (Kind::AttachReply, reply.encode())
             }
-            Kind::SetView if !self.adopts => return,
+            Kind::SetView if !self.adopts || self.deaf.contains(&node) => return,
+            Kind::Conditions => {
+                self.conditions = crate::wire::Conditions::decode(&body).unwrap().0;
+                return;
+            }
             Kind::SetView => {
                 let set = SetView::decode(&body).unwrap();
                 self.epochs[node] = set.view.epoch;
@@ -276,7 +304,11 @@ impl Bench {
                 (Kind::SetViewReply, Vec::new())
             }
             Kind::Prepare if !self.prepares => return,
-            Kind::Prepare => (Kind::PrepareReply, Vec::new()),
+            Kind::Prepare => {
+                let mut reply = header.reply(Kind::PrepareReply, Status::Ok);
+                reply.length = u32::try_from(self.rehearsal.as_micros()).unwrap();
+                return self.client.apply(Event::Message(link, &reply, &[]), self.now);
+            }
             Kind::Mark if !self.marks_answered => return,
             Kind::Mark => {
                 self.marks[node] = Mark(header.sequence.0);

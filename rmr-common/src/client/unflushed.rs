@@ -40,7 +40,7 @@ impl Client {
         };
         let restarted: MemberSet = view.active().iter().filter(is_another_run).collect();
         let failed = failed.union(self.failed_flushes).intersection(view.active());
-        restarted.union(failed).without(self.write_through)
+        restarted.without(self.left_flushed).union(failed).without(self.write_through)
     }
 
     /// Nobody has the unflushed writes any more: nothing is served until that is acknowledged.

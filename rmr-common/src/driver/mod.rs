@@ -62,7 +62,7 @@ impl Owed {
         if kind.is_request() {
             self.answers += 1;
             self.reads += u32::from(kind == Kind::Read);
-        } else if !matches!(kind, Kind::ClearDirty | Kind::Goodbye | Kind::CommandReply) {
+        } else if !matches!(kind, Kind::ClearDirty | Kind::Goodbye | Kind::CommandReply | Kind::Conditions) {
             self.control |= 1 << (kind as u16 % 64);
         }
     }
@@ -768,7 +768,7 @@ mod tests {
     fn messages_that_are_not_answered_or_not_asked_for_change_nothing_of_what_is_owed() {
         let mut owed = Owed::default();
         owed.sent(Kind::Write);
-        for kind in [Kind::ClearDirty, Kind::Goodbye, Kind::CommandReply] {
+        for kind in [Kind::ClearDirty, Kind::Goodbye, Kind::CommandReply, Kind::Conditions] {
             owed.sent(kind);
         }
         for kind in [Kind::ChunksDone, Kind::Goodbye, Kind::Command, Kind::SourceFailed] {

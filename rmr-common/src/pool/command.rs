@@ -52,6 +52,13 @@ pub enum Command {
         /// Whether it is to be Out.
         on: bool,
     },
+    /// Members that are Out are brought in now: the pauses after failed rejoins are forgotten, and so are the read errors for
+    /// which one was left out. A member in maintenance stays out.
+    Resync {
+        /// The member; all of them if it is not said.
+        #[serde(default)]
+        member: Option<MemberId>,
+    },
     /// The pool gets larger. All active members make room first; if one cannot, nothing changes.
     Grow {
         /// The new size in bytes, a multiple of 4096.
@@ -99,6 +106,8 @@ impl fmt::Display for Command {
             }
             Self::Maintenance { member, on: true } => write!(f, "maintenance of member {member}"),
             Self::Maintenance { member, on: false } => write!(f, "end of the maintenance of member {member}"),
+            Self::Resync { member: Some(member) } => write!(f, "bring member {member} in now"),
+            Self::Resync { member: None } => f.write_str("bring all members in now"),
             Self::Grow { size } => write!(f, "grow to {size} bytes"),
             Self::Verify { options } if options.repair => f.write_str("verify and repair"),
             Self::Verify { .. } => f.write_str("verify"),
@@ -195,6 +204,8 @@ mod tests {
             Command::Readdress { members: vec![MemberAddress { member, store, address: address.clone() }] },
             Command::Replace { member, store, address },
             Command::Maintenance { member, on: true },
+            Command::Resync { member: None },
+            Command::Resync { member: Some(member) },
             Command::Grow { size: 1 << 30 },
             Command::Verify {
                 options: VerifyOptions { repair: true, trust: Some(member), ..Default::default() },

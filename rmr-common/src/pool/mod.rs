@@ -3,6 +3,7 @@
 //! No I/O happens here; everything is a plain value that can be compared, printed and put into a message.
 
 mod command;
+mod condition;
 mod id;
 mod position;
 mod spec;
@@ -10,6 +11,7 @@ mod verify;
 mod view;
 
 pub use command::{Command, CommandReply, MemberAddress, Refusal};
+pub use condition::{Cause, Condition};
 pub use id::{
     Block, BootId, Chunk, ClientId, Epoch, MAX_NUMBER, Mark, MemberId, MemberSet, PoolId, Sequence, Slot,
     StoreId, ViewNumber,

@@ -23,6 +23,13 @@ pub(super) struct Io {
     pub(super) awaited: usize,
 }
 
+impl Io {
+    /// Whether it changes data for a client.
+    pub(super) const fn is_write_of_client(&self) -> bool {
+        self.request.is_some() && self.operation.is_write()
+    }
+}
+
 impl Replica {
     /// An I/O request of the attached client.
     pub(super) fn request(
@@ -31,6 +38,9 @@ impl Replica {
         header: &MessageHeader,
         buffer: Option<BufferToken>,
     ) {
+        if self.takes_no_requests() {
+            return self.ignore_request(buffer);
+        }
         let mut status = self.check_request(connection, header);
         if status == Status::Ok && header.status == Status::DigestDiffers {
             self.counters.digest_mismatches += 1;
@@ -310,6 +320,7 @@ impl Replica {
                 self.request_done(id, connection, &header, status);
             }
         }
+        self.advance_leave();
         self.check_drained();
     }
 
@@ -406,7 +417,10 @@ impl Replica {
         if self.detach.as_ref().is_some_and(|d| d.flush == Some(id)) {
             return self.detach_flushed(status);
         }
-        if self.attach_flushed(id, status) || self.report_flushed(id, status) {
+        if self.attach_flushed(id, status)
+            || self.leave_flushed(id, status)
+            || self.report_flushed(id, status)
+        {
             return;
         }
         let Some((_, chunks)) = self.clearing.take_if(|(io, _)| *io == id) else { return };

@@ -9,6 +9,7 @@ mod command;
 mod flush;
 mod history;
 mod io;
+mod leave;
 mod resync;
 mod room;
 mod session;
@@ -327,6 +328,8 @@ enum Waiter {
     Mark(Epoch, Mark),
     /// Nothing: the superblock is written for the next process.
     Nobody,
+    /// The rehearsal of a rejoin, in this session.
+    Rehearsal(u64),
 }
 
 /// One member of a pool.
@@ -396,6 +399,10 @@ pub struct Replica {
     detach: Option<PendingDetach>,
     /// Set when metadata could not be written: nothing that depends on it is answered any more.
     broken: bool,
+    /// The node is about to stop.
+    leave: Option<leave::Leave>,
+    /// What the client said of members that are not current, and when.
+    conditions: (Time, Vec<crate::pool::Condition>),
     changed: Vec<MapPage>,
     now: Time,
     counters: ReplicaCounters,
@@ -464,6 +471,8 @@ impl Replica {
             views_given_up: 0,
             detach: None,
             broken: false,
+            leave: None,
+            conditions: (Time(0), Vec::new()),
             changed: Vec::new(),
             now: Time(0),
             counters: ReplicaCounters::default(),
@@ -689,6 +698,7 @@ impl Replica {
                 Waiter::Detach(epoch) => self.detach_durable(epoch),
                 Waiter::Mark(epoch, mark) => self.mark_durable(epoch, mark),
                 Waiter::Nobody => {}
+                Waiter::Rehearsal(session) => self.rehearsal_durable(session),
             }
         }
     }

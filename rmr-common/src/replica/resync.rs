@@ -91,6 +91,8 @@ pub(super) struct Resync {
     address: Address,
     link: Link,
     prepare: Option<(super::ConnectionId, MessageHeader)>,
+    /// What the view of a rejoin will ask for is tried before requests are held for it.
+    rehearsal: Option<Rehearsal>,
     /// Maps that are being taken over, with the pages that are still to come.
     handover: Option<Handover>,
     pulls: HashMap<u64, PullUnderWay>,
@@ -106,6 +108,13 @@ pub(super) struct Resync {
     reported_done: bool,
     blocks_pulled: u64,
     last_error: Option<String>,
+}
+
+/// A page of a map is taken from the source, and the state is made durable: what a rejoin needs, but in small.
+struct Rehearsal {
+    since: Time,
+    has_page: bool,
+    is_durable: bool,
 }
 
 struct Handover {
@@ -156,6 +165,7 @@ impl Replica {
             address: prepare.address,
             link: Link::Down { retry_at: self.now },
             prepare: Some((connection, *header)),
+            rehearsal: None,
             handover: None,
             pulls: HashMap::new(),
             next_pull: 0,
@@ -193,8 +203,19 @@ impl Replica {
         let Some(resync) = self.resync.as_mut() else { return };
         resync.link = Link::Up;
         resync.last_error = None;
-        if let Some((connection, header)) = resync.prepare.take() {
-            self.answer(connection, &header, Kind::PrepareReply, Status::Ok, Vec::new());
+        if self.view.state(self.member) == Some(MemberState::Syncing) {
+            // It is in service, and was told another source.
+            if let Some((connection, header)) = resync.prepare.take() {
+                self.answer(connection, &header, Kind::PrepareReply, Status::Ok, Vec::new());
+            }
+        } else if resync.prepare.is_some() {
+            resync.rehearsal = Some(Rehearsal { since: self.now, has_page: false, is_durable: false });
+            let slot = crate::pool::Slot(self.member.as_u8().into());
+            let (epoch, pool) = (self.epoch, self.spec.id);
+            // No view has the number zero, so the answer is not taken for that of a handover.
+            let ask = MessageHeader { slot, epoch, ..MessageHeader::new(Kind::PullMap, pool) };
+            self.outputs.push_back(Output::PeerSend(ask));
+            self.persist_state(super::Waiter::Rehearsal(self.session));
         }
         self.unblock_writes();
         self.pump_resync();
@@ -208,6 +229,7 @@ impl Replica {
         resync.link = Link::Down { retry_at };
         resync.last_error = Some(reason.to_owned());
         resync.pulls.clear();
+        resync.rehearsal = None;
         resync.busy_chunks = self.pulled_writes.values().map(|w| w.chunk).collect();
         let in_handover = resync.handover.take().is_some();
         if let Some((connection, header)) = resync.prepare.take() {
@@ -285,7 +307,49 @@ impl Replica {
         true
     }
 
+    /// A step of the rehearsal is done. With the last one the coordinator hears how long it took.
+    fn rehearsed(&mut self, step: impl FnOnce(&mut Rehearsal)) {
+        let Some(resync) = self.resync.as_mut() else { return };
+        let Some(rehearsal) = resync.rehearsal.as_mut() else { return };
+        step(rehearsal);
+        if !rehearsal.has_page || !rehearsal.is_durable {
+            return;
+        }
+        let took = u32::try_from((self.now - rehearsal.since).as_micros()).unwrap_or(u32::MAX);
+        resync.rehearsal = None;
+        if let Some((connection, header)) = resync.prepare.take() {
+            let header = MessageHeader { length: took, ..header };
+            self.answer(connection, &header, Kind::PrepareReply, Status::Ok, Vec::new());
+        }
+    }
+
+    /// The state that was written for a rehearsal is durable.
+    pub(super) fn rehearsal_durable(&mut self, session: u64) {
+        if session == self.session && !self.broken {
+            self.rehearsed(|rehearsal| rehearsal.is_durable = true);
+        }
+    }
+
+    /// The source has answered for a rehearsal; true if it was for that.
+    fn rehearsal_page(&mut self, header: &MessageHeader, body: &[u8]) -> bool {
+        let Some(resync) = self.resync.as_mut().filter(|r| r.rehearsal.is_some()) else { return false };
+        if header.status == Status::Ok && body.len() == MAP_PAGE_BYTES {
+            self.rehearsed(|rehearsal| rehearsal.has_page = true);
+            return true;
+        }
+        resync.rehearsal = None;
+        if let Some((connection, prepare)) = resync.prepare.take() {
+            let text =
+                format!("member {} answered {:?} when it was asked for a map", resync.source, header.status);
+            self.answer(connection, &prepare, Kind::PrepareReply, Status::IoError, text.into_bytes());
+        }
+        true
+    }
+
     fn map_page(&mut self, header: &MessageHeader, body: &[u8]) {
+        if header.view == crate::pool::ViewNumber(0) && self.rehearsal_page(header, body) {
+            return;
+        }
         let Some(resync) = self.resync.as_mut() else { return };
         let Some(handover) = resync.handover.as_mut() else { return };
         let pending = self.set_view.as_ref().map(|p| p.view.number);

@@ -84,6 +84,7 @@ impl Replica {
             Kind::Digest => self.digest(connection, role, header),
             Kind::CommandReply => self.command_reply(connection, header, body),
             Kind::Grow => self.make_room(connection, header),
+            Kind::Conditions => self.note_conditions(connection, header, body),
             Kind::Ping => {
                 if self.holder_connection() == Some(connection) && header.epoch == self.epoch {
                     self.note_committed(header);
@@ -204,6 +205,8 @@ impl Replica {
         self.history.attached();
         self.epoch = header.epoch;
         self.session += 1;
+        self.leave_alone();
+        self.conditions = (self.now, Vec::new());
         self.set_view = None;
         self.additions.clear();
         self.detach = None;
@@ -704,6 +707,7 @@ impl Replica {
         self.additions.clear();
         self.detach = None;
         self.lose_commands("the client is gone");
+        self.leave_alone();
         self.notice(Notice::ClientLost(self.epoch, who));
         self.session += 1;
         self.drop_resync();

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::Replica;
-use crate::pool::{Attested, MemberId, Position, View};
+use super::{ConnectionId, Output, Replica};
+use crate::pool::{Attested, Condition, MemberId, Position, View};
 use crate::time::Time;
-use crate::wire::{Kind, MessageHeader, Status};
+use crate::wire::{Conditions, Kind, MessageHeader, Status};
 
 /// Requests so far.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq, Serialize)]
@@ -121,6 +121,11 @@ pub struct ReplicaStatus {
     pub broken: bool,
     /// Whether a flush failed, and no view of a later session is known to be committed.
     pub flush_failed: bool,
+    /// Why other members are not current, as the client said at [`ReplicaStatus::told_at`].
+    pub conditions: Vec<Condition>,
+    /// When it said so.
+    #[serde(skip)]
+    pub told_at: Time,
 }
 
 impl Replica {
@@ -152,6 +157,19 @@ impl Replica {
             attested: self.history.attested,
             broken: self.broken,
             flush_failed: self.flush_failed,
+            conditions: self.conditions.1.clone(),
+            told_at: self.conditions.0,
+        }
+    }
+
+    /// The client tells why other members are not current. It is told to operators and used for nothing else.
+    pub(super) fn note_conditions(&mut self, connection: ConnectionId, header: &MessageHeader, body: &[u8]) {
+        if self.holder_connection() != Some(connection) || header.epoch != self.epoch {
+            return;
+        }
+        match Conditions::decode(body) {
+            Ok(Conditions(list)) => self.conditions = (self.now, list),
+            Err(_) => self.outputs.push_back(Output::Close(connection, "conditions that do not decode")),
         }
     }
 }

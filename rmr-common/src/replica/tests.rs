@@ -299,7 +299,17 @@ impl Bench {
             crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
         self.message(1, self.header(Kind::Prepare, 1), &body);
         self.apply(Event::PeerUp);
+        self.rehearse();
         assert_eq!(self.answer(Kind::PrepareReply), Some(Status::Ok));
+    }
+
+    /// The source answers what a rehearsal asks of it, and the state is durable.
+    fn rehearse(&mut self) {
+        for ask in self.take_sent(Kind::PullMap) {
+            let reply = ask.reply(Kind::PullMapReply, Status::Ok);
+            self.apply(Event::PeerMessage(&reply, &[0; crate::map::MAP_PAGE_BYTES]));
+        }
+        self.durable();
     }
 
     /// A view that has this member Syncing and member 1 Out, which adds to what that one misses.
@@ -897,4 +907,43 @@ fn a_member_knows_for_how_long_its_client_has_had_the_pool() {
     bench.durable();
     let held = bench.replica.status().holder.map(|holder| holder.held);
     assert_eq!(held, Some(Duration::from_secs(90)));
+}
+
+#[test]
+fn a_prepare_is_answered_when_a_map_page_came_from_the_source_and_the_state_is_durable() {
+    let prepare = |bench: &mut Bench| {
+        bench.attach_as(1, 1, true);
+        bench.durable();
+        let spec = bench.replica.spec().clone();
+        let body =
+            crate::wire::Prepare { source: member(2), address: Address::tcp("node", 3), spec }.encode();
+        bench.message(1, bench.header(Kind::Prepare, 1), &body);
+        bench.apply(Event::PeerUp);
+        bench.take_sent(Kind::PullMap).pop().expect("a page of a map")
+    };
+    let page = [0; crate::map::MAP_PAGE_BYTES];
+    let mut bench = Bench::new(true);
+    let ask = prepare(&mut bench);
+    bench.durable();
+    assert_eq!(bench.answer(Kind::PrepareReply), None, "the source has not answered");
+    bench.replica.apply(Event::Tick, Time(70_000_000));
+    bench
+        .replica
+        .apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::Ok), &page), Time(70_000_000));
+    bench.collect();
+    let took = bench.outputs.iter().find_map(|o| match o {
+        Output::Send(_, h, _) if h.kind == Kind::PrepareReply => Some((h.status, h.length)),
+        _ => None,
+    });
+    assert_eq!(took, Some((Status::Ok, 70_000)), "in microseconds");
+    let mut bench = Bench::new(true);
+    let ask = prepare(&mut bench);
+    bench.apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::Ok), &page));
+    assert_eq!(bench.answer(Kind::PrepareReply), None, "the state is not durable");
+    bench.durable();
+    assert_eq!(bench.answer(Kind::PrepareReply), Some(Status::Ok));
+    let mut bench = Bench::new(true);
+    let ask = prepare(&mut bench);
+    bench.apply(Event::PeerMessage(&ask.reply(Kind::PullMapReply, Status::NotAttached), &[]));
+    assert_eq!(bench.answer(Kind::PrepareReply), Some(Status::IoError));
 }

@@ -35,6 +35,9 @@ pub(super) enum Aim {
     Rollbacks,
     /// Disks fail flushes, most of all those that cover data of a resync.
     Flushes,
+    /// Members are sick for long: they take no views, their disks fail everything, they are lost as soon as they are back. See
+    /// `sim/sick.rs`.
+    Sick,
 }
 
 impl Aim {
@@ -45,6 +48,7 @@ impl Aim {
             3 => Self::Sources,
             4 => Self::Rivals,
             5 => Self::Rollbacks,
+            12 => Self::Sick,
             7 => Self::Scattered,
             9 => Self::Flushes,
             10 => Self::Orphans,

@@ -15,7 +15,7 @@ impl Aim {
     /// How many members it takes: one is lost, and two are left to know of different things.
     pub(super) const fn least_members(self) -> u8 {
         match self {
-            Self::Divided | Self::Flushes => 2,
+            Self::Divided | Self::Flushes | Self::Sick => 2,
             Self::Caches | Self::GivenUp | Self::Sources => 3,
             _ => 1,
         }
@@ -39,6 +39,11 @@ impl Aim {
                 lasts(profile);
                 // A member is Syncing for a while.
                 profile.resync.bytes_per_s = Some(1 << 18);
+            }
+            Self::Sick => {
+                lasts(profile);
+                profile.spread = false;
+                profile.faults = profile.faults.max(10);
             }
             // Caches survive when a client has died before.
             Self::Caches => profile.client_crashes = false,

@@ -6,7 +6,7 @@ use super::oracle::{Oracle, SECTOR};
 use super::world::{Check, World};
 use crate::client::{self, IoError, Notice, Operation, OverReason};
 use crate::map::{MapId, MapPage};
-use crate::pool::{Chunk, MemberSet, MemberState, View};
+use crate::pool::{Cause, Chunk, MemberSet, MemberState, View};
 use crate::replica::{self, DiskOperation, DurableState};
 use crate::wire::{Kind, MessageHeader, Status};
 
@@ -275,14 +275,15 @@ impl World<'_> {
         match notice {
             Notice::Attached(view) => self.attached(host, view),
             Notice::Committed(view) => self.view_committed(host, view),
-            Notice::Lost(members, reason) => {
-                if reason.contains("leg timeout") {
+            Notice::Lost(members, cause, _) => {
+                self.note_losses(host, members, cause);
+                if cause == Cause::Silent {
                     self.coverage.hit("leg lost by its timeout");
                 }
-                if reason.contains("its disk failed reads") {
+                if matches!(cause, Cause::ReadErrors | Cause::ReadErrorLimit) {
                     self.coverage.hit("leg left the view after read errors");
                 }
-                if reason.contains("left out") {
+                if cause == Cause::ReadErrorLimit {
                     self.coverage.hit("leg left out after too many read errors");
                 }
                 if std::mem::replace(&mut self.hosts[host].is_changing, true) {
@@ -300,6 +301,7 @@ impl World<'_> {
                 Ok(())
             }
             Notice::Suspended(_) => {
+                self.note_stuck(host);
                 self.hosts[host].is_changing = false;
                 let committed = self.hosts[host].committed.as_ref();
                 if committed.is_some_and(|v| !v.in_state(MemberState::Syncing).is_empty()) {
@@ -326,6 +328,10 @@ impl World<'_> {
             Notice::Over(reason) => self.ended(host, &reason),
             Notice::Regressed { member, known, shown } => self.regression_found(host, member, &known, &shown),
             Notice::Duplicate(store, ..) => Err(format!("client {host} sees store {store} twice")),
+            Notice::RejoinFailed { member, cause, .. } => {
+                self.note_failed_rejoin(host, member, cause);
+                Ok(())
+            }
             Notice::LegUp(..)
             | Notice::LinkLost(..)
             | Notice::Spec(_)
@@ -364,10 +370,12 @@ impl World<'_> {
         for index in clean {
             for sector in 0..self.sectors() {
                 let value = self.nodes[index].value(sector);
-                if self.oracle.is_current(sector, value) {
+                let is_lost = self.nodes[index].disk.lost.contains(&sector);
+                let is_back = is_lost && self.oracle.is_of_unfinished(sector, value);
+                if self.oracle.is_current(sector, value) && !is_back {
                     continue;
                 }
-                if !self.nodes[index].disk.lost.contains(&sector) && !self.oracle.is_open(sector) {
+                if !is_lost && !self.oracle.is_open(sector) {
                     return Err(format!(
                         "sector {sector} of node {index} is {}, and was not lost with a cache; possible: {}",
                         Oracle::name(value),
@@ -381,6 +389,7 @@ impl World<'_> {
     }
 
     fn attached(&mut self, host: usize, view: View) -> Check {
+        self.check_patience(host)?;
         self.cover_attached(&view);
         self.join(host, &view)?;
         if self.hosts[host].is_fenced {
@@ -434,6 +443,7 @@ impl World<'_> {
 
     fn view_committed(&mut self, host: usize, view: View) -> Check {
         self.aim_committed();
+        self.note_in_service(host, &view);
         self.hosts[host].is_changing = false;
         self.hosts[host].committed = Some(view.clone());
         for connection in self.hosts[host].links.clone().into_iter().flatten() {

@@ -126,6 +126,9 @@ impl World<'_> {
         let live: Vec<_> = (0..self.hosts.len()).filter(|&h| self.hosts[h].is_live()).collect();
         let Some(&host) = live.last() else { return Ok(()) };
         let timeout = u64::try_from(self.profile.client.leg_timeout.as_nanos()).unwrap_or(u64::MAX);
+        if self.aiming.aim == super::aim::Aim::Sick && self.rng.percent(50) {
+            return self.sicken(node);
+        }
         match self.rng.range(0, 22) {
             0..=1 => self.cut_some(host, Some(node)),
             2 => self.cut_some(host, None),
@@ -140,6 +143,7 @@ impl World<'_> {
                 trace!(self, "messages between client {host} and node {node} stand still");
                 self.hosts[host].stalled_until[node] = self.now + self.rng.range(timeout / 2, timeout * 2);
             }
+            6 if self.rng.percent(50) => self.stop_node(node)?,
             6..=7 => self.crash_node(node, false)?,
             8 => self.crash_node(node, true)?,
             9 => {
@@ -468,7 +472,11 @@ impl World<'_> {
             self.nodes[index].flush_fails = false;
             self.nodes[index].disk.bad.clear();
             self.nodes[index].metadata_fails = false;
+            self.nodes[index].is_deaf_to_views = false;
             if self.nodes[index].replica.as_ref().is_some_and(|r| r.status().broken) {
+                self.crash_node(index, false)?;
+            }
+            if self.nodes[index].stops {
                 self.crash_node(index, false)?;
             }
             if self.nodes[index].replica.is_none() && !self.nodes[index].is_gone {

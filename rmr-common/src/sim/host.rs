@@ -132,7 +132,8 @@ impl World<'_> {
         self.cover_client_event(host, &event);
         self.hosts[host].client.apply(event, now);
         self.check_verify(host)?;
-        self.client_outputs(host)
+        self.client_outputs(host)?;
+        self.check_joining(host)
     }
 
     pub(super) fn client_outputs(&mut self, host: usize) -> Check {
@@ -183,6 +184,10 @@ impl World<'_> {
         let connection = self.hosts[host].links[usize::from(link.0)];
         let mut message = Message { header, body: Vec::new(), data: Vec::new() };
         if let Some(connection) = connection {
+            if let Payload::Body(body) = &payload {
+                self.check_pause(host, self.connections[connection].node, &header, body)?;
+            }
+            self.cover_conditions(&header);
             self.check_binding(connection, &header)?;
             self.tempt_fate(host, self.connections[connection].node, &header);
             self.tempt_operator(host, self.connections[connection].node, &header);

@@ -22,6 +22,7 @@ mod profile;
 mod resync;
 mod rng;
 mod rollback;
+mod sick;
 mod verify;
 mod world;
 

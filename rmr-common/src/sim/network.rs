@@ -200,6 +200,9 @@ impl World<'_> {
         }
         self.lie(node)?;
         let header = message.header;
+        if self.is_unheard(node, &header) {
+            return Ok(());
+        }
         if header.kind == Kind::Hello {
             return self.greet(index, node, &header, &message.body);
         }

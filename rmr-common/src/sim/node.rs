@@ -89,6 +89,10 @@ pub(super) struct Node {
     pub(super) has_failed_flush: bool,
     /// The next metadata write fails.
     pub(super) metadata_fails: bool,
+    /// It answers everything but views.
+    pub(super) is_deaf_to_views: bool,
+    /// It was told to stop.
+    pub(super) stops: bool,
 }
 
 impl Node {
@@ -131,6 +135,8 @@ impl Node {
             flush_fails: false,
             has_failed_flush: false,
             metadata_fails: false,
+            is_deaf_to_views: false,
+            stops: false,
         }
     }
 
@@ -141,6 +147,7 @@ impl Node {
         self.holder = None;
         self.wake_at = u64::MAX;
         self.has_pending_view = false;
+        self.stops = false;
         if self.lost_power {
             self.host_boot += 1;
             self.lost_power = false;
@@ -446,6 +453,7 @@ impl World<'_> {
         let queue = self.nodes[index].metadata.get_mut(&target);
         let Some((tickets, content)) = queue.and_then(|q| q.writing.take()) else { return Ok(()) };
         let failed = std::mem::take(&mut self.nodes[index].metadata_fails);
+        self.had_errors |= failed;
         if !failed {
             self.make_durable(index, target, content)?;
         }

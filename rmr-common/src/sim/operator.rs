@@ -98,6 +98,11 @@ impl World<'_> {
         self.give(command)
     }
 
+    /// Whether a command is under way.
+    pub(super) const fn is_operating(&self) -> bool {
+        self.operator.pending.is_some()
+    }
+
     pub(super) const fn has_operator(&self) -> bool {
         self.operator.is_there
     }
@@ -153,6 +158,7 @@ impl World<'_> {
         let is_usable = |h: &usize| self.hosts[*h].is_live() && !self.is_astray(*h);
         let live: Vec<_> = (0..self.hosts.len()).filter(is_usable).collect();
         trace!(self, "operator: {command}");
+        self.forget_failures(&command);
         let way = match live.last() {
             None => {
                 self.coverage.hit("command by an administrative coordinator");
@@ -191,6 +197,7 @@ impl World<'_> {
         trace!(self, "operator: command {number}: {reply:?}");
         let is_its = |p: &mut Pending| p.number == number;
         let Some(pending) = self.operator.pending.take_if(is_its) else { return Ok(()) };
+        self.forget_failures(&pending.command);
         if from_node && !matches!(reply, CommandReply::Refused { reason: Refusal::NoCoordinator, .. }) {
             self.coverage.hit("command through a node");
         }
@@ -237,6 +244,7 @@ impl World<'_> {
             Command::Grow { size } => spec.size == *size,
             // Verifies are not the operator's here: see `sim/verify.rs`.
             Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => false,
+            Command::Resync { .. } => true,
         };
         if !is_so {
             return Err(format!("'{command}' is answered as done, and is not: {spec:?}"));
@@ -288,6 +296,7 @@ impl World<'_> {
             }
             Command::Add { .. } | Command::Maintenance { .. } | Command::Grow { .. } => true,
             Command::Readdress { .. }
+            | Command::Resync { .. }
             | Command::Verify { .. }
             | Command::VerifyStatus
             | Command::VerifyCancel => false,
@@ -332,6 +341,7 @@ impl World<'_> {
                 let on = self.rng.percent(70);
                 Command::Maintenance { member, on }
             }
+            8 if self.rng.percent(40) => Command::Resync { member: self.rng.percent(50).then_some(member) },
             8 if self.rng.percent(20) => Command::Grow { size: self.committed_spec.size - 4096 },
             _ => {
                 let most = self.spec.size + MOST_GROWTH;
@@ -445,11 +455,12 @@ impl World<'_> {
             return Err(format!("{view} makes the pool smaller: {} bytes", spec.size));
         }
         for member in view.active().iter() {
-            let node = &self.nodes[self.node_in(view, member)];
+            let index = self.node_in(view, member);
+            let node = &self.nodes[index];
             if node.durable.view == *view && node.durable.spec != spec {
                 return Err(format!("member {member} has {view} with {:?}", node.durable.spec));
             }
-            if node.room < spec.size {
+            if node.room < spec.size && !self.is_back(index) {
                 return Err(format!("member {member} has no room for {} bytes in {view}", spec.size));
             }
         }
@@ -569,6 +580,7 @@ fn situation(command: &Command, what: &'static str) -> &'static str {
         Command::Remove { .. } => names[1],
         Command::Replace { .. } => names[2],
         Command::Maintenance { .. } => names[3],
+        Command::Resync { .. } => "resync: done",
         // The operator gives no commands about verifies or addresses here.
         Command::Grow { .. }
         | Command::Readdress { .. }

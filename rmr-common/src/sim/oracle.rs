@@ -242,8 +242,11 @@ impl Oracle {
             let place = self.place(write);
             self.writes[place].failed |= place > 0 || self.base == 0;
         }
+        // A write in flight may bring the same zeroes, and did not bring these.
+        let is_back = |c: &Candidate| c.value == value && self.of(c.write).end != NEVER;
+        let back = self.sectors[sector].iter().position(is_back);
         let candidates = &mut self.sectors[sector];
-        if let Some(back) = candidates.iter_mut().find(|c| c.value == value) {
+        if let Some(back) = back.and_then(|index| candidates.get_mut(index)) {
             (back.removed, back.observed) = (NEVER, NEVER);
         } else {
             let write = u32::try_from(value >> 24).unwrap_or(0);
@@ -319,6 +322,12 @@ impl Oracle {
     pub(super) fn is_current(&self, sector: usize, value: u64) -> bool {
         value != NO_VALUE && self.present[sector] == value
             || self.sectors[sector].iter().any(|c| c.value == value && c.removed == NEVER)
+    }
+
+    /// Whether a Clean member may hold the value now only if a write in flight has brought it.
+    pub(super) fn is_of_unfinished(&self, sector: usize, value: u64) -> bool {
+        let current = self.sectors[sector].iter().filter(|c| c.value == value && c.removed == NEVER);
+        current.fold(None, |all, c| Some(all.unwrap_or(true) && self.of(c.write).end == NEVER)) == Some(true)
     }
 
     /// Values that a Clean member may hold now in some sectors, one of each. That it has others does not say that it may not.

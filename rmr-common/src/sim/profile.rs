@@ -53,6 +53,9 @@ impl Profile {
         client.ping_interval = milliseconds(rng, &[50, 200, 1000]);
         client.mark_interval = milliseconds(rng, &[20, 200, 5000]);
         client.verify_hold = milliseconds(rng, &[5, 20, 200]);
+        client.rejoin_backoff_max = milliseconds(rng, &[2000, 8000, 30_000]);
+        client.rejoin_hold =
+            rng.pick(&[client.leg_timeout / 4, client.leg_timeout, Duration::from_millis(500)]);
         client.data_digest = rng.pick(&[
             client::DataDigest::Off,
             client::DataDigest::Off,

@@ -336,6 +336,9 @@ impl World<'_> {
     /// A member that is Clean from now on has what the other Clean ones have.
     fn check_promotion(&mut self, member: MemberId, view: &View) -> Check {
         let index = self.node_index(member);
+        if self.is_back(index) {
+            return Ok(()); // It went back after it had answered.
+        }
         let disk = &self.nodes[index].disk;
         let others = view.clean().without(MemberSet::only(member));
         let others: Vec<_> = others.iter().map(|m| self.node_index(m)).collect();
@@ -391,8 +394,9 @@ impl World<'_> {
         let mut holes = 0;
         for block in started.blocks.iter().map(|b| usize::try_from(b.0).unwrap_or(usize::MAX)) {
             let sectors = block * SECTORS_PER_BLOCK..(block + 1) * SECTORS_PER_BLOCK;
-            // What rots there does not read as zeroes.
-            let is_rotten = { sectors }.any(|s| own.rot.mark(s) | source.rot.mark(s) != 0);
+            // What rots there does not read as zeroes, and what is discarded there may not be discarded here yet.
+            let is_in_motion = sectors.clone().any(|s| self.oracle.is_in_flight(s));
+            let is_rotten = { sectors }.any(|s| own.rot.mark(s) | source.rot.mark(s) != 0) || is_in_motion;
             // What took space before may keep it.
             let had_space = started.allocated.contains(&Block(block as u64));
             if source.is_allocated(block) || is_rotten || had_space {

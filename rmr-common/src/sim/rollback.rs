@@ -39,6 +39,8 @@ pub(super) struct Rollbacks {
     restarted: BTreeSet<usize>,
     /// Only what others have on record of the last writes tells that a store went back.
     is_faint: bool,
+    /// The copy that was put back last is at the position of the store that it replaced.
+    is_same: bool,
     left: u64,
 }
 
@@ -198,6 +200,7 @@ impl World<'_> {
         self.rollbacks.is_faint = !lives && !self.is_known_of(index, &copy);
         self.coverage.hit("a store went back in time");
         let newest = self.copy_of(index);
+        self.rollbacks.is_same = !copy.durable.position().is_behind(&newest.durable.position());
         self.rollbacks.newest.insert(index, newest);
         let since = self.committed.as_ref().map(View::order).unwrap_or_default();
         self.rollbacks.back.insert(index, since);
@@ -232,7 +235,11 @@ impl World<'_> {
     }
 
     fn put_right(&mut self, index: usize) -> Check {
-        let Some(newest) = self.rollbacks.newest.remove(&index) else { return Ok(()) };
+        // Once a client has attached to a copy of the same position, the right store is the older one.
+        let is_newer = |newest: &Copy| {
+            !self.rollbacks.is_same || newest.durable.epoch >= self.nodes[index].durable.epoch
+        };
+        let Some(newest) = self.rollbacks.newest.remove(&index).filter(is_newer) else { return Ok(()) };
         self.coverage.hit("the right store was put back");
         self.crash_node(index, false)?;
         trace!(self, "the right store of node {index} is put back");

@@ -107,6 +107,19 @@ pub(super) enum Event {
     Copy,
     /// The store that a copy took the place of is put back.
     PutBack(usize),
+    /// A node that takes no views takes them again.
+    Cured(usize),
+    /// A node is about to stop in order, and has stopped.
+    Stopping {
+        node: usize,
+        life: u32,
+        limit: u64,
+    },
+    Stopped {
+        node: usize,
+        life: u32,
+        power: bool,
+    },
     /// A guest resets its device after writes were lost.
     GuestReset(usize),
     Work,
@@ -162,6 +175,7 @@ pub(super) struct World<'a> {
     pub(super) audit: super::verify::Audit,
     pub(super) aiming: super::aim::Aiming,
     pub(super) rollbacks: super::rollback::Rollbacks,
+    pub(super) sick: super::sick::Sick,
     pub(super) oracle: Oracle,
     pub(super) coverage: Coverage,
     pub(super) next_token: u64,
@@ -268,6 +282,7 @@ impl<'a> World<'a> {
             audit: super::verify::Audit::default(),
             aiming,
             rollbacks: super::rollback::Rollbacks::default(),
+            sick: super::sick::Sick::default(),
             oracle: Oracle::new(sectors),
             coverage: Coverage::default(),
             next_token: 1,
@@ -413,6 +428,9 @@ impl<'a> World<'a> {
             Event::PutBack(node) => self.put_back(node)?,
             Event::NodeCrash(_) if self.is_calm => {} // Too late.
             Event::NodeCrash(node) => self.crash_node(node, false)?,
+            Event::Cured(node) => self.cured(node),
+            Event::Stopping { node, life, limit } => self.stopping(node, life, limit)?,
+            Event::Stopped { node, life, power } => self.stopped(node, life, power)?,
             Event::GuestReset(host) => self.guest_reset(host),
             Event::Work => self.work()?,
             Event::Audit => self.audit_some()?,

@@ -95,6 +95,8 @@ pub enum Kind {
     Mark = 45,
     /// Answer to [`Kind::Mark`]: it is durable.
     MarkReply = 46,
+    /// The coordinator tells the members why others are not current. Not answered.
+    Conditions = 47,
 }
 
 impl Kind {
@@ -142,6 +144,7 @@ impl Kind {
             44 => Self::PullData,
             45 => Self::Mark,
             46 => Self::MarkReply,
+            47 => Self::Conditions,
             _ => return None,
         })
     }
@@ -181,6 +184,7 @@ impl Kind {
                     | Self::CommandReply
                     | Self::Grow
                     | Self::Mark
+                    | Self::Conditions
             ),
             Role::Peer => {
                 matches!(self, Self::PullMap | Self::Pull | Self::Digest | Self::Command | Self::Ping)

@@ -6,6 +6,7 @@
 mod auth;
 mod body;
 mod codec;
+mod condition;
 mod frame;
 mod header;
 mod verify;
@@ -16,6 +17,7 @@ pub use body::{
     SetView, SlotEntry, decode_attested, encode_attested,
 };
 pub use codec::{Decoder, Encoder};
+pub use condition::{Conditions, Goodbye};
 pub use frame::{
     FRAME_HEADER_SIZE, FRAME_MAGIC, FrameHeader, MAX_FRAME_MESSAGES, frame_crc, frame_crc as data_digest,
 };

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rmr_common::pool::{
-    Address, Attested, ClientId, MemberId, MemberState, PoolId, PoolSpec, Position, StoreId, View,
+    Address, Attested, Cause, ClientId, MemberId, MemberState, PoolId, PoolSpec, Position, StoreId, View,
 };
 use rmr_common::transport::Counters;
 use serde::{Deserialize, Serialize};
@@ -296,6 +296,9 @@ pub struct PoolStatus {
     /// How far the store has come, and what it remembers of the others.
     #[serde(default)]
     pub history: HistoryStatus,
+    /// What the disk below the store has failed of late.
+    #[serde(default)]
+    pub disk: Option<DiskTrouble>,
 }
 
 /// How far a store has come in the history of its pool, and what it remembers of all members.
@@ -320,6 +323,36 @@ impl PoolStatus {
         self.history.attested.regressed.contains(self.member)
             && self.view.state(self.member) != Some(MemberState::Clean)
     }
+}
+
+/// Errors of the disk below a store.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskTrouble {
+    /// What kind of errors.
+    pub cause: Cause,
+    /// The last one in words.
+    pub text: String,
+    /// When the first one came.
+    pub since_unix_ms: UnixMs,
+    /// When the last one came.
+    pub last_unix_ms: UnixMs,
+    /// Number of them.
+    pub errors: u64,
+}
+
+/// Why another member is not current, as the client said that holds the pool.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeerCondition {
+    /// Why it left the view last, or was not brought back in.
+    pub cause: Cause,
+    /// The same in the client's words; may be empty.
+    pub text: String,
+    /// Number of losses and failed rejoins in a row.
+    pub failures: u32,
+    /// When the first of them was.
+    pub since_unix_ms: Option<UnixMs>,
+    /// When the client tries again; absent if it does not by itself.
+    pub retry_unix_ms: Option<UnixMs>,
 }
 
 /// Whether a store works.
@@ -376,6 +409,9 @@ pub struct PeerStatus {
     pub state_since_unix_ms: Option<UnixMs>,
     /// What the member misses, by the maps of this store.
     pub missed: Missed,
+    /// Why it is not current, if the client has said so.
+    #[serde(default)]
+    pub condition: Option<PeerCondition>,
 }
 
 /// State of a link between two nodes.

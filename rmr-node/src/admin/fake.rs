@@ -122,6 +122,7 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
         link: LinkState::Idle,
         state_since_unix_ms: None,
         missed: Missed { chunks: 0, blocks: Some(0) },
+        condition: None,
     };
     PoolStatus {
         spec: request.spec.clone(),
@@ -142,6 +143,7 @@ fn status_of(request: &CreateStore, node: &str) -> PoolStatus {
         key_fingerprints: Vec::new(),
         max_size_bytes: Some(8 * request.spec.size),
         history: HistoryStatus::default(),
+        disk: None,
     }
 }
 

@@ -6,7 +6,7 @@ use std::fmt::{Display, Write};
 
 use rmr_common::pool::MemberState;
 
-use super::api::{ClientState, LeftOut, NodeInfo, PoolStatus, StoreState};
+use super::api::{ClientState, LeftOut, NodeInfo, PeerCondition, PoolStatus, StoreState};
 
 /// Content type of the page.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -209,6 +209,7 @@ impl Page {
                 }
             }
         }
+        self.conditions(pools);
         self.family("rmr_member_missed_bytes", "gauge", "What another member misses, by this store's maps.");
         for pool in pools {
             for peer in &pool.peers {
@@ -218,6 +219,53 @@ impl Page {
                 let missed = peer.missed.bytes(pool.spec.chunk_size.bytes());
                 self.sample("rmr_member_missed_bytes", &labels, missed);
             }
+        }
+    }
+
+    /// Why members are not current, and what disks fail.
+    fn conditions(&mut self, pools: &[PoolStatus]) {
+        type Value = fn(&PeerCondition) -> Option<u64>;
+        let families: [(&str, &str, Value); 4] = [
+            ("rmr_member_condition", "1 for the reason why another member is not current.", |_| Some(1)),
+            ("rmr_member_failures", "Losses and failed rejoins of the member in a row.", |c| {
+                Some(c.failures.into())
+            }),
+            ("rmr_member_failing_since_seconds", "When the first of them was, Unix time.", |c| {
+                c.since_unix_ms.map(|since| since.0 / 1000)
+            }),
+            ("rmr_member_next_rejoin_seconds", "When the next rejoin is tried, Unix time.", |c| {
+                c.retry_unix_ms.map(|retry| retry.0 / 1000)
+            }),
+        ];
+        for (name, help, value) in families {
+            self.family(name, "gauge", help);
+            for pool in pools {
+                for (peer, condition) in pool.peers.iter().filter_map(|p| Some((p, p.condition.as_ref()?))) {
+                    let (id, of, by) =
+                        (pool.spec.id.to_string(), peer.member.to_string(), pool.member.to_string());
+                    let labels = [
+                        ("pool", id.as_str()),
+                        ("name", &pool.spec.name),
+                        ("member", &by),
+                        ("of", &of),
+                        ("cause", condition.cause.name()),
+                    ];
+                    if let Some(value) = value(condition) {
+                        self.sample(name, &labels, value);
+                    }
+                }
+            }
+        }
+        self.family("rmr_store_disk_errors", "gauge", "Errors of the store's disk of late, by their kind.");
+        for (pool, disk) in pools.iter().filter_map(|p| Some((p, p.disk.as_ref()?))) {
+            let (id, member) = (pool.spec.id.to_string(), pool.member.to_string());
+            let labels = [
+                ("pool", id.as_str()),
+                ("name", &pool.spec.name),
+                ("member", &member),
+                ("cause", disk.cause.name()),
+            ];
+            self.sample("rmr_store_disk_errors", &labels, disk.errors);
         }
     }
 
@@ -256,6 +304,9 @@ impl Display for Seconds {
 
 #[cfg(test)]
 mod tests {
+    use rmr_common::pool::Cause;
+
+    use crate::admin::api::UnixMs;
     use crate::admin::fake;
 
     use super::*;
@@ -265,6 +316,13 @@ mod tests {
         let mut status = fake::pool_status("vm-1", 2, 1);
         status.io.writes = 42;
         status.peers[0].missed.blocks = Some(3);
+        status.peers[0].condition = Some(PeerCondition {
+            cause: Cause::DiskFull,
+            text: String::new(),
+            failures: 3,
+            since_unix_ms: None,
+            retry_unix_ms: Some(UnixMs(9_000)),
+        });
         let mut node = fake::node_info("a\"b\\");
         node.started_unix_ms.0 = 1_500;
         let text = page(&node, &[status.clone()], &[]);
@@ -274,6 +332,8 @@ mod tests {
             format!("rmr_member_missed_bytes{labels},of=\"0\"}} 12288"),
             format!("rmr_member_state{labels},of=\"0\",state=\"clean\"}} 1"),
             format!("rmr_member_state{labels},of=\"0\",state=\"out\"}} 0"),
+            format!("rmr_member_failures{labels},of=\"0\",cause=\"disk_full\"}} 3"),
+            format!("rmr_member_next_rejoin_seconds{labels},of=\"0\",cause=\"disk_full\"}} 9"),
             "rmr_node_start_time_seconds 1.500".to_owned(),
         ] {
             assert!(text.lines().any(|l| l == line), "no line {line} in\n{text}");

@@ -14,6 +14,7 @@ mod server;
 mod stores;
 #[cfg(test)]
 mod tests;
+pub mod words;
 
 use std::future::Future;
 use std::path::PathBuf;

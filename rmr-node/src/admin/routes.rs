@@ -23,9 +23,10 @@ use uuid::Uuid;
 
 use super::api::{
     ControlError, CreateStore, DeleteStore, ErrorBody, ErrorCode, Health, LeftOut, NodeInfo, PoolKey,
-    PoolList, PoolStatus, StoreCreated, StoreDeleted, StoreList, StoreState,
+    PoolList, PoolStatus, StoreCreated, StoreDeleted, StoreList, StoreState, UnixMs,
 };
 use super::connections::Work;
+use super::words::{condition_words, disk_words};
 use super::{AdminLimits, HostNames, NodeControl, metrics, stores};
 
 pub(super) type Control = State<Arc<dyn NodeControl>>;
@@ -118,27 +119,39 @@ async fn node(State(control): Control) -> Answer<NodeInfo> {
 
 async fn health(State(control): Control) -> Result<Response, Refusal> {
     let pools = sorted_pools(&control).await?;
-    let problems: Vec<_> = pools
-        .iter()
-        .filter_map(|p| match &p.store_state {
-            StoreState::Serving if p.is_regressed() => Some(format!(
+    let mut problems = Vec::new();
+    for p in &pools {
+        if let StoreState::Waiting { reason } | StoreState::Failed { reason } = &p.store_state {
+            problems.push(format!("pool '{}' member {}: {reason}", p.spec.name, p.member));
+        }
+        if p.store_state == StoreState::Serving && p.is_regressed() {
+            problems.push(format!(
                 "pool '{}' member {}: its store went back in time (restored from a copy?) and is copied over in full",
                 p.spec.name, p.member
-            )),
-            StoreState::Serving => None,
-            StoreState::Waiting { reason } | StoreState::Failed { reason } => {
-                Some(format!("pool '{}' member {}: {reason}", p.spec.name, p.member))
+            ));
+        }
+        if let Some(disk) = &p.disk {
+            problems.push(format!("pool '{}' member {}: {}", p.spec.name, p.member, disk_words(disk)));
+        }
+        for peer in &p.peers {
+            if let Some(condition) = &peer.condition {
+                problems.push(format!(
+                    "pool '{}' member {} is not current, as its client says: {}",
+                    p.spec.name,
+                    peer.member,
+                    condition_words(condition, UnixMs::now())
+                ));
             }
-        })
-        .collect();
+        }
+    }
     let list = control.stores().await?;
-    let mut problems = problems;
     problems.extend(list.left_out.iter().map(LeftOut::words));
     let is_faulty = list.left_out.iter().any(|l| !l.closed) || !list.problems.is_empty();
     problems.extend(list.problems);
     let stores = u32::try_from(pools.len()).unwrap_or(u32::MAX);
-    // A store that waits needs its peers, not a restart of this node.
-    let healthy = !is_faulty && !pools.iter().any(|p| matches!(p.store_state, StoreState::Failed { .. }));
+    // A store that waits needs its peers, and what is the matter with other nodes is no fault of this one.
+    let is_sick = |p: &PoolStatus| matches!(p.store_state, StoreState::Failed { .. }) || p.disk.is_some();
+    let healthy = !is_faulty && !pools.iter().any(is_sick);
     let health = Health { healthy, stores, problems };
     let status = if health.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     Ok((status, Json(health)).into_response())

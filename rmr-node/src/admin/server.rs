@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rmr_common::throttle::Throttle;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tracing::{debug, info, warn};
@@ -121,6 +122,7 @@ async fn serve(
     let router = routes::router(control, limits, names);
     let permits = Arc::new(Semaphore::new(limits.max_connections));
     let connections = Connections::default();
+    let mut refused = Throttle::default();
     loop {
         let next = async {
             let accepted = listener.accept().await;
@@ -143,7 +145,7 @@ async fn serve(
                 connections.closed_by(number, task.abort_handle());
             }
             Err(error) => {
-                warn!(%error, "admin connection not accepted");
+                refused.log(|withheld| warn!(%error, withheld, "admin connection not accepted"));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

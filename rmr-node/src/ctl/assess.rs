@@ -6,16 +6,17 @@
 use std::collections::BTreeSet;
 
 use rmr_common::pool::{
-    Attested, MemberAddress, MemberId, MemberSet, MemberState, PoolSpec, Position, StoreId, View,
+    Attested, Cause, MemberAddress, MemberId, MemberSet, MemberState, PoolSpec, Position, StoreId, View,
 };
 use serde::Serialize;
 
 use super::advice::Advice;
 use super::format;
 use crate::admin::api::{
-    Authentication, ClientState, ClientStatus, LeftOut, PoolStatus, ResyncState, ResyncStatus, StoreState,
-    UnixMs,
+    Authentication, ClientState, ClientStatus, DiskTrouble, LeftOut, PeerCondition, PoolStatus, ResyncState,
+    ResyncStatus, StoreState, UnixMs,
 };
+use crate::admin::words::{condition_words, disk_words};
 
 /// One pool, as all nodes that answered see it.
 #[derive(Clone, PartialEq, Debug)]
@@ -122,6 +123,10 @@ pub struct MemberLine {
     pub store_state: Option<StoreState>,
     /// Sync: what brings it up to date.
     pub resync: Option<ResyncStatus>,
+    /// Why it is not current, as the client told the others.
+    pub condition: Option<PeerCondition>,
+    /// What its disk has failed of late.
+    pub disk: Option<DiskTrouble>,
     /// Why its node leaves its store out, where it does.
     pub left_out: Option<String>,
 }
@@ -358,6 +363,7 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
     let from_clean = picture.reports.iter().filter(|r| clean.contains(r.member) && r.member != id);
     let seen = from_clean.filter_map(|r| r.peers.iter().find(|p| p.member == id));
     let worst = seen.clone().max_by_key(|p| p.missed.bytes(chunk_size)).map(|p| p.missed);
+    let missed = worst.map_or(0, |m| m.bytes(chunk_size));
     MemberLine {
         member: id,
         node: own.map(|r| &r.node).or(left_out.map(|(node, _)| node)).cloned(),
@@ -367,8 +373,9 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
             .map_or_else(|| "not in the specification".into(), |m| m.address.to_string()),
         state,
         maintenance: picture.spec.member(id).is_some_and(|m| m.maintenance),
-        since_unix_ms: seen.filter_map(|p| p.state_since_unix_ms).max(),
-        missed_bytes: worst.map_or(0, |m| m.bytes(chunk_size)),
+        // Whoever saw it longest is right: it has not been current for moments only since.
+        since_unix_ms: seen.clone().filter_map(|p| p.state_since_unix_ms).min(),
+        missed_bytes: missed,
         missed_exact: worst.is_none_or(|m| m.blocks.is_some()),
         leg: match own.map(|r| r.client.as_ref().map(|c| c.state)) {
             None => Leg::Unseen,
@@ -379,7 +386,14 @@ fn member_line(picture: &Picture, id: MemberId, state: MemberState) -> MemberLin
             Some(Some(ClientState::Crashed)) => Leg::Lost,
         },
         store_state: own.map(|r| r.store_state.clone()),
-        resync: own.and_then(|r| r.resync.clone()),
+        // By its own maps nothing may be left before it has taken over what others know that it missed, or while it cannot flush
+        // what it has.
+        resync: own.and_then(|r| r.resync.clone()).map(|resync| match resync.blocks_left {
+            0 => ResyncStatus { blocks_left: missed.div_ceil(rmr_common::pool::BLOCK_SIZE), ..resync },
+            _ => resync,
+        }),
+        condition: seen.filter_map(|p| p.condition.clone()).max_by_key(|c| c.failures),
+        disk: own.and_then(|r| r.disk.clone()),
         left_out: left_out.map(|(_, l)| left_out_words(l)),
     }
 }
@@ -440,12 +454,25 @@ fn member_words(line: &MemberLine, now: UnixMs) -> Option<String> {
             vec![format!("{name} is Syncing{since}, {progress}")]
         }
     };
+    match line.condition.as_ref().filter(|_| !line.maintenance) {
+        Some(condition) if line.state == MemberState::Out => {
+            words.push(format!("member {}: {}", line.member, condition_words(condition, now)));
+        }
+        Some(condition) => words.push(format!(
+            "member {} was lost, or not brought in, {} times in a row before, the last time because {}",
+            line.member, condition.failures, condition.cause
+        )),
+        None => {}
+    }
     // Of a Clean one the headline says so already.
     if line.state != MemberState::Clean {
         words.extend(left_out_by(line));
     }
     if let Some(StoreState::Waiting { reason } | StoreState::Failed { reason }) = &line.store_state {
         words.push(format!("the store of {name} does not serve: {reason}"));
+    }
+    if let Some(disk) = &line.disk {
+        words.push(format!("the disk of {name}: {}", disk_words(disk)));
     }
     (!words.is_empty()).then(|| words.join("; "))
 }
@@ -455,6 +482,9 @@ fn member_words(line: &MemberLine, now: UnixMs) -> Option<String> {
 pub fn resync_words(resync: &ResyncStatus) -> String {
     let left = format::bytes(resync.blocks_left.saturating_mul(rmr_common::pool::BLOCK_SIZE));
     let mut words = match resync.state {
+        ResyncState::Running | ResyncState::Yielding if resync.blocks_left == 0 => {
+            "nothing left, about to be current".to_owned()
+        }
         ResyncState::Running => format!("{left} left"),
         ResyncState::Waiting => format!("{left} left, waiting"),
         ResyncState::Yielding => format!("{left} left, yielding to the guest"),
@@ -510,6 +540,23 @@ fn notes(picture: &Picture, members: &[MemberLine]) -> Vec<String> {
             line.member,
             picture.advice.maintenance_off(line.member)
         ));
+    }
+    for line in members.iter().filter(|l| !l.maintenance) {
+        let Some(condition) = &line.condition else { continue };
+        let is_left_out = condition.cause == Cause::ReadErrorLimit;
+        if is_left_out {
+            notes.push(format!(
+                "member {} stays out until you bring it back: {}",
+                line.member,
+                picture.advice.resync()
+            ));
+        } else if condition.failures > 2 && line.state != MemberState::Clean {
+            notes.push(format!(
+                "member {} is tried ever more seldom; when it is well again: {}",
+                line.member,
+                picture.advice.resync()
+            ));
+        }
     }
     let waits = |l: &&MemberLine| l.state == MemberState::Out && !l.maintenance && l.store_state.is_some();
     let waiting: MemberSet = members.iter().filter(waits).map(|l| l.member).collect();
@@ -724,6 +771,64 @@ mod tests {
             "SUSPENDED: no current copy can serve; the store of member 0 (n0) does not serve: \
                  member 1 must come first; member 1 (n1) is Out"
         ));
+    }
+
+    #[test]
+    fn why_a_member_is_not_current_since_when_and_what_to_do_is_in_the_headline() {
+        use MemberState::{Clean, Out, Syncing};
+        let mut found = statuses(&[Clean, Out]);
+        let condition = PeerCondition {
+            cause: Cause::DiskFull,
+            text: String::new(),
+            failures: 7,
+            since_unix_ms: Some(UnixMs(700_000)),
+            retry_unix_ms: Some(UnixMs(1_064_000)),
+        };
+        found[0].peers[0].condition = Some(condition.clone());
+        found[0].peers[0].state_since_unix_ms = Some(UnixMs(700_000));
+        found[1].disk = Some(DiskTrouble {
+            cause: Cause::DiskFull,
+            text: "write of 4096 bytes at 0: No space left on device".into(),
+            since_unix_ms: UnixMs(1),
+            last_unix_ms: UnixMs(2),
+            errors: 9,
+        });
+        let assessment = assess(&one(found.clone()), true, NOW);
+        assert_eq!(
+            assessment.headline,
+            "DEGRADED: 1 of 2 copies current; member 1 (n1) is Out since 1970-01-01T00:11:40Z (5 min ago), missed 0 B; member 1: its \
+             disk is full, failed 7 times in a row, next try in 64 s; free space on its file system, or replace its store; the disk of \
+             member 1 (n1): its disk is full (9 times, last: write of 4096 bytes at 0: No space left on device); free space on its \
+             file system, or replace its store"
+        );
+        assert!(
+            assessment.notes.iter().any(|n| n.contains("rmrctl pool resync vm-1")),
+            "{:?}",
+            assessment.notes
+        );
+        found[0].peers[0].condition =
+            Some(PeerCondition { cause: Cause::ReadErrorLimit, retry_unix_ms: None, ..condition.clone() });
+        let assessment = assess(&one(found), true, NOW);
+        assert!(assessment.headline.contains("member 1: left out: its disk failed more reads"));
+        assert!(assessment.notes.iter().any(|n| n.contains("stays out until you bring it back")));
+        let mut found = statuses(&[Clean, Syncing]);
+        found[0].peers[0].condition = Some(condition);
+        found[0].peers[0].missed.blocks = Some(256);
+        found[1].resync = Some(ResyncStatus {
+            state: ResyncState::Running,
+            reason: String::new(),
+            since_unix_ms: UnixMs(0),
+            source: Some(member(0)),
+            blocks_left: 0,
+            bytes_per_s: 0,
+            seconds_left: None,
+            last_error: None,
+        });
+        assert_eq!(
+            headline(found),
+            "DEGRADED: 1 of 2 copies current; member 1 (n1) is Syncing, 1 MiB left; member 1 was lost, or not brought in, 7 times in \
+             a row before, the last time because its disk is full"
+        );
     }
 
     #[test]

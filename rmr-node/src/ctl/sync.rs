@@ -4,7 +4,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use rmr_common::pool::{MemberId, MemberSet, MemberState, PoolSpec};
+use rmr_common::pool::{Command, MemberId, MemberSet, MemberState, PoolSpec, Refusal};
 use rmr_common::words;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -12,11 +12,14 @@ use tokio::time::Instant;
 
 use super::assess::{self, Assessment, Level, MemberLine, Picture};
 use super::change_args::{ForceFromArgs, ResyncArgs};
-use super::coordinate::{Hold, NotHeld, lost_client};
+use super::coordinate::{Hold, NotDone, NotHeld, deliver, lost_client};
 use super::status::{client_words, members_table};
 use super::{Context, CtlError, Outcome, Survey, format};
 use crate::admin::api::{ClientState, ClientStatus, PoolKey, UnixMs};
+use crate::admin::words::condition_words;
 
+/// A command that begins something is answered within this.
+const COMMAND_LIMIT: Duration = Duration::from_secs(20);
 /// How often progress is looked at.
 const LOOK: Duration = Duration::from_millis(500);
 /// So long members have to hear that the pool goes on with another one.
@@ -177,7 +180,11 @@ fn line_words(line: &MemberLine) -> String {
     let words = match (&line.resync, line.state) {
         (Some(resync), MemberState::Syncing) => assess::resync_words(resync),
         (None, MemberState::Syncing) => format!("{about}{missed} left"),
-        (_, MemberState::Out) => format!("waits to be brought in, missed {about}{missed}"),
+        (_, MemberState::Out) => {
+            let why = line.condition.as_ref().map(|c| condition_words(c, UnixMs::now()));
+            let why = why.map(|why| format!("; {why}")).unwrap_or_default();
+            format!("waits to be brought in, missed {about}{missed}{why}")
+        }
         (_, MemberState::Clean) => "current".to_owned(),
     };
     format!("member {} ({name}) {}: {words}", line.member, line.state)
@@ -201,9 +208,27 @@ pub(super) fn outcome(
 }
 
 pub(super) async fn resync(context: &Context, args: &ResyncArgs) -> Result<Outcome, CtlError> {
+    bring_in_now(context, &args.pool).await?;
     let (survey, picture) = wait_until_current(context, &args.pool, None, args.wait_timeout).await?;
     let headline = format!("pool {}: every copy that is to be current is", picture.spec.name);
     Ok(outcome(&survey, &picture, &headline, json!({})))
+}
+
+/// Tells the client that is attached not to wait any longer with members that failed. Without one, whoever attaches next begins
+/// with them at once.
+async fn bring_in_now(context: &Context, pool: &PoolKey) -> Result<(), CtlError> {
+    let survey = context.survey().await;
+    let picture = survey.picture(pool)?;
+    if picture.view.out().is_empty() || !is_attached(&picture) {
+        return Ok(());
+    }
+    let command = Command::Resync { member: None };
+    match deliver(context, &survey, &picture, &command, COMMAND_LIMIT).await {
+        // It may have left meanwhile, or wait for a member: what follows says more.
+        Ok(_) | Err(NotDone::NotAttached(_)) => Ok(()),
+        Err(NotDone::Refused { reason: Refusal::Suspended | Refusal::Busy, .. }) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub(super) async fn force_from(context: &Context, args: &ForceFromArgs) -> Result<Outcome, CtlError> {

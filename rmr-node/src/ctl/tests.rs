@@ -414,7 +414,7 @@ fn the_json_of_status_keeps_its_form() {
         json!({
             "member": id, "node": format!("n{id}"), "address": format!("tcp://n{id}:7700"), "state": "clean", "maintenance": false,
             "since_unix_ms": null, "missed_bytes": 0, "missed_exact": true, "leg": "none",
-            "store_state": {"state": "serving"}, "resync": null, "left_out": null,
+            "store_state": {"state": "serving"}, "resync": null, "condition": null, "disk": null, "left_out": null,
         })
     };
     let expected = json!({

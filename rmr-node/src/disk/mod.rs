@@ -170,6 +170,12 @@ impl DiskError {
         }
     }
 
+    /// Whether it was a flush that failed.
+    #[must_use]
+    pub fn is_of_flush(&self) -> bool {
+        matches!(self, Self::Errno { what, .. } if *what == IoKind::Flush.name())
+    }
+
     /// Whether there was no space left: nothing is broken, and writing again may succeed later.
     #[must_use]
     pub const fn is_no_space(&self) -> bool {

@@ -3,13 +3,16 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rmr_common::clock::monotonic_now;
 use rmr_common::map::{ChunkMap, MapId, MemberMaps};
-use rmr_common::pool::{BLOCK_SIZE, MemberId, MemberState, PoolId};
+use rmr_common::pool::{BLOCK_SIZE, Cause, Condition, MemberId, MemberState, PoolId, View};
 use rmr_common::replica::{
     CommandId, Config as ReplicaConfig, DurableState, Event, IoId, LastClient, Metadata, Notice, Replica,
     ReplicaStatus, ResyncLimits, ResyncStatus as ReplicaResync, Ticket,
 };
+use rmr_common::throttle::Throttles;
 use rmr_common::time::Time;
 use rmr_common::wire::{Limits, MAX_IO, MAX_SLOTS};
 
@@ -18,9 +21,10 @@ use super::command::Asker;
 use super::pulls::Pulls;
 use super::source_link::{Meant, SourceLink};
 use super::throttle::Burst;
+use super::trouble::Troubles;
 use crate::admin::api::{
-    Authentication, ClientState, ClientStatus, HistoryStatus, IoCounters, LinkState, Missed, PeerStatus,
-    PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
+    Authentication, ClientState, ClientStatus, HistoryStatus, IoCounters, LinkState, Missed, PeerCondition,
+    PeerStatus, PoolStatus, ResyncState, ResyncStatus, StoreState, UnixMs,
 };
 use crate::disk::{Buffer, DiskId};
 use crate::store::{ClientRecord, MapKind, MetadataIo, MetadataWriter, Store, fit_client_name};
@@ -60,7 +64,8 @@ pub(super) struct Member {
     /// What its connections have made the shard do in this loop iteration, in bytes.
     pub(super) spent: usize,
     attached: Option<(UnixMs, SocketAddr)>,
-    state_since: [Option<UnixMs>; rmr_common::pool::MAX_MEMBERS],
+    /// Whether each member is current in the view, and since when that is so.
+    state_since: [Option<(bool, UnixMs)>; rmr_common::pool::MAX_MEMBERS],
     pub(super) closing: bool,
     /// The connection to the node that this member is brought up to date from.
     pub(super) source: Option<SourceLink>,
@@ -87,6 +92,10 @@ pub(super) struct Member {
     pub(super) commands: Vec<(CommandId, Asker)>,
     /// A thread makes room in the store.
     pub(super) makes_room: bool,
+    /// What its disk has failed of late.
+    pub(super) troubles: Troubles,
+    /// Log lines that clients and disks can cause.
+    pub(super) logs: Throttles<&'static str>,
 }
 
 /// What is known of the speed of a resync.
@@ -175,6 +184,8 @@ impl Member {
             metadata_pages: 0,
             commands: Vec::new(),
             makes_room: false,
+            troubles: Troubles::default(),
+            logs: Throttles::new(10, Duration::from_secs(10)),
         }
     }
 
@@ -243,6 +254,7 @@ impl Member {
     pub(super) fn metadata_done(&mut self, id: u64, result: Result<(), String>, now: Time) {
         match self.writer.completed(id, result) {
             Ok(_) => {
+                self.troubles.succeeded(&[Cause::MetadataErrors]);
                 let durable = self.writer.durable();
                 while let Some((asked, ticket)) = self.tickets.front().copied()
                     && asked <= durable
@@ -252,7 +264,11 @@ impl Member {
                 }
             }
             Err(error) => {
-                tracing::error!(pool = %self.replica.spec().name, member = %self.replica.member(), "{error}");
+                let (pool, member) = (&self.replica.spec().name, self.replica.member());
+                self.logs.log("metadata", |withheld| {
+                    tracing::error!(%pool, %member, withheld, "metadata not written, the store no longer serves: {error}");
+                });
+                self.troubles.failed(Cause::MetadataErrors, error.to_string());
                 for (_, ticket) in std::mem::take(&mut self.tickets) {
                     self.replica.apply(Event::Durable(ticket, Err(())), now);
                 }
@@ -296,28 +312,32 @@ impl Member {
                 let since =
                     UnixMs::now().0.saturating_sub(u64::try_from(held.as_millis()).unwrap_or(u64::MAX));
                 self.attached = client.map(|address| (UnixMs(since), address));
-                tracing::info!(%pool, %member, %view, %epoch, client = %who, "client attached");
+                self.logs.log("attached", |withheld| {
+                    tracing::info!(%pool, %member, %view, %epoch, client = %who, withheld, "client attached");
+                });
             }
-            Notice::Refused(who, holder) => {
-                tracing::warn!(%pool, %member, %view, client = %who, holder = %holder, "client refused: the pool is held");
-            }
-            Notice::ClientLost(epoch, who) => {
-                tracing::warn!(%pool, %member, %view, %epoch, client = %who, "client lost without a goodbye");
-            }
+            Notice::Refused(who, holder) => self.logs.log("refused", |withheld| {
+                tracing::warn!(%pool, %member, %view, client = %who, holder = %holder, withheld, "client refused: the pool is held");
+            }),
+            Notice::ClientLost(epoch, who) => self.logs.log("lost", |withheld| {
+                tracing::warn!(%pool, %member, %view, %epoch, client = %who, withheld, "client lost without a goodbye");
+            }),
             Notice::Detached(epoch, who) => {
                 self.attached = None;
-                tracing::info!(%pool, %member, %view, %epoch, client = %who, "client detached");
+                self.logs.log("detached", |withheld| {
+                    tracing::info!(%pool, %member, %view, %epoch, client = %who, withheld, "client detached");
+                });
             }
             Notice::View(new) => {
-                for line in &new.members {
-                    self.state_since[line.id.index()] = Some(UnixMs::now());
-                }
+                self.note_view(&new);
                 let out = new.out();
-                if out.is_empty() {
-                    tracing::info!(%pool, %member, "{new}");
-                } else {
-                    tracing::warn!(%pool, %member, "{new}: members {out} are absent, what they miss is recorded");
-                }
+                self.logs.log("view", |withheld| {
+                    if out.is_empty() {
+                        tracing::info!(%pool, %member, withheld, "{new}");
+                    } else {
+                        tracing::warn!(%pool, %member, withheld, "{new}: members {out} are absent, what they miss is recorded");
+                    }
+                });
             }
             Notice::FlushFailed(purpose) => {
                 tracing::error!(
@@ -337,6 +357,25 @@ impl Member {
                 );
             }
         }
+    }
+
+    /// A new view: since when each member is not current, and since when it is again. A view that leaves a member as it was, or
+    /// moves it between Out and Syncing, does not make its absence any shorter.
+    fn note_view(&mut self, new: &View) {
+        for line in &new.members {
+            let since = &mut self.state_since[line.id.index()];
+            let is_clean = line.state == MemberState::Clean;
+            if since.is_none_or(|(was_clean, _)| was_clean != is_clean) {
+                *since = Some((is_clean, UnixMs::now()));
+            }
+        }
+    }
+
+    /// Since when another member is not current: as this node saw it, or as the client says, who may have seen more.
+    fn absent_since(&self, member: MemberId, condition: Option<&PeerCondition>) -> Option<UnixMs> {
+        let seen = self.state_since[member.index()].map(|(_, at)| at);
+        let told = condition.and_then(|c| c.since_unix_ms);
+        [seen, told].into_iter().flatten().min()
     }
 
     /// Measures the speed of the resync, once a second.
@@ -416,12 +455,16 @@ impl Member {
         });
         let peers = status.view.members.iter().filter(|m| m.id != status.member).map(|m| {
             let missed = status.missed.iter().find(|x| x.member == m.id);
+            let is_stale = m.state != MemberState::Clean;
+            let told = status.conditions.iter().find(|c| c.member == m.id && is_stale);
+            let condition = told.map(|c| condition_status(c, status.told_at));
             PeerStatus {
                 member: m.id,
                 link: link_to(m.id, status.resync.as_ref()),
-                state_since_unix_ms: self.state_since[m.id.index()].filter(|_| m.state != MemberState::Clean),
+                state_since_unix_ms: self.absent_since(m.id, condition.as_ref()).filter(|_| is_stale),
                 missed: missed
                     .map_or(Missed::default(), |x| Missed { chunks: x.chunks, blocks: Some(x.blocks) }),
+                condition,
             }
         });
         let resync = self.resync_status(&status);
@@ -464,7 +507,22 @@ impl Member {
             key_fingerprints: Vec::new(),
             max_size_bytes: Some(superblock.layout.largest_pool(superblock.spec.chunk_size)),
             history: HistoryStatus { position: status.position, attested: status.attested },
+            disk: self.troubles.worst(),
         }
+    }
+}
+
+/// What the client said of another member at `told`, with times of this node's clock.
+fn condition_status(condition: &Condition, told: Time) -> PeerCondition {
+    let elapsed = u64::try_from((monotonic_now() - told).as_millis()).unwrap_or(u64::MAX);
+    let then = UnixMs::now().0.saturating_sub(elapsed);
+    let is_counted = condition.failures > 0 || condition.age_ms > 0;
+    PeerCondition {
+        cause: condition.cause,
+        text: condition.text.clone(),
+        failures: condition.failures,
+        since_unix_ms: is_counted.then(|| UnixMs(then.saturating_sub(condition.age_ms))),
+        retry_unix_ms: condition.retry_in_ms.map(|ms| UnixMs(then.saturating_add(ms))),
     }
 }
 

@@ -23,6 +23,7 @@ mod room;
 mod shard;
 mod source_link;
 mod throttle;
+mod trouble;
 mod windows;
 
 use std::collections::HashMap;

@@ -37,6 +37,7 @@ pub(super) fn new_store(command: &Command) -> Option<StoreId> {
         Command::Remove { .. }
         | Command::Readdress { .. }
         | Command::Maintenance { .. }
+        | Command::Resync { .. }
         | Command::Grow { .. }
         | Command::Verify { .. }
         | Command::VerifyStatus
@@ -76,6 +77,7 @@ fn new_member(command: &Command, spec: &PoolSpec) -> Option<MemberId> {
         Command::Remove { .. }
         | Command::Readdress { .. }
         | Command::Maintenance { .. }
+        | Command::Resync { .. }
         | Command::Grow { .. }
         | Command::Verify { .. }
         | Command::VerifyStatus
@@ -94,7 +96,10 @@ pub(super) fn next_step(command: &Command, view: &View, spec: &PoolSpec, met: bo
         Command::Maintenance { member, on } => maintenance(*member, *on, view, spec),
         Command::Grow { size } => grow(*size, spec, has_room),
         // They change no view, and were answered at once.
-        Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => Step::Done,
+        Command::Resync { member: Some(member) } if spec.member(*member).is_none() => unknown(*member),
+        Command::Resync { .. } | Command::Verify { .. } | Command::VerifyStatus | Command::VerifyCancel => {
+            Step::Done
+        }
     }
 }
 

@@ -58,7 +58,7 @@ fn what_no_leg_can_read_is_an_error_to_the_guest_and_costs_no_leg() {
 #[test]
 fn a_read_that_lost_its_leg_goes_to_it_again_when_it_is_the_clean_one_that_is_left() {
     for fails_first in [false, true] {
-        let mut bench = Bench::new(2, |_| {});
+        let mut bench = Bench::new(2, |c| c.rejoin_hold = c.leg_timeout);
         bench.submit(1, Operation::Read, 0, 4096);
         let home = bench.answer(None, Status::Ok);
         bench.submit(2, Operation::Write, 0, 4096);
@@ -89,7 +89,7 @@ fn a_read_that_lost_its_leg_goes_to_it_again_when_it_is_the_clean_one_that_is_le
 }
 
 #[test]
-fn a_leg_that_fails_reads_too_often_is_left_out_until_the_next_attachment() {
+fn a_leg_that_fails_reads_too_often_is_left_out_until_an_operator_brings_it_back() {
     let mut bench = Bench::new(2, |c| c.read_error_limit = 1);
     let bad = bench.fail_read(1, 0);
     bench.pass(Duration::from_secs(2));
@@ -101,7 +101,12 @@ fn a_leg_that_fails_reads_too_often_is_left_out_until_the_next_attachment() {
     assert_eq!(bench.state(bad), Some(MemberState::Out));
     bench.client.apply(Event::Cancel, bench.now);
     bench.pass(Duration::from_secs(3));
-    assert_eq!(bench.state(bad), Some(MemberState::Syncing), "a new attachment takes it in again");
+    assert_eq!(bench.state(bad), Some(MemberState::Out), "a new attachment knows nothing better of its disk");
+    let told = bench.conditions.iter().find(|c| c.member == bad).unwrap();
+    assert_eq!((told.cause, told.retry_in_ms), (Cause::ReadErrorLimit, None));
+    bench.command(Command::Resync { member: None });
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(bench.state(bad), Some(MemberState::Syncing));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::findings::Comparison;
 use super::{Client, Verify};
 use crate::client::Payload;
 use crate::client::parts::PartState;
-use crate::pool::{BLOCK_SIZE, Block, MemberId, MemberSet, Slot};
+use crate::pool::{BLOCK_SIZE, Block, Cause, MemberId, MemberSet, Slot};
 use crate::time::Time;
 use crate::wire::{DigestReply, Kind, MessageHeader, Status};
 
@@ -199,7 +199,7 @@ impl Client {
         let found = match (header.status, DigestReply::decode(body, hold.suspect.blocks.into())) {
             (Status::Ok, Ok(digests)) => Some(digests.0),
             (Status::Ok, Err(error)) => {
-                return self.drop_member(member, &format!("protocol error: {error}"));
+                return self.drop_member_for(member, Cause::Refused, &format!("protocol error: {error}"));
             }
             (Status::IoError, _) => None,
             _ => return self.give_hold_up(),

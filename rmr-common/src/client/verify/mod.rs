@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use super::{Client, Notice, State};
 use crate::pool::{
-    BLOCK_SIZE, Chunk, Command, CommandReply, MemberId, MemberSet, PoolSpec, Refusal, Sequence,
+    BLOCK_SIZE, Cause, Chunk, Command, CommandReply, MemberId, MemberSet, PoolSpec, Refusal, Sequence,
     VerifyOptions, VerifyReport, VerifyState,
 };
 use crate::time::Time;
@@ -457,7 +457,9 @@ impl Client {
         }
         let reply = match CompareReply::decode(body) {
             Ok(reply) => reply,
-            Err(error) => return self.drop_member(member, &format!("protocol error: {error}")),
+            Err(error) => {
+                return self.drop_member_for(member, Cause::Refused, &format!("protocol error: {error}"));
+            }
         };
         piece.pending.remove(member);
         piece.differs |= reply.differs;

@@ -1,5 +1,6 @@
 //! Disk requests of replicas: begun, and what follows from their end.
 
+use rmr_common::pool::Cause;
 use rmr_common::replica::{DiskOperation, DiskResult, Event, IoId};
 use rmr_common::wire::block_digests;
 
@@ -83,9 +84,25 @@ impl Shard {
             IoTag::Read(index, io) | IoTag::Digest(index, io) | IoTag::Replica(index, io) => {
                 let index = usize::from(index);
                 let Some(Some(member)) = self.members.get_mut(index) else { return };
-                if let Err(error) = &result {
-                    let pool = &member.replica.spec().name;
-                    tracing::error!(%pool, member = %member.replica.member(), "disk error: {error}");
+                let is_read = matches!(tag, IoTag::Read(..) | IoTag::Digest(..));
+                match &result {
+                    Ok(()) if is_read => member.troubles.succeeded(&[Cause::ReadErrors]),
+                    Ok(()) => {
+                        member.troubles.succeeded(&[Cause::WriteErrors, Cause::FlushErrors, Cause::DiskFull]);
+                    }
+                    Err(error) => {
+                        let (pool, id) = (&member.replica.spec().name, member.replica.member());
+                        let cause = match error {
+                            error if error.is_no_space() => Cause::DiskFull,
+                            error if error.is_of_flush() => Cause::FlushErrors,
+                            _ if is_read => Cause::ReadErrors,
+                            _ => Cause::WriteErrors,
+                        };
+                        member.logs.log(cause.name(), |withheld| {
+                            tracing::error!(%pool, member = %id, withheld, "disk error: {error}");
+                        });
+                        member.troubles.failed(cause, error.to_string());
+                    }
                 }
                 match (tag, payload) {
                     (IoTag::Read(..), Payload::Buffer(buffer)) => {

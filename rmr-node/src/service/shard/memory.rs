@@ -146,7 +146,9 @@ impl Shard {
                     }
                     if windows.tell() {
                         let (client, lent) = (peer.address, windows.bytes());
-                        tracing::warn!(%client, lent, "a client has to do with the memory that it was lent: {error}");
+                        self.logs.log("lent", |withheld| {
+                            tracing::warn!(%client, lent, withheld, "a client has to do with the memory that it was lent: {error}");
+                        });
                     }
                     return Turn::HasShare;
                 }

@@ -23,6 +23,7 @@ use rmr_common::clock::monotonic_now;
 use rmr_common::pool::{Command as PoolCommand, PoolId, StoreId, TransportKind};
 use rmr_common::reactor::WatchChange;
 use rmr_common::replica::{CommandId, ConnectionId, Event, Notice, Output};
+use rmr_common::throttle::Throttles as LineThrottles;
 use rmr_common::time::Time;
 use rmr_common::transport::connect::Connector;
 use rmr_common::transport::rdma::{Exposure, MIN_WINDOW, Registration};
@@ -180,7 +181,12 @@ fn tag_for(free: &mut Vec<u32>, sending: &mut Vec<Option<Sending>>) -> u32 {
 
 enum Phase {
     Serving,
-    /// A stop was asked for: clients are told, requests end, disks are flushed, stores are marked clean.
+    /// A stop was asked for: what clients were answered is flushed. Nobody waits for that longer than `until`.
+    Leaving {
+        until: Time,
+        deadline: Time,
+    },
+    /// Clients are told, requests end, disks are flushed, stores are marked clean.
     Draining {
         deadline: Time,
         /// The time is over for clients that did not leave.
@@ -251,6 +257,8 @@ pub(super) struct Shard {
     /// Something was left for the next loop iteration, which begins at once.
     again: bool,
     throttles: Throttles,
+    /// Log lines that strangers and peers can cause.
+    logs: LineThrottles<&'static str>,
     /// Stores that a stop could not mark as closed in order.
     unmarked: usize,
     next_tick: Time,
@@ -324,6 +332,7 @@ impl Shard {
             phase: Phase::Serving,
             again: false,
             throttles: Throttles::default(),
+            logs: LineThrottles::default(),
             unmarked: 0,
             next_tick: now + TICK,
             now,
@@ -607,6 +616,7 @@ impl Shard {
             if let Some(member) = &mut self.members[index] {
                 member.replica.apply(Event::Tick, self.now);
                 member.note_progress(self.now);
+                member.troubles.tick();
                 self.activate(index);
             }
         }

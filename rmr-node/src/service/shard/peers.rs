@@ -222,7 +222,12 @@ impl Shard {
                     ErrorKind::WouldBlock => break,
                     ErrorKind::ConnectionRefused => continue,
                     ErrorKind::AddrNotAvailable => {
-                        tracing::error!("no clients come over RDMA until the device is back: {error}");
+                        self.logs.log("device", |withheld| {
+                            tracing::error!(
+                                withheld,
+                                "no clients come over RDMA until the device is back: {error}"
+                            );
+                        });
                         return;
                     }
                     // It went away before it was accepted, or is no peer.
@@ -234,7 +239,12 @@ impl Shard {
                     }
                     _ => {
                         // For want of descriptors or memory as a rule. The listener stays readable all the while.
-                        tracing::warn!("cannot accept connections, trying again in a second: {error}");
+                        self.logs.log("accept", |withheld| {
+                            tracing::warn!(
+                                withheld,
+                                "cannot accept connections, trying again in a second: {error}"
+                            );
+                        });
                         return self.listen(false);
                     }
                 },
@@ -360,7 +370,8 @@ impl Shard {
             let Some(peer) = self.peers.get_mut(&id) else { continue };
             let member = peer.member.and_then(|m| self.members[m].as_ref());
             if let Some(member) = member {
-                peer.wire.queue(&MessageHeader::new(Kind::Goodbye, member.pool()), None);
+                let (header, body) = member.replica.goodbye();
+                peer.wire.queue(&header, Some(body));
             }
             if member.is_some_and(|m| m.replica.holder_connection() == Some(id)) {
                 self.queue(id);

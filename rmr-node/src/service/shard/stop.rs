@@ -1,4 +1,4 @@
-//! The end of a shard: clients are told, disks are drained, stores are closed in order.
+//! The end of a shard: what was answered is flushed, clients are told, disks are drained, stores are closed in order.
 
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -18,10 +18,28 @@ impl Shard {
                 self.changes.extend(listeners.iter().map(|l| WatchChange::Remove(l.as_raw_fd())));
                 // Kept until the loop does not watch them any more; no connection is accepted meanwhile.
                 self.closed_listeners = listeners;
+                // What clients were answered is flushed before they are told, so that nobody counts it as missed.
                 let deadline = self.now + self.shared.config.stop_timeout;
+                let until = self.now + self.shared.config.stop_timeout / 2;
+                self.phase = Phase::Leaving { until, deadline };
+                for index in 0..self.members.len() {
+                    if let Some(member) = &mut self.members[index] {
+                        member.replica.leave();
+                    }
+                    self.activate(index);
+                }
+                self.next_tick = self.now;
+            }
+            Phase::Leaving { until, deadline } => {
+                let now = self.now;
+                let has_left = |m: &Member| !m.active && m.replica.has_left(now);
+                if !self.members.iter().flatten().all(has_left) && now < until {
+                    self.next_tick = self.next_tick.min(now + Duration::from_millis(5));
+                    return;
+                }
                 self.phase = Phase::Draining { deadline, closed: false };
                 self.say_goodbye();
-                self.next_tick = self.now;
+                self.next_tick = now;
             }
             Phase::Draining { deadline, closed } => {
                 let busy = !self.peers.is_empty()
