@@ -49,6 +49,8 @@ fn every_connection_cut_in_every_direction_under_load_heals_and_no_promise_is_br
         let daemon = DaemonBuilder::new(&pool)
             .host(network.host(HYPERVISOR)?)
             .arguments(["--leg-timeout-ms", LEG_TIMEOUT_MS])
+            // The test cuts the same member off again and again.
+            .arguments(["--rejoin-backoff-max-s", "1"])
             .start(lab)?;
         let mut promises = Promises::new(MIB << 20, 4096, 11, Unwritten::Zeroes);
         let cuts = Cuts { network: &network, pool: &pool };

@@ -1,11 +1,14 @@
-//! Log lines that others can cause as often as they like: a few go through, the rest are counted, and the count goes with
-//! the next one.
+//! Limits for log lines that a peer, a disk or a stranger can cause: a few pass, the rest are counted, and the next line that
+//! passes carries the count.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// Most subjects that are told apart; the one that was quiet longest makes way for a new one.
 const MAX_SUBJECTS: usize = 64;
+
+/// Number of messages withheld since the last one that passed. `None` stands for zero: log lines leave the field out then.
+pub type Withheld = Option<u64>;
 
 /// Lets a number of messages through per interval and counts the others.
 #[derive(Clone, Debug)]
@@ -24,13 +27,12 @@ impl Throttle {
         Self { burst, interval, window: None, withheld: 0 }
     }
 
-    /// Calls `message` with the number of messages that were withheld since the last one, unless this one is to be
-    /// withheld as well.
-    pub fn log(&mut self, message: impl FnOnce(u64)) {
+    /// Calls `message` with the number of messages withheld before, unless this one is withheld as well.
+    pub fn log(&mut self, message: impl FnOnce(Withheld)) {
         self.log_at(Instant::now(), message);
     }
 
-    fn log_at(&mut self, now: Instant, message: impl FnOnce(u64)) {
+    fn log_at(&mut self, now: Instant, message: impl FnOnce(Withheld)) {
         let passed = match self.window {
             Some((since, passed)) if now.duration_since(since) < self.interval => passed,
             _ => {
@@ -45,7 +47,7 @@ impl Throttle {
         if let Some((_, passed)) = &mut self.window {
             *passed += 1;
         }
-        message(std::mem::take(&mut self.withheld));
+        message(Some(std::mem::take(&mut self.withheld)).filter(|&count| count > 0));
     }
 }
 
@@ -71,7 +73,7 @@ impl<K: Ord + Clone> Throttles<K> {
     }
 
     /// As [`Throttle::log`], for this subject.
-    pub fn log(&mut self, subject: K, message: impl FnOnce(u64)) {
+    pub fn log(&mut self, subject: K, message: impl FnOnce(Withheld)) {
         if self.each.len() >= MAX_SUBJECTS && !self.each.contains_key(&subject) {
             let begun = |t: &Throttle| t.window.map(|(since, _)| since);
             let oldest = self.each.iter().min_by_key(|(_, t)| begun(t)).map(|(k, _)| k.clone());
@@ -102,7 +104,7 @@ mod tests {
             let now = start + Duration::from_millis(tenths * 100);
             throttle.log_at(now, |withheld| seen.push((tenths, withheld)));
         }
-        assert_eq!(seen, [(0, 0), (1, 0), (100, 98), (101, 0), (200, 98), (201, 0)]);
+        assert_eq!(seen, [(0, None), (1, None), (100, Some(98)), (101, None), (200, Some(98)), (201, None)]);
     }
 
     #[test]

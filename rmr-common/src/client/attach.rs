@@ -248,6 +248,26 @@ impl Client {
         }
     }
 
+    /// Asks members that seem to be behind again, if other nodes have been asked since: another client may have moved all of them on in
+    /// between. Returns whether there are any.
+    fn ask_again_whose_hello_is_older(&mut self, behind: &[(MemberId, Position, Position)]) -> bool {
+        let retry_at = self.now + self.config.reconnect_interval / 4;
+        let is_ready = |l: &super::Link| matches!(l.state, LinkState::Ready(_));
+        let newest = self.links.iter().filter(|l| is_ready(l)).map(|l| l.greeted).max();
+        let is_behind = |l: &super::Link| {
+            let LinkState::Ready(reply) = &l.state else { return false };
+            Some(l.greeted) < newest && behind.iter().any(|(member, ..)| *member == reply.member)
+        };
+        let mut is_asked = false;
+        for (link, id) in self.links.iter_mut().zip(0u8..).filter(|(link, _)| is_behind(link)) {
+            link.state = LinkState::Down { retry_at };
+            link.again = true;
+            self.outputs.push_back(Output::Disconnect(LinkId(id)));
+            is_asked = true;
+        }
+        is_asked
+    }
+
     /// Says why the client waits, unless it said so before.
     fn tell_once(&mut self, text: String) {
         if let State::Gathering { told, possible_since } = &mut self.state {
@@ -261,6 +281,9 @@ impl Client {
 
     /// A Clean member lost a part of its history, and nobody can prove that nothing later is lost with it.
     fn tell_history_lost(&mut self, view: &View, behind: &[(MemberId, Position, Position)]) {
+        if self.ask_again_whose_hello_is_older(behind) {
+            return;
+        }
         let lost = behind.iter().filter(|(m, ..)| view.clean().contains(*m));
         let name = |(member, known, shown): &(MemberId, Position, Position)| {
             format!("member {member} was at {known} and shows {shown}")

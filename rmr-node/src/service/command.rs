@@ -73,7 +73,7 @@ impl Shard {
     fn take_command(&mut self, index: usize, command: &PoolCommand, asker: Asker) {
         let id = self.next_command();
         let withheld = match &asker {
-            Asker::Admin(_) => Some(0),
+            Asker::Admin(_) => Some(None),
             Asker::Node(..) => self.may_log(|throttles| &mut throttles.commands),
         };
         let Some(member) = self.member_mut(index) else { return };

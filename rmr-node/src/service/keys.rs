@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rmr_common::auth::{Admitted, Denial, Gate, KeyRing, Nonce};
 use rmr_common::pool::PoolId;
 use rmr_common::replica::ConnectionId;
+use rmr_common::throttle::Withheld;
 use rmr_common::transport::Connection;
 use rmr_common::wire::{Hello, Kind, MessageHeader, Status};
 
@@ -82,8 +83,9 @@ impl Keys {
         }
     }
 
-    /// Counts an attempt that failed; the number of those before it that the log does not have, if this one is to be logged.
-    fn note(&self, denial: Denial) -> Option<u64> {
+    /// Counts an attempt that failed. Returns the number of earlier ones that the log does not have, if this one is logged; else
+    /// `None`.
+    fn note(&self, denial: Denial) -> Option<Withheld> {
         self.denied[denial as usize].fetch_add(1, Ordering::Relaxed);
         let mut logged = self.logged.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let logged = &mut logged[denial as usize];
@@ -92,7 +94,7 @@ impl Keys {
             return None;
         }
         logged.at = Some(Instant::now());
-        Some(std::mem::take(&mut logged.withheld))
+        Some(Some(std::mem::take(&mut logged.withheld)).filter(|&count| count > 0))
     }
 }
 
@@ -228,13 +230,13 @@ mod tests {
     #[test]
     fn of_many_attempts_in_a_row_one_is_logged_and_all_are_counted() {
         let keys = Keys::new(KeysConfig { directory: None, required: false });
-        assert_eq!(keys.note(Denial::WrongKey), Some(0));
+        assert_eq!(keys.note(Denial::WrongKey), Some(None));
         assert!((0..9).all(|_| keys.note(Denial::WrongKey).is_none()));
         assert_eq!((keys.failures().wrong, keys.failures().missing), (10, 0));
         // One of another kind is not hidden by them.
-        assert_eq!(keys.note(Denial::KeyRequired), Some(0));
+        assert_eq!(keys.note(Denial::KeyRequired), Some(None));
         keys.logged.lock().unwrap()[Denial::WrongKey as usize].at = Instant::now().checked_sub(LOG_INTERVAL);
-        assert_eq!(keys.note(Denial::WrongKey), Some(9));
+        assert_eq!(keys.note(Denial::WrongKey), Some(Some(9)));
         assert_eq!((keys.failures().wrong, keys.failures().missing), (11, 1));
     }
 

@@ -29,7 +29,8 @@ impl Shard {
 
     /// The work on a store has ended: its size, or why it is as it was.
     pub(super) fn room_made(&mut self, store: StoreId, result: Result<u64, StoreError>) {
-        let withheld = if result.is_err() { self.may_log(|throttles| &mut throttles.room) } else { Some(0) };
+        let withheld =
+            if result.is_err() { self.may_log(|throttles| &mut throttles.room) } else { Some(None) };
         let Some((index, member)) = self.member_of_store(store) else { return };
         let (disk, pool) = (member.disk, member.replica.spec().name.clone());
         member.makes_room = false;

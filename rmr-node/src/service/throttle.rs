@@ -1,7 +1,8 @@
-//! Lines of the log that others can cause as often as they like.
+//! Limits for log lines that a peer or a stranger can cause, on a shard's clock.
 
 use std::time::Duration;
 
+use rmr_common::throttle::Withheld;
 use rmr_common::time::Time;
 
 /// Of one kind there is no more than one line in so long.
@@ -15,14 +16,14 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    /// The number of events since the last one that was let through, if this one is to be let through.
-    pub(super) fn admit(&mut self, now: Time) -> Option<u64> {
+    /// Number of events withheld since the last one that passed, if this one passes; else `None`.
+    pub(super) fn admit(&mut self, now: Time) -> Option<Withheld> {
         if self.last.is_some_and(|last| now - last < INTERVAL) {
             self.withheld += 1;
             return None;
         }
         self.last = Some(now);
-        Some(std::mem::take(&mut self.withheld))
+        Some(Some(std::mem::take(&mut self.withheld)).filter(|&count| count > 0))
     }
 }
 
@@ -67,9 +68,9 @@ mod tests {
     fn of_many_events_one_a_second_is_let_through_with_the_number_of_the_others() {
         let mut throttle = Throttle::default();
         let start = Time(5_000_000_000);
-        assert_eq!(throttle.admit(start), Some(0));
+        assert_eq!(throttle.admit(start), Some(None));
         assert!((1..9).all(|i| throttle.admit(start + Duration::from_millis(i)).is_none()));
-        assert_eq!(throttle.admit(start + INTERVAL), Some(8));
-        assert_eq!(throttle.admit(start + 3 * INTERVAL), Some(0));
+        assert_eq!(throttle.admit(start + INTERVAL), Some(Some(8)));
+        assert_eq!(throttle.admit(start + 3 * INTERVAL), Some(None));
     }
 }

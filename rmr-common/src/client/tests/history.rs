@@ -446,3 +446,22 @@ fn the_right_store_is_not_copied_over_when_it_is_put_back() {
     assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
     assert!(!bench.additions.contains(&whole(&bench, 1)), "{:?}", bench.additions);
 }
+
+#[test]
+fn a_hello_from_before_another_client_moved_on_is_no_sign_of_a_store_that_went_back() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.write(1);
+    bench.pass(Duration::from_secs(20));
+    bench.up[1] = false;
+    bench.next_client();
+    assert!(bench.waits_for().is_some(), "member 0 has said hello, member 1 is awaited");
+    // Another client attached to both meanwhile.
+    bench.epochs.iter_mut().for_each(|epoch| epoch.0 += 1);
+    let position = Position::new(bench.epochs[0], &bench.views[0], bench.marks[0]);
+    bench.attested[1].note(member(0), &position);
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(5));
+    let alarms = bench.notices.iter().filter(|n| matches!(n, Notice::Waiting(t) if t.contains("went back")));
+    assert_eq!(alarms.count(), 0, "{:?}", bench.notices);
+    assert!(bench.client.is_active());
+}

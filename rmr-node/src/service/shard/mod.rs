@@ -23,7 +23,7 @@ use rmr_common::clock::monotonic_now;
 use rmr_common::pool::{Command as PoolCommand, PoolId, StoreId, TransportKind};
 use rmr_common::reactor::WatchChange;
 use rmr_common::replica::{CommandId, ConnectionId, Event, Notice, Output};
-use rmr_common::throttle::Throttles as LineThrottles;
+use rmr_common::throttle::{Throttles as LineThrottles, Withheld};
 use rmr_common::time::Time;
 use rmr_common::transport::connect::Connector;
 use rmr_common::transport::rdma::{Exposure, MIN_WINDOW, Registration};
@@ -712,7 +712,7 @@ impl Shard {
     }
 
     /// Whether a line that others may cause as often as they like goes to the log, and how many before it did not.
-    pub(super) fn may_log(&mut self, of: impl FnOnce(&mut Throttles) -> &mut Throttle) -> Option<u64> {
+    pub(super) fn may_log(&mut self, of: impl FnOnce(&mut Throttles) -> &mut Throttle) -> Option<Withheld> {
         of(&mut self.throttles).admit(self.now)
     }
 
