@@ -64,8 +64,9 @@ sim: ## simulated pools with faults: SEEDS=20000 runs from seed START=1 (docs/si
 	RMR_SIM_SEEDS=$(SEEDS) RMR_SIM_START=$(START) \
 		$(CARGO) test $(LOCKED) --release -p rmr-common --test simulation -- --nocapture
 
-sim-mutants: ## makes deliberate mistakes in the protocol, each of which the simulator must find; prints what found which (docs/simulator.md)
+sim-mutants: ## makes deliberate mistakes in the protocol, each of which the simulator or a unit test must find; prints what found which (docs/simulator.md)
 	$(CARGO) test $(LOCKED) --release -p rmr-common --features mutants --test mutants
+	@./.ci/unit-mutants
 
 model: ## the model checker further than in the tests: ROWS, for 15 minutes at most (docs/model.md); some GiB of memory
 	$(CARGO) test $(LOCKED) --release -p rmr-common --test model --no-run

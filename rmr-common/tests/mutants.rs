@@ -8,10 +8,10 @@
 //! `RMR_MUTANT_SECONDS` after how long no search goes on (never). `RMR_MUTANT_RECORD=1` writes the seeds that were found to
 //! the file, and the table of `docs/simulator.md`.
 //!
-//! The file `mutants.open` names the mistakes that no seed has found yet. Each run tells them, and none fails for them; they are
-//! searched for when they are named, and when seeds are recorded. Then one that is found leaves the file.
+//! The file `mutants.units` names the mistakes that no seed has found, each with the unit test that finds it: `.ci/unit-mutants`
+//! makes them. They are searched for here when they are named, and when seeds are recorded. Then one that is found leaves the file.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -25,8 +25,8 @@ use rmr_common::sim;
 const SEEDS: u64 = 3000;
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mutants.seeds");
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/simulator.md");
-/// The mistakes that no seed has found yet.
-const OPEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mutants.open");
+/// The mistakes that only unit tests find.
+const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mutants.units");
 /// Where the table begins on that page; it goes on to the end.
 const HEAD: &str = "| mistake | what is done wrong | seed | rule that it breaks |\n";
 /// Characters of a rule in the table.
@@ -68,7 +68,7 @@ fn run() -> Result<Vec<Mutant>, String> {
         return Err(format!("RMR_MUTANTS names {named:?}; expected some of {:?}", mutants::ALL));
     }
     let mut known = read_known()?;
-    let mut open = read_open()?;
+    let mut units = read_units()?;
     // A mistake may well end in a panic: that finds it too.
     std::panic::set_hook(Box::new(|_| {}));
     println!("{:<28} {:>6} {:>6}  rule that it breaks", "mistake", "seed", "s");
@@ -77,35 +77,31 @@ fn run() -> Result<Vec<Mutant>, String> {
     for mutant in &chosen {
         let since = Instant::now();
         let name = format!("{mutant:?}");
-        if open.contains(&name) && named.is_empty() && !is_recording {
-            println!(
-                "{name:<28} {:>6} {:>6}  OPEN, no seed has found it yet: {}",
-                "-",
-                "-",
-                mutant.description()
-            );
+        let unit = units.get(&name).filter(|_| named.is_empty() && !is_recording);
+        if let Some(test) = unit {
+            println!("{name:<28} {:>6} {:>6}  left to a unit test: {test}", "-", "-");
             continue;
         }
         let found = find(*mutant, known.get(&name).copied(), seeds, deadline);
         let seconds = since.elapsed().as_secs_f64();
         let Some((seed, rule)) = found else {
             println!("{name:<28} {:>6} {seconds:>6.1}  NOT FOUND: {}", "-", mutant.description());
-            if !open.contains(&name) {
+            if !units.contains_key(&name) {
                 survivors.push(*mutant);
             }
             continue;
         };
         println!("{name:<28} {seed:>6} {seconds:>6.1}  {rule}");
         lines.insert(name.clone(), rule);
-        open.remove(&name);
+        units.remove(&name);
         known.insert(name, seed);
     }
     let found = lines.len();
     println!("{found} of {} mistakes were found in {:.0} s", chosen.len(), begun.elapsed().as_secs_f64());
     if is_recording {
         record(&known, &lines)?;
-        let text: String = open.iter().map(|name| format!("{name}\n")).collect();
-        std::fs::write(OPEN, text).map_err(|e| format!("{OPEN}: {e}"))?;
+        let text: String = units.iter().map(|(name, test)| format!("{name} {test}\n")).collect();
+        std::fs::write(UNITS, text).map_err(|e| format!("{UNITS}: {e}"))?;
     }
     if IS_SOUND.load(Ordering::Relaxed) { Ok(survivors) } else { Err("see above".into()) }
 }
@@ -152,14 +148,15 @@ fn read_known() -> Result<BTreeMap<String, u64>, String> {
     text.lines().map(line).collect()
 }
 
-fn read_open() -> Result<BTreeSet<String>, String> {
-    let text = std::fs::read_to_string(OPEN).map_err(|e| format!("{OPEN}: {e}"))?;
-    let names: BTreeSet<String> = text.lines().map(str::to_owned).collect();
-    let is_mistake = |name: &String| mutants::ALL.iter().any(|m| format!("{m:?}") == *name);
-    match names.iter().find(|name| !is_mistake(name)) {
-        Some(name) => Err(format!("{OPEN}: '{name}' is no mistake; expected some of {:?}", mutants::ALL)),
-        None => Ok(names),
-    }
+fn read_units() -> Result<BTreeMap<String, String>, String> {
+    let text = std::fs::read_to_string(UNITS).map_err(|e| format!("{UNITS}: {e}"))?;
+    let line = |line: &str| match line.split_once(' ') {
+        Some((name, test)) if mutants::ALL.iter().any(|m| format!("{m:?}") == name) => {
+            Ok((name.to_owned(), test.to_owned()))
+        }
+        _ => Err(format!("{UNITS}: '{line}'; expected a test after one of {:?}", mutants::ALL)),
+    };
+    text.lines().map(line).collect()
 }
 
 /// The first seed that breaks a rule with this mistake made, and the rule.

@@ -68,6 +68,8 @@ pub(super) struct Bench {
     rejoins: Vec<(MemberId, Time)>,
     /// What they tell of their slot tables.
     slots: Vec<Vec<SlotEntry>>,
+    /// The intents that each tells with an attach: the first chunk of a range, and how many.
+    pub(super) intents: Vec<Vec<(crate::pool::Chunk, u64)>>,
     /// And of the watermark that they know.
     known: Vec<Sequence>,
     /// The watermark of the last message that each was sent.
@@ -88,6 +90,8 @@ pub(super) struct Bench {
     pub(super) clean: Vec<bool>,
     /// Whether nodes answer marks.
     pub(super) marks_answered: bool,
+    /// Those that were not.
+    pub(super) marks_held: Vec<(LinkId, MessageHeader, Vec<u8>)>,
     pub(super) notices: Vec<Notice>,
     /// Nobody is at this address any more.
     pub(super) gone: Option<Address>,
@@ -142,6 +146,7 @@ impl Bench {
             conditions: Vec::new(),
             rejoins: Vec::new(),
             slots: vec![Vec::new(); count],
+            intents: vec![Vec::new(); count],
             known: vec![Sequence(0); count],
             watermarks: vec![Sequence(0); count],
             sent: Vec::new(),
@@ -154,6 +159,7 @@ impl Bench {
             attested: vec![Attested::default(); count],
             clean: vec![false; count],
             marks_answered: true,
+            marks_held: Vec::new(),
             notices: Vec::new(),
             gone: None,
         };
@@ -277,7 +283,7 @@ impl Bench {
                     slots: self.slots[node].clone(),
                     watermark: self.known[node],
                     tables_lost: false,
-                    intents: Vec::new(),
+                    intents: self.intents[node].clone(),
                     position,
                     attested: self.attested[node],
                     flush_failed: self.flush_failed[node],
@@ -309,7 +315,7 @@ impl Bench {
                 reply.length = u32::try_from(self.rehearsal.as_micros()).unwrap();
                 return self.client.apply(Event::Message(link, &reply, &[]), self.now);
             }
-            Kind::Mark if !self.marks_answered => return,
+            Kind::Mark if !self.marks_answered => return self.marks_held.push((link, *header, body)),
             Kind::Mark => {
                 self.marks[node] = Mark(header.sequence.0);
                 self.attested[node] = decode_attested(Kind::Mark, &body).unwrap();
@@ -331,6 +337,15 @@ impl Bench {
         let mut reply = header.reply(kind, Status::Ok);
         reply.payload = u32::try_from(body.len()).unwrap();
         self.client.apply(Event::Message(link, &reply, &body), self.now);
+    }
+
+    /// Marks are answered again, and those that were not are now.
+    pub(super) fn answer_marks(&mut self) {
+        self.marks_answered = true;
+        for (link, header, body) in std::mem::take(&mut self.marks_held) {
+            self.deliver(link, &header, Payload::Body(body));
+        }
+        self.run();
     }
 
     /// What this node has not got was never on its disk: nobody was told of it.

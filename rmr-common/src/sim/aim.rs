@@ -303,7 +303,7 @@ impl World<'_> {
                 let others: Vec<_> = (0..self.nodes.len()).filter(|&n| n != node).collect();
                 others.into_iter().for_each(|n| self.cut_some(host, Some(n)));
             }
-            Shot::Die { host, lost, absent } if self.hosts[host].is_live() => {
+            Shot::Die { host, lost, absent } if self.can_die(host) => {
                 lost.into_iter().for_each(|n| self.cut_some(host, Some(n)));
                 self.aiming.absent = absent;
                 self.crash_host(host);

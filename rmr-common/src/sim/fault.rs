@@ -4,7 +4,7 @@ use super::oracle::SECTOR;
 use super::peers::pair;
 use super::world::{Check, Event, MILLISECOND, World, trace};
 use crate::client::{self, Operation};
-use crate::pool::MemberState;
+use crate::pool::{MemberState, View};
 
 impl World<'_> {
     /// Submits a few requests, and comes back later.
@@ -227,7 +227,7 @@ impl World<'_> {
             }
             _ => {
                 // A new client, as a daemon that is started again.
-                if self.profile.client_crashes {
+                if self.profile.client_crashes && self.can_die(host) {
                     let id = self.hosts[host].id;
                     self.burst(host)?;
                     self.crash_host(host);
@@ -248,6 +248,9 @@ impl World<'_> {
     /// Whether a flush that begins now is to fail: most do harm only if there is something to lose.
     pub(super) fn fails_flush(&mut self, node: usize) -> bool {
         let fails_once = std::mem::take(&mut self.nodes[node].flush_fails);
+        if self.is_known_faintly() {
+            return false; // After that nobody would know, although each disk may have kept what it had.
+        }
         let disk = &self.nodes[node].disk;
         if self.is_calm || self.profile.lost_flushes == 0 || !disk.has_unflushed(false) {
             return fails_once;
@@ -268,6 +271,21 @@ impl World<'_> {
         if self.nodes[node].disk.lose_cache(&mut self.rng) {
             trace!(self, "node {node} has lost what a failed flush covered");
             self.coverage.hit("failed flush lost what it covered");
+            self.undo_failed_writes(node);
+        }
+    }
+
+    /// What a Clean member has lost may be of writes that failed. Nobody says so then: nothing that was promised is lost.
+    fn undo_failed_writes(&mut self, index: usize) {
+        let node = &self.nodes[index];
+        let is_clean = |v: &View| v.has_store(node.member, node.store) && v.clean().contains(node.member);
+        if !self.committed.as_ref().is_some_and(is_clean) {
+            return;
+        }
+        let sectors = self.oracle.len();
+        let lost: Vec<_> = node.disk.lost.iter().map(|&sector| (sector, node.value(sector))).collect();
+        for (sector, value) in lost.into_iter().filter(|(s, _)| *s < sectors) {
+            self.oracle.undo_failed(sector, value);
         }
     }
 
@@ -332,6 +350,7 @@ impl World<'_> {
         if self.nodes[index].lost_power && loses && self.nodes[index].disk.lose_cache(&mut self.rng) {
             trace!(self, "node {index} has lost its cache");
             self.coverage.hit("cache lost in a power cut");
+            self.undo_failed_writes(index);
             if self.committed.as_ref().is_some_and(|v| v.clean().contains(member)) {
                 self.coverage.hit("cache of a Clean member lost in a power cut");
             }
@@ -415,7 +434,7 @@ impl World<'_> {
 
     /// A client dies, and is started anew.
     pub(super) fn doom(&mut self, host: usize) {
-        if self.is_calm || !self.hosts[host].is_live() {
+        if self.is_calm || !self.can_die(host) {
             return;
         }
         let (id, is_admin) = (self.hosts[host].id, self.hosts[host].is_admin);
@@ -423,6 +442,12 @@ impl World<'_> {
         if !is_admin {
             self.start_host(id, false);
         }
+    }
+
+    /// Whether a client may die now. Members that were sent different data under one sequence, because the guest's memory was taken
+    /// away, are not told apart after that: the client has to live until it has repeated the write.
+    pub(super) fn can_die(&self, host: usize) -> bool {
+        self.hosts[host].is_live() && !self.hosts[host].requests.values().any(|r| r.faulted)
     }
 
     pub(super) fn crash_host(&mut self, host: usize) {

@@ -96,8 +96,8 @@ impl World<'_> {
         Ok(())
     }
 
-    /// Whether a transfer finds that the guest's memory cannot be reached. Without digests, members that were sent different data
-    /// under one sequence are not told apart after the client's death; so not where clients die.
+    /// Whether a transfer finds that the guest's memory cannot be reached. Not where clients die often: none dies before it has
+    /// dealt with that ([`World::can_die`]).
     fn is_memory_taken(&mut self) -> bool {
         let profile = &self.profile;
         profile.restless > 0 && !profile.client_crashes && !self.is_calm && self.rng.percent(2)

@@ -255,6 +255,15 @@ impl Oracle {
         self.renew(sector);
     }
 
+    /// A disk has lost what it had not flushed, and the sector has this value there. A write that failed promises nothing: that it was
+    /// undone may be seen, even if reads have shown it before. What was acknowledged stays promised.
+    pub(super) fn undo_failed(&mut self, sector: usize, value: u64) {
+        let mut current = self.sectors[sector].iter().filter(|c| c.removed == NEVER && c.value != value);
+        if !self.is_current(sector, value) && current.all(|c| self.of(c.write).failed) {
+            self.lose(sector, value);
+        }
+    }
+
     /// The guest has changed what a write that is in flight writes to a sector: it may become either.
     pub(super) fn vary(&mut self, id: WriteId, sector: usize, value: u64) {
         // What a client that is fenced writes is never seen.

@@ -175,6 +175,12 @@ impl World<'_> {
         back.into_iter().try_for_each(|node| self.put_right(node))
     }
 
+    /// Whether only what others have on record of the last writes tells of a store that went back. A member whose flush fails is
+    /// not believed in that: the one that went back would be, for what no guest has flushed.
+    pub(super) const fn is_known_faintly(&self) -> bool {
+        self.rollbacks.is_faint
+    }
+
     /// Whether another member has on record what the copy of this node lacks, though no mark covers it.
     fn is_noticed_faintly(&self, index: usize, copy: &Copy, view: &View) -> bool {
         let clean = view.clean();

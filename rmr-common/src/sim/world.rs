@@ -436,7 +436,7 @@ impl<'a> World<'a> {
             Event::Audit => self.audit_some()?,
             Event::Fault => self.fault()?,
             Event::Burst(host) => self.burst(host)?,
-            Event::HostCrash(host) if self.is_calm || !self.hosts[host].is_live() => {} // Too late.
+            Event::HostCrash(host) if self.is_calm || !self.can_die(host) => {} // Too late.
             Event::HostCrash(host) => self.crash_host(host),
             Event::Strike { host, node } => self.strike(host, node)?,
         }

@@ -233,6 +233,22 @@ fn a_view_that_says_so_and_was_not_committed_is_said_again() {
 }
 
 #[test]
+fn a_member_that_is_away_misses_what_the_intents_of_the_others_tell() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.set_up(1, false);
+    bench.write(1);
+    assert_eq!(bench.state(member(1)), Some(MemberState::Out));
+    let chunk_size = bench.spec.chunk_size.bytes();
+    bench.intents[0] = vec![(crate::pool::Chunk(3), 2)];
+    bench.next_client();
+    assert!(bench.client.is_active());
+    // Its store may be put back before it returns, to before a write that no mark covers.
+    let missed =
+        DirtyAddition { members: MemberSet::only(member(1)), offset: 3 * chunk_size, length: 2 * chunk_size };
+    assert!(bench.additions.contains(&missed), "{:?}", bench.additions);
+}
+
+#[test]
 fn marks_follow_writes_and_end_with_them() {
     let mut bench = Bench::new(2, |_| {});
     bench.pass(Duration::from_secs(60));
@@ -273,6 +289,26 @@ fn a_client_leaves_when_a_mark_covers_what_it_wrote() {
         let known = bench.attested[node].of(member(1 - u8::try_from(node).unwrap()));
         assert_eq!(*known, bench.position(1 - node), "it is told with the detach");
     }
+}
+
+#[test]
+fn a_member_is_promoted_when_a_mark_covers_what_it_reported() {
+    let mut bench = Bench::new(2, |_| {});
+    bench.set_up(1, false);
+    bench.write(1);
+    bench.set_up(1, true);
+    bench.pass(Duration::from_secs(2));
+    assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
+    bench.marks_answered = false;
+    bench.synced(member(1));
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(
+        bench.state(member(1)),
+        Some(MemberState::Syncing),
+        "its store could go back to before the report"
+    );
+    bench.answer_marks();
+    assert_eq!(bench.state(member(1)), Some(MemberState::Clean));
 }
 
 #[test]
