@@ -252,6 +252,8 @@ mutants! {
     BackoffResetByFlap,
     /// A member that is brought in may hold requests for as long as it likes
     HoldNotBounded,
+    /// A member may delay requests for the leg timeout again and again
+    StallsForgiven,
     /// Requests count as new for the suspend timeout with each attachment that breaks down
     SuspensionResets,
     /// A node that stops claims to have flushed, and has not

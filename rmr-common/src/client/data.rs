@@ -709,6 +709,9 @@ impl Client {
                 self.drop_member_for(m, Cause::Silent, "no answer within the leg timeout");
             });
         }
+        if self.is_active() {
+            self.drop_who_stalls();
+        }
         if matches!(self.state, State::Gathering { .. } | State::Attaching { .. }) {
             // Where every current copy is there and its disk refuses, there is nothing to wait for.
             let clean = self.view_clean();
@@ -724,6 +727,23 @@ impl Client {
                 if stuck.is_some_and(|since| now - since > limit) {
                     self.abandon(u32::try_from(index).unwrap_or(u32::MAX), error);
                 }
+            }
+        }
+    }
+
+    /// Drops the member that has delayed requests for too long, in pieces. One at a time: who delays is seen by comparison with others.
+    fn drop_who_stalls(&mut self) {
+        let writes = self.parts.slots().filter(|(_, p)| p.operation != Operation::Read);
+        let flush = self.flush.iter().map(|f| (f.since, f.pending));
+        let mut waiting: Vec<_> = writes.map(|(_, p)| (p.sent_at, p.pending)).chain(flush).collect();
+        waiting.retain(|(_, pending)| !pending.is_empty());
+        waiting.sort_unstable_by_key(|(since, _)| *since);
+        for (since, pending) in waiting {
+            if let Some((member, stalled)) = self.stalls(pending, since) {
+                let reason = format!(
+                    "it delayed requests by {stalled:.1?} altogether within a minute, while others answered"
+                );
+                return self.drop_member_for(member, Cause::TooSlow, &reason);
             }
         }
     }

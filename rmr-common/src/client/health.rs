@@ -9,6 +9,10 @@
 //!       ▲                                                                 │
 //!       └────────────── in service for LASTED: no failures ◀─────────────┘
 //! ```
+//! A member in service that is slow, not silent, is lost by the sum of its delays: what the leg timeout allows at once, it allows in
+//! pieces within [`STALL_WINDOW`] as well, and no more. A delay is that of a write or flush which others have answered, so that a
+//! network or a host that is slow for all costs nobody.
+//!
 //! It counts what the member did, and nothing else: a rejoin that was given up because its source was lost, or because
 //! members in service are slow themselves, is tried again after the shortest pause.
 
@@ -29,6 +33,11 @@ const PAUSE_PER_STALL: u32 = 8;
 const SHORTEST_HOLD: Duration = Duration::from_millis(100);
 /// A joining member may take so many times as long as its rehearsal, or as the slowest member in service.
 const HOLD_FACTOR: u32 = 4;
+
+/// The leg timeout's worth of delays is forgiven in this time.
+const STALL_WINDOW: Duration = Duration::from_secs(60);
+/// An answer that takes less than this part of the leg timeout delays nobody.
+const STALL_SHARE: u32 = 8;
 
 /// What is known of one member.
 #[derive(Clone, Default)]
@@ -51,6 +60,10 @@ struct MemberHealth {
     blame: Option<Cause>,
     /// How long it takes to answer a write, of late.
     answers_in: Duration,
+    /// For how long it alone delayed requests, less what is forgiven.
+    stalled: Duration,
+    /// Up to when that is counted.
+    stalled_until: Time,
 }
 
 /// What the client knows of the members' fitness. It outlives attachments: one that breaks down at once says nothing good.
@@ -115,6 +128,17 @@ impl Health {
         health.answers_in = took.max(health.answers_in - health.answers_in / 64);
     }
 
+    /// A member delays requests that others have answered: since `since`, for all that is counted already. Returns how much it has
+    /// delayed of late, altogether.
+    fn note_stall(&mut self, member: MemberId, since: Time, now: Time, limit: Duration) -> Duration {
+        let health = self.of_mut(member);
+        let forgiven = (now - health.stalled_until).as_secs_f64() / STALL_WINDOW.as_secs_f64();
+        let left = health.stalled.saturating_sub(limit.mul_f64(forgiven.min(1.0)));
+        health.stalled = left + (now - since.max(health.stalled_until));
+        health.stalled_until = now;
+        health.stalled
+    }
+
     /// The slowest of these members, by their answers to writes of late.
     fn slowest(&self, members: MemberSet) -> Duration {
         members.iter().map(|m| self.of(m).answers_in).max().unwrap_or_default()
@@ -143,6 +167,7 @@ impl Health {
         health.since.get_or_insert(now);
         health.in_service = None;
         health.is_wanted = false;
+        health.stalled = Duration::ZERO;
     }
 }
 
@@ -164,7 +189,8 @@ impl Client {
             health.in_service = None;
             return;
         }
-        let stall = if cause == Cause::Silent { self.config.leg_timeout } else { Duration::ZERO };
+        let is_stall = matches!(cause, Cause::Silent | Cause::TooSlow);
+        let stall = if is_stall { self.config.leg_timeout } else { Duration::ZERO };
         let most = self.config.rejoin_backoff_max;
         self.health.failed(member, (cause, reason), self.now, (stall, most));
     }
@@ -178,6 +204,21 @@ impl Client {
         let health = self.health.of(member);
         let (failures, pause) = (health.failures, health.pause);
         self.notice(Notice::RejoinFailed { member, cause, reason: reason.to_owned(), failures, pause });
+    }
+
+    /// Requests wait for the members of `pending` since `since`, and for no others. Returns the one that has delayed them for too long
+    /// altogether, and for how long.
+    pub(super) fn stalls(&mut self, pending: MemberSet, since: Time) -> Option<(MemberId, Duration)> {
+        let (now, limit) = (self.now, self.config.leg_timeout);
+        let others = self.view_clean().without(pending);
+        let least = (limit / STALL_SHARE).max(self.health.slowest(others) * HOLD_FACTOR);
+        if others.is_empty() || now - since <= least || mutant!(StallsForgiven) {
+            return None;
+        }
+        let is_wanted = |m: &MemberId| self.health.of(*m).is_wanted;
+        let blamed: Vec<_> = pending.iter().filter(|m| !is_wanted(m)).collect();
+        let stalled = blamed.into_iter().map(|m| (m, self.health.note_stall(m, since, now, limit)));
+        stalled.filter(|(_, stalled)| *stalled > limit).max_by_key(|(_, stalled)| *stalled)
     }
 
     /// How long requests may be held for this member, whose rehearsal took this long; an error says why it may not hold them at all.

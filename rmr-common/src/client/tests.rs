@@ -384,6 +384,7 @@ impl Bench {
         self.flush_failed.push(false);
         self.up.push(true);
         self.slots.push(Vec::new());
+        self.intents.push(Vec::new());
         self.known.push(Sequence(0));
         self.watermarks.push(Sequence(0));
         self.marks.push(Mark(0));

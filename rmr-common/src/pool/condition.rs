@@ -34,7 +34,7 @@ pub enum Cause {
     MetadataErrors = 9,
     /// It did not take the view of its rejoin in the time for which requests may be held.
     ViewNotAnswered = 10,
-    /// It takes longer to make a change durable than requests may be held.
+    /// It takes longer to make a change durable than requests may be held, or it delayed requests for too long altogether.
     TooSlow = 11,
     /// Its node cannot take over the maps of what is missed from another member.
     HandoverFailed = 12,
@@ -157,7 +157,7 @@ impl fmt::Display for Cause {
             Self::ReadErrorLimit => "left out: its disk failed more reads than the read-error limit allows",
             Self::MetadataErrors => "its metadata cannot be written, or its disk cannot be flushed",
             Self::ViewNotAnswered => "it did not take the view of its rejoin in time",
-            Self::TooSlow => "it is too slow to be brought in",
+            Self::TooSlow => "it is too slow",
             Self::HandoverFailed => "it cannot take over the maps of what it missed",
             Self::NoRoom => "its store has no room for the pool",
             Self::Differs => "a verify found blocks in which it is wrong",

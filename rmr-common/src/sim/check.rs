@@ -280,6 +280,9 @@ impl World<'_> {
                 if cause == Cause::Silent {
                     self.coverage.hit("leg lost by its timeout");
                 }
+                if cause == Cause::TooSlow {
+                    self.coverage.hit("leg lost by the sum of its delays");
+                }
                 if matches!(cause, Cause::ReadErrors | Cause::ReadErrorLimit) {
                     self.coverage.hit("leg left the view after read errors");
                 }

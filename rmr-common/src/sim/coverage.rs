@@ -120,6 +120,7 @@ pub const SITUATIONS: &[&str] = &[
     "leg left out after too many read errors",
     "leg left the view after read errors",
     "leg lost by its timeout",
+    "leg lost by the sum of its delays",
     "link to a source lost",
     "link to a source refused",
     "member lost in a rejoin: attaching",

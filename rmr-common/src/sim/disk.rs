@@ -68,7 +68,7 @@ pub(super) struct Disk {
     pub(super) lost: BTreeSet<usize>,
     /// Blocks that cannot be read until they are written.
     pub(super) bad: BTreeSet<usize>,
-    /// Blocks of reads that have failed: a client may have on record that they are to be written anew.
+    /// Blocks of reads that failed, or that came as other data: a client may have on record that they are to be written anew.
     pub(super) unread: BTreeSet<usize>,
     /// How many of them pulled data has healed.
     pub(super) healed: u64,
@@ -95,6 +95,13 @@ impl Disk {
             healed: 0,
             running: BTreeMap::new(),
         }
+    }
+
+    /// A read of these bytes did not bring what the disk has.
+    pub(super) fn read_badly(&mut self, bytes: &std::ops::Range<u64>) {
+        let block = super::oracle::SECTOR * SECTORS_PER_BLOCK as u64;
+        let blocks = bytes.start / block..bytes.end.div_ceil(block);
+        self.unread.extend(blocks.filter_map(|b| usize::try_from(b).ok()));
     }
 
     /// Another state of the store takes its place, durably.

@@ -265,6 +265,7 @@ impl World<'_> {
     /// A flush has failed: what was not flushed is gone, or not, block by block; and no later flush says so.
     pub(super) fn drop_unflushed(&mut self, node: usize) {
         self.nodes[node].has_failed_flush = true;
+        self.rollback_table_lost(node);
         if self.nodes[node].disk.has_unflushed(true) {
             self.coverage.hit("flush of pulled data failed");
         }

@@ -267,6 +267,8 @@ impl World<'_> {
             if message.header.digest.is_some() && (is_scribbled || differs) {
                 message.header.status = Status::DigestDiffers;
                 self.coverage.hit("read repeated for its digest");
+                let bytes = message.header.offset..message.header.offset + u64::from(message.header.length);
+                self.nodes[self.connections[index].node].disk.read_badly(&bytes);
             }
             let is_taken = !self.hosts[host].client.is_bounced(message.header.slot) && self.is_memory_taken();
             let request = self.hosts[host].requests.get_mut(&token.0);

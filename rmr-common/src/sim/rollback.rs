@@ -35,8 +35,8 @@ pub(super) struct Rollbacks {
     newest: BTreeMap<usize, Copy>,
     /// Nodes whose store went back in time, and has not been current since; with the view that was committed then.
     back: BTreeMap<usize, (Epoch, ViewNumber)>,
-    /// Nodes whose processes have no table of the last writes: no client has attached since they were started.
-    restarted: BTreeSet<usize>,
+    /// Nodes that have no table of the last writes: no client has attached since they were started, or since a flush of theirs failed.
+    tableless: BTreeSet<usize>,
     /// Only what others have on record of the last writes tells that a store went back.
     is_faint: bool,
     /// The copy that was put back last is at the position of the store that it replaced.
@@ -167,12 +167,17 @@ impl World<'_> {
     /// A node is about to crash. If what it has on record is all that tells of a store that went back, the right one is put back
     /// first.
     pub(super) fn before_crash(&mut self, index: usize) -> Check {
-        self.rollbacks.restarted.insert(index);
+        self.rollbacks.tableless.insert(index);
         if !std::mem::take(&mut self.rollbacks.is_faint) || self.rollbacks.back.contains_key(&index) {
             return Ok(());
         }
         let back: Vec<_> = self.rollbacks.back.keys().copied().collect();
         back.into_iter().try_for_each(|node| self.put_right(node))
+    }
+
+    /// A node's table of the last writes counts for nothing until the next attachment.
+    pub(super) fn rollback_table_lost(&mut self, index: usize) {
+        self.rollbacks.tableless.insert(index);
     }
 
     /// Whether only what others have on record of the last writes tells of a store that went back. A member whose flush fails is
@@ -185,7 +190,7 @@ impl World<'_> {
     fn is_noticed_faintly(&self, index: usize, copy: &Copy, view: &View) -> bool {
         let clean = view.clean();
         let has_table =
-            |n: usize| !self.rollbacks.restarted.contains(&n) && self.is_needed_by(copy, index, n);
+            |n: usize| !self.rollbacks.tableless.contains(&n) && self.is_needed_by(copy, index, n);
         let stays = clean.iter().any(|m| has_table(self.node_index(m)));
         // What a resync brought in the last moment nobody has on record; nor what the last Clean member had alone.
         stays && clean.contains(self.nodes[index].member)
@@ -295,7 +300,7 @@ impl World<'_> {
         self.rollbacks.is_faint = false;
         for member in view.active().iter() {
             let index = self.node_index(member);
-            self.rollbacks.restarted.remove(&index);
+            self.rollbacks.tableless.remove(&index);
         }
         let current: MemberSet = view.clean();
         let is_current = |world: &Self, index: usize| {

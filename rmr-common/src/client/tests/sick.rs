@@ -123,6 +123,79 @@ fn a_member_that_is_as_slow_as_all_others_is_brought_in() {
     assert_eq!(bench.state(member(1)), Some(MemberState::Syncing));
 }
 
+impl Bench {
+    /// A write that this member answers so much later than the others.
+    fn write_slowly(&mut self, token: u64, slow: &[u8], time: Duration) {
+        self.submit(token, Operation::Write, 0, 4096);
+        let members: Vec<_> = self.sent.iter().map(|(m, _)| *m).collect();
+        for member in members.into_iter().filter(|m| !slow.contains(&m.as_u8())) {
+            self.answer(Some(member), Status::Ok);
+        }
+        self.pass(time);
+        self.answer_all();
+    }
+
+    fn lost_for(&self, who: u8) -> Vec<Cause> {
+        let cause = |n: &Notice| match n {
+            Notice::Lost(members, cause, _) if members.contains(member(who)) => Some(*cause),
+            _ => None,
+        };
+        self.notices.iter().filter_map(cause).collect()
+    }
+}
+
+#[test]
+fn a_member_that_delays_each_write_is_lost_by_the_sum_of_the_delays() {
+    for members in [2, 3] {
+        let mut bench = Bench::new(members, |c| c.leg_timeout = Duration::from_secs(3));
+        let begun = bench.now;
+        for token in 1..60 {
+            bench.write_slowly(token, &[1], Duration::from_secs(1));
+            if bench.state(member(1)) == Some(MemberState::Out) {
+                break;
+            }
+        }
+        assert_eq!(bench.lost_for(1), [Cause::TooSlow]);
+        let stalled = bench.now - begun;
+        assert!((Duration::from_secs(3)..=Duration::from_secs(4)).contains(&stalled), "{stalled:?}");
+    }
+}
+
+#[test]
+fn a_member_that_delays_a_write_now_and_then_stays() {
+    let mut bench = Bench::new(2, |c| c.leg_timeout = Duration::from_secs(3));
+    for token in 0..20 {
+        bench.write_slowly(2 * token, &[1], Duration::from_secs(1));
+        bench.pass(Duration::from_secs(25));
+    }
+    for token in 100..200 {
+        bench.write_slowly(token, &[1], Duration::from_millis(300));
+    }
+    assert_eq!(bench.lost_for(1), []);
+}
+
+#[test]
+fn nobody_is_lost_for_delays_where_all_are_slow_or_there_is_one_copy() {
+    let mut bench = Bench::new(2, |c| c.leg_timeout = Duration::from_secs(3));
+    for token in 0..30 {
+        bench.submit(token, Operation::Write, 0, 4096);
+        bench.pass(Duration::from_secs(1));
+        // The other one takes longer still.
+        let first = member(u8::from(token % 3 == 0));
+        bench.answer(Some(first), Status::Ok);
+        bench.pass(Duration::from_millis(500));
+        bench.answer_all();
+    }
+    assert_eq!((bench.lost_for(0), bench.lost_for(1)), (Vec::new(), Vec::new()));
+    bench.set_up(1, false);
+    bench.notices.clear();
+    for token in 100..130 {
+        bench.write_slowly(token, &[0], Duration::from_secs(1));
+    }
+    assert_eq!(bench.lost_for(0), []);
+    assert!(bench.client.is_active());
+}
+
 #[test]
 fn sick_members_do_not_keep_one_that_was_well_from_coming_back() {
     let mut bench = Bench::new(3, |_| {});
