@@ -154,7 +154,7 @@ impl fmt::Display for Cause {
             Self::WriteErrors => "its disk fails writes",
             Self::FlushErrors => "its disk fails flushes",
             Self::ReadErrors => "its disk failed reads",
-            Self::ReadErrorLimit => "left out: its disk failed more reads than the read-error limit allows",
+            Self::ReadErrorLimit => "left out by the read-error limit",
             Self::MetadataErrors => "its metadata cannot be written, or its disk cannot be flushed",
             Self::ViewNotAnswered => "it did not take the view of its rejoin in time",
             Self::TooSlow => "it is too slow",

@@ -16,10 +16,13 @@ pub fn disk_words(disk: &DiskTrouble) -> String {
 /// Why a member is not current: the reason, how often it failed, when it is tried again, and what to do.
 #[must_use]
 pub fn condition_words(condition: &PeerCondition, now: UnixMs) -> String {
-    let mut words = condition.cause.to_string();
-    if !condition.text.is_empty() {
-        words += &format!(" ({})", condition.text);
-    }
+    let cause = condition.cause.to_string();
+    // The client's words may say the same, and more.
+    let mut words = match condition.text.as_str() {
+        "" => cause,
+        text if text.starts_with(&cause) => text.to_owned(),
+        text => format!("{cause} ({text})"),
+    };
     if condition.failures > 1 {
         words += &format!(", failed {} times in a row", condition.failures);
     }
@@ -52,6 +55,15 @@ mod tests {
             "its disk is full (Write at 0+4096 answered NoSpace), failed 7 times in a row, next try in 64 s; free space on its \
              file system, or replace its store"
         );
+        condition = PeerCondition {
+            cause: Cause::ReadErrors,
+            text: "its disk failed reads that another copy served (6 so far)".into(),
+            failures: 1,
+            since_unix_ms: None,
+            retry_unix_ms: None,
+        };
+        let words = condition_words(&condition, UnixMs(1000));
+        assert!(words.starts_with("its disk failed reads that another copy served (6 so far); "), "{words}");
         condition = PeerCondition {
             cause: Cause::NodeStopped,
             text: String::new(),
