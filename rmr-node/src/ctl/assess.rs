@@ -809,7 +809,7 @@ mod tests {
         found[0].peers[0].condition =
             Some(PeerCondition { cause: Cause::ReadErrorLimit, retry_unix_ms: None, ..condition.clone() });
         let assessment = assess(&one(found), true, NOW);
-        assert!(assessment.headline.contains("member 1: left out: its disk failed more reads"));
+        assert!(assessment.headline.contains("member 1: left out by the read-error limit"));
         assert!(assessment.notes.iter().any(|n| n.contains("stays out until you bring it back")));
         let mut found = statuses(&[Clean, Syncing]);
         found[0].peers[0].condition = Some(condition);
