@@ -710,7 +710,7 @@ impl Client {
             });
         }
         if self.is_active() {
-            self.drop_who_stalls();
+            self.drop_slow_member();
         }
         if matches!(self.state, State::Gathering { .. } | State::Attaching { .. }) {
             // Where every current copy is there and its disk refuses, there is nothing to wait for.
@@ -731,17 +731,20 @@ impl Client {
         }
     }
 
-    /// Drops the member that has delayed requests for too long, in pieces. One at a time: who delays is seen by comparison with others.
-    fn drop_who_stalls(&mut self) {
+    /// Drops the member whose counted delays exceed the leg timeout. Drops at most one: after that the others may have no Clean member to
+    /// be compared with.
+    fn drop_slow_member(&mut self) {
+        let (now, least) = (self.now, self.least_stall());
         let writes = self.parts.slots().filter(|(_, p)| p.operation != Operation::Read);
         let flush = self.flush.iter().map(|f| (f.since, f.pending));
-        let mut waiting: Vec<_> = writes.map(|(_, p)| (p.sent_at, p.pending)).chain(flush).collect();
-        waiting.retain(|(_, pending)| !pending.is_empty());
+        let requests = writes.map(|(_, p)| (p.sent_at, p.pending)).chain(flush);
+        let is_late = |(since, pending): &(Time, MemberSet)| !pending.is_empty() && now - *since > least;
+        let mut waiting: Vec<_> = requests.filter(is_late).collect();
         waiting.sort_unstable_by_key(|(since, _)| *since);
         for (since, pending) in waiting {
             if let Some((member, stalled)) = self.stalls(pending, since) {
                 let reason = format!(
-                    "it delayed requests by {stalled:.1?} altogether within a minute, while others answered"
+                    "it delayed requests by {stalled:.1?} in all within a minute, and other members did not"
                 );
                 return self.drop_member_for(member, Cause::TooSlow, &reason);
             }

@@ -9,9 +9,8 @@
 //!       ▲                                                                 │
 //!       └────────────── in service for LASTED: no failures ◀─────────────┘
 //! ```
-//! A member in service that is slow, not silent, is lost by the sum of its delays: what the leg timeout allows at once, it allows in
-//! pieces within [`STALL_WINDOW`] as well, and no more. A delay is that of a write or flush which others have answered, so that a
-//! network or a host that is slow for all costs nobody.
+//! The client also drops a member in service whose delays add up to the leg timeout within [`STALL_WINDOW`]. A delay counts only while
+//! another Clean member has answered the same write or flush. If the network or the host is slow for all members, no member is dropped.
 //!
 //! It counts what the member did, and nothing else: a rejoin that was given up because its source was lost, or because
 //! members in service are slow themselves, is tried again after the shortest pause.
@@ -34,9 +33,9 @@ const SHORTEST_HOLD: Duration = Duration::from_millis(100);
 /// A joining member may take so many times as long as its rehearsal, or as the slowest member in service.
 const HOLD_FACTOR: u32 = 4;
 
-/// The leg timeout's worth of delays is forgiven in this time.
+/// Time in which one leg timeout of counted delays is forgiven.
 const STALL_WINDOW: Duration = Duration::from_secs(60);
-/// An answer that takes less than this part of the leg timeout delays nobody.
+/// Delays up to the leg timeout divided by this are not counted.
 const STALL_SHARE: u32 = 8;
 
 /// What is known of one member.
@@ -60,9 +59,9 @@ struct MemberHealth {
     blame: Option<Cause>,
     /// How long it takes to answer a write, of late.
     answers_in: Duration,
-    /// For how long it alone delayed requests, less what is forgiven.
+    /// Counted delay, less what is forgiven.
     stalled: Duration,
-    /// Up to when that is counted.
+    /// End of the last delay that is counted.
     stalled_until: Time,
 }
 
@@ -128,8 +127,8 @@ impl Health {
         health.answers_in = took.max(health.answers_in - health.answers_in / 64);
     }
 
-    /// A member delays requests that others have answered: since `since`, for all that is counted already. Returns how much it has
-    /// delayed of late, altogether.
+    /// Counts the delay of a request that the member has not answered since `since`; time counted before is not counted twice. Returns
+    /// the member's counted delay. `limit` is forgiven in [`STALL_WINDOW`].
     fn note_stall(&mut self, member: MemberId, since: Time, now: Time, limit: Duration) -> Duration {
         let health = self.of_mut(member);
         let forgiven = (now - health.stalled_until).as_secs_f64() / STALL_WINDOW.as_secs_f64();
@@ -206,12 +205,12 @@ impl Client {
         self.notice(Notice::RejoinFailed { member, cause, reason: reason.to_owned(), failures, pause });
     }
 
-    /// Requests wait for the members of `pending` since `since`, and for no others. Returns the one that has delayed them for too long
-    /// altogether, and for how long.
+    /// Counts the delay of a request that was sent at `since` and that only the members of `pending` have not answered. Returns the member
+    /// whose counted delay is longest, if it exceeds the leg timeout, and that delay.
     pub(super) fn stalls(&mut self, pending: MemberSet, since: Time) -> Option<(MemberId, Duration)> {
         let (now, limit) = (self.now, self.config.leg_timeout);
         let others = self.view_clean().without(pending);
-        let least = (limit / STALL_SHARE).max(self.health.slowest(others) * HOLD_FACTOR);
+        let least = self.least_stall().max(self.health.slowest(others) * HOLD_FACTOR);
         if others.is_empty() || now - since <= least || mutant!(StallsForgiven) {
             return None;
         }
@@ -219,6 +218,11 @@ impl Client {
         let blamed: Vec<_> = pending.iter().filter(|m| !is_wanted(m)).collect();
         let stalled = blamed.into_iter().map(|m| (m, self.health.note_stall(m, since, now, limit)));
         stalled.filter(|(_, stalled)| *stalled > limit).max_by_key(|(_, stalled)| *stalled)
+    }
+
+    /// The delay of a request up to which no member is blamed.
+    pub(super) fn least_stall(&self) -> Duration {
+        self.config.leg_timeout / STALL_SHARE
     }
 
     /// How long requests may be held for this member, whose rehearsal took this long; an error says why it may not hold them at all.

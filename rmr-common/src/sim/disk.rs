@@ -68,7 +68,7 @@ pub(super) struct Disk {
     pub(super) lost: BTreeSet<usize>,
     /// Blocks that cannot be read until they are written.
     pub(super) bad: BTreeSet<usize>,
-    /// Blocks of reads that failed, or that came as other data: a client may have on record that they are to be written anew.
+    /// Blocks of reads that failed, or that returned other data: a client may have on record that they must be written again.
     pub(super) unread: BTreeSet<usize>,
     /// How many of them pulled data has healed.
     pub(super) healed: u64,
@@ -97,7 +97,7 @@ impl Disk {
         }
     }
 
-    /// A read of these bytes did not bring what the disk has.
+    /// Notes that a read of these bytes returned other data than the disk has.
     pub(super) fn read_badly(&mut self, bytes: &std::ops::Range<u64>) {
         let block = super::oracle::SECTOR * SECTORS_PER_BLOCK as u64;
         let blocks = bytes.start / block..bytes.end.div_ceil(block);

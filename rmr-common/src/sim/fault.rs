@@ -249,7 +249,7 @@ impl World<'_> {
     pub(super) fn fails_flush(&mut self, node: usize) -> bool {
         let fails_once = std::mem::take(&mut self.nodes[node].flush_fails);
         if self.is_known_faintly() {
-            return false; // After that nobody would know, although each disk may have kept what it had.
+            return false; // Else the pool could not notice the store that went back.
         }
         let disk = &self.nodes[node].disk;
         if self.is_calm || self.profile.lost_flushes == 0 || !disk.has_unflushed(false) {
@@ -276,7 +276,8 @@ impl World<'_> {
         }
     }
 
-    /// What a Clean member has lost may be of writes that failed. Nobody says so then: nothing that was promised is lost.
+    /// Lets the oracle accept that failed writes are undone on a Clean member that lost its cache. The client reports only lost writes
+    /// that it had acknowledged.
     fn undo_failed_writes(&mut self, index: usize) {
         let node = &self.nodes[index];
         let is_clean = |v: &View| v.has_store(node.member, node.store) && v.clean().contains(node.member);
@@ -445,8 +446,8 @@ impl World<'_> {
         }
     }
 
-    /// Whether a client may die now. Members that were sent different data under one sequence, because the guest's memory was taken
-    /// away, are not told apart after that: the client has to live until it has repeated the write.
+    /// Whether a client may die now. While a write whose memory was taken away is not repeated, members may have different data under one
+    /// sequence. Only this client knows that, so it must live until then.
     pub(super) fn can_die(&self, host: usize) -> bool {
         self.hosts[host].is_live() && !self.hosts[host].requests.values().any(|r| r.faulted)
     }

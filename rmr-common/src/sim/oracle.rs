@@ -255,8 +255,8 @@ impl Oracle {
         self.renew(sector);
     }
 
-    /// A disk has lost what it had not flushed, and the sector has this value there. A write that failed promises nothing: that it was
-    /// undone may be seen, even if reads have shown it before. What was acknowledged stays promised.
+    /// Accepts `value`, which a disk that lost its cache has in this sector, if only failed writes stand against it. Reads may have shown
+    /// such a write before: it promises nothing. Acknowledged writes stay promised.
     pub(super) fn undo_failed(&mut self, sector: usize, value: u64) {
         let mut current = self.sectors[sector].iter().filter(|c| c.removed == NEVER && c.value != value);
         if !self.is_current(sector, value) && current.all(|c| self.of(c.write).failed) {

@@ -175,13 +175,13 @@ impl World<'_> {
         back.into_iter().try_for_each(|node| self.put_right(node))
     }
 
-    /// A node's table of the last writes counts for nothing until the next attachment.
+    /// Notes that a node's slot table does not count until the next attachment.
     pub(super) fn rollback_table_lost(&mut self, index: usize) {
         self.rollbacks.tableless.insert(index);
     }
 
-    /// Whether only what others have on record of the last writes tells of a store that went back. A member whose flush fails is
-    /// not believed in that: the one that went back would be, for what no guest has flushed.
+    /// Whether only the other members' intents and slot tables tell of a store that went back. A member loses these with a failed flush,
+    /// and the store that went back would then count as the better one.
     pub(super) const fn is_known_faintly(&self) -> bool {
         self.rollbacks.is_faint
     }

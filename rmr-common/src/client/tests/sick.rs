@@ -175,7 +175,7 @@ fn a_member_that_delays_a_write_now_and_then_stays() {
 }
 
 #[test]
-fn nobody_is_lost_for_delays_where_all_are_slow_or_there_is_one_copy() {
+fn no_member_is_lost_for_delays_when_all_are_slow_or_it_is_the_last_clean_one() {
     let mut bench = Bench::new(2, |c| c.leg_timeout = Duration::from_secs(3));
     for token in 0..30 {
         bench.submit(token, Operation::Write, 0, 4096);
