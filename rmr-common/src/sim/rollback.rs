@@ -246,9 +246,11 @@ impl World<'_> {
     }
 
     fn put_right(&mut self, index: usize) -> Check {
-        // Once a client has attached to a copy of the same position, the right store is the older one.
+        // Once the store that went back took part in a later view, or in a later attachment at the same position, the right one is the older.
+        let present = &self.nodes[index].durable;
         let is_newer = |newest: &Copy| {
-            !self.rollbacks.is_same || newest.durable.epoch >= self.nodes[index].durable.epoch
+            (!self.rollbacks.is_same || newest.durable.epoch >= present.epoch)
+                && newest.durable.view.order() >= present.view.order()
         };
         let Some(newest) = self.rollbacks.newest.remove(&index).filter(is_newer) else { return Ok(()) };
         self.coverage.hit("the right store was put back");
